@@ -1,0 +1,185 @@
+"""The primitive: two autograd Functions over a plan and a backend. Everything else is O(N) on their outputs.
+
+`statistics` is differentiable through `neg`, `pos` and `column_neg`; `reduced_loss` computes loss and gradients at once
+where the plan allows it and composes on `statistics` where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backend_torch
+from .plan import Plan, choose
+from .problem import Problem, Statistics, Upstream, accumulator
+from .row_loss import LOSSES
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for beyond its tensors."""
+
+    backend: str = "auto"
+    workspace_limit: int | None = None
+
+
+def unavailable(tensor: Tensor) -> str | None:
+    """Why the Triton backend cannot run on this tensor, or None if it can."""
+    try:
+        from . import backend_triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return backend_triton.unavailable(tensor)
+
+
+def resolve(backend: str, tensor: Tensor) -> str:
+    """The name of the backend that runs: "auto" is Triton on a GPU where it can run, PyTorch elsewhere."""
+    if backend == "auto":
+        return "triton" if tensor.device.type == "cuda" and unavailable(tensor) is None else "torch"
+    if backend == "triton" and (why := unavailable(tensor)) is not None:
+        raise RuntimeError(f"backend='triton' cannot run here: {why}")
+    return backend
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "triton":
+        from . import backend_triton
+
+        return backend_triton
+    return backend_torch
+
+
+def compute_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which products are made: under autocast its own, except for float64, else the inputs'."""
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device) and inputs[0].dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return inputs[0].dtype
+
+
+def make_plan(problem: Problem, options: Options, reduced: bool) -> Plan:
+    """The plan of a call on these inputs as they are now, before they are cast."""
+    widths = [len(problem.key)] if problem.in_batch else []
+    widths += [keys.shape[-2] for keys in problem.negatives]
+    dtype = compute_dtype(problem.inputs)
+    return choose(
+        backend=resolve(options.backend, problem.query),
+        device=problem.query.device.type,
+        n=len(problem.query),
+        m=sum(widths),
+        d=problem.query.shape[1],
+        itemsize=dtype.itemsize,
+        acc_itemsize=accumulator(dtype).itemsize,
+        gradients=torch.is_grad_enabled() and any(x.requires_grad for x in (*problem.inputs, problem.temperature)),
+        columns=problem.columns,
+        reduced=reduced,
+        limit=options.workspace_limit,
+    )
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`x` in `dtype`, and where float16 has no range for it the power of two that each row was divided by."""
+    if x.dtype == dtype:
+        return x, None
+    if dtype != torch.float16 or not x.numel():
+        return x.to(dtype), None
+    exponent = torch.frexp(x.float().abs().amax(-1)).exponent.clamp(-120, 126)
+    scale = torch.exp2(exponent.to(torch.float32))  # the largest element of a row ends in [0.5, 1)
+    return (x / scale[..., None]).to(dtype), scale
+
+
+def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Problem:
+    """The problem over these tensors, cast for the products."""
+    dtype = compute_dtype(inputs)
+    cast = [_cast(x, dtype) for x in inputs]
+    rest = problem.tensors()[len(inputs) + 1 : -len(inputs)]
+    return problem.with_tensors([*(x for x, _ in cast), temperature, *rest, *(scale for _, scale in cast)])
+
+
+def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """From gradients of the rows that were divided by `scales` to those of the rows that came."""
+    scales = [problem.scale(i) for i in range(len(grads))]
+    return [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=True)]
+
+
+class _Statistics(torch.autograd.Function):
+    """Statistics forward, gradients from their upstream backward."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, plan: Plan, backend: str, temperature: Tensor, *inputs: Tensor) -> Any:
+        ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)]
+        problem = _bind(problem, temperature, inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            statistics = _module(backend).statistics(problem, plan)
+        ctx.plan, ctx.backend, ctx.sides = plan, backend, len(inputs)
+        ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
+        ctx.save_for_backward(*problem.tensors(), *statistics)
+        ctx.mark_non_differentiable(*(x for x in (statistics.mean, statistics.column_mean) if x is not None))
+        return tuple(statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        *tensors, pos, neg, mean, column_neg, column_mean = ctx.saved_tensors
+        problem, statistics = ctx.problem.with_tensors(tensors), Statistics(pos, neg, mean, column_neg, column_mean)
+        v, u, _, *columns = upstream
+        u, v = u.contiguous(), v.contiguous()
+        column_u = None if column_neg is None else columns[0].contiguous()
+        with torch.autocast(problem.query.device.type, enabled=False):
+            grads = _module(ctx.backend).gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
+        dt = None
+        if ctx.needs_input_grad[3]:
+            total = u * mean + v * pos if column_u is None else u * mean + v * pos + column_u * column_mean
+            dt = _reduce_like(-total / problem.temperature, problem.temperature)
+        return None, None, None, dt, *_unscale(problem, grads)
+
+
+class _OnePass(torch.autograd.Function):
+    """A reduced loss with its gradients made in the forward; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, plan: Plan, kind: str, weight: Tensor, temperature: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[4]]
+        ctx.dtypes = [x.dtype for x in inputs]
+        problem = _bind(problem, temperature, inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            result = backend_torch.onepass(problem, plan, kind, weight, wanted)
+        dt = _reduce_like(result.temperature, temperature) if wanted[-1] else None
+        ctx.save_for_backward(dt, *_unscale(problem, result.inputs))
+        return result.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        dt, *grads = ctx.saved_tensors
+        scaled = [None if g is None else (g * upstream).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return None, None, None, None, None if dt is None else dt * upstream, *scaled
+
+
+def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
+    return per_row if len(temperature) > 1 else per_row.sum(0, keepdim=True)
+
+
+def statistics(problem: Problem, options: Options) -> Statistics:
+    """The statistics, differentiable in every input and the temperature through neg, pos and column_neg."""
+    plan = make_plan(problem, options, reduced=False)
+    backend = resolve(options.backend, problem.query)
+    return Statistics(*_Statistics.apply(problem, plan, backend, problem.temperature, *problem.inputs))
+
+
+def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) -> Tensor:
+    """`sum_i weight_i loss_i` of a row loss in `row_loss.LOSSES`; a row of weight 0 counts for nothing."""
+    plan = make_plan(problem, options, reduced=True)
+    if plan.name == "onepass":
+        return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *problem.inputs)
+    loss_of, _ = LOSSES[kind]
+    stats = statistics(problem, options)
+    return torch.where(weight == 0, 0, weight * loss_of(stats.neg - stats.pos)).sum()

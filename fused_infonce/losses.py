@@ -1,0 +1,133 @@
+"""The losses as modules: they hold options and parameters, and call `functional`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, validation
+
+
+class FusedInfoNCELoss(nn.Module):
+    """InfoNCE without the N x M logits; a drop-in for `InfoNCE` of info-nce-pytorch. See `functional.info_nce`.
+
+    Args:
+        temperature, reduction, negative_mode, symmetric, normalize, in_batch_negatives, ignore_index, backend,
+            workspace_limit: as in `functional.info_nce`.
+        learnable_temperature: hold the 0-d float32 parameter `logit_scale = log(1 / temperature)`, as CLIP does
+            (Radford et al. 2021, arXiv:2103.00020). Give `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
+
+    Example:
+        >>> loss = FusedInfoNCELoss(temperature=0.02)
+        >>> query, key = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+        >>> loss(query, key).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        symmetric: bool = False,
+        normalize: bool = True,
+        in_batch_negatives: bool | None = None,
+        ignore_index: int = -100,
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__()
+        validation.one_of("reduction", reduction, validation.REDUCTIONS)
+        validation.one_of("negative_mode", negative_mode, validation.NEGATIVE_MODES)
+        validation.one_of("backend", backend, validation.BACKENDS)
+        if max_logit_scale is not None:
+            validation.positive_float("max_logit_scale", max_logit_scale)
+            if not learnable_temperature:
+                raise ValueError("max_logit_scale bounds a learnable temperature: pass learnable_temperature=True")
+        self.reduction = reduction
+        self.negative_mode = negative_mode
+        self.symmetric = symmetric
+        self.normalize = normalize
+        self.in_batch_negatives = in_batch_negatives
+        self.ignore_index = ignore_index
+        self.max_logit_scale = max_logit_scale
+        self.backend = backend
+        self.workspace_limit = validation.workspace_limit(workspace_limit)
+        self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32)) if learnable_temperature else None
+        self.temperature = temperature
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in use: what was assigned, or `exp(-logit_scale)` where it is learnable. Assignable."""
+        return self._temperature if self.logit_scale is None else torch.exp(-self.logit_scale)
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        if self.logit_scale is None:
+            self._temperature = value if isinstance(value, Tensor) else validation.positive_float("temperature", value)
+            return
+        scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        scale = -math.log(validation.positive_float("temperature", scalar))
+        with torch.no_grad():
+            self.logit_scale.fill_(scale)
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self) -> None:
+        """Keep `1 / temperature` at or under `max_logit_scale`. Call it after the optimizer's step: a clamp inside the
+        forward would stop the gradient at the bound."""
+        if self.logit_scale is None or self.max_logit_scale is None:
+            raise RuntimeError("clamp_logit_scale_ needs learnable_temperature=True and a max_logit_scale")
+        self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        target: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; `temperature` replaces the module's for this call."""
+        return functional.info_nce(
+            query,
+            positive_key,
+            negative_keys,
+            temperature=self.temperature if temperature is None else temperature,
+            reduction=self.reduction,
+            negative_mode=self.negative_mode,
+            symmetric=self.symmetric,
+            normalize=self.normalize,
+            in_batch_negatives=self.in_batch_negatives,
+            ignore_index=self.ignore_index,
+            target=target,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            negative_ids=negative_ids,
+            backend=self.backend,
+            workspace_limit=self.workspace_limit,
+        )
+
+    def extra_repr(self) -> str:
+        options: dict[str, Any] = {
+            "temperature": float(self.temperature) if self.logit_scale is not None else self._temperature,
+            "reduction": self.reduction,
+            "negative_mode": self.negative_mode,
+        }
+        defaults: dict[str, Any] = {
+            "symmetric": False, "normalize": True, "in_batch_negatives": None, "ignore_index": -100,
+            "max_logit_scale": None, "backend": "auto", "workspace_limit": None,
+        }  # fmt: skip
+        options.update({name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value})
+        if self.logit_scale is not None:
+            options["learnable_temperature"] = True
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())

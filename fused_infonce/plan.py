@@ -1,0 +1,77 @@
+"""Which plan runs for these shapes, and why: arithmetic on sizes only, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 2**20
+DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other devices: OTHER_LIMIT
+OTHER_LIMIT = 256 * MIB
+ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at its full rate
+ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
+CPU_COLUMNS = 2048  # 1024 x 2048 fp32 is 8 MiB: the elementwise passes stay in the last-level cache
+STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
+STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
+WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is computed.
+
+    name: "forward" (statistics only), "onepass" (loss and gradients in the forward), or where the backward recomputes
+        the scores, "workspace" (blocks of coefficients and library GEMMs) or "streaming" (accumulators in registers)
+    rows, cols: the block of the N x M plane that is worked on at a time
+    limit: bytes that may be allocated beyond inputs, gradients and their accumulators
+    flops: of forward and backward, as a multiple of N M D; three bare matmuls are 6
+    """
+
+    name: str
+    rows: int
+    cols: int
+    limit: int
+    flops: float
+    reason: str
+
+
+def choose(
+    *,
+    backend: str,
+    device: str,
+    n: int,
+    m: int,
+    d: int,
+    itemsize: int,
+    acc_itemsize: int,
+    gradients: bool,
+    columns: bool,
+    reduced: bool,
+    limit: int | None = None,
+) -> Plan:
+    """The plan of one call.
+
+    n, m, d: rows, columns over all segments, width; itemsize, acc_itemsize: bytes of an input and of a logit
+    gradients: whether any input needs one; columns: whether the other direction is asked for too
+    reduced: whether the loss is a weighted sum of row losses known in closed form
+    """
+    limit = limit or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
+    n, m = max(n, 1), max(m, 1)
+    if backend == "triton":
+        cols = min(m, max(limit // (itemsize * min(n, WORKSPACE_ROWS)), 1))
+        rows = min(n, max(limit // (itemsize * cols), 1))
+        if not gradients:
+            return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
+        if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
+            return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
+        return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
+
+    chunk = limit // (acc_itemsize * m)  # rows whose scores against every column fit the limit
+    if gradients and reduced and not columns and chunk >= min(n, ONEPASS_ROWS):
+        cols = min(m, CPU_COLUMNS) if device == "cpu" else m
+        return Plan("onepass", min(n, chunk, ROWS), cols, limit, 6, "a chunk of rows sees every column at once")
+    rows = min(n, ROWS, max(limit // (4 * acc_itemsize), 1))
+    cols = min(m, CPU_COLUMNS if device == "cpu" else m, max(limit // (4 * acc_itemsize * rows), 1))
+    if not gradients:
+        return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
+    why = "both directions" if columns else "rows too long for the limit" if reduced else "upstream gradient not known"
+    return Plan("workspace", rows, cols, limit, 8, why)

@@ -1,0 +1,116 @@
+"""What a backend is given and what it returns: the contract between `contrast` and the backends.
+
+A backend is a module with these functions (`backend_torch`, `backend_triton`):
+
+    statistics(problem, plan) -> Statistics
+    gradients(problem, plan, statistics, upstream, dtypes) -> list[Tensor | None]
+
+`dtypes` is aligned with `problem.inputs`: the dtype in which that input's gradient is returned, or
+None where it is not needed and its work is skipped. The list returned is aligned with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12  # rows with a norm up to this are divided by it, as torch.nn.functional.normalize does
+
+KEY = 1  # its index in `Problem.inputs`: query, key, *negatives
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One query set against its targets and one or more segments of negatives, in one dtype.
+
+    `s_ij = a_i b_j (q_i . k_j) / t_i` with `a_i = 1 / max(|q_i|, EPS)`, `b_j = 1 / max(|k_j|, EPS)`;
+    without `normalize`, `a` and `b` are `scales` (1 where None).
+    """
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D), holds every row's target
+    temperature: Tensor  # (1,) or (N,), accumulator dtype, contiguous
+    target: Tensor | None = None  # (N,) int64 into key; -1: none. None: row i's target is key i
+    negatives: tuple[Tensor, ...] = ()  # each (M', D), shared by all rows, or (N, H, D), a row's own
+    row_ids: Tensor | None = None  # (N,) int64; a negative whose id equals its row's is left out
+    key_ids: Tensor | None = None  # (M,) int64
+    negative_ids: tuple[Tensor | None, ...] = ()  # aligned with negatives: (M',) or (N, H) int64
+    in_batch: bool = True  # the keys that are not the row's target are its negatives
+    columns: bool = False  # also the statistics of key j against all queries; needs target None, N == M
+    normalize: bool = True
+    scales: tuple[Tensor | None, ...] = ()  # aligned with inputs, or empty: see above; (N,), (M,), ...
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.query, self.key, *self.negatives)
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """float64 for float64 inputs, else float32: of logits, statistics and accumulated gradients."""
+        return accumulator(self.query.dtype)
+
+    def scale(self, index: int) -> Tensor | None:
+        return self.scales[index] if self.scales else None
+
+    def ids(self, index: int) -> Tensor | None:
+        """Of the input with this index, 1 or more."""
+        return self.key_ids if index == KEY else self.negative_ids[index - 2]
+
+    def tensors(self) -> list[Tensor | None]:
+        """Every tensor in it, in the order that `with_tensors` takes."""
+        flat = [*self.inputs, self.temperature, self.target, self.row_ids, self.key_ids, *self.negative_ids]
+        return [*flat, *(self.scales or [None] * len(self.inputs))]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Problem:
+        """The same problem over other tensors, which are kept no longer than it is."""
+        extra = len(self.negatives)
+        query, key, *rest = tensors
+        temperature, target, row_ids, key_ids = rest[extra : extra + 4]
+        scales = tuple(rest[2 * extra + 4 :])
+        return replace(
+            self,
+            query=query,
+            key=key,
+            negatives=tuple(rest[:extra]),
+            temperature=temperature,
+            target=target,
+            row_ids=row_ids,
+            key_ids=key_ids,
+            negative_ids=tuple(rest[extra + 4 : 2 * extra + 4]),
+            scales=() if all(scale is None for scale in scales) else scales,
+        )
+
+
+class Statistics(NamedTuple):
+    """The `(N,)` vectors of `Problem`, in the accumulator dtype.
+
+    pos_i  = s_{i, y_i}, 0 where the row has no target (-1), NaN where the target is out of range
+    neg_i  = log sum_j exp s_ij over the row's negatives in all segments; -inf where there are none
+    mean_i = sum_j exp(s_ij - neg_i) s_ij; 0 where there are none. Not differentiable
+    column_neg_j, column_mean_j: the same over the queries i != j for key j, with the temperature of
+    row j; None unless `columns`.
+
+    A logit that is not finite makes neg and mean NaN (for -inf too: it is never legitimate).
+    """
+
+    pos: Tensor
+    neg: Tensor
+    mean: Tensor
+    column_neg: Tensor | None = None
+    column_mean: Tensor | None = None
+
+
+class Upstream(NamedTuple):
+    """dL/dneg, dL/dpos, dL/dcolumn_neg: `(N,)`, accumulator dtype, contiguous."""
+
+    neg: Tensor
+    pos: Tensor
+    column_neg: Tensor | None = None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

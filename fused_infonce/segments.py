@@ -1,0 +1,133 @@
+"""What the torch backend does with one set of keys, a tile at a time.
+
+Rows are held as the logits see them: unit rows (raw ones without `normalize`), in the accumulator dtype.
+x (R, D) are a chunk's queries, y the keys, W (R, T) the coefficients of `backend_torch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .problem import EPS, KEY, Problem
+
+
+class Rows:
+    """`unit = a x` and the factor `inv` that a gradient with respect to x carries: a, or 0 for a zero row."""
+
+    def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype):
+        self.normalize = normalize
+        x = x.to(acc)
+        if normalize:
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            self.unit = x / norm.clamp_min(EPS)
+            self.inv: Tensor | None = torch.where(norm > EPS, 1 / norm, 0)
+        else:
+            self.inv = None if scale is None else scale.to(acc)[..., None]
+            self.unit = x if self.inv is None else x * self.inv
+
+    def finish(self, grad: Tensor) -> Tensor:
+        """From the gradient of the unit rows to that of x, in place: `inv (g - (g . unit) unit)`."""
+        if self.normalize:
+            radial = torch.linalg.vecdot(grad, self.unit).unsqueeze(-1)
+            grad.addcmul_(self.unit, radial, value=-1)
+        return grad if self.inv is None else grad.mul_(self.inv)
+
+
+class SharedKeys:
+    """(M, D) keys that every row is scored against: input `index` of the problem."""
+
+    def __init__(self, problem: Problem, index: int, step: int, wanted: bool):
+        self.problem, self.index, self.step = problem, index, step
+        self.rows = Rows(problem.inputs[index], problem.normalize, problem.scale(index), problem.acc_dtype)
+        self.grad = torch.zeros_like(self.rows.unit) if wanted else None
+
+    def tiles(self) -> Iterator[slice]:
+        m = len(self.rows.unit)
+        return (slice(c, min(c + self.step, m)) for c in range(0, m, self.step))
+
+    def longest(self) -> float:
+        return 1.0 if self.rows.normalize else longest_row(self.rows.unit)
+
+    def scores(self, x: Tensor, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        return torch.mm(x, self.rows.unit[cols].T, out=out)
+
+    def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
+        """Write `value` where a column is no negative of its row."""
+        row_ids, ids, target = self.problem.row_ids, self.problem.ids(self.index), self.problem.target
+        if row_ids is not None and ids is not None:
+            tile.masked_fill_(row_ids[rows, None] == ids[cols], value)
+        if self.index != KEY:
+            return
+        if target is None:
+            tile.diagonal(rows.start - cols.start).fill_(value)
+        else:  # one element a row, without asking how many are in this tile
+            local = target[rows, None] - cols.start
+            inside = (local >= 0) & (local < tile.shape[1])
+            local = local.clamp(0, tile.shape[1] - 1)
+            tile.scatter_(1, local, torch.where(inside, value, tile.gather(1, local)))
+
+    def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
+        if grad_x is not None:
+            grad_x.addmm_(w, self.rows.unit[cols])
+        if self.grad is not None:
+            self.grad[cols].addmm_(w.T, x)
+
+    def finish(self, dtype: torch.dtype | None) -> Tensor | None:
+        return None if self.grad is None else self.rows.finish(self.grad).to(dtype)
+
+
+class RowKeys:
+    """(N, H, D) keys, each row's own. Unit rows are made for a few queries at a time, within `limit` bytes."""
+
+    def __init__(self, problem: Problem, index: int, limit: int, dtype: torch.dtype | None):
+        self.problem, self.index = problem, index
+        self.keys = problem.inputs[index]
+        _, h, d = self.keys.shape
+        self.block = max(1, limit // max(4 * h * d * problem.acc_dtype.itemsize, 1))
+        self.grad = torch.empty(self.keys.shape, dtype=dtype, device=self.keys.device) if dtype else None
+
+    def tiles(self) -> Iterator[slice]:
+        h = self.keys.shape[1]
+        return iter([slice(0, h)] if h else [])
+
+    def longest(self) -> float:
+        return 1.0 if self.problem.normalize else longest_row(self.keys.to(self.problem.acc_dtype))
+
+    def blocks(self, rows: slice) -> Iterator[tuple[slice, slice, Rows]]:
+        """(rows of the chunk, rows of the problem, their keys)."""
+        for start in range(rows.start, rows.stop, self.block):
+            part = slice(start, min(start + self.block, rows.stop))
+            local = slice(part.start - rows.start, part.stop - rows.start)
+            scale = self.problem.scale(self.index)
+            scale = None if scale is None else scale[part]
+            yield local, part, Rows(self.keys[part], self.problem.normalize, scale, self.problem.acc_dtype)
+
+    def scores(self, x: Tensor, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        for local, _, keys in self.blocks(rows):
+            out[local] = torch.bmm(keys.unit, x[local, :, None])[..., 0]
+        return out
+
+    def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
+        row_ids, ids = self.problem.row_ids, self.problem.ids(self.index)
+        if row_ids is not None and ids is not None:
+            tile.masked_fill_(row_ids[rows, None] == ids[rows], value)
+
+    def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
+        for local, part, keys in self.blocks(rows):
+            if grad_x is not None:
+                grad_x[local] += torch.bmm(w[local, None], keys.unit)[:, 0]
+            if self.grad is not None:
+                self.grad[part] = keys.finish(w[local, :, None] * x[local, None])
+
+    def finish(self, dtype: torch.dtype | None) -> Tensor | None:
+        return self.grad
+
+
+Segment = SharedKeys | RowKeys
+
+
+def longest_row(rows: Tensor) -> float:
+    return torch.linalg.vector_norm(rows, dim=-1).max().item() if rows.numel() else 0.0

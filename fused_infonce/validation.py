@@ -1,0 +1,186 @@
+"""Every check on user input. One style: what was expected, then what came. Nothing here launches device work
+except the checks of CPU values, which cost nothing there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+NEGATIVE_MODES = ("unpaired", "paired")
+BACKENDS = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def embeddings(name: str, value: object, dims: int, shape: str) -> None:
+    """A floating tensor with `dims` dimensions; `shape` says it in words."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions {shape}, got shape {tuple(value.shape)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An integer tensor of exactly this shape, as int64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(value).__name__}")
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} as query is, got {value.device}")
+    return value.long()
+
+
+def same_kind(tensors: dict[str, Tensor]) -> None:
+    """One device; one dtype, except under autocast, where only float64 must not be mixed with others."""
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} as {first_name} is, got {tensor.device}")
+        castable = torch.is_autocast_enabled(first.device.type) and torch.float64 not in (tensor.dtype, first.dtype)
+        if tensor.dtype != first.dtype and not castable:
+            raise TypeError(
+                f"{name} must be {first.dtype} as {first_name} is, got {tensor.dtype} "
+                "(under autocast 16-bit and 32-bit inputs may mix)"
+            )
+
+
+def positive_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether reading values costs no synchronisation; elsewhere a bad value gives NaN, not an error."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def temperature(value: Any, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A positive number, a one-element tensor, or one value per row, as a (1,) or (rows,) tensor of `dtype`.
+
+    Differentiable in `value`. Where values cannot be read for free, those that are not positive become NaN.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((1,), positive_float("temperature", value), dtype=dtype, device=device)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"temperature must be a number or a floating tensor, got {value.dtype}")
+    if value.numel() != 1 and tuple(value.shape) not in ((rows,), (rows, 1)):
+        raise ValueError(
+            f"temperature must be a number, a one-element tensor or one value per row, shape ({rows},) or ({rows}, 1), "
+            f"got shape {tuple(value.shape)}"
+        )
+    if value.device != device and not (value.numel() == 1 and value.device.type == "cpu"):
+        raise ValueError(f"temperature must be on {device} as query is, or one element on the CPU, got {value.device}")
+    if values_are_free(value):
+        bad = ~((value > 0) & value.isfinite())
+        if bad.any():
+            raise ValueError(f"temperature must be positive and finite, got {value[bad].flatten()[0].item()}")
+    flat = value.reshape(-1).to(dtype)
+    if value.device != device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
+        return torch.ones(1, dtype=dtype, device=device) * flat[0]
+    return flat if values_are_free(value) else torch.where((flat > 0) & flat.isfinite(), flat, torch.nan)
+
+
+def target(value: object, rows: int, columns: int, ignore_index: int, device: torch.device) -> Tensor:
+    """(rows,) indices below `columns`, with `ignore_index` as -1. Out of range: an error where values are free;
+    elsewhere the index `columns`, which no backend reads and whose logit is NaN."""
+    index = ids("target", value, (rows,), device)
+    ignored = index == ignore_index
+    bad = ~ignored & ((index < 0) | (index >= columns))
+    if values_are_free(index) and bad.any():
+        raise ValueError(
+            f"target must be in [0, {columns}) or ignore_index ({ignore_index}), got {index[bad][0].item()}"
+        )
+    return torch.where(ignored, -1, torch.where(bad, columns, index))
+
+
+def workspace_limit(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"workspace_limit must be a number of bytes or None, got {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"workspace_limit must be positive, got {value}")
+    return value
+
+
+def info_nce(
+    query: Any,
+    positive_key: Any,
+    negative_keys: Any,
+    reduction: str,
+    negative_mode: str,
+    symmetric: bool,
+    in_batch_negatives: bool | None,
+    target: Any,
+    backend: str,
+) -> bool:
+    """Everything about the modes and embeddings of `functional.info_nce`; returns whether in-batch negatives count."""
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+    one_of("backend", backend, BACKENDS)
+    embeddings("query", query, 2, "(N, D)")
+    embeddings("positive_key", positive_key, 2, "(N, D)")
+    tensors = {"query": query, "positive_key": positive_key}
+    if negative_keys is not None:
+        paired = negative_mode == "paired"
+        embeddings("negative_keys", negative_keys, 3 if paired else 2, "(N, H, D)" if paired else "(M, D)")
+        if paired and len(negative_keys) != len(query):
+            raise ValueError(f"paired negative_keys must have {len(query)} rows as query has, got {len(negative_keys)}")
+        tensors["negative_keys"] = negative_keys
+    if target is None and len(positive_key) != len(query):
+        raise ValueError(
+            f"positive_key must have {len(query)} rows as query has (or pass target), got {len(positive_key)}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] != query.shape[-1]:
+            raise ValueError(f"{name} must have {query.shape[-1]} components as query has, got {tensor.shape[-1]}")
+    same_kind(tensors)
+    if symmetric and target is not None:
+        raise ValueError("symmetric=True pairs query i with key i: it cannot be used with target")
+    if in_batch_negatives is False and negative_keys is None:
+        raise ValueError("in_batch_negatives=False leaves no negatives: pass negative_keys")
+    return negative_keys is None if in_batch_negatives is None else bool(in_batch_negatives)
+
+
+def all_ids(
+    query_ids: Any,
+    key_ids: Any,
+    negative_ids: Any,
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    keys_are_negatives: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if query_ids is not None and key_ids is None and negative_ids is None:
+        raise ValueError("query_ids alone compare with nothing: pass key_ids or negative_ids too")
+    if negative_ids is not None and negative_keys is None:
+        raise ValueError("negative_ids are the ids of negative_keys, which were not given")
+    if negative_ids is not None and query_ids is None and key_ids is None:
+        raise ValueError("negative_ids alone compare with nothing: pass key_ids or query_ids too")
+    if key_ids is not None and negative_ids is None and not keys_are_negatives:
+        raise ValueError(
+            "key_ids have no effect where negative_keys replace the in-batch negatives without negative_ids"
+        )
+    return (
+        None if query_ids is None else ids("query_ids", query_ids, (len(query),), query.device),
+        None if key_ids is None else ids("key_ids", key_ids, (len(positive_key),), query.device),
+        None if negative_ids is None or negative_keys is None
+        else ids("negative_ids", negative_ids, tuple(negative_keys.shape[:-1]), query.device),
+    )  # fmt: skip
