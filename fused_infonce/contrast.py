@@ -6,6 +6,7 @@ where the plan allows it and composes on `statistics` where not.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -41,7 +42,11 @@ def unavailable(tensor: Tensor) -> str | None:
 def resolve(backend: str, tensor: Tensor) -> str:
     """The name of the backend that runs: "auto" is Triton on a GPU where it can run, PyTorch elsewhere."""
     if backend == "auto":
-        return "triton" if tensor.device.type == "cuda" and unavailable(tensor) is None else "torch"
+        if tensor.device.type != "cuda":
+            return "torch"
+        if (why := unavailable(tensor)) is not None:
+            warnings.warn(f"backend='auto' runs in PyTorch, slower: {why}", stacklevel=2)
+        return "torch" if why else "triton"
     if backend == "triton" and (why := unavailable(tensor)) is not None:
         raise RuntimeError(f"backend='triton' cannot run here: {why}")
     return backend
@@ -117,7 +122,7 @@ class _Statistics(torch.autograd.Function):
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
             statistics = _module(backend).statistics(problem, plan)
-        ctx.plan, ctx.backend, ctx.sides = plan, backend, len(inputs)
+        ctx.plan, ctx.backend = plan, backend
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
         ctx.save_for_backward(*problem.tensors(), *statistics)
         ctx.mark_non_differentiable(*(x for x in (statistics.mean, statistics.column_mean) if x is not None))

@@ -1,0 +1,85 @@
+# Needs a Python >= 3.10 with pip; everything is installed into $(VENV), at the versions of constraints.txt.
+# On Linux the default torch brings CUDA (gigabytes); for the CPU build:
+#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON      ?= python3
+PIP_ARGS    ?=
+VENV        ?= .venv
+JOBS        ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+BIN  := $(abspath $(VENV))/bin
+SITE := $(abspath $(VENV))/site
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+
+# A folder changes when a file is added to it or removed.
+SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -type d -o -name '*.py' \) -print) \
+           pyproject.toml $(wildcard README.md)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo demo-temperature test lint bench gpu clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-demo ## train a text retriever and ask it questions (ASK="..." for your own)
+	$(BIN)/python -m demo $(DEMO_ARGS)
+
+demo-temperature: $(VENV)/.installed-demo ## the same at several temperatures
+	$(BIN)/python -m demo --temperatures $(DEMO_ARGS)
+
+# The tests see the installed layout, ahead of the editable install and of the repository itself.
+# Whatever measures time or memory runs alone, first; the rest runs in $(JOBS) processes.
+TEST := PYTHONPATH=$(SITE) TRITON_INTERPRET=1 $(BIN)/pytest --timeout 600 --benchmark-disable
+test: lint ## ruff, mypy and all tests that need no GPU
+	@failed=0; \
+	$(TEST) -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \
+	OMP_NUM_THREADS=1 $(TEST) -m "not serial" -n $(JOBS) --dist worksteal --durations 10 $(PYTEST_ARGS) || failed=1; \
+	exit $$failed
+
+lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
+	$(BIN)/ruff check .
+	cd $(SITE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fused_infonce
+
+bench: $(VENV)/.installed-bench ## microbenchmarks on this machine's CPU
+	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+# With the torch, pytest, pytest-benchmark and hypothesis that are there: no environment is made and nothing is downloaded.
+# python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
+GPU_SITE := $(CURDIR)/.gpu-site
+GPU_TEST  = env -u TRITON_INTERPRET PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} \
+            $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
+gpu: ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")'
+	rm -rf $(GPU_SITE) && mkdir $(GPU_SITE)
+	cp -R fused_infonce $(GPU_SITE)/ && cp -R kernels $(GPU_SITE)/fused_infonce/
+	$(GPU_TEST) -m gpu $(PYTEST_ARGS)
+	$(GPU_TEST) benchmarks --benchmark-only $(PYTEST_ARGS)
+
+clean: ## remove what builds and tests leave behind
+	rm -rf build dist *.egg-info .gpu-site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+distclean: clean ## the same, and the virtual environment
+	rm -rf $(VENV)
+
+# Debian without python3-venv has no ensurepip: pip is then installed from outside.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV) || \
+	{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install $(PIP_ARGS) pip; } || \
+	{ echo "No virtual environment: install python3-venv, or name a Python that has venv: make PYTHON=..." >&2; exit 1; }
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[$*]'
+	touch $@
+
+# A plain install, as from a wheel; build/ would keep modules that are gone.
+$(VENV)/.site: $(SOURCES) | $(VENV)/.installed-test
+	rm -rf build $(SITE)
+	$(PIP) install --quiet --no-deps --no-index --no-build-isolation --target $(SITE) .
+	touch $@

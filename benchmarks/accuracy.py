@@ -1,0 +1,92 @@
+"""The README's accuracy table: errors of loss and gradient with bfloat16 inputs, against float64 on the same inputs.
+
+    python benchmarks/accuracy.py [--record results/accuracy.csv]
+
+Contestants: the dense loss in bfloat16; with float32 logits (the usual remedy), whose gradient is `softmax - 1`; ours.
+A key is its query plus noise: "tight" pairs have a cosine near 0.99, "medium" near 0.8, "loose" near 0.45;
+"cone" adds one large common vector to every row, so that all cosines are near 0.98.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_infonce import info_nce, reference
+
+NOISE = {"tight": 0.14, "medium": 0.75, "loose": 2.0}
+SETTINGS = [(0.05, "tight"), (0.02, "tight"), (0.02, "medium"), (0.01, "loose"), (0.07, "loose"), (0.1, "cone")]
+FIELDS = ["temperature", "pairs", "true_loss", "contestant", "loss_error", "grad_error"]
+
+
+def pairs(kind: str, n: int, d: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    query = torch.randn(n, d)
+    key = query + NOISE.get(kind, 1.0) * torch.randn(n, d)
+    if kind == "cone":
+        common = 7 * torch.randn(d)
+        query, key = query + common, key + common
+    return query.bfloat16(), key.bfloat16()
+
+
+def dense(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(query)))
+
+
+def dense_fp32(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    return dense(query.float(), key.float(), temperature)
+
+
+def ours(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    return info_nce(query, key, temperature=temperature)
+
+
+def run(loss: Callable[..., Tensor], query: Tensor, key: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    query = query.clone().requires_grad_()
+    value = loss(query, key, temperature=temperature)
+    (grad,) = torch.autograd.grad(value, query)
+    return value.detach().double(), grad.double()
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return (torch.linalg.vector_norm(value - truth) / torch.linalg.vector_norm(truth)).item()
+
+
+def measure(n: int, d: int) -> list[dict[str, object]]:
+    rows = []
+    for temperature, kind in SETTINGS:
+        query, key = pairs(kind, n, d)
+        true_loss, true_grad = run(reference.info_nce, query.double(), key.double(), temperature)
+        for name, loss in {"bf16 dense": dense, "fp32 logits": dense_fp32, "fused_infonce": ours}.items():
+            value, grad = run(loss, query, key, temperature)
+            errors = {"loss_error": f"{error(value, true_loss):.1e}", "grad_error": f"{error(grad, true_grad):.1e}"}
+            setting = {"temperature": temperature, "pairs": kind, "true_loss": f"{true_loss.item():.1e}"}
+            rows.append({**setting, "contestant": name, **errors})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--record", help="write the table to this CSV file, relative to benchmarks/")
+    args = parser.parse_args()
+    rows = measure(args.rows, args.dim)
+    for row in rows:
+        print("  ".join(f"{row[field]!s:>13}" for field in FIELDS))
+    if args.record:
+        with (Path(__file__).parent / args.record).open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Times contestants against each other: in turn, on fresh inputs each round, beside the floor; then records them."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import contestants
+import numpy as np
+import torch
+from contestants import Case
+from torch import Tensor
+
+FIELDS = [
+    *("date", "commit", "device", "driver", "torch", "triton"),
+    *("loss", "direction", "n", "m", "d", "dtype", "pass", "contestant"),
+    *("median_ms", "p20_ms", "p80_ms", "peak_extra_mib", "floor_ratio"),
+]
+FLOOR = "floor"
+
+
+class Contest:
+    """One case. `round` runs everybody but ours, `ours` is for the benchmark to time: so they take turns."""
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device, self.seed = case, device, 0
+        self.losses = contestants.losses(case)
+        self.floor = contestants.floor(case)
+        self.times: dict[str, list[float]] = {name: [] for name in (FLOOR, *self.losses) if name != "fused_infonce"}
+
+    def step(self, name: str, query: Tensor, key: Tensor) -> Tensor | None:
+        """One pass of one contestant, finished when it returns."""
+        loss = None
+        if name == FLOOR:
+            self.floor(query, key)
+        elif self.case.mode == "fwd":
+            with torch.no_grad():
+                loss = self.losses[name](query, key)
+        else:
+            loss = self.losses[name](query, key)
+            loss.backward()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss
+
+    def ours(self, query: Tensor, key: Tensor) -> None:
+        self.step("fused_infonce", query, key)
+
+    def agree(self) -> None:
+        """A wrong result is not timed: everybody's loss within what its dtype's rounding of logits costs."""
+        query, key = self.case.inputs(self.device, seed=12345)
+        values = {name: float(self.step(name, query, key)) for name in self.losses}  # type: ignore[arg-type]
+        logits_rounding = torch.finfo(query.dtype).eps / contestants.TEMPERATURE
+        spread = max(values.values()) - min(values.values())
+        if not spread <= 10 * logits_rounding * max(1.0, abs(values["dense"])):
+            raise AssertionError(f"{self.case}: the contestants disagree: {values}")
+
+    def round(self) -> tuple[tuple[Tensor, Tensor], dict[str, object]]:
+        """Fresh inputs for `ours`, after everybody else has been timed on inputs of their own."""
+        self.seed += 1
+        for name, times in self.times.items():
+            inputs = self.case.inputs(self.device, self.seed)
+            start = time.perf_counter()
+            self.step(name, *inputs)
+            times.append(time.perf_counter() - start)
+        return self.case.inputs(self.device, self.seed), {}
+
+    def rows(self, ours: list[float]) -> list[dict[str, object]]:
+        """One CSV row a contestant."""
+        rounds = len(ours)
+        times = {"fused_infonce": ours, **{name: t[-rounds:] for name, t in self.times.items()}}
+        floor = float(np.median(times[FLOOR]))
+        return [
+            {
+                **provenance(self.device),
+                "loss": "info_nce",
+                "direction": self.case.direction,
+                "n": self.case.n,
+                "m": self.case.m,
+                "d": self.case.d,
+                "dtype": self.case.dtype,
+                "pass": self.case.mode,
+                "contestant": name,
+                "median_ms": f"{np.median(t) * 1e3:.4g}",
+                "p20_ms": f"{np.percentile(t, 20) * 1e3:.4g}",
+                "p80_ms": f"{np.percentile(t, 80) * 1e3:.4g}",
+                "peak_extra_mib": f"{self.peak(name) / 2**20:.1f}",
+                "floor_ratio": f"{np.median(t) / floor:.3f}",
+            }
+            for name, t in times.items()
+        ]
+
+    def peak(self, name: str) -> int:
+        """Bytes of tensors allocated at the most during one pass, beyond the inputs."""
+        inputs = self.case.inputs(self.device, seed=1)
+        return peak_bytes(lambda: self.step(name, *inputs), self.device)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The largest sum of live tensor allocations made by `run`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Where and when a figure was measured."""
+    name, driver = _cpu_name(), ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "device": name,
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton_version,
+    }
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _output(*command: str) -> str:
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip().splitlines()[0] if result.returncode == 0 and result.stdout.strip() else ""
