@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .plan import Plan
-from .problem import KEY, Problem, Statistics, Upstream
+from .problem import KEY, OnePass, Problem, Statistics, Upstream
 from .row_loss import LOSSES
 from .segments import RowKeys, Rows, Segment, SharedKeys, longest_row
 
@@ -38,10 +38,29 @@ class Chunk(NamedTuple):
     rows: slice
     queries: Rows
     scaled: Tensor  # (R, D): the queries times log2(e) / t
-    inv_t: Tensor  # (R, 1)
+    inv_t: Tensor  # (1,) or (R,)
 
 
-Tile = tuple[Chunk, Segment, slice]  # the chunk's rows against some columns of a segment
+class Tile(NamedTuple):
+    """A chunk's rows against some columns of a segment."""
+
+    chunk: Chunk
+    segment: Segment
+    cols: slice
+
+    def scores(self, out: Tensor) -> Tensor:
+        """Logits in base 2, in a flat buffer."""
+        return self.segment.scores(self.chunk.scaled, self.chunk.rows, self.cols, self.shaped(out))
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        r, c = self.chunk.rows.stop - self.chunk.rows.start, self.cols.stop - self.cols.start
+        return flat[: r * c].view(r, c)
+
+    def exclude(self, scores: Tensor, value: float) -> None:
+        self.segment.exclude(scores, value, self.chunk.rows, self.cols)
+
+    def add_gradients(self, w: Tensor, grad_x: Tensor | None) -> None:
+        self.segment.add_gradients(w, self.chunk.queries.unit, self.chunk.rows, self.cols, grad_x)
 
 
 class Work:
@@ -49,6 +68,7 @@ class Work:
 
     def __init__(self, problem: Problem, plan: Plan, dtypes: Sequence[torch.dtype | None]):
         self.problem, self.plan, self.acc = problem, plan, problem.acc_dtype
+        self.device, self.n = problem.query.device, len(problem.query)
         self.key = SharedKeys(problem, KEY, plan.cols, dtypes[KEY] is not None)
         self.negatives = [
             RowKeys(problem, i, plan.limit, dtypes[i])
@@ -57,82 +77,87 @@ class Work:
             for i, keys in enumerate(problem.negatives, start=2)
         ]
         self.segments: list[Segment] = [*([self.key] if problem.in_batch else []), *self.negatives]
+        self.columns = [(segment, cols) for segment in self.segments for cols in segment.tiles()]
+        self.inv_t = problem.temperature.reciprocal()
         self.shift = not self._fits_without_shift()
 
     def _fits_without_shift(self) -> bool:
         """Whether exp2 of every logit fits the accumulator as it is: a bound that only a CPU reads for free."""
         p = self.problem
-        if p.query.device.type != "cpu" or not len(p.query) or not self.segments:
+        if self.device.type != "cpu" or not self.n or not self.segments:
             return False
         longest = 1.0 if p.normalize else longest_row(Rows(p.query, False, p.scale(0), self.acc).unit)
         bound = longest * max(segment.longest() for segment in self.segments)
-        return bound * LOG2E / p.temperature.min().item() <= EXPONENT_ROOM[self.acc]
+        return bound * LOG2E * self.inv_t.max().item() <= EXPONENT_ROOM[self.acc]
+
+    def per_row(self, vector: Tensor, rows: slice) -> Tensor:
+        """The part of a (1,) or (N,) vector."""
+        return vector if len(vector) == 1 else vector[rows]
 
     def chunks(self) -> Iterator[Chunk]:
-        p = self.problem
-        for start in range(0, len(p.query), self.plan.rows):
-            rows = slice(start, min(start + self.plan.rows, len(p.query)))
+        p, scale2 = self.problem, self.inv_t * LOG2E
+        for start in range(0, self.n, self.plan.rows):
+            rows = slice(start, min(start + self.plan.rows, self.n))
             scale = p.scale(0)
             queries = Rows(p.query[rows], p.normalize, None if scale is None else scale[rows], self.acc)
-            inv_t = (1 / (p.temperature if len(p.temperature) == 1 else p.temperature[rows]))[:, None]
-            yield Chunk(rows, queries, queries.unit * (inv_t * LOG2E), inv_t)
+            scaled = queries.unit * self.per_row(scale2, rows)[:, None]
+            yield Chunk(rows, queries, scaled, self.per_row(self.inv_t, rows))
 
-    def tiles(self) -> Iterator[tuple[Segment, slice]]:
-        return ((segment, cols) for segment in self.segments for cols in segment.tiles())
+    def tiles(self, chunk: Chunk) -> Iterator[Tile]:
+        return (Tile(chunk, segment, cols) for segment, cols in self.columns)
 
-    def buffer(self, cols: int | None = None) -> Tensor:
-        """A flat buffer for a tile of so many columns, or for any."""
-        if cols is None:
-            cols = max((cols.stop - cols.start for _, cols in self.tiles()), default=0)
-        size = min(self.plan.rows, len(self.problem.query)) * cols
-        return torch.empty(size, dtype=self.acc, device=self.problem.query.device)
+    def buffers(self, count: int) -> list[Tensor]:
+        """Flat buffers, each for any tile."""
+        widest = max((cols.stop - cols.start for _, cols in self.columns), default=0)
+        return [self.buffer(widest) for _ in range(count)]
 
-    def scores(self, chunk: Chunk, segment: Segment, cols: slice, out: Tensor) -> Tensor:
-        """The tile's logits in base 2; `out` is flat."""
-        tile = shaped(out, chunk, cols)
-        return segment.scores(chunk.scaled, chunk.rows, cols, tile)
+    def buffer(self, cols: int) -> Tensor:
+        return torch.empty(min(self.plan.rows, self.n) * cols, dtype=self.acc, device=self.device)
 
-    def exclude(self, tile: Tensor, value: float, chunk: Chunk, segment: Segment, cols: slice) -> None:
-        segment.exclude(tile, value, chunk.rows, cols)
-
-    def column_logits(self, tile: Tensor, chunk: Chunk, cols: slice) -> Tensor:
+    def column_scores(self, scores: Tensor, tile: Tile) -> Tensor:
         """s'_ij = s_ij t_i / t'_j: the same dot product at the temperature of key j's own row."""
-        t = self.problem.temperature
-        return tile if len(t) == 1 else tile / chunk.inv_t / t[cols]
+        if len(self.inv_t) == 1:
+            return scores
+        return scores / tile.chunk.inv_t[:, None] * self.inv_t[tile.cols]
 
-    def exponentials(self, tile: Tensor, dim: int, where: Tile, out: Tensor) -> State:
-        """(m, l) of the tile along `dim`, and in `out`, which may be the tile, 2^(tile - m) with 0 where excluded."""
-        self.exclude(tile, -torch.inf, *where)
+    def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
+        """(m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""
+        tile.exclude(scores, -torch.inf)
         if self.shift:
-            m = tile.amax(dim)
-            e = torch.sub(tile, finite(m).unsqueeze(dim), out=out).exp2_()
+            m = scores.amax(dim)
+            e = torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_()
         else:
-            m = tile.new_zeros(tile.shape[1 - dim])
-            e = torch.exp2(tile, out=out)
+            m = scores.new_zeros(scores.shape[1 - dim])
+            e = torch.exp2(scores, out=out)
         return m, e.sum(dim)
 
-    def moments(self, tile: Tensor, dim: int, where: Tile, scratch: Tensor) -> State:
-        """(m, l, s) of the tile along `dim`."""
-        m, total = self.exponentials(tile, dim, where, scratch)
-        self.exclude(tile, 0.0, *where)  # 0 * -inf is NaN: only a logit that really is infinite may do that
-        return m, total, scratch.mul_(tile).sum(dim)
+    def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
+        """(m, l, s) along each of `dims`. Without shifts all of them share one exponential."""
+        if self.shift and len(dims) > 1:
+            return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
+        m, total = self.exponentials(scores, tile, dims[0], scratch)
+        states = [(m, total), *((scores.new_zeros(scores.shape[1 - dim]), scratch.sum(dim)) for dim in dims[1:])]
+        tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
+        scratch.mul_(scores)
+        return [(m, total, scratch.sum(dim)) for (m, total), dim in zip(states, dims, strict=True)]
 
-    def target_keys(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """(index, rows, inside): each row's target among the keys, its row there, and whether it is one."""
-        target, m = self.problem.target, len(self.problem.key)
+    def target_keys(self, chunk: Chunk) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(index, rows, inside): each row's target among the keys, its row there, and whether there is one.
+
+        Without a target the chunk's own rows, all of them there.
+        """
+        target, unit = self.problem.target, self.key.rows.unit
         if target is None:
-            index = torch.arange(chunk.rows.start, chunk.rows.stop, device=self.problem.query.device)
-            return index, self.key.rows.unit[chunk.rows], torch.ones_like(index, dtype=torch.bool)
+            return None, unit[chunk.rows], None
         target = target[chunk.rows]
-        inside = (target >= 0) & (target < m)
-        index = target.clamp(0, max(m - 1, 0))
-        rows = self.key.rows.unit[index] if m else torch.zeros_like(chunk.queries.unit)
-        return index, rows, inside
+        inside = (target >= 0) & (target < len(unit))
+        index = target.clamp(0, max(len(unit) - 1, 0))
+        return index, unit[index] if len(unit) else torch.zeros_like(chunk.queries.unit), inside
 
     def positives(self, chunk: Chunk) -> Tensor:
         _, keys, inside = self.target_keys(chunk)
-        pos = torch.linalg.vecdot(chunk.queries.unit, keys) * chunk.inv_t[:, 0]
-        if self.problem.target is None:
+        pos = (chunk.queries.unit * keys).sum(1) * chunk.inv_t
+        if inside is None or self.problem.target is None:
             return pos
         missing = torch.where(self.problem.target[chunk.rows] == -1, 0.0, torch.nan).to(self.acc)
         return torch.where(inside, pos, missing)
@@ -140,12 +165,13 @@ class Work:
     def add_positives(self, chunk: Chunk, v: Tensor, grad_x: Tensor | None) -> None:
         """v_i / t_i y_target(i) to the query, v_i / t_i x_i to its target."""
         index, keys, inside = self.target_keys(chunk)
-        w = torch.where(inside, v * chunk.inv_t[:, 0], 0)[:, None]
+        w = v * chunk.inv_t
+        w = (w if inside is None else torch.where(inside, w, 0))[:, None]
         if grad_x is not None:
             grad_x.addcmul_(keys, w)
         if self.key.grad is None or not len(self.key.grad):
             return
-        if self.problem.target is None:
+        if index is None:
             self.key.grad[chunk.rows].addcmul_(chunk.queries.unit, w)
         else:  # sorted inside, hence in the same order every time
             self.key.grad.index_put_((index,), chunk.queries.unit * w, accumulate=True)
@@ -155,137 +181,132 @@ class Work:
         return [segment.finish(dtype) for segment, dtype in zip([self.key, *self.negatives], dtypes[1:], strict=True)]
 
 
-def shaped(flat: Tensor, chunk: Chunk, cols: slice) -> Tensor:
-    r, c = chunk.rows.stop - chunk.rows.start, cols.stop - cols.start
-    return flat[: r * c].view(r, c)
-
-
 def finite(m: Tensor) -> Tensor:
     """A maximum that can be subtracted: 0 where there was nothing to maximise over."""
     return m.masked_fill(m == -torch.inf, 0)
 
 
-def empty_state(like: Tensor, sums: int) -> State:
-    return torch.full_like(like, -torch.inf), *(torch.zeros_like(like) for _ in range(sums))
-
-
-def merge(a: State, b: State) -> State:
+def merge(a: State | None, b: State) -> State:
+    if a is None:
+        return b
     m = torch.maximum(a[0], b[0])
     wa, wb = torch.exp2(a[0] - finite(m)), torch.exp2(b[0] - finite(m))
     return m, *(x * wa + y * wb for x, y in zip(a[1:], b[1:], strict=True))
 
 
 def log_sum(state: State) -> Tensor:
-    """In natural units; -inf where there is nothing."""
-    return (state[0] + torch.log2(state[1])) * LN2
+    """In base 2; -inf where there is nothing."""
+    return state[0] + torch.log2(state[1])
 
 
-def finish(state: State) -> tuple[Tensor, Tensor]:
+def finish(state: State | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """(neg, mean)."""
+    if state is None:
+        return torch.full_like(like, -torch.inf), torch.zeros_like(like)
     mean = torch.where(state[1] == 0, 0, state[2] / state[1]) * LN2
-    return torch.where(mean.isnan(), torch.nan, log_sum(state)), mean
+    return torch.where(mean.isnan(), torch.nan, log_sum(state) * LN2), mean
 
 
-def shift_of(neg: Tensor) -> Tensor:
-    """What turns a base-2 logit into log2 of its probability when subtracted; +inf where there are no negatives."""
-    return torch.where(neg == -torch.inf, torch.inf, neg * LOG2E)
+def shift_of(log_sum: Tensor) -> Tensor:
+    """What turns a logit into the log of its probability when subtracted; +inf where there are no negatives."""
+    return log_sum.masked_fill(log_sum == -torch.inf, torch.inf)
 
 
 def statistics(problem: Problem, plan: Plan) -> Statistics:
     work = Work(problem, plan, [None] * len(problem.inputs))
-    first, second = work.buffer(), work.buffer()
-    n = len(problem.query)
-    pos, neg, mean = (torch.empty(n, dtype=work.acc, device=problem.query.device) for _ in range(3))
-    columns = empty_state(neg, 2) if problem.columns else None
+    first, second = work.buffers(2)
+    pos, neg, mean = (torch.empty(work.n, dtype=work.acc, device=work.device) for _ in range(3))
+    columns: dict[int, State | None] = {cols.start: None for cols in work.key.tiles()} if problem.columns else {}
     for chunk in work.chunks():
-        state = empty_state(neg[chunk.rows], 2)
-        for segment, cols in work.tiles():
-            where = (chunk, segment, cols)
-            tile = work.scores(*where, out=first)
-            state = merge(state, work.moments(tile, 1, where, shaped(second, chunk, cols)))
-            if columns is not None and segment is work.key:
-                tile = work.column_logits(tile, chunk, cols)
-                part = work.moments(tile, 0, where, shaped(second, chunk, cols))
-                for whole, merged in zip(columns, merge(tuple(x[cols] for x in columns), part), strict=True):
-                    whole[cols] = merged
+        state = None
+        for tile in work.tiles(chunk):
+            scores, scratch = tile.scores(first), tile.shaped(second)
+            both = problem.columns and tile.segment is work.key
+            shared = both and len(work.inv_t) == 1
+            row, *column = work.moments(scores, tile, [1, 0] if shared else [1], scratch)
+            if both and not shared:
+                column = work.moments(work.column_scores(scores, tile), tile, [0], scratch)
+            state = merge(state, row)
+            if column:
+                columns[tile.cols.start] = merge(columns[tile.cols.start], column[0])
         pos[chunk.rows] = work.positives(chunk)
-        neg[chunk.rows], mean[chunk.rows] = finish(state)
-    if columns is None:
+        neg[chunk.rows], mean[chunk.rows] = finish(state, neg[chunk.rows])
+    if not problem.columns:
         return Statistics(pos, neg, mean)
-    return Statistics(pos, neg, mean, *finish(columns))
+    merged = [state for state in columns.values() if state is not None]
+    whole = tuple(torch.cat(parts) for parts in zip(*merged, strict=True)) if merged else None
+    return Statistics(pos, neg, mean, *finish(whole, neg))
 
 
 def gradients(
     problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
     work = Work(problem, plan, dtypes)
-    first, second = work.buffer(), work.buffer()
+    first, second = work.buffers(2)
     grad_query = torch.empty_like(problem.query, dtype=dtypes[0]) if dtypes[0] else None
-    neg = shift_of(statistics.neg)
-    column_neg = None if statistics.column_neg is None else shift_of(statistics.column_neg)
+    shift, u = shift_of(statistics.neg * LOG2E), upstream.neg * work.inv_t
+    column_shift, column_u = shift, u  # of no use without columns
+    if statistics.column_neg is not None and upstream.column_neg is not None:
+        column_shift, column_u = shift_of(statistics.column_neg * LOG2E), upstream.column_neg * work.inv_t
+    # 2^(s - shift) u + 2^(s - shift') u' = 2^s (factor + factor')
+    one_exponential = not work.shift and len(work.inv_t) == 1
+    factor, column_factor = u * torch.exp2(-shift), column_u * torch.exp2(-column_shift)
     for chunk in work.chunks():
+        rows = chunk.rows
         grad = torch.zeros_like(chunk.queries.unit) if grad_query is not None else None
-        for segment, cols in work.tiles():
-            where = (chunk, segment, cols)
-            tile = work.scores(*where, out=first)
-            work.exclude(tile, -torch.inf, *where)
-            w = torch.sub(tile, neg[chunk.rows, None], out=shaped(second, chunk, cols)).exp2_()
-            w.mul_(upstream.neg[chunk.rows, None] * chunk.inv_t)
-            if column_neg is not None and upstream.column_neg is not None and segment is work.key:
-                t = problem.temperature if len(problem.temperature) == 1 else problem.temperature[cols]
-                e = work.column_logits(tile, chunk, cols).sub_(column_neg[cols]).exp2_()
-                w.addcmul_(e, (upstream.column_neg[cols] / t))
-            segment.add_gradients(w, chunk.queries.unit, chunk.rows, cols, grad)
-        work.add_positives(chunk, upstream.pos[chunk.rows], grad)
+        for tile in work.tiles(chunk):
+            scores, w = tile.scores(first), tile.shaped(second)
+            tile.exclude(scores, -torch.inf)
+            both = problem.columns and tile.segment is work.key
+            if both and one_exponential:
+                torch.add(factor[rows, None], column_factor[tile.cols], out=w).mul_(scores.exp2_())
+            else:
+                torch.sub(scores, shift[rows, None], out=w).exp2_().mul_(u[rows, None])
+                if both:
+                    e = work.column_scores(scores, tile).sub_(column_shift[tile.cols]).exp2_()
+                    w.addcmul_(e, column_u[tile.cols])
+            tile.add_gradients(w, grad)
+        work.add_positives(chunk, upstream.pos[rows], grad)
         if grad_query is not None and grad is not None:
-            grad_query[chunk.rows] = chunk.queries.finish(grad)
+            grad_query[rows] = chunk.queries.finish(grad)
     return [grad_query, *work.finish(dtypes)]
-
-
-class OnePass(NamedTuple):
-    """A reduced loss and its gradients: inputs' aligned with `Problem.inputs`, temperature's one a row."""
-
-    loss: Tensor
-    inputs: list[Tensor | None]
-    temperature: Tensor
 
 
 def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
     """`sum_i weight_i loss_i` and its gradients, in the accumulator dtype, from one product of the scores.
 
     A chunk of rows sees every column, so its statistics, and with them its coefficients, are final at once.
-    wanted: of each input, then of the temperature.
+    weight: (1,) or (N,); a row of weight 0 counts for nothing. wanted: of each input, then of the temperature.
     """
     loss_of, slope_of = LOSSES[kind]
     work = Work(problem, plan, [problem.acc_dtype if w else None for w in wanted[:-1]])
-    tiles = list(work.tiles())
-    buffers = [work.buffer(cols.stop - cols.start) for _, cols in tiles]
-    loss, dt = torch.empty_like(weight), torch.zeros_like(weight)
+    buffers = [work.buffer(cols.stop - cols.start) for _, cols in work.columns]
+    losses, dt = [], torch.empty(work.n, dtype=work.acc, device=work.device) if wanted[-1] else None
     grad_query = torch.empty_like(problem.query, dtype=work.acc) if wanted[0] else None
     for chunk in work.chunks():
-        state, shifts, exponentials = empty_state(loss[chunk.rows], 1), [], []
-        for (segment, cols), buffer in zip(tiles, buffers, strict=True):
-            tile = work.scores(chunk, segment, cols, out=buffer)
-            # unit rows cannot give -inf; a raw row's must not pass for a probability of 0
-            poison = 0 if problem.normalize else torch.where(tile.amin(1) == -torch.inf, torch.nan, 0)
-            part = work.exponentials(tile, 1, (chunk, segment, cols), out=tile)
-            state = merge(state, (part[0], part[1] + poison))
-            shifts.append(part[0])
-            exponentials.append(tile)
+        state, parts = None, []
+        for tile, buffer in zip(work.tiles(chunk), buffers, strict=True):
+            scores = tile.scores(buffer)
+            lost = None if problem.normalize else scores.amin(1) == -torch.inf
+            part = work.exponentials(scores, tile, 1, out=scores)
+            if lost is not None:  # unit rows cannot give -inf; a raw row's must not pass for a probability of 0
+                part = part[0], part[1].masked_fill(lost, torch.nan)
+            state = merge(state, part)
+            parts.append((tile, scores, part[0]))
 
-        w = weight[chunk.rows]
-        x = log_sum(state) - work.positives(chunk)
-        loss[chunk.rows] = torch.where(w == 0, 0, w * loss_of(x))
-        u = torch.where(w == 0, 0, w * slope_of(x))
-        coefficient, shift = u * chunk.inv_t[:, 0], shift_of(log_sum(state))
-
+        w, neg = work.per_row(weight, chunk.rows), log_sum(state)
+        x = neg * LN2 - work.positives(chunk)
+        loss, u = w * loss_of(x), w * slope_of(x)
+        if len(weight) > 1:
+            loss, u = (y.masked_fill(w == 0, 0) for y in (loss, u))
+        losses.append(loss)
+        coefficient, shift = u * chunk.inv_t, shift_of(neg)
         grad = torch.zeros_like(chunk.queries.unit) if wanted[0] or wanted[-1] else None
-        for (segment, cols), e, m in zip(tiles, exponentials, shifts, strict=True):
-            e.mul_((coefficient * torch.exp2(m - shift))[:, None])
-            segment.add_gradients(e, chunk.queries.unit, chunk.rows, cols, grad)
+        for tile, e, m in parts:
+            tile.add_gradients(e.mul_((coefficient * torch.exp2(m - shift))[:, None]), grad)
         work.add_positives(chunk, -u, grad)
-        if grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i
-            dt[chunk.rows] = -torch.linalg.vecdot(grad, chunk.queries.unit) * chunk.inv_t[:, 0]
+        if dt is not None and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i
+            dt[chunk.rows] = (grad * chunk.queries.unit).sum(1) * -chunk.inv_t
         if grad_query is not None and grad is not None:
             grad_query[chunk.rows] = chunk.queries.finish(grad)
-    return OnePass(loss.sum(), [grad_query, *work.finish([work.acc] * len(problem.inputs))], dt)
+    return OnePass(torch.cat(losses).sum(), [grad_query, *work.finish([work.acc] * len(problem.inputs))], dt)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend_torch
+from . import ops
 from .plan import Plan, choose
-from .problem import Problem, Statistics, Upstream, accumulator
+from .problem import OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
 
 
@@ -50,14 +49,6 @@ def resolve(backend: str, tensor: Tensor) -> str:
     if backend == "triton" and (why := unavailable(tensor)) is not None:
         raise RuntimeError(f"backend='triton' cannot run here: {why}")
     return backend
-
-
-def _module(backend: str) -> ModuleType:
-    if backend == "triton":
-        from . import backend_triton
-
-        return backend_triton
-    return backend_torch
 
 
 def compute_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -121,7 +112,7 @@ class _Statistics(torch.autograd.Function):
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)]
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            statistics = _module(backend).statistics(problem, plan)
+            statistics = run_statistics(backend, problem, plan)
         ctx.plan, ctx.backend = plan, backend
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
         ctx.save_for_backward(*problem.tensors(), *statistics)
@@ -137,7 +128,7 @@ class _Statistics(torch.autograd.Function):
         u, v = u.contiguous(), v.contiguous()
         column_u = None if column_neg is None else columns[0].contiguous()
         with torch.autocast(problem.query.device.type, enabled=False):
-            grads = _module(ctx.backend).gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
+            grads = run_gradients(ctx.backend, problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
         dt = None
         if ctx.needs_input_grad[3]:
             total = u * mean + v * pos if column_u is None else u * mean + v * pos + column_u * column_mean
@@ -150,14 +141,21 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, plan: Plan, kind: str, weight: Tensor, temperature: Tensor, *inputs: Tensor
+        ctx: Any,
+        problem: Problem,
+        plan: Plan,
+        backend: str,
+        kind: str,
+        weight: Tensor,
+        temperature: Tensor,
+        *inputs: Tensor,
     ) -> Tensor:
-        wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[4]]
+        wanted = [*ctx.needs_input_grad[6:], ctx.needs_input_grad[5]]
         ctx.dtypes = [x.dtype for x in inputs]
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            result = backend_torch.onepass(problem, plan, kind, weight, wanted)
-        dt = _reduce_like(result.temperature, temperature) if wanted[-1] else None
+            result = run_onepass(backend, problem, plan, kind, weight, wanted)
+        dt = None if result.temperature is None else _reduce_like(result.temperature, temperature)
         ctx.save_for_backward(dt, *_unscale(problem, result.inputs))
         return result.loss
 
@@ -166,7 +164,33 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         dt, *grads = ctx.saved_tensors
         scaled = [None if g is None else (g * upstream).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, None if dt is None else dt * upstream, *scaled
+        return None, None, None, None, None, None if dt is None else dt * upstream, *scaled
+
+
+def run_statistics(backend: str, problem: Problem, plan: Plan) -> Statistics:
+    if not torch.compiler.is_compiling():
+        return ops.module(backend).statistics(problem, plan)
+    present = [True] * 3 + [problem.columns] * 2
+    return Statistics(*ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan), backend), present))
+
+
+def run_gradients(
+    backend: str, problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[Any]
+) -> list[Tensor | None]:
+    if not torch.compiler.is_compiling():
+        return ops.module(backend).gradients(problem, plan, statistics, upstream, dtypes)
+    codes = [ops.DTYPES.index(dtype) for dtype in dtypes]
+    flat = ops.flatten(problem, plan)
+    return ops.none_if_empty(ops.gradients(*flat, backend, list(statistics), list(upstream), codes), codes)
+
+
+def run_onepass(
+    backend: str, problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]
+) -> OnePass:
+    if not torch.compiler.is_compiling():
+        return ops.module(backend).onepass(problem, plan, kind, weight, wanted)
+    loss, dt, *grads = ops.onepass(*ops.flatten(problem, plan), backend, kind, weight, wanted)
+    return OnePass(loss, ops.none_if_empty(grads, wanted[:-1]), dt if wanted[-1] else None)
 
 
 def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
@@ -181,10 +205,13 @@ def statistics(problem: Problem, options: Options) -> Statistics:
 
 
 def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) -> Tensor:
-    """`sum_i weight_i loss_i` of a row loss in `row_loss.LOSSES`; a row of weight 0 counts for nothing."""
+    """`sum_i weight_i loss_i` of a row loss in `row_loss.LOSSES`; weight (1,) or (N,), and a row of weight 0 counts for
+    nothing."""
     plan = make_plan(problem, options, reduced=True)
     if plan.name == "onepass":
-        return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *problem.inputs)
+        backend = resolve(options.backend, problem.query)
+        return _OnePass.apply(problem, plan, backend, kind, weight, problem.temperature, *problem.inputs)
     loss_of, _ = LOSSES[kind]
     stats = statistics(problem, options)
-    return torch.where(weight == 0, 0, weight * loss_of(stats.neg - stats.pos)).sum()
+    rows = weight * loss_of(stats.neg - stats.pos)
+    return (rows if len(weight) == 1 else torch.where(weight == 0, 0, rows)).sum()

@@ -101,17 +101,28 @@ def info_nce(
         columns=symmetric and in_batch,
         normalize=normalize,
     )
-    valid = t.new_ones(n) if index is None else (index != -1).to(t.dtype)
     if reduction == "none":
         rows = _row_losses(problem, options, symmetric)
-        return rows if index is None else torch.where(valid == 0, 0, rows)
-    count = valid.sum()
-    weight = valid if reduction == "sum" else valid / count.clamp_min(1)
-    if symmetric:  # hence without a target
+        return rows if index is None else torch.where(index == -1, 0, rows)
+    weight, empty = _weights(problem, reduction)
+    if symmetric:  # hence without a target: no row is ignored
         loss = (weight * _row_losses(problem, options, symmetric)).sum()
     else:
         loss = contrast.reduced_loss(problem, options, "infonce", weight)
-    return loss if reduction == "sum" else torch.where(count == 0, torch.nan, loss)
+    return loss if empty is None else torch.where(empty, torch.nan, loss)
+
+
+def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """What each row's loss is multiplied by, (1,) or (N,); and where rows may be none, whether a mean has no rows."""
+    one, n = problem.temperature.new_ones(1), len(problem.query)
+    if problem.target is None:
+        mean = reduction == "mean"
+        return one / max(n, 1) if mean else one, one[0] > 0 if mean and n == 0 else None
+    valid = (problem.target != -1).to(one.dtype)
+    if reduction == "sum":
+        return valid, None
+    count = valid.sum()
+    return valid / count.clamp_min(1), count == 0
 
 
 def _row_losses(problem: Problem, options: Options, symmetric: bool) -> Tensor:

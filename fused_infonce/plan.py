@@ -55,6 +55,7 @@ def choose(
     reduced: whether the loss is a weighted sum of row losses known in closed form
     """
     limit = limit or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
+    empty = n == 0 or m == 0
     n, m = max(n, 1), max(m, 1)
     if backend == "triton":
         cols = min(m, max(limit // (itemsize * min(n, WORKSPACE_ROWS)), 1))
@@ -66,7 +67,7 @@ def choose(
         return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
 
     chunk = limit // (acc_itemsize * m)  # rows whose scores against every column fit the limit
-    if gradients and reduced and not columns and chunk >= min(n, ONEPASS_ROWS):
+    if gradients and reduced and not columns and not empty and chunk >= min(n, ONEPASS_ROWS):
         cols = min(m, CPU_COLUMNS) if device == "cpu" else m
         return Plan("onepass", min(n, chunk, ROWS), cols, limit, 6, "a chunk of rows sees every column at once")
     rows = min(n, ROWS, max(limit // (4 * acc_itemsize), 1))

@@ -4,6 +4,7 @@ A backend is a module with these functions (`backend_torch`, `backend_triton`):
 
     statistics(problem, plan) -> Statistics
     gradients(problem, plan, statistics, upstream, dtypes) -> list[Tensor | None]
+    onepass(problem, plan, kind, weight, wanted) -> OnePass, where `plan.choose` may return that plan
 
 `dtypes` is aligned with `problem.inputs`: the dtype in which that input's gradient is returned, or
 None where it is not needed and its work is skipped. The list returned is aligned with it.
@@ -12,7 +13,7 @@ None where it is not needed and its work is skipped. The list returned is aligne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -66,21 +67,28 @@ class Problem:
         return [*flat, *(self.scales or [None] * len(self.inputs))]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
-        """The same problem over other tensors, which are kept no longer than it is."""
-        extra = len(self.negatives)
+        """The same problem over other tensors."""
+        return Problem.of(tensors, self.in_batch, self.columns, self.normalize)
+
+    @staticmethod
+    def of(tensors: Sequence[Any], in_batch: bool, columns: bool, normalize: bool) -> Problem:
+        """From what `tensors` returns: 8 of a query and a key, 3 more with each set of negatives."""
+        extra = (len(tensors) - 8) // 3
         query, key, *rest = tensors
         temperature, target, row_ids, key_ids = rest[extra : extra + 4]
         scales = tuple(rest[2 * extra + 4 :])
-        return replace(
-            self,
+        return Problem(
             query=query,
             key=key,
-            negatives=tuple(rest[:extra]),
             temperature=temperature,
             target=target,
+            negatives=tuple(rest[:extra]),
             row_ids=row_ids,
             key_ids=key_ids,
             negative_ids=tuple(rest[extra + 4 : 2 * extra + 4]),
+            in_batch=in_batch,
+            columns=columns,
+            normalize=normalize,
             scales=() if all(scale is None for scale in scales) else scales,
         )
 
@@ -110,6 +118,14 @@ class Upstream(NamedTuple):
     neg: Tensor
     pos: Tensor
     column_neg: Tensor | None = None
+
+
+class OnePass(NamedTuple):
+    """A reduced loss and its gradients: inputs' aligned with `Problem.inputs`, temperature's one a row."""
+
+    loss: Tensor
+    inputs: list[Tensor | None]
+    temperature: Tensor | None
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def infonce(x: Tensor) -> Tensor:
-    """`-log(exp(pos) / (exp(pos) + exp(neg))) = log(1 + exp(x))`: exact at both ends, where `lse - pos` is not."""
-    return -F.logsigmoid(-x)
+    """`-log(exp(pos) / (exp(pos) + exp(neg))) = log(1 + exp(x))`: exact at both ends, where `lse - pos` is not.
+
+    Above the threshold it is x itself, there to the last bit even in float64.
+    """
+    return F.softplus(x, threshold=80)
 
 
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {

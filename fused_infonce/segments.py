@@ -6,8 +6,6 @@ x (R, D) are a chunk's queries, y the keys, W (R, T) the coefficients of `backen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -15,25 +13,26 @@ from .problem import EPS, KEY, Problem
 
 
 class Rows:
-    """`unit = a x` and the factor `inv` that a gradient with respect to x carries: a, or 0 for a zero row."""
+    """`unit = inv x`; a gradient with respect to x carries inv too, or 0 for a zero row."""
 
     def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype):
         self.normalize = normalize
-        x = x.to(acc)
+        x = x if x.dtype == acc else x.to(acc)
+        self.inv: Tensor | None = None
         if normalize:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            self.unit = x / norm.clamp_min(EPS)
-            self.inv: Tensor | None = torch.where(norm > EPS, 1 / norm, 0)
-        else:
-            self.inv = None if scale is None else scale.to(acc)[..., None]
-            self.unit = x if self.inv is None else x * self.inv
+            self.inv = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS).reciprocal_()
+        elif scale is not None:
+            self.inv = scale.to(acc)[..., None]
+        self.unit = x if self.inv is None else x * self.inv
 
     def finish(self, grad: Tensor) -> Tensor:
         """From the gradient of the unit rows to that of x, in place: `inv (g - (g . unit) unit)`."""
-        if self.normalize:
-            radial = torch.linalg.vecdot(grad, self.unit).unsqueeze(-1)
-            grad.addcmul_(self.unit, radial, value=-1)
-        return grad if self.inv is None else grad.mul_(self.inv)
+        if self.inv is None:
+            return grad
+        if not self.normalize:
+            return grad.mul_(self.inv)
+        grad.addcmul_(self.unit, (grad * self.unit).sum(-1, keepdim=True), value=-1)
+        return grad.mul_(self.inv.masked_fill(self.inv >= 1 / EPS, 0))
 
 
 class SharedKeys:
@@ -44,9 +43,9 @@ class SharedKeys:
         self.rows = Rows(problem.inputs[index], problem.normalize, problem.scale(index), problem.acc_dtype)
         self.grad = torch.zeros_like(self.rows.unit) if wanted else None
 
-    def tiles(self) -> Iterator[slice]:
+    def tiles(self) -> list[slice]:
         m = len(self.rows.unit)
-        return (slice(c, min(c + self.step, m)) for c in range(0, m, self.step))
+        return [slice(c, min(c + self.step, m)) for c in range(0, m, self.step)]
 
     def longest(self) -> float:
         return 1.0 if self.rows.normalize else longest_row(self.rows.unit)
@@ -89,25 +88,27 @@ class RowKeys:
         self.block = max(1, limit // max(4 * h * d * problem.acc_dtype.itemsize, 1))
         self.grad = torch.empty(self.keys.shape, dtype=dtype, device=self.keys.device) if dtype else None
 
-    def tiles(self) -> Iterator[slice]:
+    def tiles(self) -> list[slice]:
         h = self.keys.shape[1]
-        return iter([slice(0, h)] if h else [])
+        return [slice(0, h)] if h else []
 
     def longest(self) -> float:
         return 1.0 if self.problem.normalize else longest_row(self.keys.to(self.problem.acc_dtype))
 
-    def blocks(self, rows: slice) -> Iterator[tuple[slice, slice, Rows]]:
-        """(rows of the chunk, rows of the problem, their keys)."""
-        for start in range(rows.start, rows.stop, self.block):
-            part = slice(start, min(start + self.block, rows.stop))
-            local = slice(part.start - rows.start, part.stop - rows.start)
-            scale = self.problem.scale(self.index)
-            scale = None if scale is None else scale[part]
-            yield local, part, Rows(self.keys[part], self.problem.normalize, scale, self.problem.acc_dtype)
+    def blocks(self, rows: slice) -> list[tuple[slice, slice]]:
+        """(rows of the chunk, rows of the problem)."""
+        starts = range(rows.start, rows.stop, self.block)
+        parts = [slice(start, min(start + self.block, rows.stop)) for start in starts]
+        return [(slice(part.start - rows.start, part.stop - rows.start), part) for part in parts]
+
+    def unit(self, part: slice) -> Rows:
+        scale = self.problem.scale(self.index)
+        scale = None if scale is None else scale[part]
+        return Rows(self.keys[part], self.problem.normalize, scale, self.problem.acc_dtype)
 
     def scores(self, x: Tensor, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        for local, _, keys in self.blocks(rows):
-            out[local] = torch.bmm(keys.unit, x[local, :, None])[..., 0]
+        for local, part in self.blocks(rows):
+            out[local] = torch.bmm(self.unit(part).unit, x[local, :, None])[..., 0]
         return out
 
     def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
@@ -116,7 +117,8 @@ class RowKeys:
             tile.masked_fill_(row_ids[rows, None] == ids[rows], value)
 
     def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
-        for local, part, keys in self.blocks(rows):
+        for local, part in self.blocks(rows):
+            keys = self.unit(part)
             if grad_x is not None:
                 grad_x[local] += torch.bmm(w[local, None], keys.unit)[:, 0]
             if self.grad is not None:

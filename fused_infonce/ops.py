@@ -1,0 +1,140 @@
+"""The backends as PyTorch operators: what `torch.compile` records in place of looking inside.
+
+Outside a compiled function `contrast` calls the backends themselves, which costs less. An operator takes flat
+arguments; `flatten` makes them, and an absent result is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+from .problem import Problem, Statistics, Upstream, accumulator
+
+DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def module(backend: str) -> ModuleType:
+    return import_module(f".backend_{backend}", __package__)
+
+
+def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
+    flags = [problem.in_batch, problem.columns, problem.normalize]
+    return problem.tensors(), flags, plan.name, [plan.rows, plan.cols, plan.limit]
+
+
+def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem:
+    return Problem.of(tensors, *flags)
+
+
+def _plan(name: str, sizes: Sequence[int]) -> Plan:
+    return Plan(name, *sizes, flops=0, reason="")
+
+
+def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
+
+
+def none_if_empty(tensors: Sequence[Tensor], present: Sequence[object]) -> list[Tensor | None]:
+    return [tensor if there else None for tensor, there in zip(tensors, present, strict=True)]
+
+
+@torch.library.custom_op("fused_infonce::statistics", mutates_args=())
+def statistics(
+    tensors: Sequence[Tensor | None], flags: Sequence[bool], plan: str, sizes: Sequence[int], backend: str
+) -> list[Tensor]:
+    problem = _problem(tensors, flags)
+    return _or_empty(module(backend).statistics(problem, _plan(plan, sizes)), problem.temperature)
+
+
+@statistics.register_fake
+def _(
+    tensors: Sequence[Tensor | None], flags: Sequence[bool], plan: str, sizes: Sequence[int], backend: str
+) -> list[Tensor]:
+    problem = _problem(tensors, flags)
+    rows = [problem.temperature.new_empty(problem.query.shape[0]) for _ in range(5 if problem.columns else 3)]
+    return _or_empty([*rows, *([] if problem.columns else [None, None])], problem.temperature)
+
+
+@torch.library.custom_op("fused_infonce::gradients", mutates_args=())
+def gradients(
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    plan: str,
+    sizes: Sequence[int],
+    backend: str,
+    stats: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    dtypes: Sequence[int],
+) -> list[Tensor]:
+    problem = _problem(tensors, flags)
+    wanted = [DTYPES[i] for i in dtypes]
+    grads = module(backend).gradients(
+        problem,
+        _plan(plan, sizes),
+        Statistics(*stats),
+        Upstream(*upstream),
+        wanted,  # type: ignore[arg-type]
+    )
+    return _or_empty(grads, problem.temperature)
+
+
+@gradients.register_fake
+def _(
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    plan: str,
+    sizes: Sequence[int],
+    backend: str,
+    stats: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    dtypes: Sequence[int],
+) -> list[Tensor]:
+    problem = _problem(tensors, flags)
+    return _like_inputs(problem, [DTYPES[i] for i in dtypes])
+
+
+@torch.library.custom_op("fused_infonce::onepass", mutates_args=())
+def onepass(
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    plan: str,
+    sizes: Sequence[int],
+    backend: str,
+    kind: str,
+    weight: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    problem = _problem(tensors, flags)
+    result = module(backend).onepass(problem, _plan(plan, sizes), kind, weight, wanted)
+    return _or_empty([result.loss, result.temperature, *result.inputs], problem.temperature)
+
+
+@onepass.register_fake
+def _(
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    plan: str,
+    sizes: Sequence[int],
+    backend: str,
+    kind: str,
+    weight: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    problem = _problem(tensors, flags)
+    acc, t = accumulator(problem.query.dtype), problem.temperature
+    grads = _like_inputs(problem, [acc if w else None for w in wanted[:-1]])
+    return [t.new_empty(()), t.new_empty(problem.query.shape[0] if wanted[-1] else 0), *grads]
+
+
+def _like_inputs(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:
+    return [
+        problem.temperature.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
+        for x, dtype in zip(problem.inputs, dtypes, strict=True)
+    ]

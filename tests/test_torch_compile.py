@@ -1,0 +1,83 @@
+"""`torch.compile(fullgraph=True)`: same values and gradients as eager, through operators that pass `opcheck`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_infonce import FusedInfoNCELoss, contrast, info_nce, ops
+from fused_infonce.contrast import Options
+from fused_infonce.problem import Problem
+
+N, D, H = 33, 16, 3
+
+
+def embeddings(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+OPTIONS = {
+    "default": {},
+    "symmetric": {"symmetric": True},
+    "rows": {"reduction": "none"},
+    "paired": {"negative_mode": "paired", "in_batch_negatives": True},
+    "ids": {"key_ids": torch.arange(N) % 7},
+    "target": {"target": torch.arange(N).flip(0)},
+    "per row": {"temperature": torch.linspace(0.05, 0.2, N)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_compiled_equals_eager(name: str, backend: str) -> None:
+    options = {"temperature": 0.07, "backend": backend, **OPTIONS[name]}
+    inputs = [embeddings(N, D), embeddings(N, D)]
+    if options.get("negative_mode"):
+        inputs.append(embeddings(N, H, D))
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        return info_nce(*tensors, **options)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(*inputs)
+        results.append((value, *torch.autograd.grad(value.sum(), inputs)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_learnable_temperature_and_changing_sizes() -> None:
+    torch._dynamo.reset()
+    loss = FusedInfoNCELoss(0.05, learnable_temperature=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (8, 24, 40):
+        query, key = embeddings(n, D), embeddings(n, D)
+        expected = torch.autograd.grad(loss(query, key), (query, loss.logit_scale))
+        actual = torch.autograd.grad(compiled(query, key), (query, loss.logit_scale))
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_operators_pass_opcheck(columns: bool) -> None:
+    problem = Problem(
+        torch.randn(N, D),
+        torch.randn(N, D),
+        torch.tensor([0.1]),
+        negatives=(torch.randn(5, D), torch.randn(N, H, D)),
+        negative_ids=(None, None),
+        columns=columns,
+    )
+    plan = contrast.make_plan(problem, Options("torch"), reduced=False)
+    flat = ops.flatten(problem, plan)
+    torch.library.opcheck(ops.statistics, (*flat, "torch"))
+    stats = ops.statistics(*flat, "torch")
+    upstream = [torch.randn(N), torch.randn(N), torch.randn(N) if columns else None]
+    present = ops.none_if_empty(stats, [True] * 3 + [columns] * 2)
+    codes = [ops.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
+    torch.library.opcheck(ops.gradients, (*flat, "torch", present, upstream, codes))
+    if not columns:
+        weight = torch.full((1,), 1 / N)
+        wanted = [True, False, True, True, True]
+        torch.library.opcheck(ops.onepass, (*flat, "torch", "infonce", weight, wanted))
