@@ -80,6 +80,7 @@ class Work:
         self.columns = [(segment, cols) for segment in self.segments for cols in segment.tiles()]
         self.inv_t = problem.temperature.reciprocal()
         self.shift = not self._fits_without_shift()
+        self.triangular = plan.name == "triangular"
 
     def _fits_without_shift(self) -> bool:
         """Whether exp2 of every logit fits the accumulator as it is: a bound that only a CPU reads for free."""
@@ -104,7 +105,16 @@ class Work:
             yield Chunk(rows, queries, scaled, self.per_row(self.inv_t, rows))
 
     def tiles(self, chunk: Chunk) -> Iterator[Tile]:
-        return (Tile(chunk, segment, cols) for segment, cols in self.columns)
+        tiles = (Tile(chunk, segment, cols) for segment, cols in self.columns)
+        if not self.triangular:
+            return tiles
+        return (tile for tile in tiles if tile.segment is not self.key or tile.cols.start >= chunk.rows.start)
+
+    def two_way(self, tile: Tile) -> bool:
+        """Whether the tile serves its columns too: asked for, or because it stands for its transpose as well."""
+        if tile.segment is not self.key:
+            return False
+        return tile.cols.start > tile.chunk.rows.start if self.triangular else self.problem.columns
 
     def buffers(self, count: int) -> list[Tensor]:
         """Flat buffers, each for any tile."""
@@ -177,8 +187,8 @@ class Work:
             self.key.grad.index_put_((index,), chunk.queries.unit * w, accumulate=True)
 
     def finish(self, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-        """The gradients of the keys and negatives; `dtypes` of all inputs."""
-        return [segment.finish(dtype) for segment, dtype in zip([self.key, *self.negatives], dtypes[1:], strict=True)]
+        """The gradients of the keys and negatives in `dtypes`."""
+        return [segment.finish(dtype) for segment, dtype in zip([self.key, *self.negatives], dtypes, strict=True)]
 
 
 def finite(m: Tensor) -> Tensor:
@@ -216,15 +226,15 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
     work = Work(problem, plan, [None] * len(problem.inputs))
     first, second = work.buffers(2)
     pos, neg, mean = (torch.empty(work.n, dtype=work.acc, device=work.device) for _ in range(3))
-    columns: dict[int, State | None] = {cols.start: None for cols in work.key.tiles()} if problem.columns else {}
+    columns: dict[int, State | None] = {cols.start: None for cols in work.key.tiles()}
     for chunk in work.chunks():
-        state = None
+        state = columns[chunk.rows.start] if work.triangular else None
         for tile in work.tiles(chunk):
             scores, scratch = tile.scores(first), tile.shaped(second)
-            both = problem.columns and tile.segment is work.key
-            shared = both and len(work.inv_t) == 1
+            two_way = work.two_way(tile)
+            shared = two_way and len(work.inv_t) == 1
             row, *column = work.moments(scores, tile, [1, 0] if shared else [1], scratch)
-            if both and not shared:
+            if two_way and not shared:
                 column = work.moments(work.column_scores(scores, tile), tile, [0], scratch)
             state = merge(state, row)
             if column:
@@ -241,11 +251,12 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
 def gradients(
     problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
-    work = Work(problem, plan, dtypes)
+    triangular = plan.name == "triangular"  # then both sides' gradients are one, in the accumulator of the keys
+    work = Work(problem, plan, [None, dtypes[0], *dtypes[2:]] if triangular else dtypes)
     first, second = work.buffers(2)
-    grad_query = torch.empty_like(problem.query, dtype=dtypes[0]) if dtypes[0] else None
+    grad_query = torch.empty_like(problem.query, dtype=dtypes[0]) if dtypes[0] and not triangular else None
     shift, u = shift_of(statistics.neg * LOG2E), upstream.neg * work.inv_t
-    column_shift, column_u = shift, u  # of no use without columns
+    column_shift, column_u = shift, u  # where columns are rows too; else unused
     if statistics.column_neg is not None and upstream.column_neg is not None:
         column_shift, column_u = shift_of(statistics.column_neg * LOG2E), upstream.column_neg * work.inv_t
     # 2^(s - shift) u + 2^(s - shift') u' = 2^s (factor + factor')
@@ -254,22 +265,27 @@ def gradients(
     for chunk in work.chunks():
         rows = chunk.rows
         grad = torch.zeros_like(chunk.queries.unit) if grad_query is not None else None
+        if triangular and work.key.grad is not None:
+            grad = work.key.grad[rows]
         for tile in work.tiles(chunk):
             scores, w = tile.scores(first), tile.shaped(second)
             tile.exclude(scores, -torch.inf)
-            both = problem.columns and tile.segment is work.key
-            if both and one_exponential:
+            two_way = work.two_way(tile)
+            if two_way and one_exponential:
                 torch.add(factor[rows, None], column_factor[tile.cols], out=w).mul_(scores.exp2_())
             else:
                 torch.sub(scores, shift[rows, None], out=w).exp2_().mul_(u[rows, None])
-                if both:
+                if two_way:
                     e = work.column_scores(scores, tile).sub_(column_shift[tile.cols]).exp2_()
                     w.addcmul_(e, column_u[tile.cols])
             tile.add_gradients(w, grad)
         work.add_positives(chunk, upstream.pos[rows], grad)
         if grad_query is not None and grad is not None:
             grad_query[rows] = chunk.queries.finish(grad)
-    return [grad_query, *work.finish(dtypes)]
+    if triangular:
+        grad_key, *rest = work.finish([dtypes[0], *dtypes[2:]])
+        return [grad_key, None, *rest]
+    return [grad_query, *work.finish(dtypes[1:])]
 
 
 def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
@@ -309,4 +325,4 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
             dt[chunk.rows] = (grad * chunk.queries.unit).sum(1) * -chunk.inv_t
         if grad_query is not None and grad is not None:
             grad_query[chunk.rows] = chunk.queries.finish(grad)
-    return OnePass(torch.cat(losses).sum(), [grad_query, *work.finish([work.acc] * len(problem.inputs))], dt)
+    return OnePass(torch.cat(losses).sum(), [grad_query, *work.finish([work.acc] * (len(problem.inputs) - 1))], dt)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .plan import Plan, choose
-from .problem import OnePass, Problem, Statistics, Upstream, accumulator
+from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
 
 
@@ -74,6 +74,7 @@ def make_plan(problem: Problem, options: Options, reduced: bool) -> Plan:
         acc_itemsize=accumulator(dtype).itemsize,
         gradients=torch.is_grad_enabled() and any(x.requires_grad for x in (*problem.inputs, problem.temperature)),
         columns=problem.columns,
+        self_similar=problem.self_similar,
         reduced=reduced,
         limit=options.workspace_limit,
     )
@@ -110,6 +111,8 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, plan: Plan, backend: str, temperature: Tensor, *inputs: Tensor) -> Any:
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)]
+        if plan.name == "triangular":  # the query's gradient is that of both sides
+            ctx.dtypes[KEY] = None
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
             statistics = run_statistics(backend, problem, plan)

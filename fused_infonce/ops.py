@@ -25,8 +25,7 @@ def module(backend: str) -> ModuleType:
 
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
-    flags = [problem.in_batch, problem.columns, problem.normalize]
-    return problem.tensors(), flags, plan.name, [plan.rows, plan.cols, plan.limit]
+    return problem.tensors(), problem.flags, plan.name, [plan.rows, plan.cols, plan.limit]
 
 
 def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem:

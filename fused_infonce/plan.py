@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -10,6 +11,7 @@ OTHER_LIMIT = 256 * MIB
 ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at its full rate
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
 CPU_COLUMNS = 2048  # 1024 x 2048 fp32 is 8 MiB: the elementwise passes stay in the last-level cache
+TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
 STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
 WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
@@ -45,6 +47,7 @@ def choose(
     acc_itemsize: int,
     gradients: bool,
     columns: bool,
+    self_similar: bool,
     reduced: bool,
     limit: int | None = None,
 ) -> Plan:
@@ -66,6 +69,9 @@ def choose(
             return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
         return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
 
+    if self_similar and n > TRIANGULAR_ROWS:
+        side = min(TRIANGULAR_ROWS, max(math.isqrt(limit // (4 * acc_itemsize)), 1))
+        return Plan("triangular", side, side, limit, 4 if gradients else 1, "the scores are symmetric: half of them do")
     chunk = limit // (acc_itemsize * m)  # rows whose scores against every column fit the limit
     if gradients and reduced and not columns and not empty and chunk >= min(n, ONEPASS_ROWS):
         cols = min(m, CPU_COLUMNS) if device == "cpu" else m

@@ -4,6 +4,7 @@ A backend is a module with these functions (`backend_torch`, `backend_triton`):
 
     statistics(problem, plan) -> Statistics
     gradients(problem, plan, statistics, upstream, dtypes) -> list[Tensor | None]
+        with the plan "triangular" the gradient of both sides is the query's, and the key's is None
     onepass(problem, plan, kind, weight, wanted) -> OnePass, where `plan.choose` may return that plan
 
 `dtypes` is aligned with `problem.inputs`: the dtype in which that input's gradient is returned, or
@@ -43,6 +44,7 @@ class Problem:
     in_batch: bool = True  # the keys that are not the row's target are its negatives
     columns: bool = False  # also the statistics of key j against all queries; needs target None, N == M
     normalize: bool = True
+    self_similar: bool = False  # key is query, and no row is its own negative; needs a target
     scales: tuple[Tensor | None, ...] = ()  # aligned with inputs, or empty: see above; (N,), (M,), ...
 
     @property
@@ -68,10 +70,14 @@ class Problem:
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """The same problem over other tensors."""
-        return Problem.of(tensors, self.in_batch, self.columns, self.normalize)
+        return Problem.of(tensors, *self.flags)
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        return self.in_batch, self.columns, self.normalize, self.self_similar
 
     @staticmethod
-    def of(tensors: Sequence[Any], in_batch: bool, columns: bool, normalize: bool) -> Problem:
+    def of(tensors: Sequence[Any], in_batch: bool, columns: bool, normalize: bool, self_similar: bool) -> Problem:
         """From what `tensors` returns: 8 of a query and a key, 3 more with each set of negatives."""
         extra = (len(tensors) - 8) // 3
         query, key, *rest = tensors
@@ -89,6 +95,7 @@ class Problem:
             in_batch=in_batch,
             columns=columns,
             normalize=normalize,
+            self_similar=self_similar,
             scales=() if all(scale is None for scale in scales) else scales,
         )
 

@@ -60,9 +60,9 @@ class SharedKeys:
             tile.masked_fill_(row_ids[rows, None] == ids[cols], value)
         if self.index != KEY:
             return
-        if target is None:
+        if target is None or self.problem.self_similar:
             tile.diagonal(rows.start - cols.start).fill_(value)
-        else:  # one element a row, without asking how many are in this tile
+        if target is not None:  # one element a row, without asking how many are in this tile
             local = target[rows, None] - cols.start
             inside = (local >= 0) & (local < tile.shape[1])
             local = local.clamp(0, tile.shape[1] - 1)
