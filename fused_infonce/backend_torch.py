@@ -7,14 +7,14 @@ With x_i = a_i q_i and y_j = b_j k_j the rows as the logits see them:
     H_j  = sum_i W_ij x_i + ...                       dk_j = b_j (H_j - (H_j . y_j) y_j)
 
 Logits are in base 2, exp2 being the cheaper exponential. A state is (m, l, s) with l = sum 2^(logit - m) and
-s = sum 2^(logit - m) logit over some columns; m is 0 throughout where every exponential fits as it is.
+s = sum 2^(logit - m) logit over some columns; m is None, for 0, where every exponential fits as it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ LN2 = math.log(2)
 # 2^(a logit up to this), summed over a million columns, divided by a million rows, and its inverse stay normal numbers
 EXPONENT_ROOM = {torch.float32: 90.0, torch.float64: 900.0}
 
-State = tuple[Tensor, ...]
+State = tuple[Any, ...]  # (m, l) or (m, l, s)
 
 
 class Chunk(NamedTuple):
@@ -68,7 +68,7 @@ class Work:
 
     def __init__(self, problem: Problem, plan: Plan, dtypes: Sequence[torch.dtype | None]):
         self.problem, self.plan, self.acc = problem, plan, problem.acc_dtype
-        self.device, self.n = problem.query.device, len(problem.query)
+        self.device, self.n = problem.query.device, problem.query.shape[0]
         self.key = SharedKeys(problem, KEY, plan.cols, dtypes[KEY] is not None)
         self.negatives = [
             RowKeys(problem, i, plan.limit, dtypes[i])
@@ -91,18 +91,20 @@ class Work:
         bound = longest * max(segment.longest() for segment in self.segments)
         return bound * LOG2E * self.inv_t.max().item() <= EXPONENT_ROOM[self.acc]
 
-    def per_row(self, vector: Tensor, rows: slice) -> Tensor:
-        """The part of a (1,) or (N,) vector."""
-        return vector if len(vector) == 1 else vector[rows]
+    def part(self, x: Tensor, rows: slice) -> Tensor:
+        """Those rows of a (1,) or (N, ...) tensor."""
+        return x if x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
 
     def chunks(self) -> Iterator[Chunk]:
         p, scale2 = self.problem, self.inv_t * LOG2E
         for start in range(0, self.n, self.plan.rows):
             rows = slice(start, min(start + self.plan.rows, self.n))
             scale = p.scale(0)
-            queries = Rows(p.query[rows], p.normalize, None if scale is None else scale[rows], self.acc)
-            scaled = queries.unit * self.per_row(scale2, rows)[:, None]
-            yield Chunk(rows, queries, scaled, self.per_row(self.inv_t, rows))
+            queries = Rows(
+                self.part(p.query, rows), p.normalize, None if scale is None else self.part(scale, rows), self.acc
+            )
+            scaled = queries.unit * self.part(scale2, rows)[:, None]
+            yield Chunk(rows, queries, scaled, self.part(self.inv_t, rows))
 
     def tiles(self, chunk: Chunk) -> Iterator[Tile]:
         tiles = (Tile(chunk, segment, cols) for segment, cols in self.columns)
@@ -126,27 +128,23 @@ class Work:
 
     def column_scores(self, scores: Tensor, tile: Tile) -> Tensor:
         """s'_ij = s_ij t_i / t'_j: the same dot product at the temperature of key j's own row."""
-        if len(self.inv_t) == 1:
+        if self.inv_t.shape[0] == 1:
             return scores
         return scores / tile.chunk.inv_t[:, None] * self.inv_t[tile.cols]
 
     def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
         """(m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""
         tile.exclude(scores, -torch.inf)
-        if self.shift:
-            m = scores.amax(dim)
-            e = torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_()
-        else:
-            m = scores.new_zeros(scores.shape[1 - dim])
-            e = torch.exp2(scores, out=out)
-        return m, e.sum(dim)
+        if not self.shift:
+            return None, torch.exp2(scores, out=out).sum(dim)
+        m = scores.amax(dim)
+        return m, torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
 
     def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
         """(m, l, s) along each of `dims`. Without shifts all of them share one exponential."""
         if self.shift and len(dims) > 1:
             return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
-        m, total = self.exponentials(scores, tile, dims[0], scratch)
-        states = [(m, total), *((scores.new_zeros(scores.shape[1 - dim]), scratch.sum(dim)) for dim in dims[1:])]
+        states = [self.exponentials(scores, tile, dims[0], scratch), *((None, scratch.sum(dim)) for dim in dims[1:])]
         tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
         scratch.mul_(scores)
         return [(m, total, scratch.sum(dim)) for (m, total), dim in zip(states, dims, strict=True)]
@@ -158,11 +156,11 @@ class Work:
         """
         target, unit = self.problem.target, self.key.rows.unit
         if target is None:
-            return None, unit[chunk.rows], None
+            return None, self.part(unit, chunk.rows), None
         target = target[chunk.rows]
-        inside = (target >= 0) & (target < len(unit))
-        index = target.clamp(0, max(len(unit) - 1, 0))
-        return index, unit[index] if len(unit) else torch.zeros_like(chunk.queries.unit), inside
+        m = unit.shape[0]
+        index, inside = target.clamp(0, max(m - 1, 0)), (target >= 0) & (target < m)
+        return index, unit[index] if m else torch.zeros_like(chunk.queries.unit), inside
 
     def positives(self, chunk: Chunk) -> Tensor:
         _, keys, inside = self.target_keys(chunk)
@@ -179,10 +177,10 @@ class Work:
         w = (w if inside is None else torch.where(inside, w, 0))[:, None]
         if grad_x is not None:
             grad_x.addcmul_(keys, w)
-        if self.key.grad is None or not len(self.key.grad):
+        if self.key.grad is None or not self.key.grad.shape[0]:
             return
         if index is None:
-            self.key.grad[chunk.rows].addcmul_(chunk.queries.unit, w)
+            self.part(self.key.grad, chunk.rows).addcmul_(chunk.queries.unit, w)
         else:  # sorted inside, hence in the same order every time
             self.key.grad.index_put_((index,), chunk.queries.unit * w, accumulate=True)
 
@@ -199,6 +197,8 @@ def finite(m: Tensor) -> Tensor:
 def merge(a: State | None, b: State) -> State:
     if a is None:
         return b
+    if a[0] is None:
+        return None, *(x + y for x, y in zip(a[1:], b[1:], strict=True))
     m = torch.maximum(a[0], b[0])
     wa, wb = torch.exp2(a[0] - finite(m)), torch.exp2(b[0] - finite(m))
     return m, *(x * wa + y * wb for x, y in zip(a[1:], b[1:], strict=True))
@@ -206,7 +206,7 @@ def merge(a: State | None, b: State) -> State:
 
 def log_sum(state: State) -> Tensor:
     """In base 2; -inf where there is nothing."""
-    return state[0] + torch.log2(state[1])
+    return state[1].log2() if state[0] is None else state[0] + state[1].log2()
 
 
 def finish(state: State | None, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
         for tile in work.tiles(chunk):
             scores, scratch = tile.scores(first), tile.shaped(second)
             two_way = work.two_way(tile)
-            shared = two_way and len(work.inv_t) == 1
+            shared = two_way and work.inv_t.shape[0] == 1
             row, *column = work.moments(scores, tile, [1, 0] if shared else [1], scratch)
             if two_way and not shared:
                 column = work.moments(work.column_scores(scores, tile), tile, [0], scratch)
@@ -244,7 +244,7 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
     if not problem.columns:
         return Statistics(pos, neg, mean)
     merged = [state for state in columns.values() if state is not None]
-    whole = tuple(torch.cat(parts) for parts in zip(*merged, strict=True)) if merged else None
+    whole = tuple(None if p[0] is None else torch.cat(p) for p in zip(*merged, strict=True)) if merged else None
     return Statistics(pos, neg, mean, *finish(whole, neg))
 
 
@@ -260,7 +260,7 @@ def gradients(
     if statistics.column_neg is not None and upstream.column_neg is not None:
         column_shift, column_u = shift_of(statistics.column_neg * LOG2E), upstream.column_neg * work.inv_t
     # 2^(s - shift) u + 2^(s - shift') u' = 2^s (factor + factor')
-    one_exponential = not work.shift and len(work.inv_t) == 1
+    one_exponential = not work.shift and work.inv_t.shape[0] == 1
     factor, column_factor = u * torch.exp2(-shift), column_u * torch.exp2(-column_shift)
     for chunk in work.chunks():
         rows = chunk.rows
@@ -297,8 +297,9 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
     loss_of, slope_of = LOSSES[kind]
     work = Work(problem, plan, [problem.acc_dtype if w else None for w in wanted[:-1]])
     buffers = [work.buffer(cols.stop - cols.start) for _, cols in work.columns]
-    losses, dt = [], torch.empty(work.n, dtype=work.acc, device=work.device) if wanted[-1] else None
-    grad_query = torch.empty_like(problem.query, dtype=work.acc) if wanted[0] else None
+    tiny = torch.finfo(work.acc).tiny
+    losses, dts = [], []
+    grad_query = torch.zeros_like(problem.query, dtype=work.acc) if wanted[0] else None
     for chunk in work.chunks():
         state, parts = None, []
         for tile, buffer in zip(work.tiles(chunk), buffers, strict=True):
@@ -310,19 +311,21 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
             state = merge(state, part)
             parts.append((tile, scores, part[0]))
 
-        w, neg = work.per_row(weight, chunk.rows), log_sum(state)
-        x = neg * LN2 - work.positives(chunk)
+        w, x = work.part(weight, chunk.rows), log_sum(state) * LN2 - work.positives(chunk)
         loss, u = w * loss_of(x), w * slope_of(x)
-        if len(weight) > 1:
+        if weight.shape[0] > 1:
             loss, u = (y.masked_fill(w == 0, 0) for y in (loss, u))
         losses.append(loss)
-        coefficient, shift = u * chunk.inv_t, shift_of(neg)
-        grad = torch.zeros_like(chunk.queries.unit) if wanted[0] or wanted[-1] else None
+        grad = torch.zeros_like(chunk.queries.unit) if wanted[-1] and grad_query is None else None
+        grad = grad if grad_query is None else work.part(grad_query, chunk.rows)
+        per_exponential = u * chunk.inv_t / state[1].clamp_min(tiny)  # nothing to divide where there are no negatives
         for tile, e, m in parts:
-            tile.add_gradients(e.mul_((coefficient * torch.exp2(m - shift))[:, None]), grad)
+            factor = per_exponential if m is None else per_exponential * torch.exp2(m - finite(state[0]))
+            tile.add_gradients(e.mul_(factor[:, None]), grad)
         work.add_positives(chunk, -u, grad)
-        if dt is not None and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i
-            dt[chunk.rows] = (grad * chunk.queries.unit).sum(1) * -chunk.inv_t
+        if wanted[-1] and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i
+            dts.append((grad * chunk.queries.unit).sum(1) * -chunk.inv_t)
         if grad_query is not None and grad is not None:
-            grad_query[chunk.rows] = chunk.queries.finish(grad)
-    return OnePass(torch.cat(losses).sum(), [grad_query, *work.finish([work.acc] * (len(problem.inputs) - 1))], dt)
+            chunk.queries.finish(grad)
+    grads = [grad_query, *work.finish([work.acc] * (len(problem.inputs) - 1))]
+    return OnePass(torch.cat(losses).sum(), grads, torch.cat(dts) if dts else None)

@@ -7,6 +7,7 @@ arguments; `flatten` makes them, and an absent result is an empty tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from .problem import Problem, Statistics, Upstream, accumulator
 DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@cache
 def module(backend: str) -> ModuleType:
     return import_module(f".backend_{backend}", __package__)
 

@@ -44,7 +44,7 @@ class SharedKeys:
         self.grad = torch.zeros_like(self.rows.unit) if wanted else None
 
     def tiles(self) -> list[slice]:
-        m = len(self.rows.unit)
+        m = self.rows.unit.shape[0]
         return [slice(c, min(c + self.step, m)) for c in range(0, m, self.step)]
 
     def longest(self) -> float:
