@@ -109,14 +109,14 @@ class _Statistics(torch.autograd.Function):
     """Statistics forward, gradients from their upstream backward."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, plan: Plan, backend: str, temperature: Tensor, *inputs: Tensor) -> Any:
-        ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)]
+    def forward(ctx: Any, problem: Problem, plan: Plan, temperature: Tensor, *inputs: Tensor) -> Any:
+        ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
         if plan.name == "triangular":  # the query's gradient is that of both sides
             ctx.dtypes[KEY] = None
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            statistics = run_statistics(backend, problem, plan)
-        ctx.plan, ctx.backend = plan, backend
+            statistics = run_statistics(problem, plan)
+        ctx.plan = plan
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
         ctx.save_for_backward(*problem.tensors(), *statistics)
         ctx.mark_non_differentiable(*(x for x in (statistics.mean, statistics.column_mean) if x is not None))
@@ -131,12 +131,12 @@ class _Statistics(torch.autograd.Function):
         u, v = u.contiguous(), v.contiguous()
         column_u = None if column_neg is None else columns[0].contiguous()
         with torch.autocast(problem.query.device.type, enabled=False):
-            grads = run_gradients(ctx.backend, problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
+            grads = run_gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
         dt = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             total = u * mean + v * pos if column_u is None else u * mean + v * pos + column_u * column_mean
             dt = _reduce_like(-total / problem.temperature, problem.temperature)
-        return None, None, None, dt, *_unscale(problem, grads)
+        return None, None, dt, *_unscale(problem, grads)
 
 
 class _OnePass(torch.autograd.Function):
@@ -147,17 +147,16 @@ class _OnePass(torch.autograd.Function):
         ctx: Any,
         problem: Problem,
         plan: Plan,
-        backend: str,
         kind: str,
         weight: Tensor,
         temperature: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
-        wanted = [*ctx.needs_input_grad[6:], ctx.needs_input_grad[5]]
+        wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[4]]
         ctx.dtypes = [x.dtype for x in inputs]
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            result = run_onepass(backend, problem, plan, kind, weight, wanted)
+            result = run_onepass(problem, plan, kind, weight, wanted)
         dt = None if result.temperature is None else _reduce_like(result.temperature, temperature)
         ctx.save_for_backward(dt, *_unscale(problem, result.inputs))
         return result.loss
@@ -167,32 +166,30 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         dt, *grads = ctx.saved_tensors
         scaled = [None if g is None else (g * upstream).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, None, None if dt is None else dt * upstream, *scaled
+        return None, None, None, None, None if dt is None else dt * upstream, *scaled
 
 
-def run_statistics(backend: str, problem: Problem, plan: Plan) -> Statistics:
+def run_statistics(problem: Problem, plan: Plan) -> Statistics:
     if not torch.compiler.is_compiling():
-        return ops.module(backend).statistics(problem, plan)
+        return ops.module(plan.backend).statistics(problem, plan)
     present = [True] * 3 + [problem.columns] * 2
-    return Statistics(*ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan), backend), present))
+    return Statistics(*ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan)), present))
 
 
 def run_gradients(
-    backend: str, problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[Any]
+    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[Any]
 ) -> list[Tensor | None]:
     if not torch.compiler.is_compiling():
-        return ops.module(backend).gradients(problem, plan, statistics, upstream, dtypes)
+        return ops.module(plan.backend).gradients(problem, plan, statistics, upstream, dtypes)
     codes = [ops.DTYPES.index(dtype) for dtype in dtypes]
     flat = ops.flatten(problem, plan)
-    return ops.none_if_empty(ops.gradients(*flat, backend, list(statistics), list(upstream), codes), codes)
+    return ops.none_if_empty(ops.gradients(*flat, list(statistics), list(upstream), codes), codes)
 
 
-def run_onepass(
-    backend: str, problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]
-) -> OnePass:
+def run_onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
     if not torch.compiler.is_compiling():
-        return ops.module(backend).onepass(problem, plan, kind, weight, wanted)
-    loss, dt, *grads = ops.onepass(*ops.flatten(problem, plan), backend, kind, weight, wanted)
+        return ops.module(plan.backend).onepass(problem, plan, kind, weight, wanted)
+    loss, dt, *grads = ops.onepass(*ops.flatten(problem, plan), kind, weight, wanted)
     return OnePass(loss, ops.none_if_empty(grads, wanted[:-1]), dt if wanted[-1] else None)
 
 
@@ -203,8 +200,7 @@ def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
 def statistics(problem: Problem, options: Options) -> Statistics:
     """The statistics, differentiable in every input and the temperature through neg, pos and column_neg."""
     plan = make_plan(problem, options, reduced=False)
-    backend = resolve(options.backend, problem.query)
-    return Statistics(*_Statistics.apply(problem, plan, backend, problem.temperature, *problem.inputs))
+    return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *problem.inputs))
 
 
 def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) -> Tensor:
@@ -212,8 +208,7 @@ def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) 
     nothing."""
     plan = make_plan(problem, options, reduced=True)
     if plan.name == "onepass":
-        backend = resolve(options.backend, problem.query)
-        return _OnePass.apply(problem, plan, backend, kind, weight, problem.temperature, *problem.inputs)
+        return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *problem.inputs)
     loss_of, _ = LOSSES[kind]
     stats = statistics(problem, options)
     rows = weight * loss_of(stats.neg - stats.pos)

@@ -27,7 +27,7 @@ def module(backend: str) -> ModuleType:
 
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
-    return problem.tensors(), problem.flags, plan.name, [plan.rows, plan.cols, plan.limit]
+    return problem.tensors(), problem.flags, plan.backend, plan.name, [plan.rows, plan.cols, plan.limit]
 
 
 def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem:
@@ -48,7 +48,7 @@ def none_if_empty(tensors: Sequence[Tensor], present: Sequence[object]) -> list[
 
 @torch.library.custom_op("fused_infonce::statistics", mutates_args=())
 def statistics(
-    tensors: Sequence[Tensor | None], flags: Sequence[bool], plan: str, sizes: Sequence[int], backend: str
+    tensors: Sequence[Tensor | None], flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     problem = _problem(tensors, flags)
     return _or_empty(module(backend).statistics(problem, _plan(plan, sizes)), problem.temperature)
@@ -56,7 +56,7 @@ def statistics(
 
 @statistics.register_fake
 def _(
-    tensors: Sequence[Tensor | None], flags: Sequence[bool], plan: str, sizes: Sequence[int], backend: str
+    tensors: Sequence[Tensor | None], flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     problem = _problem(tensors, flags)
     rows = [problem.temperature.new_empty(problem.query.shape[0]) for _ in range(5 if problem.columns else 3)]
@@ -67,9 +67,9 @@ def _(
 def gradients(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
+    backend: str,
     plan: str,
     sizes: Sequence[int],
-    backend: str,
     stats: Sequence[Tensor | None],
     upstream: Sequence[Tensor | None],
     dtypes: Sequence[int],
@@ -90,9 +90,9 @@ def gradients(
 def _(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
+    backend: str,
     plan: str,
     sizes: Sequence[int],
-    backend: str,
     stats: Sequence[Tensor | None],
     upstream: Sequence[Tensor | None],
     dtypes: Sequence[int],
@@ -105,9 +105,9 @@ def _(
 def onepass(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
+    backend: str,
     plan: str,
     sizes: Sequence[int],
-    backend: str,
     kind: str,
     weight: Tensor,
     wanted: Sequence[bool],
@@ -121,9 +121,9 @@ def onepass(
 def _(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
+    backend: str,
     plan: str,
     sizes: Sequence[int],
-    backend: str,
     kind: str,
     weight: Tensor,
     wanted: Sequence[bool],

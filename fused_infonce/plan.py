@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from typing import Any
 
 MIB = 2**20
 DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other devices: OTHER_LIMIT
 OTHER_LIMIT = 256 * MIB
+LIMIT_VARIABLE = "FUSED_INFONCE_WORKSPACE_LIMIT"
 ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at its full rate
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
 CPU_COLUMNS = 2048  # 1024 x 2048 fp32 is 8 MiB: the elementwise passes stay in the last-level cache
@@ -22,7 +25,8 @@ class Plan:
     """How one call is computed.
 
     name: "forward" (statistics only), "onepass" (loss and gradients in the forward), or where the backward recomputes
-        the scores, "workspace" (blocks of coefficients and library GEMMs) or "streaming" (accumulators in registers)
+        the scores, "workspace" (blocks of coefficients and library GEMMs), "streaming" (accumulators in registers) or
+        "triangular" (as workspace, with half of a symmetric score matrix)
     rows, cols: the block of the N x M plane that is worked on at a time
     limit: bytes that may be allocated beyond inputs, gradients and their accumulators
     flops: of forward and backward, as a multiple of N M D; three bare matmuls are 6
@@ -34,44 +38,67 @@ class Plan:
     limit: int
     flops: float
     reason: str
+    backend: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} on the {self.backend} backend, because {self.reason}: {self.flops:g} N M D FLOPs in all, "
+            f"blocks of {self.rows} x {self.cols}, at most {self.limit / MIB:.0f} MiB of workspace"
+        )
 
 
-def choose(
+def default_limit(device: str) -> int:
+    """Bytes, from the environment if it says so."""
+    setting = os.environ.get(LIMIT_VARIABLE)
+    if setting is None:
+        return DEFAULT_LIMIT.get(device, OTHER_LIMIT)
+    if not setting.isdecimal() or int(setting) == 0:
+        raise ValueError(f"{LIMIT_VARIABLE} must be a positive number of bytes, got {setting!r}")
+    return int(setting)
+
+
+def choose(*, backend: str, limit: int | None = None, device: str, **sizes: Any) -> Plan:
+    """The plan of one call; `sizes` as `_triton` and `_torch` take them.
+
+    n, m, d: rows, columns over all segments, width; itemsize, acc_itemsize: bytes of an input and of a logit
+    gradients: whether any input needs one; columns: whether the other direction is asked for too
+    self_similar: whether the keys are the queries
+    reduced: whether the loss is a weighted sum of row losses known in closed form
+    """
+    limit = default_limit(device) if limit is None else limit
+    plan = _triton(limit=limit, **sizes) if backend == "triton" else _torch(device=device, limit=limit, **sizes)
+    return replace(plan, backend=backend)
+
+
+def _triton(*, n: int, m: int, d: int, itemsize: int, gradients: bool, limit: int, **_: Any) -> Plan:
+    n, m = max(n, 1), max(m, 1)
+    cols = min(m, max(limit // (itemsize * min(n, WORKSPACE_ROWS)), 1))
+    rows = min(n, max(limit // (itemsize * cols), 1))
+    if not gradients:
+        return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
+    if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
+        return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
+    return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
+
+
+def _torch(
     *,
-    backend: str,
     device: str,
     n: int,
     m: int,
-    d: int,
-    itemsize: int,
     acc_itemsize: int,
     gradients: bool,
     columns: bool,
     self_similar: bool,
     reduced: bool,
-    limit: int | None = None,
+    limit: int,
+    **_: Any,
 ) -> Plan:
-    """The plan of one call.
-
-    n, m, d: rows, columns over all segments, width; itemsize, acc_itemsize: bytes of an input and of a logit
-    gradients: whether any input needs one; columns: whether the other direction is asked for too
-    reduced: whether the loss is a weighted sum of row losses known in closed form
-    """
-    limit = limit or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
-    empty = n == 0 or m == 0
-    n, m = max(n, 1), max(m, 1)
-    if backend == "triton":
-        cols = min(m, max(limit // (itemsize * min(n, WORKSPACE_ROWS)), 1))
-        rows = min(n, max(limit // (itemsize * cols), 1))
-        if not gradients:
-            return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
-        if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
-            return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
-        return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
-
     if self_similar and n > TRIANGULAR_ROWS:
         side = min(TRIANGULAR_ROWS, max(math.isqrt(limit // (4 * acc_itemsize)), 1))
-        return Plan("triangular", side, side, limit, 4 if gradients else 1, "the scores are symmetric: half of them do")
+        return Plan("triangular", side, side, limit, 4 if gradients else 1, "half of a symmetric score matrix will do")
+    empty = n == 0 or m == 0
+    n, m = max(n, 1), max(m, 1)
     chunk = limit // (acc_itemsize * m)  # rows whose scores against every column fit the limit
     if gradients and reduced and not columns and not empty and chunk >= min(n, ONEPASS_ROWS):
         cols = min(m, CPU_COLUMNS) if device == "cpu" else m
@@ -80,5 +107,11 @@ def choose(
     cols = min(m, CPU_COLUMNS if device == "cpu" else m, max(limit // (4 * acc_itemsize * rows), 1))
     if not gradients:
         return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
-    why = "both directions" if columns else "rows too long for the limit" if reduced else "upstream gradient not known"
+    why = (
+        "both directions are asked for"
+        if columns
+        else "a chunk of rows exceeds the limit"
+        if reduced
+        else "the upstream gradient comes late"
+    )
     return Plan("workspace", rows, cols, limit, 8, why)

@@ -71,13 +71,13 @@ def test_operators_pass_opcheck(columns: bool) -> None:
     )
     plan = contrast.make_plan(problem, Options("torch"), reduced=False)
     flat = ops.flatten(problem, plan)
-    torch.library.opcheck(ops.statistics, (*flat, "torch"))
-    stats = ops.statistics(*flat, "torch")
+    torch.library.opcheck(ops.statistics, flat)
+    stats = ops.statistics(*flat)
     upstream = [torch.randn(N), torch.randn(N), torch.randn(N) if columns else None]
     present = ops.none_if_empty(stats, [True] * 3 + [columns] * 2)
     codes = [ops.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
-    torch.library.opcheck(ops.gradients, (*flat, "torch", present, upstream, codes))
+    torch.library.opcheck(ops.gradients, (*flat, present, upstream, codes))
     if not columns:
         weight = torch.full((1,), 1 / N)
         wanted = [True, False, True, True, True]
-        torch.library.opcheck(ops.onepass, (*flat, "torch", "infonce", weight, wanted))
+        torch.library.opcheck(ops.onepass, (*flat, "infonce", weight, wanted))
