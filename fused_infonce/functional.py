@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import contrast, reference, validation
 from .contrast import Options
+from .plan import Plan
 from .problem import Problem, accumulator
 from .row_loss import infonce
 
@@ -70,28 +72,84 @@ def info_nce(
 
     References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch.
     """
+    problem, options = _problem(
+        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
+        normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
+        query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
+        workspace_limit=workspace_limit,
+    )  # fmt: skip
+    if backend == "reference":
+        return reference.info_nce(
+            query, positive_key, negative_keys, problem.temperature, reduction, negative_mode, symmetric=symmetric,
+            normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
+            query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
+        )  # fmt: skip
+    if reduction == "none":
+        rows = _row_losses(problem, options, symmetric)
+        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
+    weight, empty = _weights(problem, reduction)
+    if symmetric:  # hence without a target: no row is ignored
+        loss = (weight * _row_losses(problem, options, symmetric)).sum()
+    else:
+        loss = contrast.reduced_loss(problem, options, "infonce", weight)
+    return loss if empty is None else torch.where(empty, torch.nan, loss)
+
+
+def explain(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    symmetric: bool = False,
+    **options: Any,
+) -> Plan:
+    """How `info_nce` would compute this very call, and why: a `Plan`, which prints as a sentence. Computes nothing.
+
+    Takes what `info_nce` takes, and raises what it raises. Whether inputs require gradients matters.
+    """
+    if options.get("backend") == "reference":
+        raise ValueError("backend='reference' has no plan: it holds the dense matrices")
+    problem, settings = _problem(
+        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric, **options
+    )
+    return contrast.make_plan(problem, settings, reduced=reduction != "none" and not symmetric)
+
+
+def _problem(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    temperature: float | Tensor,
+    reduction: str,
+    negative_mode: str,
+    *,
+    symmetric: bool,
+    normalize: bool = True,
+    in_batch_negatives: bool | None = None,
+    ignore_index: int = -100,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> tuple[Problem, Options]:
+    """The arguments of `info_nce`, checked, as the primitive takes them."""
     in_batch = validation.info_nce(
         query, positive_key, negative_keys, reduction, negative_mode, symmetric, in_batch_negatives, target, backend
     )
     n, m, device = len(query), len(positive_key), query.device
-    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), device)
-    index = None if target is None else validation.target(target, n, m, ignore_index, device)
     ids = validation.all_ids(
         query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric
     )
-    options = Options(backend, validation.workspace_limit(workspace_limit))
-    if backend == "reference":
-        index = None if index is None else index.masked_fill(index == -1, ignore_index)
-        return reference.info_nce(
-            query, positive_key, negative_keys, t, reduction, negative_mode, symmetric=symmetric, normalize=normalize,
-            in_batch_negatives=in_batch, ignore_index=ignore_index, target=index, query_ids=ids[0], key_ids=ids[1],
-            negative_ids=ids[2],
-        )  # fmt: skip
-
+    index = None if target is None else validation.target(target, n, m, ignore_index, device)
     problem = Problem(
         query=query,
         key=positive_key,
-        temperature=t,
+        temperature=validation.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), device),
         target=index,
         negatives=() if negative_keys is None else (negative_keys,),
         row_ids=_row_ids(ids[0], ids[1], index),
@@ -101,15 +159,7 @@ def info_nce(
         columns=symmetric and in_batch,
         normalize=normalize,
     )
-    if reduction == "none":
-        rows = _row_losses(problem, options, symmetric)
-        return rows if index is None else torch.where(index == -1, 0, rows)
-    weight, empty = _weights(problem, reduction)
-    if symmetric:  # hence without a target: no row is ignored
-        loss = (weight * _row_losses(problem, options, symmetric)).sum()
-    else:
-        loss = contrast.reduced_loss(problem, options, "infonce", weight)
-    return loss if empty is None else torch.where(empty, torch.nan, loss)
+    return problem, Options(backend, validation.workspace_limit(workspace_limit))
 
 
 def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:
