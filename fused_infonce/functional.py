@@ -95,6 +95,52 @@ def info_nce(
     return loss if empty is None else torch.where(empty, torch.nan, loss)
 
 
+def nt_xent(
+    view_a: Tensor,
+    view_b: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """NT-Xent, SimCLR's loss: every row of both views against all other rows, its other view the positive.
+
+        loss_i = -log( exp(s_i,p(i)) / sum_{j != i} exp(s_ij) ),    z = [view_a; view_b],  s_ij = cos(z_i, z_j) / t_i
+
+    The scores are symmetric, so half of them are computed.
+
+    Args:
+        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
+        temperature: as in `info_nce`; per row it has (2N,) values, those of `view_a` first.
+        reduction: "mean" over the 2N rows, "sum", or "none": (2N,), the rows of `view_a` first.
+        normalize, backend, workspace_limit: as in `info_nce`.
+
+    Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
+    """
+    validation.one_of("reduction", reduction, validation.REDUCTIONS)
+    validation.one_of("backend", backend, validation.BACKENDS)
+    validation.embeddings("view_a", view_a, 2, "(N, D)")
+    validation.embeddings("view_b", view_b, 2, "(N, D)")
+    validation.same_kind({"view_a": view_a, "view_b": view_b})
+    if view_a.shape != view_b.shape:
+        raise ValueError(f"view_b must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view_b.shape)}")
+    rows = torch.cat([view_a, view_b])
+    n = len(rows)
+    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), rows.device)
+    options = Options(backend, validation.workspace_limit(workspace_limit))
+    if backend == "reference":
+        return reference.nt_xent(view_a, view_b, t, reduction, normalize=normalize)
+    target = torch.arange(n, device=rows.device).roll(n // 2)
+    problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
+    if reduction == "none":
+        return _row_losses(problem, options, symmetric=False)
+    weight, empty = _weights(problem, reduction)
+    loss = contrast.reduced_loss(problem, options, "infonce", weight)
+    return loss if empty is None else torch.where(empty, torch.nan, loss)
+
+
 def explain(
     query: Tensor,
     positive_key: Tensor,
@@ -165,7 +211,7 @@ def _problem(
 def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:
     """What each row's loss is multiplied by, (1,) or (N,); and where rows may be none, whether a mean has no rows."""
     one, n = problem.temperature.new_ones(1), len(problem.query)
-    if problem.target is None:
+    if problem.target is None or problem.self_similar:  # no row is ignored
         mean = reduction == "mean"
         return one / max(n, 1) if mean else one, one[0] > 0 if mean and n == 0 else None
     valid = (problem.target != -1).to(one.dtype)

@@ -119,7 +119,7 @@ class FusedInfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {
-            "temperature": float(self.temperature) if self.logit_scale is not None else self._temperature,
+            "temperature": self._temperature if self.logit_scale is None else float(f"{self.temperature.item():.6g}"),
             "reduction": self.reduction,
             "negative_mode": self.negative_mode,
         }
@@ -131,3 +131,46 @@ class FusedInfoNCELoss(nn.Module):
         if self.logit_scale is not None:
             options["learnable_temperature"] = True
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent, SimCLR's loss, from two views of a batch; see `functional.nt_xent`.
+
+    Example:
+        >>> loss = NTXentLoss(temperature=0.1)
+        >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        *,
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__()
+        validation.one_of("reduction", reduction, validation.REDUCTIONS)
+        validation.one_of("backend", backend, validation.BACKENDS)
+        if not isinstance(temperature, Tensor):
+            validation.positive_float("temperature", temperature)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+        self.workspace_limit = validation.workspace_limit(workspace_limit)
+
+    def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
+        return functional.nt_xent(
+            view_a,
+            view_b,
+            self.temperature,
+            self.reduction,
+            normalize=self.normalize,
+            backend=self.backend,
+            workspace_limit=self.workspace_limit,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature!r}, reduction={self.reduction!r}"

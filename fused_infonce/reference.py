@@ -72,8 +72,33 @@ def info_nce(
         column_neg = torch.logsumexp((cosine / t).masked_fill(excluded, -torch.inf), dim=0)
         loss = (loss - F.logsigmoid(pos - column_neg)) / 2
 
-    loss = torch.where(valid, loss, 0)
+    return reduce(torch.where(valid, loss, 0), valid.sum(), reduction)
+
+
+def nt_xent(
+    view_a: Tensor,
+    view_b: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+) -> Tensor:
+    rows = torch.cat([view_a, view_b])
+    rows = unit_rows(rows) if normalize else rows
+    n = len(rows)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=rows.dtype)
+    logits = rows @ rows.T / temperature.to(rows.device, rows.dtype).reshape(-1, 1)
+    index = torch.arange(n, device=rows.device)
+    target = index.roll(n // 2)
+    left_out = (index == index[:, None]) | (index == target[:, None])
+    pos = logits[index, target]
+    neg = torch.logsumexp(logits.masked_fill(left_out, -torch.inf), dim=1)
+    return reduce(-F.logsigmoid(pos - neg), torch.tensor(n), reduction)
+
+
+def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
     loss = loss if loss.dtype == torch.float64 else loss.float()
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / count
