@@ -1,0 +1,294 @@
+"""One function per kernel: allocate what it returns, choose its tile, launch it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .kernels.finish import finish_kernel
+from .kernels.gradient import coefficients_kernel, gradient_kernel
+from .kernels.norms import inverse_norms_kernel
+from .kernels.own import own_dots_kernel, own_gradient_kernel, own_statistics_kernel
+from .kernels.positive import positives_kernel
+from .kernels.statistics import merge_kernel, statistics_kernel
+from .problem import EPS, accumulator
+
+LOG2E = math.log2(math.e)
+INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Rows of one side of a tile pass. Vectors are contiguous, one value a row, in the accumulator dtype."""
+
+    rows: Tensor  # (n, D), the last dimension contiguous
+    inverse: Tensor | None  # inverse norms or scales; None: 1
+    ids: Tensor | None = None
+    scale: Tensor | None = None  # log2(e) / t
+    neg: Tensor | None = None  # log2(e) neg
+    weight: Tensor | None = None  # u / t; None: this side's statistics have no gradient
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Excluded(NamedTuple):
+    """Which pairs of queries and keys are no negatives, apart from equal ids."""
+
+    target: Tensor | None = None  # (N,) indices of the queries' targets among the keys
+    diagonal: bool = False  # query i and key i
+
+    def arguments(self, x: Side, y: Side, of_x: bool = True) -> dict[str, Any]:
+        """What a tile kernel is told; of_x: whether x are the queries."""
+        x_ids, y_ids = id_pointers(x, y)
+        target = 0 if self.target is None else 1 if of_x else 2
+        return {"T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal}
+
+
+class Own(NamedTuple):
+    """Negatives (N, H, D) of one row each, with their dot products and inverse norms or scales, (N, H)."""
+
+    rows: Tensor
+    dots: Tensor
+    inverse: Tensor | None
+    ids: Tensor | None
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def acc_of(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def dot_of(x: Tensor) -> str:
+    """How a tile of `x` is multiplied. The interpreter would multiply 16-bit floats wrongly."""
+    if INTERPRETED and x.element_size() == 2:
+        return "upcast"
+    reduced = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if reduced and not torch.version.hip else "ieee"
+
+
+def vector(like: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=accumulator(like.dtype), device=like.device)
+
+
+def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    if min(grid) > 0:
+        kernel[grid](**arguments)
+
+
+def id_pointers(x: Side, y: Side | Own) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if x.ids is None or y.ids is None else (x.ids, y.ids)
+
+
+def tile_of(kernel: str, x: Tensor) -> tiles.Tile:
+    return tiles.tile(tiles.architecture(x.device), kernel, x.dtype, x.shape[1])
+
+
+def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
+    """What every tile kernel is told of its two sides."""
+    return {
+        "X_ptr": x.rows, "Y_ptr": y.rows, "A_ptr": x.inverse, "B_ptr": y.inverse, "SX_ptr": x.scale, "SY_ptr": y.scale,
+        "D": x.rows.shape[1], "stride_xm": x.rows.stride(0), "stride_yn": y.rows.stride(0),
+        "ACC": acc_of(x.rows), "DOT": dot_of(x.rows), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def columns_per_program(row_blocks: int, columns: int, block_n: int, device: torch.device) -> int:
+    """Whole blocks of columns for one program, few enough that all programs together fill the device."""
+    blocks = triton.cdiv(columns, block_n)
+    parts = min(max(tiles.processors(device) // max(row_blocks, 1), 1), max(blocks, 1))
+    return max(triton.cdiv(blocks, parts), 1) * block_n
+
+
+def inverse_norms(x: Tensor, at_eps: float) -> Tensor:
+    """1 / max(|x_i|, EPS); `at_eps` is its value for rows with a norm up to EPS."""
+    a = vector(x, len(x))
+    block_m, block_d = tiles.row_tile(x.shape[1])
+    run(
+        inverse_norms_kernel, (triton.cdiv(len(x), block_m),),
+        X_ptr=x, A_ptr=a, size_x=len(x), D=x.shape[1], stride_xm=x.stride(0), eps=EPS, at_eps=at_eps,
+        ACC=acc_of(x), BLOCK_M=block_m, BLOCK_D=block_d,
+    )  # fmt: skip
+    return a
+
+
+def positives(query: Side, key: Side, temperature: Tensor, target: Tensor | None) -> Tensor:
+    """(N,) logits of the targets; `temperature` is (N,)."""
+    q, k = query.rows, key.rows
+    pos = vector(q, len(q))
+    block_m, block_d = tiles.row_tile(q.shape[1])
+    run(
+        positives_kernel, (triton.cdiv(len(q), block_m),),
+        Q_ptr=q, K_ptr=k, A_ptr=query.inverse, B_ptr=key.inverse, TEMPERATURE_ptr=temperature, T_ptr=target,
+        POS_ptr=pos, size_q=len(q), size_k=len(k), D=q.shape[1], stride_qm=q.stride(0), stride_kn=k.stride(0),
+        ACC=acc_of(q), BLOCK_M=block_m, BLOCK_D=block_d,
+    )  # fmt: skip
+    return pos
+
+
+def merge(states: Tensor, first: int, slots: int, neg: Tensor | None = None, mean: Tensor | None = None) -> None:
+    """Merges slots first to slots - 1 of (slots, 3, n) states into `neg` and `mean`, or without them into slot 0."""
+    size, block_m = states.shape[2], 256
+    run(
+        merge_kernel, (triton.cdiv(size, block_m),),
+        S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, first=first, slots=slots, size=size,
+        ACC=acc_of(states), BLOCK_M=block_m,
+    )  # fmt: skip
+
+
+def merged(states: Tensor) -> tuple[Tensor, Tensor]:
+    """(neg, mean), in natural logarithms, of all slots."""
+    neg, mean = vector(states, states.shape[2]), vector(states, states.shape[2])
+    merge(states, 0, len(states), neg, mean)
+    return neg, mean
+
+
+def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tensor] | None, limit: int) -> Tensor:
+    """(slots, 3, N) states of the rows of x over y. `columns`: where (neg, mean) of y over x are written.
+
+    Column states take a slot for each block of rows, hence as many launches as keep them within `limit` bytes.
+    """
+    n, m = len(x), len(y)
+    tile = tile_of("statistics" if columns is None else "columns", x.rows)
+    blocks = triton.cdiv(n, tile.block_m)
+    step = blocks
+    if columns is not None:
+        step = max(1, min(blocks, limit // (3 * m * columns[0].element_size()) - 1))
+    split = columns_per_program(step, m, tile.block_n, x.rows.device)
+    states = x.rows.new_empty((triton.cdiv(m, split), 3, n), dtype=accumulator(x.rows.dtype))
+    slots = None if columns is None else states.new_empty((step + 1, 3, m))
+    for start in range(0, blocks, max(step, 1)):
+        count = min(step, blocks - start)
+        run(
+            statistics_kernel, (count, len(states)),
+            ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m, split=split,
+            HOIST=x.rows.shape[1] <= tile.block_d, **pair_arguments(tile, x, y), **excluded.arguments(x, y),
+        )  # fmt: skip
+        if columns is not None and slots is not None:
+            last = start + count == blocks
+            merge(slots, 0 if start else 1, count + 1, *(columns if last else ()))
+    return states
+
+
+def gradient_slots(x: Tensor, widest: int, limit: int) -> int:
+    """Into how many partial sums a streaming gradient is split, so that few rows too fill the device."""
+    tile = tile_of("gradient", x)
+    split = columns_per_program(triton.cdiv(len(x), tile.block_m), widest, tile.block_n, x.device)
+    extra = limit // max(x.numel() * accumulator(x.dtype).itemsize, 1)
+    return max(1, min(triton.cdiv(widest, split), 1 + extra))
+
+
+def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x: bool, accumulate: bool) -> None:
+    """g (slots, N, D) (+)= C y, summed over the slots; of_x: whether x are the queries."""
+    tile = tile_of("gradient", x.rows)
+    split = triton.cdiv(triton.cdiv(len(y), tile.block_n), len(g)) * tile.block_n
+    run(
+        gradient_kernel, (triton.cdiv(len(x), tile.block_m), len(g)),
+        NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, G_ptr=g, size_x=len(x), size_y=len(y),
+        split=split, ACCUMULATE=accumulate, **pair_arguments(tile, x, y), **excluded.arguments(x, y, of_x),
+    )  # fmt: skip
+
+
+def write_coefficients(c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded) -> None:
+    """c = C[rows, cols] in the dtype of c."""
+    tile = tile_of("coefficients", x.rows)
+    run(
+        coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
+        NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, row_start=rows.start, row_end=rows.stop,
+        col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0),
+        **pair_arguments(tile, x, y), **excluded.arguments(x, y),
+    )  # fmt: skip
+
+
+class Partners(NamedTuple):
+    """What the positives add to each row of one side: see `positive_part` in kernels/finish.py."""
+
+    rows: Tensor
+    weight: Tensor
+    indices: Tensor | None = None
+    starts: Tensor | None = None
+
+
+def finish(
+    g: Tensor | None, x: Side, project: bool, partners: Partners | None, unscale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of x in `dtype` from accumulators g (slots, n, D); None: zeros."""
+    n, d = x.rows.shape
+    dx = torch.empty((n, d), dtype=dtype, device=x.rows.device)
+    z, weight, indices, starts = partners or (None, None, None, None)
+    block_m, block_d, block_e = tiles.finish_tile(tiles.architecture(x.rows.device), d, gather=starts is not None)
+    run(
+        finish_kernel, (triton.cdiv(n, block_m),),
+        G_ptr=g, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, W_ptr=weight, T_ptr=indices, STARTS_ptr=starts,
+        UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else len(g), size_x=n,
+        size_z=0 if z is None else len(z), D=d, stride_xm=x.rows.stride(0), stride_zn=0 if z is None else z.stride(0),
+        PROJECT=project, EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e,
+    )  # fmt: skip
+    return dx
+
+
+def own_negatives(
+    q: Tensor, k: Tensor, normalize: bool, scale: Tensor | None, ids: Tensor | None, at_eps: float
+) -> Own:
+    """Dot products and inverse norms of (N, H, D) negatives, from one reading of them."""
+    n, h, d = k.shape
+    dots = vector(q, n * h)
+    inverse = vector(q, n * h) if normalize else scale
+    block_m, block_h, block_d = tiles.own_tile(tiles.architecture(q.device), h, d)
+    run(
+        own_dots_kernel, (triton.cdiv(n, block_m), triton.cdiv(h, block_h)),
+        Q_ptr=q, K_ptr=k, D_ptr=dots, B_ptr=inverse, size_q=n, H=h, D=d,
+        stride_qm=q.stride(0), stride_km=k.stride(0), stride_kh=k.stride(1), eps=EPS, at_eps=at_eps,
+        NORMALIZE=normalize, ACC=acc_of(q), BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
+    )  # fmt: skip
+    return Own(k, dots, inverse, ids)
+
+
+def own_states(x: Side, own: Own) -> Tensor:
+    """(1, 3, N) states of the rows of x over their own negatives."""
+    n, h, d = own.rows.shape
+    states = own.dots.new_empty((1, 3, n))
+    x_ids, own_ids = id_pointers(x, own)
+    block_m, block_h, _ = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
+    run(
+        own_statistics_kernel, (triton.cdiv(n, block_m),),
+        D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, QI_ptr=x_ids, KI_ptr=own_ids,
+        ROWS_ptr=states, size_q=n, H=h, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_H=block_h,
+    )  # fmt: skip
+    return states
+
+
+def own_gradient(
+    g: Tensor | None,
+    x: Side,
+    own: Own,
+    normalize: bool,
+    unscale: Tensor | None,
+    dtype: torch.dtype | None,
+    accumulate: bool,
+) -> Tensor | None:
+    """The gradient of rows' own negatives in `dtype`, adding to g (slots, N, D) what they give the rows of x."""
+    n, h, d = own.rows.shape
+    dk = None if dtype is None else torch.empty((n, h, d), dtype=dtype, device=own.rows.device)
+    x_ids, own_ids = id_pointers(x, own)
+    block_m, block_h, block_d = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
+    run(
+        own_gradient_kernel, (triton.cdiv(n, block_m), triton.cdiv(d, block_d)),
+        Q_ptr=x.rows, K_ptr=own.rows, D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, N_ptr=x.neg,
+        U_ptr=x.weight, UNSCALE_ptr=unscale, QI_ptr=x_ids, KI_ptr=own_ids, G_ptr=g, DK_ptr=dk, size_q=n, H=h, D=d,
+        stride_qm=x.rows.stride(0), stride_km=own.rows.stride(0), stride_kh=own.rows.stride(1),
+        NORMALIZE=normalize, ACCUMULATE=accumulate, EMULATE=INTERPRETED, ACC=acc_of(x.rows),
+        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
+    )  # fmt: skip
+    return dk

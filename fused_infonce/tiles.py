@@ -1,0 +1,166 @@
+"""Which tile a kernel uses: a fixed table by architecture, kernel, dtype and row length."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+INTERPRETER = "interpreter"
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+# arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
+# "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
+Rows = tuple[tuple[int | None, Tile], ...]
+TABLE: dict[str, dict[str, dict[str, Rows]]] = {
+    INTERPRETER: {
+        "statistics": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
+        "columns": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
+        "gradient": {"half": ((None, Tile(32, 32, 16, 4, 1)),)},
+        "coefficients": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
+    },
+    "sm_80": {
+        "statistics": {
+            "half": ((128, Tile(128, 128, 128, 8, 2)), (None, Tile(128, 128, 64, 8, 3))),
+            "single": ((None, Tile(64, 64, 32, 8, 2)),),
+            "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+        "columns": {
+            "half": ((128, Tile(128, 64, 128, 8, 2)), (None, Tile(128, 64, 64, 8, 3))),
+            "single": ((None, Tile(64, 64, 32, 8, 2)),),
+            "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+        "gradient": {
+            "half": ((128, Tile(128, 64, 16, 8, 2)), (256, Tile(64, 64, 16, 8, 2)), (512, Tile(64, 32, 16, 8, 2))),
+            "single": ((128, Tile(32, 32, 16, 8, 2)), (512, Tile(32, 16, 16, 8, 1))),
+            "double": ((128, Tile(32, 16, 16, 8, 1)), (256, Tile(16, 16, 16, 8, 1))),
+        },
+        "coefficients": {
+            "half": ((None, Tile(128, 128, 64, 8, 3)),),
+            "single": ((None, Tile(64, 64, 32, 8, 2)),),
+            "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+    },
+    "sm_86": {
+        "statistics": {"half": ((128, Tile(128, 128, 128, 8, 2)), (None, Tile(128, 128, 64, 8, 2)))},
+        "gradient": {
+            "half": ((128, Tile(128, 64, 16, 8, 2)), (256, Tile(64, 64, 16, 8, 2)), (512, Tile(32, 32, 16, 8, 2))),
+        },
+    },
+    "sm_90": {
+        "statistics": {
+            "half": (
+                (128, Tile(128, 128, 128, 8, 2)),
+                (256, Tile(128, 128, 256, 8, 2)),
+                (None, Tile(128, 128, 64, 8, 3)),
+            ),
+        },
+        "columns": {
+            "half": (
+                (128, Tile(128, 128, 128, 8, 2)),
+                (256, Tile(128, 128, 256, 8, 2)),
+                (None, Tile(128, 128, 64, 8, 3)),
+            ),
+        },
+        "gradient": {
+            "half": ((64, Tile(128, 128, 16, 8, 2)), (256, Tile(128, 64, 16, 8, 2)), (512, Tile(64, 64, 16, 8, 2))),
+        },
+        "coefficients": {
+            "half": ((None, Tile(128, 128, 64, 8, 3)),),
+        },
+    },
+    "sm_100": {
+        "statistics": {
+            "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
+        },
+        "columns": {
+            "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
+        },
+        "gradient": {
+            "half": ((256, Tile(128, 64, 16, 8, 2)), (512, Tile(64, 32, 16, 8, 2))),
+        },
+    },
+    "gfx942": {
+        "statistics": {"half": ((None, Tile(128, 64, 64, 8, 2)),)},
+        "columns": {"half": ((None, Tile(128, 64, 64, 8, 2)),)},
+        "gradient": {
+            "half": ((256, Tile(64, 64, 16, 4, 1)), (512, Tile(32, 32, 16, 4, 1))),
+            "single": ((128, Tile(32, 32, 16, 4, 1)), (256, Tile(16, 32, 16, 4, 1)), (512, Tile(16, 16, 16, 4, 1))),
+            "double": ((256, Tile(16, 16, 16, 4, 1)),),
+        },
+        "coefficients": {"half": ((None, Tile(128, 128, 64, 8, 2)),)},
+    },
+}
+# What an architecture lacks it takes from another; what a dtype class lacks it takes from "half".
+PARENT = {"sm_86": "sm_80", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
+CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single", torch.float64: "double"}
+
+
+# A streaming gradient keeps whole rows of accumulators in registers: up to this length.
+STREAMING_MAX_D = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 512, torch.float64: 256}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The row of TABLE for a device. An unknown GPU takes the one with the least shared memory."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if torch.version.hip:
+        return "gfx942"
+    return CAPABILITIES.get(torch.cuda.get_device_capability(device), "sm_86")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs it takes to fill a device."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two(d: int, least: int = 16) -> int:
+    return max(least, 1 << max(d - 1, 0).bit_length())
+
+
+def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
+    """The tile of a kernel over rows of length d; a "gradient" tile holds whole rows."""
+    where: str | None = arch
+    while where:
+        classes = TABLE.get(where, {}).get(kernel, {})
+        rows = classes.get(CLASSES[dtype]) or (classes["half"] if where == INTERPRETER else ())
+        for longest, entry in rows:
+            if longest is None or d <= longest:
+                lanes = power_of_two(d)
+                return entry._replace(block_d=lanes if kernel == "gradient" else min(entry.block_d, lanes))
+        where = PARENT.get(where)
+    raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
+
+
+def row_tile(d: int) -> tuple[int, int]:
+    """(rows, columns) of a block for kernels that read rows one by one."""
+    block_d = min(power_of_two(d), 1024)
+    return 2048 // block_d, block_d
+
+
+def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int]:
+    """(rows, columns, partners) of a block of a gradient; `gather`: rows have any number of partners."""
+    block_m, block_d = row_tile(d)
+    block_e = min(block_m, 16)
+    if gather:
+        block_m = 16 if arch == INTERPRETER else 1
+    return block_m, block_d, block_e
+
+
+def own_tile(arch: str, h: int, d: int) -> tuple[int, int, int]:
+    """(rows, negatives, columns) of a block of rows' own negatives (N, H, D)."""
+    block_h, block_d = min(power_of_two(h, least=1), 16), min(power_of_two(d), 256)
+    elements = 1 << 16 if arch == INTERPRETER else 1 << 12
+    return min(elements // (block_h * block_d), 64), block_h, block_d

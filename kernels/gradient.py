@@ -1,0 +1,163 @@
+"""Gradients through the negatives: the coefficients C, and their products with the raw rows.
+
+C_ij = a_i b_j (ux_i 2^(z_ij sx_i - nx_i) + uy_j 2^(z_ij sy_j - ny_j)),  z_ij = a_i b_j (x_i . y_j)
+
+with sx = log2(e) / t, nx = neg log2(e), ux = u / t of the rows and likewise of the columns; either direction may be
+absent (no UX or no UY), and C is 0 for pairs that are not negatives.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import cast, dot, load_rows, load_vector, negatives, raw_dots
+
+
+@triton.jit
+def direction(S_ptr, N_ptr, U_ptr, offs, size, ACC: tl.constexpr):
+    s = load_vector(S_ptr, offs, size, 0.0, ACC)
+    n = load_vector(N_ptr, offs, size, 0.0, ACC)
+    u = load_vector(U_ptr, offs, size, 0.0, ACC)
+    return s, n, u
+
+
+@triton.jit
+def term(d, inverse, s, n, u, other):
+    """One direction's part of C: the vectors are that direction's, `other` the other side's inverse norms."""
+    return (inverse * u) * other * tl.exp2(d * (inverse * s * other) - n)
+
+
+@triton.jit
+def coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, HAS_X: tl.constexpr, HAS_Y: tl.constexpr):
+    if HAS_X:
+        c = term(d, a[:, None], sx[:, None], nx[:, None], ux[:, None], b[None, :])
+        if HAS_Y:
+            c += term(d, b[None, :], sy[None, :], ny[None, :], uy[None, :], a[:, None])
+    else:
+        c = term(d, b[None, :], sy[None, :], ny[None, :], uy[None, :], a[:, None])
+    return tl.where(keep, c, 0.0)
+
+
+@triton.jit
+def gradient_kernel(
+    X_ptr,
+    Y_ptr,
+    A_ptr,
+    B_ptr,
+    SX_ptr,
+    NX_ptr,
+    UX_ptr,
+    SY_ptr,
+    NY_ptr,
+    UY_ptr,
+    T_ptr,
+    XI_ptr,
+    YI_ptr,
+    G_ptr,
+    size_x,
+    size_y,
+    D,
+    stride_xm,
+    stride_yn,
+    split,
+    TARGET: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """g_i (+)= sum_j C_ij y_j over `split` columns, BLOCK_D >= D, in slot program_id(1) of G (slots, size_x, D)."""
+    pid_n = tl.program_id(1)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
+    sx, nx, ux = direction(SX_ptr, NX_ptr, UX_ptr, offs_m, size_x, ACC)
+    x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for start_n in range(pid_n * split, tl.minimum((pid_n + 1) * split, size_y), BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        y = load_rows(Y_ptr, offs_n, stride_yn, size_y, offs_d, D)
+        d = dot(x, tl.trans(y), tl.zeros((BLOCK_M, BLOCK_N), ACC), DOT)
+        b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
+        sy, ny, uy = direction(SY_ptr, NY_ptr, UY_ptr, offs_n, size_y, ACC)
+        # A row that counts as zero has coefficients of 0, whatever its exponential.
+        valid_m = (offs_m < size_x) & (a != 0.0)
+        valid_n = (offs_n < size_y) & (b != 0.0)
+        keep = negatives(valid_m, valid_n, offs_m, offs_n, size_x, size_y, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
+        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
+        acc = dot(cast(c, y.dtype, DOT == "upcast"), y, acc, DOT)
+    ptrs = G_ptr + (pid_n.to(tl.int64) * size_x + offs_m)[:, None] * D + offs_d[None, :]
+    inside = (offs_m[:, None] < size_x) & (offs_d[None, :] < D)
+    if ACCUMULATE:
+        acc += tl.load(ptrs, mask=inside, other=0.0)
+    tl.store(ptrs, acc, mask=inside)
+
+
+@triton.jit
+def coefficients_kernel(
+    X_ptr,
+    Y_ptr,
+    A_ptr,
+    B_ptr,
+    SX_ptr,
+    NX_ptr,
+    UX_ptr,
+    SY_ptr,
+    NY_ptr,
+    UY_ptr,
+    T_ptr,
+    XI_ptr,
+    YI_ptr,
+    C_ptr,
+    row_start,
+    row_end,
+    col_start,
+    col_end,
+    D,
+    stride_xm,
+    stride_yn,
+    stride_cm,
+    TARGET: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype."""
+    row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
+    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = row_start + rows
+    offs_n = col_start + cols
+    d = raw_dots(
+        None,
+        X_ptr,
+        Y_ptr,
+        offs_m,
+        offs_n,
+        stride_xm,
+        stride_yn,
+        row_end,
+        col_end,
+        D,
+        ACC,
+        DOT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    a = load_vector(A_ptr, offs_m, row_end, 1.0, ACC)
+    b = load_vector(B_ptr, offs_n, col_end, 1.0, ACC)
+    sx, nx, ux = direction(SX_ptr, NX_ptr, UX_ptr, offs_m, row_end, ACC)
+    sy, ny, uy = direction(SY_ptr, NY_ptr, UY_ptr, offs_n, col_end, ACC)
+    valid_m = (offs_m < row_end) & (a != 0.0)
+    valid_n = (offs_n < col_end) & (b != 0.0)
+    keep = negatives(valid_m, valid_n, offs_m, offs_n, row_end, col_end, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
+    c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
+    ptrs = C_ptr + rows.to(tl.int64)[:, None] * stride_cm + cols[None, :]
+    inside = (offs_m[:, None] < row_end) & (offs_n[None, :] < col_end)
+    tl.store(ptrs, cast(c, C_ptr.dtype.element_ty, DOT == "upcast"), mask=inside)

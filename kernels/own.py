@@ -1,0 +1,164 @@
+"""Negatives that belong to one row: K (N, H, D), k_ih against q_i only. Dots d and inverse norms b are (N, H)."""
+
+import triton
+import triton.language as tl
+
+from .gradient import direction, term
+from .norms import inverse_norm
+from .statistics import FLOOR, store_state, update
+from .tile import cast, load_rows, load_vector
+
+
+@triton.jit
+def cube(ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_m, stride_h):
+    """Pointers to (BLOCK_M, BLOCK_H, BLOCK_D) of a (N, H, D) tensor, and which of them are inside."""
+    rows = ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_h.to(tl.int64)[None, :] * stride_h
+    inside = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
+    return rows[:, :, None] + offs_d[None, None, :], inside[:, :, None] & (offs_d < D)[None, None, :]
+
+
+@triton.jit
+def load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl.constexpr):
+    """(d, b, which are negatives) of a block: (BLOCK_M, BLOCK_H)."""
+    keep = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * H + offs_h[None, :]
+    d = tl.load(D_ptr + offs, mask=keep, other=0.0)
+    if B_ptr is None:
+        b = tl.full(keep.shape, 1.0, ACC)
+    else:
+        b = tl.load(B_ptr + offs, mask=keep, other=0.0)
+    if QI_ptr is not None:
+        own_ids = tl.load(KI_ptr + offs, mask=keep, other=0)
+        ids = tl.load(QI_ptr + offs_m, mask=offs_m < size_q, other=0)
+        keep = keep & (own_ids != ids[:, None])
+    return d, b, keep
+
+
+@triton.jit
+def own_dots_kernel(
+    Q_ptr,
+    K_ptr,
+    D_ptr,
+    B_ptr,
+    size_q,
+    H,
+    D,
+    stride_qm,
+    stride_km,
+    stride_kh,
+    eps,
+    at_eps,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """d_ih = q_i . k_ih and, with NORMALIZE, b_ih = 1 / max(|k_ih|, eps)."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    dots = tl.zeros((BLOCK_M, BLOCK_H), ACC)
+    square = tl.zeros((BLOCK_M, BLOCK_H), ACC)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        q = load_rows(Q_ptr, offs_m, stride_qm, size_q, offs_d, D).to(ACC)
+        ptrs, inside = cube(K_ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_km, stride_kh)
+        k = tl.load(ptrs, mask=inside, other=0.0).to(ACC)
+        dots += tl.sum(k * q[:, None, :], 2)
+        square += tl.sum(k * k, 2)
+    offs = offs_m.to(tl.int64)[:, None] * H + offs_h[None, :]
+    inside = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
+    tl.store(D_ptr + offs, dots, mask=inside)
+    if NORMALIZE:
+        tl.store(B_ptr + offs, inverse_norm(square, eps, at_eps), mask=inside)
+
+
+@triton.jit
+def own_statistics_kernel(
+    D_ptr,
+    B_ptr,
+    A_ptr,
+    S_ptr,
+    QI_ptr,
+    KI_ptr,
+    ROWS_ptr,
+    size_q,
+    H,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """States of rows over their own negatives, s_ih = a_i b_ih d_ih s_i, into slot 0 of ROWS."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    a = load_vector(A_ptr, offs_m, size_q, 1.0, ACC)
+    s = load_vector(S_ptr, offs_m, size_q, 1.0, ACC)
+    m = tl.full((BLOCK_M,), FLOOR, ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    x = tl.zeros((BLOCK_M,), ACC)
+    for start_h in range(0, H, BLOCK_H):
+        offs_h = start_h + tl.arange(0, BLOCK_H)
+        d, b, keep = load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        m, l, x = update(m, l, x, d * (a[:, None] * b) * s[:, None], keep, 1)
+    store_state(ROWS_ptr, 0, offs_m, size_q, m, l, x)
+
+
+@triton.jit
+def own_gradient_kernel(
+    Q_ptr,
+    K_ptr,
+    D_ptr,
+    B_ptr,
+    A_ptr,
+    S_ptr,
+    N_ptr,
+    U_ptr,
+    UNSCALE_ptr,
+    QI_ptr,
+    KI_ptr,
+    G_ptr,
+    DK_ptr,
+    size_q,
+    H,
+    D,
+    stride_qm,
+    stride_km,
+    stride_kh,
+    NORMALIZE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    EMULATE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """g_i (+)= sum_h C_ih k_ih and dk_ih = unscale C_ih (q_i - b_ih^2 d_ih k_ih), for BLOCK_D of the row length."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    a = load_vector(A_ptr, offs_m, size_q, 1.0, ACC)
+    s, n, u = direction(S_ptr, N_ptr, U_ptr, offs_m, size_q, ACC)
+    q = load_rows(Q_ptr, offs_m, stride_qm, size_q, offs_d, D).to(ACC)
+    g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for start_h in range(0, H, BLOCK_H):
+        offs_h = start_h + tl.arange(0, BLOCK_H)
+        d, b, keep = load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        keep = keep & (b != 0.0) & (a != 0.0)[:, None]
+        c = tl.where(keep, term(d, a[:, None], s[:, None], n[:, None], u[:, None], b), 0.0)
+        ptrs, inside = cube(K_ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_km, stride_kh)
+        k = tl.load(ptrs, mask=inside, other=0.0).to(ACC)
+        g += tl.sum(c[:, :, None] * k, 1)
+        if DK_ptr is not None:
+            if UNSCALE_ptr is not None:
+                c *= tl.load(UNSCALE_ptr)
+            if NORMALIZE:
+                tangent = q[:, None, :] - (d * b * b)[:, :, None] * k
+            else:
+                tangent = q[:, None, :]
+            dk = cast(c[:, :, None] * tangent, DK_ptr.dtype.element_ty, EMULATE)
+            ptrs, inside = cube(DK_ptr, offs_m, offs_h, offs_d, size_q, H, D, tl.cast(H, tl.int64) * D, D)
+            tl.store(ptrs, dk, mask=inside)
+    if G_ptr is not None:
+        ptrs = G_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
+        inside = (offs_m < size_q)[:, None] & (offs_d < D)[None, :]
+        if ACCUMULATE:
+            g += tl.load(ptrs, mask=inside, other=0.0)
+        tl.store(ptrs, g, mask=inside)

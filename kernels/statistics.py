@@ -1,0 +1,153 @@
+"""Softmax statistics of rows, and of columns from the same dot products.
+
+A state is (m, l, x) in base 2: the maximum logit, sum 2^(s - m) and sum 2^(s - m) s. States of parts of a row lie
+in slots of a (slots, 3, size) buffer and are merged in slot order, so a result never depends on timing.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import load_rows, load_vector, negatives, raw_dots
+
+# The logit of what is no negative. Finite: its 2^-inf = 0 times itself is 0, where a logit of -inf gives NaN.
+FLOOR = tl.constexpr(-(2.0**127))
+
+
+@triton.jit
+def update(m, l, x, s, keep, AXIS: tl.constexpr):
+    """The states after also seeing the kept logits s along AXIS."""
+    s = tl.where(keep, s, FLOOR)
+    new = tl.maximum(m, tl.max(s, AXIS))
+    shift = tl.where(new == FLOOR, 0.0, new)
+    p = tl.exp2(s - tl.expand_dims(shift, AXIS))
+    scale = tl.exp2(m - shift)
+    return new, l * scale + tl.sum(p, AXIS), x * scale + tl.sum(p * s, AXIS)
+
+
+@triton.jit
+def load_state(S_ptr, slot, offs, size):
+    ptrs = S_ptr + tl.cast(slot, tl.int64) * 3 * size + offs
+    inside = offs < size
+    m = tl.load(ptrs, mask=inside, other=FLOOR)
+    l = tl.load(ptrs + size, mask=inside, other=0.0)
+    x = tl.load(ptrs + size * 2, mask=inside, other=0.0)
+    return m, l, x
+
+
+@triton.jit
+def store_state(S_ptr, slot, offs, size, m, l, x):
+    ptrs = S_ptr + tl.cast(slot, tl.int64) * 3 * size + offs
+    inside = offs < size
+    tl.store(ptrs, m, mask=inside)
+    tl.store(ptrs + size, l, mask=inside)
+    tl.store(ptrs + size * 2, x, mask=inside)
+
+
+@triton.jit
+def statistics_kernel(
+    X_ptr,
+    Y_ptr,
+    A_ptr,
+    B_ptr,
+    SX_ptr,
+    SY_ptr,
+    T_ptr,
+    XI_ptr,
+    YI_ptr,
+    ROWS_ptr,
+    COLUMNS_ptr,
+    row_start,
+    size_x,
+    size_y,
+    D,
+    stride_xm,
+    stride_yn,
+    split,
+    TARGET: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    HOIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """States of BLOCK_M rows over `split` columns, in row slot program_id(1), and of these columns over these rows, in
+    column slot 1 + program_id(0).
+
+    s_ij = a_i b_j (x_i . y_j) sx_i for rows, the same with sy_j for columns; sx = log2(e) / t.
+    """
+    pid_m = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    offs_m = row_start + pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
+    sx = load_vector(SX_ptr, offs_m, size_x, 1.0, ACC)
+    if HOIST:
+        x_tile = load_rows(X_ptr, offs_m, stride_xm, size_x, tl.arange(0, BLOCK_D), D)
+    else:
+        x_tile = None
+    m = tl.full((BLOCK_M,), FLOOR, ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    x = tl.zeros((BLOCK_M,), ACC)
+    for start_n in range(pid_n * split, tl.minimum((pid_n + 1) * split, size_y), BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        d = raw_dots(
+            x_tile,
+            X_ptr,
+            Y_ptr,
+            offs_m,
+            offs_n,
+            stride_xm,
+            stride_yn,
+            size_x,
+            size_y,
+            D,
+            ACC,
+            DOT,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
+        z = d * (a[:, None] * b[None, :])
+        inside_m, inside_n = offs_m < size_x, offs_n < size_y
+        keep = negatives(inside_m, inside_n, offs_m, offs_n, size_x, size_y, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
+        m, l, x = update(m, l, x, z * sx[:, None], keep, 1)
+        if COLUMNS_ptr is not None:
+            sy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC)
+            none = tl.full((BLOCK_N,), FLOOR, ACC)
+            zero = tl.zeros((BLOCK_N,), ACC)
+            cm, cl, cx = update(none, zero, zero, z * sy[None, :], keep, 0)
+            store_state(COLUMNS_ptr, pid_m + 1, offs_n, size_y, cm, cl, cx)
+    store_state(ROWS_ptr, pid_n, offs_m, size_x, m, l, x)
+
+
+@triton.jit
+def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, first, slots, size, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Merges slots first, first + 1, ... into slot 0, or with NEG into natural-log statistics.
+
+    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits.
+    """
+    offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.full((BLOCK_M,), FLOOR, ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    x = tl.zeros((BLOCK_M,), ACC)
+    for slot in range(first, slots):
+        m_slot, l_slot, x_slot = load_state(S_ptr, slot, offs, size)
+        new = tl.maximum(m, m_slot)
+        scale = tl.exp2(m - new)
+        scale_slot = tl.exp2(m_slot - new)
+        l = l * scale + l_slot * scale_slot
+        x = x * scale + x_slot * scale_slot
+        m = new
+    if NEG_ptr is None:
+        store_state(S_ptr, 0, offs, size, m, l, x)
+    else:
+        LN2: tl.constexpr = 0.6931471805599453
+        empty = l == 0.0
+        total = tl.where(empty, 1.0, l)
+        mean = x / total * LN2
+        neg = tl.where(empty, float("-inf"), m + tl.log2(total)) * LN2
+        neg = tl.where(mean == mean, neg, float("nan"))
+        tl.store(NEG_ptr + offs, neg, mask=offs < size)
+        tl.store(MEAN_ptr + offs, mean, mask=offs < size)

@@ -1,0 +1,110 @@
+"""What every kernel shares: loads, dot products, logits of a pair of tiles, and which of them are negatives.
+
+`x` and `y` are the two sides of a tile pass, in either role: queries against keys or keys against queries.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
+    """`ptr[offs]`, or `default` everywhere where there is no vector; 0 outside."""
+    if ptr is None:
+        values = tl.full(offs.shape, default, ACC)
+    else:
+        values = tl.load(ptr + offs, mask=offs < size, other=0.0).to(ACC)
+    return values
+
+
+@triton.jit
+def load_rows(ptr, offs, stride, size, offs_d, D):
+    """(len(offs), len(offs_d)) of a matrix whose last dimension is contiguous; 0 outside."""
+    ptrs = ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    return tl.load(ptrs, mask=(offs[:, None] < size) & (offs_d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """`x` rounded to the nearest `dtype`; EMULATE: where the conversion of float32 to bfloat16 would truncate."""
+    if EMULATE and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, DOT: tl.constexpr):
+    """`acc + a @ b`. DOT: "ieee" or "tf32", for float32 operands; "upcast" multiplies in the accumulator's dtype."""
+    if DOT == "upcast":
+        acc = tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=DOT, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def raw_dots(
+    x,
+    X_ptr,
+    Y_ptr,
+    offs_m,
+    offs_n,
+    stride_xm,
+    stride_yn,
+    size_x,
+    size_y,
+    D,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """d_ij = x_i . y_j, (BLOCK_M, BLOCK_N). `x` holds whole rows where they fit a tile, else None."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    offs_d = tl.arange(0, BLOCK_D)
+    if x is not None:
+        y = load_rows(Y_ptr, offs_n, stride_yn, size_y, offs_d, D)
+        acc = dot(x, tl.trans(y), acc, DOT)
+    else:
+        for start_d in range(0, D, BLOCK_D):
+            x_part = load_rows(X_ptr, offs_m, stride_xm, size_x, start_d + offs_d, D)
+            y_part = load_rows(Y_ptr, offs_n, stride_yn, size_y, start_d + offs_d, D)
+            acc = dot(x_part, tl.trans(y_part), acc, DOT)
+    return acc
+
+
+@triton.jit
+def negatives(
+    valid_m,
+    valid_n,
+    offs_m,
+    offs_n,
+    size_x,
+    size_y,
+    T_ptr,
+    XI_ptr,
+    YI_ptr,
+    TARGET: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    """Which pairs are negatives: (BLOCK_M, BLOCK_N).
+
+    TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
+    """
+    keep = valid_m[:, None] & valid_n[None, :]
+    if DIAGONAL:
+        keep = keep & (offs_m[:, None] != offs_n[None, :])
+    if TARGET != 0:
+        if TARGET == 1:
+            target = tl.load(T_ptr + offs_m, mask=offs_m < size_x, other=-1)
+            keep = keep & (target[:, None] != offs_n[None, :])
+        else:
+            target = tl.load(T_ptr + offs_n, mask=offs_n < size_y, other=-1)
+            keep = keep & (offs_m[:, None] != target[None, :])
+    if XI_ptr is not None:
+        x_ids = tl.load(XI_ptr + offs_m, mask=offs_m < size_x, other=0)
+        y_ids = tl.load(YI_ptr + offs_n, mask=offs_n < size_y, other=0)
+        keep = keep & (x_ids[:, None] != y_ids[None, :])
+    return keep
