@@ -11,7 +11,8 @@ from torch import Tensor
 from . import launch, tiles
 from .launch import LOG2E, Excluded, Own, Partners, Side
 from .plan import Plan
-from .problem import EPS, KEY, Problem, Statistics, Upstream
+from .problem import EPS, KEY, OnePass, Problem, Statistics, Upstream
+from .row_loss import LOSSES
 
 FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 4 below overflow
 
@@ -109,14 +110,74 @@ def gradients(
         fits = problem.query.shape[1] <= tiles.STREAMING_MAX_D[problem.query.dtype]
         accumulate = streaming if plan.name == "streaming" and fits else workspace
         accumulators = accumulate(work, plan, [dtype is not None for dtype in dtypes])
-        grads = own_gradients(work, accumulators, unscale, dtypes)
-        partners = positive_partners(work, upstream.pos, dtypes)
-        sides = {0: work.query, 1: work.key, **dict(work.shared)}
-        for index, side in sides.items():
-            if (dtype := dtypes[index]) is not None:
-                g = accumulators.get(index)
-                grads[index] = launch.finish(g, side, problem.normalize, partners.get(index), unscale, dtype)
-        return [grads.get(index) for index in range(len(dtypes))]
+        return finished(work, accumulators, upstream.pos, unscale, dtypes)
+
+
+def finished(
+    work: Work,
+    accumulators: dict[int, Tensor],
+    v: Tensor,
+    unscale: Tensor | None,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """From the sums over the tiles to gradients: rows' own negatives, positives, projection, cast."""
+    grads = own_gradients(work, accumulators, unscale, dtypes)
+    partners = positive_partners(work, v, dtypes)
+    for index, side in {0: work.query, KEY: work.key, **dict(work.shared)}.items():
+        if (dtype := dtypes[index]) is not None:
+            g, project = accumulators.get(index), work.problem.normalize
+            grads[index] = launch.finish(g, side, project, partners.get(index), unscale, dtype)
+    return [grads.get(index) for index in range(len(dtypes))]
+
+
+def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+    """`sum_i weight_i loss_i` and its gradients from one product of the scores; see `backend_torch.onepass`.
+
+    Exponentials are written unshifted, b_j exp(s_ij), so they must fit the inputs' dtype: `plan` sees to that. What
+    turns them into coefficients is a factor f_i of the row, which multiplies the products for the queries and the
+    queries themselves in the products for the keys.
+    """
+    loss_of, slope_of = LOSSES[kind]
+    with torch.cuda.device_of(problem.query):
+        work = prepare(problem, at_eps=1 / EPS)
+        query, n, t = work.query, len(work.query), problem.temperature
+        pos = launch.positives(query, work.key, t.expand(n).contiguous(), work.target)
+        own_states = [launch.own_states(query, own) for _, own in work.own]
+        segments = list(work.segments)
+        blocks = [query.rows.new_empty((plan.rows, aligned(len(keys), query.rows))) for _, keys, _ in segments]
+        dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
+        accumulators = zero_accumulators(work, dtypes)
+        neg, mean, u = (torch.empty_like(pos) for _ in range(3))
+        live = launch.without_zero_rows(query.inverse)
+        for rows in slices(n, plan.rows):
+            size = rows.stop - rows.start
+            chunk = [(block[:size, : len(s[1])], *s) for block, s in zip(blocks, segments, strict=True)]
+            states = [launch.write_exponentials(c, query, keys, rows, excluded) for c, _, keys, excluded in chunk]
+            states += [state[:, :, rows] for state in own_states]
+            neg[rows], mean[rows] = launch.merged(torch.cat(states))
+            w, rows_t = (x if len(x) == 1 else x[rows] for x in (weight, t))
+            u[rows] = (w * slope_of(neg[rows] - pos[rows])).masked_fill(w == 0, 0)
+            f = u[rows] / rows_t * torch.exp(-neg[rows]).masked_fill(neg[rows] == -torch.inf, 0)
+            f = (f if live is None else f * live[rows])[:, None]
+            scaled = (query.rows[rows] * f).to(query.rows.dtype)
+            for c, index, keys, _ in chunk:
+                if wanted[0]:
+                    add_product(accumulators[0][0, rows], c, keys.rows)
+                if wanted[index]:
+                    add_product(accumulators[index][0], c.T, scaled)
+            if wanted[0]:
+                accumulators[0][0, rows] *= f
+
+        loss = (weight * loss_of(neg - pos)).masked_fill(weight == 0, 0).sum()
+        dt = (u * (pos - mean)) / t if wanted[-1] else None
+        work = replace(
+            work,
+            query=replace(query, inverse=live, neg=neg * LOG2E, weight=u / t),
+            key=replace(work.key, inverse=launch.without_zero_rows(work.key.inverse)),
+            shared=[(i, replace(s, inverse=launch.without_zero_rows(s.inverse))) for i, s in work.shared],
+            own=[(i, own._replace(inverse=launch.without_zero_rows(own.inverse))) for i, own in work.own],
+        )
+        return OnePass(loss, finished(work, accumulators, -u, None, dtypes), dt)
 
 
 def weigh(work: Work, statistics: Statistics, upstream: Upstream) -> tuple[Work, Tensor | None]:
@@ -180,10 +241,7 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     segments = [segment for segment in work.segments if n and (wanted[0] or wanted[segment[0]])]
     if not segments:
         return {}
-    sides = {index: keys.rows for index, keys, _ in segments if wanted[index]}
-    if wanted[0]:
-        sides[0] = query.rows
-    accumulators = {i: x.new_zeros((1, *x.shape), dtype=work.problem.acc_dtype) for i, x in sides.items()}
+    accumulators = zero_accumulators(work, wanted)
     block_rows, block_cols = min(plan.rows, n), min(plan.cols, max(len(keys) for _, keys, _ in segments))
     block = query.rows.new_empty((block_rows, aligned(block_cols, query.rows)))
     for index, keys, excluded in segments:
@@ -196,6 +254,13 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
                 if wanted[index]:
                     add_product(accumulators[index][0, cols], c.T, query.rows[rows])
     return accumulators
+
+
+def zero_accumulators(work: Work, wanted: Sequence[object]) -> dict[int, Tensor]:
+    """index -> (1, rows, D) zeros for what tile passes add to."""
+    sides = {0: work.query, **{index: keys for index, keys, _ in work.segments}}
+    acc = work.problem.acc_dtype
+    return {i: side.rows.new_zeros((1, *side.rows.shape), dtype=acc) for i, side in sides.items() if wanted[i]}
 
 
 def slices(size: int, step: int) -> list[slice]:

@@ -6,6 +6,7 @@ where the plan allows it and composes on `statistics` where not.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Options:
 
     backend: str = "auto"
     workspace_limit: int | None = None
+    logit_bound: float = math.inf  # no logit exceeds this in size, as far as is known without reading a tensor
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -76,6 +78,7 @@ def make_plan(problem: Problem, options: Options, reduced: bool) -> Plan:
         columns=problem.columns,
         self_similar=problem.self_similar,
         reduced=reduced,
+        logit_bound=options.logit_bound if dtype != torch.float16 else math.inf,  # whose exponentials have no range
         limit=options.workspace_limit,
     )
 
@@ -194,7 +197,7 @@ def run_onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted:
 
 
 def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
-    return per_row if len(temperature) > 1 else per_row.sum(0, keepdim=True)
+    return per_row.sum(0, keepdim=True) if len(temperature) == 1 else per_row
 
 
 def statistics(problem: Problem, options: Options) -> Statistics:

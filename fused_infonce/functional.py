@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -129,7 +130,7 @@ def nt_xent(
     rows = torch.cat([view_a, view_b])
     n = len(rows)
     t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), rows.device)
-    options = Options(backend, validation.workspace_limit(workspace_limit))
+    options = _options(backend, workspace_limit, temperature, normalize)
     if backend == "reference":
         return reference.nt_xent(view_a, view_b, t, reduction, normalize=normalize)
     target = torch.arange(n, device=rows.device).roll(n // 2)
@@ -205,7 +206,13 @@ def _problem(
         columns=symmetric and in_batch,
         normalize=normalize,
     )
-    return problem, Options(backend, validation.workspace_limit(workspace_limit))
+    return problem, _options(backend, workspace_limit, temperature, normalize)
+
+
+def _options(backend: str, workspace_limit: int | None, temperature: float | Tensor, normalize: bool) -> Options:
+    bounded = normalize and not isinstance(temperature, Tensor)  # cosines
+    bound = 1 / temperature if bounded else math.inf
+    return Options(backend, validation.workspace_limit(workspace_limit), bound)
 
 
 def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:

@@ -123,6 +123,11 @@ def inverse_norms(x: Tensor, at_eps: float) -> Tensor:
     return a
 
 
+def without_zero_rows(inverse: Tensor | None) -> Tensor | None:
+    """Inverse norms as gradients take them: 0 for a row whose norm is at most EPS."""
+    return None if inverse is None else inverse.masked_fill(inverse >= 1 / EPS, 0)
+
+
 def positives(query: Side, key: Side, temperature: Tensor, target: Tensor | None) -> Tensor:
     """(N,) logits of the targets; `temperature` is (N,)."""
     q, k = query.rows, key.rows
@@ -200,15 +205,25 @@ def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x
     )  # fmt: skip
 
 
-def write_coefficients(c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded) -> None:
-    """c = C[rows, cols] in the dtype of c."""
+def write_coefficients(
+    c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded, states: Tensor | None = None
+) -> None:
+    """c = C[rows, cols] in the dtype of c; with `states`, (blocks of columns, 3, rows), what is known before them."""
     tile = tile_of("coefficients", x.rows)
     run(
         coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
-        NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, row_start=rows.start, row_end=rows.stop,
-        col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0),
+        NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states, row_start=rows.start,
+        row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0), zero_row=1 / EPS,
         **pair_arguments(tile, x, y), **excluded.arguments(x, y),
     )  # fmt: skip
+
+
+def write_exponentials(c: Tensor, x: Side, y: Side, rows: slice, excluded: Excluded) -> Tensor:
+    """c_ij = b_j exp(s_ij), unshifted, of some rows against all of y; and the rows' (1, 3, n) states."""
+    blocks = triton.cdiv(len(y), tile_of("coefficients", x.rows).block_n)
+    states = c.new_empty((blocks, 3, len(c)), dtype=accumulator(c.dtype))
+    write_coefficients(c, x, y, rows, slice(0, len(y)), excluded, states)
+    return states.sum(0, keepdim=True)  # every maximum is 0
 
 
 class Partners(NamedTuple):

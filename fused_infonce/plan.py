@@ -17,6 +17,9 @@ CPU_COLUMNS = 2048  # 1024 x 2048 fp32 is 8 MiB: the elementwise passes stay in 
 TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
 STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
+GPU_ONEPASS_ROWS = 1024  # with fewer rows in a chunk library products lose their rate: an estimate, not yet measured
+GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
+LOGIT_ROOM = 90 * math.log(2)  # exp of this, over a million columns and rows, and its inverse, fit bfloat16 and float32
 WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
 
 
@@ -64,18 +67,36 @@ def choose(*, backend: str, limit: int | None = None, device: str, **sizes: Any)
     gradients: whether any input needs one; columns: whether the other direction is asked for too
     self_similar: whether the keys are the queries
     reduced: whether the loss is a weighted sum of row losses known in closed form
+    logit_bound: what no logit exceeds, or inf
     """
     limit = default_limit(device) if limit is None else limit
     plan = _triton(limit=limit, **sizes) if backend == "triton" else _torch(device=device, limit=limit, **sizes)
     return replace(plan, backend=backend)
 
 
-def _triton(*, n: int, m: int, d: int, itemsize: int, gradients: bool, limit: int, **_: Any) -> Plan:
+def _triton(
+    *,
+    n: int,
+    m: int,
+    d: int,
+    itemsize: int,
+    gradients: bool,
+    columns: bool,
+    reduced: bool,
+    logit_bound: float,
+    limit: int,
+    **_: Any,
+) -> Plan:
+    empty = n == 0 or m == 0
     n, m = max(n, 1), max(m, 1)
     cols = min(m, max(limit // (itemsize * min(n, WORKSPACE_ROWS)), 1))
     rows = min(n, max(limit // (itemsize * cols), 1))
     if not gradients:
         return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
+    chunk = min(n, limit // (itemsize * (m + 64)))  # rows of the workspace are padded to 16 bytes
+    fits = logit_bound <= LOGIT_ROOM and chunk >= min(n, GPU_ONEPASS_ROWS)
+    if reduced and not columns and not empty and fits and d >= GPU_ONEPASS_DIM:
+        return Plan("onepass", chunk, m, limit, 6, "a chunk of rows sees every column at once, and exp(logit) fits")
     if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
         return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
     return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")

@@ -9,6 +9,7 @@ absent (no UX or no UY), and C is 0 for pairs that are not negatives.
 import triton
 import triton.language as tl
 
+from .statistics import store_state
 from .tile import cast, dot, load_rows, load_vector, negatives, raw_dots
 
 
@@ -111,6 +112,7 @@ def coefficients_kernel(
     XI_ptr,
     YI_ptr,
     C_ptr,
+    ROWS_ptr,
     row_start,
     row_end,
     col_start,
@@ -119,6 +121,7 @@ def coefficients_kernel(
     stride_xm,
     stride_yn,
     stride_cm,
+    zero_row,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ACC: tl.constexpr,
@@ -127,7 +130,12 @@ def coefficients_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype."""
+    """The block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
+
+    With ROWS, before the rows' statistics are known: b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and
+    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, 3, rows). b_j >= zero_row is that
+    of a zero row, which counts in the states only.
+    """
     row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
     rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -157,7 +165,15 @@ def coefficients_kernel(
     valid_m = (offs_m < row_end) & (a != 0.0)
     valid_n = (offs_n < col_end) & (b != 0.0)
     keep = negatives(valid_m, valid_n, offs_m, offs_n, row_end, col_end, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
-    c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
+    if ROWS_ptr is None:
+        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
+    else:
+        s = d * ((a * sx)[:, None] * b[None, :])
+        p = tl.where(keep, tl.exp2(s), 0.0)
+        c = p * tl.where(b < zero_row, b, 0.0)[None, :]
+        slot = tl.program_id(0) // row_blocks
+        zero = tl.zeros((BLOCK_M,), ACC)
+        store_state(ROWS_ptr, slot, rows, row_end - row_start, zero, tl.sum(p, 1), tl.sum(p * s, 1))
     ptrs = C_ptr + rows.to(tl.int64)[:, None] * stride_cm + cols[None, :]
     inside = (offs_m[:, None] < row_end) & (offs_n[None, :] < col_end)
     tl.store(ptrs, cast(c, C_ptr.dtype.element_ty, DOT == "upcast"), mask=inside)
