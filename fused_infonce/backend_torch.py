@@ -80,7 +80,7 @@ class Work:
         self.columns = [(segment, cols) for segment in self.segments for cols in segment.tiles()]
         self.inv_t = problem.temperature.reciprocal()
         self.shift = not self._fits_without_shift()
-        self.triangular = plan.name == "triangular"
+        self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out
 
     def _fits_without_shift(self) -> bool:
         """Whether exp2 of every logit fits the accumulator as it is: a bound that only a CPU reads for free."""

@@ -186,6 +186,8 @@ def weigh(work: Work, statistics: Statistics, upstream: Upstream) -> tuple[Work,
     query = replace(query, neg=statistics.neg * LOG2E, weight=upstream.neg / t)
     if statistics.column_neg is not None and upstream.column_neg is not None:
         key = replace(key, neg=statistics.column_neg * LOG2E, weight=upstream.column_neg / t)
+    if work.problem.self_similar:  # C + C^T serves both sides at once
+        key = replace(key, scale=query.scale, neg=query.neg, weight=query.weight)
     unscale = None
     if query.rows.dtype == torch.float16 and len(query):
         scale = float16_scale(query, [keys for _, keys, _ in replace(work, key=key).segments])
@@ -236,8 +238,11 @@ def streaming(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
 
 
 def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tensor]:
-    """index -> (1, rows, D) accumulated gradients through the tile passes: blocks of C, then library products."""
-    query, n = work.query, len(work.query)
+    """index -> (1, rows, D) accumulated gradients through the tile passes: blocks of C, then library products.
+
+    Of a symmetric C the blocks under the diagonal are left out: a block above it stands for its transpose too.
+    """
+    query, n, mirrored = work.query, len(work.query), work.problem.self_similar
     segments = [segment for segment in work.segments if n and (wanted[0] or wanted[segment[0]])]
     if not segments:
         return {}
@@ -245,14 +250,18 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     block_rows, block_cols = min(plan.rows, n), min(plan.cols, max(len(keys) for _, keys, _ in segments))
     block = query.rows.new_empty((block_rows, aligned(block_cols, query.rows)))
     for index, keys, excluded in segments:
+        symmetric = mirrored and index == KEY
         for rows in slices(n, block_rows):
             for cols in slices(len(keys), block_cols):
+                if symmetric and cols.start < rows.start:
+                    continue
                 c = block[: rows.stop - rows.start, : cols.stop - cols.start]
                 launch.write_coefficients(c, query, keys, rows, cols, excluded)
                 if wanted[0]:
                     add_product(accumulators[0][0, rows], c, keys.rows[cols])
-                if wanted[index]:
-                    add_product(accumulators[index][0, cols], c.T, query.rows[rows])
+                other = 0 if symmetric else index
+                if wanted[other] and not (symmetric and cols.start == rows.start):
+                    add_product(accumulators[other][0, cols], c.T, query.rows[rows])
     return accumulators
 
 
@@ -314,6 +323,8 @@ def positive_partners(work: Work, v: Tensor, dtypes: Sequence[torch.dtype | None
     if key.inverse is not None:
         weight = weight * key.inverse[index.clamp(0, m - 1)]
     weight = torch.where(valid, weight, 0.0)
+    if work.problem.self_similar and dtypes[KEY] is None:  # its target's target is the row itself
+        weight = weight + weight[index]
     partners = {0: Partners(key.rows, weight, target)}
     if target is None:
         partners[1] = Partners(query.rows, weight)

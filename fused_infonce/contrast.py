@@ -114,7 +114,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, plan: Plan, temperature: Tensor, *inputs: Tensor) -> Any:
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
-        if plan.name == "triangular":  # the query's gradient is that of both sides
+        if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[KEY] = None
         problem = _bind(problem, temperature, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):

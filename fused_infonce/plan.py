@@ -15,6 +15,7 @@ ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at i
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
 CPU_COLUMNS = 2048  # 1024 x 2048 fp32 is 8 MiB: the elementwise passes stay in the last-level cache
 TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
+TRIANGULAR_SIDE = 4096  # of a block on a GPU: an estimate, not yet measured
 STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
 GPU_ONEPASS_ROWS = 1024  # with fewer rows in a chunk library products lose their rate: an estimate, not yet measured
@@ -82,6 +83,7 @@ def _triton(
     itemsize: int,
     gradients: bool,
     columns: bool,
+    self_similar: bool,
     reduced: bool,
     logit_bound: float,
     limit: int,
@@ -95,6 +97,11 @@ def _triton(
         return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
     chunk = min(n, limit // (itemsize * (m + 64)))  # rows of the workspace are padded to 16 bytes
     fits = logit_bound <= LOGIT_ROOM and chunk >= min(n, GPU_ONEPASS_ROWS)
+    if self_similar and d > STREAMING_DIM:
+        side = min(TRIANGULAR_SIDE, max(math.isqrt(limit // itemsize), 1))
+        return Plan("triangular", side, side, limit, 5, "half of a symmetric coefficient matrix will do")
+    if self_similar:
+        return Plan("streaming", rows, cols, limit, 6, "one pass serves both sides of a symmetric score matrix")
     if reduced and not columns and not empty and fits and d >= GPU_ONEPASS_DIM:
         return Plan("onepass", chunk, m, limit, 6, "a chunk of rows sees every column at once, and exp(logit) fits")
     if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
@@ -115,7 +122,7 @@ def _torch(
     limit: int,
     **_: Any,
 ) -> Plan:
-    if self_similar and n > TRIANGULAR_ROWS:
+    if self_similar and not (reduced and n <= TRIANGULAR_ROWS):
         side = min(TRIANGULAR_ROWS, max(math.isqrt(limit // (4 * acc_itemsize)), 1))
         return Plan("triangular", side, side, limit, 4 if gradients else 1, "half of a symmetric score matrix will do")
     empty = n == 0 or m == 0

@@ -4,7 +4,6 @@ A backend is a module with these functions (`backend_torch`, `backend_triton`):
 
     statistics(problem, plan) -> Statistics
     gradients(problem, plan, statistics, upstream, dtypes) -> list[Tensor | None]
-        with the plan "triangular" the gradient of both sides is the query's, and the key's is None
     onepass(problem, plan, kind, weight, wanted) -> OnePass, where `plan.choose` may return that plan
 
 `dtypes` is aligned with `problem.inputs`: the dtype in which that input's gradient is returned, or
@@ -44,7 +43,9 @@ class Problem:
     in_batch: bool = True  # the keys that are not the row's target are its negatives
     columns: bool = False  # also the statistics of key j against all queries; needs target None, N == M
     normalize: bool = True
-    self_similar: bool = False  # key is query, and no row is its own negative; needs a target
+    # key is query, no row is its own negative, and the target of a row's target is the row; gradients of both sides
+    # are then returned as the query's, except by onepass
+    self_similar: bool = False
     scales: tuple[Tensor | None, ...] = ()  # aligned with inputs, or empty: see above; (N,), (M,), ...
 
     @property

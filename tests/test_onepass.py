@@ -1,0 +1,84 @@
+"""The plan that makes loss and gradients from one product of the scores, on both backends, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_infonce import explain, info_nce, plan, reference
+
+N, D, H = 45, 24, 3
+OPTIONS = {
+    "in batch": {},
+    "unpaired": {"negatives": (13, D)},
+    "paired": {"negatives": (N, H, D), "negative_mode": "paired", "in_batch_negatives": True},
+    "target": {"target": torch.where(torch.arange(N) % 4 == 0, -100, torch.arange(N) * 7 % N)},
+    "ids": {"key_ids": torch.arange(N) % 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few rows, and no lower bound on D."""
+    for name, value in {"GPU_ONEPASS_DIM": 1, "GPU_ONEPASS_ROWS": 8, "ONEPASS_ROWS": 8, "CPU_COLUMNS": 16}.items():
+        monkeypatch.setattr(plan, name, value)
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return (torch.linalg.vector_norm(value.double() - truth) / torch.linalg.vector_norm(truth)).item()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.0175])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bounds(backend: str, name: str, temperature: float, dtype: torch.dtype) -> None:
+    options = dict(OPTIONS[name])
+    inputs = [torch.randn(N, D)]
+    inputs.append(inputs[0] + torch.randn(N, D))
+    inputs[0][3], inputs[1][5] = 0, 0  # zero rows have zero gradients and spoil nothing
+    if shape := options.pop("negatives", None):
+        inputs.append(torch.randn(shape))
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    limit = 16 * (N + 64 + H + 13) * max(dtype.itemsize, 4 if backend == "torch" else 2)
+    options |= {"temperature": temperature}
+    assert explain(*inputs, **options, backend=backend, workspace_limit=limit).name == "onepass"
+    loss = info_nce(*inputs, **options, backend=backend, workspace_limit=limit)
+    truth = reference.info_nce(*exact, **options)
+    fp32 = 1e-5 * max(1, 0.05 / temperature)
+    bound = {torch.bfloat16: 5e-3, torch.float32: fp32, torch.float64: 1e-11}[dtype]
+    assert relative(loss, truth) <= min(fp32, bound)
+    for grad, true_grad in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, exact), strict=True):
+        assert relative(grad, true_grad) <= bound
+
+
+@pytest.mark.interpreter
+def test_what_does_not_fit_recomputes_the_scores() -> None:
+    query, key = (torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+
+    def name(**options: object) -> str:
+        return explain(query, key, backend="triton", **options).name
+
+    assert name(temperature=0.05) == "onepass"
+    assert name(temperature=0.01) == "workspace"  # exp(1 / 0.01) does not fit
+    assert name(temperature=torch.tensor(0.05)) == "workspace"  # unknown without reading it
+    assert name(temperature=0.05, normalize=False) == "workspace"
+    assert explain(query.half(), key.half(), temperature=0.05, backend="triton").name == "workspace"  # float16's range
+
+
+@pytest.mark.interpreter
+def test_temperature_gradient_per_row() -> None:
+    """A host temperature has no gradient, so on the Triton backend this is the launcher's own promise."""
+    from fused_infonce import backend_triton
+    from fused_infonce.problem import Problem
+
+    query, key = (torch.randn(9, 6, dtype=torch.float64) for _ in range(2))
+    t = torch.linspace(0.1, 0.3, 9, dtype=torch.float64).requires_grad_()
+    chosen = plan.Plan("onepass", 4, 9, 2**20, 6, "", "triton")
+    weight = torch.full((1,), 1 / 9, dtype=torch.float64)
+    problem = Problem(query, key, t.detach())
+    result = backend_triton.onepass(problem, chosen, "infonce", weight, [False, False, True])
+    (truth,) = torch.autograd.grad(reference.info_nce(query, key, temperature=t), t)
+    assert result.inputs == [None, None]
+    assert relative(result.temperature, truth) <= 1e-12
