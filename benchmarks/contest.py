@@ -13,7 +13,8 @@ from pathlib import Path
 import contestants
 import numpy as np
 import torch
-from contestants import Case
+from contestants import OURS, Case
+from peers import TEMPERATURE
 from torch import Tensor
 
 FIELDS = [
@@ -29,9 +30,9 @@ class Contest:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device, self.seed = case, device, 0
-        self.losses = contestants.losses(case)
+        self.losses = contestants.losses(case, device)
         self.floor = contestants.floor(case)
-        self.times: dict[str, list[float]] = {name: [] for name in (FLOOR, *self.losses) if name != "fused_infonce"}
+        self.times: dict[str, list[float]] = {name: [] for name in (FLOOR, *self.losses) if name != OURS}
 
     def step(self, name: str, query: Tensor, key: Tensor) -> Tensor | None:
         """One pass of one contestant, finished when it returns."""
@@ -49,13 +50,13 @@ class Contest:
         return loss
 
     def ours(self, query: Tensor, key: Tensor) -> None:
-        self.step("fused_infonce", query, key)
+        self.step(OURS, query, key)
 
     def agree(self) -> None:
         """A wrong result is not timed: everybody's loss within what its dtype's rounding of logits costs."""
         query, key = self.case.inputs(self.device, seed=12345)
         values = {name: float(self.step(name, query, key)) for name in self.losses}  # type: ignore[arg-type]
-        logits_rounding = torch.finfo(query.dtype).eps / contestants.TEMPERATURE
+        logits_rounding = torch.finfo(query.dtype).eps / TEMPERATURE
         spread = max(values.values()) - min(values.values())
         if not spread <= 10 * logits_rounding * max(1.0, abs(values["dense"])):
             raise AssertionError(f"{self.case}: the contestants disagree: {values}")
@@ -73,12 +74,12 @@ class Contest:
     def rows(self, ours: list[float]) -> list[dict[str, object]]:
         """One CSV row a contestant."""
         rounds = len(ours)
-        times = {"fused_infonce": ours, **{name: t[-rounds:] for name, t in self.times.items()}}
+        times = {OURS: ours, **{name: t[-rounds:] for name, t in self.times.items()}}
         floor = float(np.median(times[FLOOR]))
         return [
             {
                 **provenance(self.device),
-                "loss": "info_nce",
+                "loss": "nt_xent" if self.case.direction == "self" else "info_nce",
                 "direction": self.case.direction,
                 "n": self.case.n,
                 "m": self.case.m,

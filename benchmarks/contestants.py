@@ -1,30 +1,26 @@
-"""What is timed, each as a function of fresh inputs. Add a peer here, and every benchmark has it.
-
-A loss takes (query, key) and returns a scalar at temperature `TEMPERATURE`.
-"""
+"""What is timed, each as a function of fresh inputs: ours, the peers and the floor of bare matmuls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import peers
 import torch
-import torch.nn.functional as F
+from peers import TEMPERATURE, Loss
 from torch import Tensor
 
-from fused_infonce import info_nce
+from fused_infonce import info_nce, nt_xent
 
-TEMPERATURE = 0.05
 FLOOR_ROWS = 1024
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+OURS = "fused_infonce"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a benchmark: N queries against M keys of width D."""
+    """One line of a benchmark: N queries against M keys of width D; "self" has N rows in each of two views."""
 
-    direction: str  # "one" or "symmetric"
+    direction: str  # "one", "symmetric" or "self"
     n: int
     m: int
     d: int
@@ -42,35 +38,14 @@ class Case:
         return f"{self.direction}-{self.n}x{self.m}x{self.d}-{self.dtype}-{self.mode}"
 
 
-def dense(query: Tensor, key: Tensor) -> Tensor:
-    """As people write it: normalise, one matmul, cross-entropy on the logits."""
-    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
-
-
-def dense_symmetric(query: Tensor, key: Tensor) -> Tensor:
-    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / TEMPERATURE
-    labels = torch.arange(len(query), device=query.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def losses(case: Case) -> dict[str, Loss]:
-    """The contestants of a case; every one computes the same loss."""
-    if case.direction == "symmetric":
-        return {
-            "fused_infonce": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, symmetric=True),
-            "dense": dense_symmetric,
-        }
-    contestants: dict[str, Loss] = {
-        "fused_infonce": lambda q, k: info_nce(q, k, temperature=TEMPERATURE),
-        "dense": dense,
+def losses(case: Case, device: torch.device) -> dict[str, Loss]:
+    """The contestants of a case, ours first; every one computes the same loss."""
+    ours: dict[str, Loss] = {
+        "one": lambda q, k: info_nce(q, k, temperature=TEMPERATURE),
+        "symmetric": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, symmetric=True),
+        "self": lambda a, b: nt_xent(a, b, TEMPERATURE),
     }
-    try:
-        import info_nce as info_nce_pytorch
-    except ImportError:
-        return contestants
-    contestants["info-nce-pytorch"] = lambda q, k: info_nce_pytorch.info_nce(q, k, temperature=TEMPERATURE)
-    return contestants
+    return {OURS: ours[case.direction], **peers.available(case.direction, device.type)}
 
 
 def floor(case: Case) -> Callable[[Tensor, Tensor], None]:
@@ -78,6 +53,8 @@ def floor(case: Case) -> Callable[[Tensor, Tensor], None]:
 
     def run(query: Tensor, key: Tensor) -> None:
         query, key = query.detach(), key.detach()
+        if case.direction == "self":
+            query = key = torch.cat([query, key])
         rows = FLOOR_ROWS if query.device.type == "cpu" else max(FLOOR_ROWS, 2**28 // (2 * len(key)))
         grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
         for start in range(0, len(query), rows):
