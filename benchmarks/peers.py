@@ -69,7 +69,9 @@ def open_clip() -> Loss:
 
 
 def lightly() -> Loss:
-    for name in ("lightly.models.modules.memory_bank", "lightly.utils.dist"):
+    unused = types.ModuleType("lightly.models.utils")  # of its memory bank, which is off; it imports torchvision
+    sys.modules.setdefault(unused.__name__, unused)
+    for name in ("lightly.models.utils", "lightly.models.modules.memory_bank", "lightly.utils.dist"):
         without_package(name)
     return without_package("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=TEMPERATURE)
 
@@ -165,4 +167,8 @@ def without_package(name: str) -> types.ModuleType:
             module = types.ModuleType(parent)
             module.__path__ = list(spec.submodule_search_locations)
             sys.modules[parent] = module
-    return importlib.import_module(name)
+            if depth > 1:
+                setattr(sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], module)
+    module = importlib.import_module(name)
+    setattr(sys.modules[".".join(parts[:-1])], parts[-1], module)
+    return module

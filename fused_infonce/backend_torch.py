@@ -165,6 +165,7 @@ class Work:
     def positives(self, chunk: Chunk) -> Tensor:
         _, keys, inside = self.target_keys(chunk)
         pos = (chunk.queries.unit * keys).sum(1) * chunk.inv_t
+        pos = pos if self.problem.normalize else pos + (pos - pos)  # an infinite logit is never legitimate: NaN
         if inside is None or self.problem.target is None:
             return pos
         missing = torch.where(self.problem.target[chunk.rows] == -1, 0.0, torch.nan).to(self.acc)
@@ -301,15 +302,20 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
     losses, dts = [], []
     grad_query = torch.zeros_like(problem.query, dtype=work.acc) if wanted[0] else None
     for chunk in work.chunks():
-        state, parts = None, []
+        state: State | None = None
+        parts = []
         for tile, buffer in zip(work.tiles(chunk), buffers, strict=True):
             scores = tile.scores(buffer)
-            lost = None if problem.normalize else scores.amin(1) == -torch.inf
+            lost = None
+            if not problem.normalize:  # unit rows cannot give -inf; a raw row's must not pass for a probability of 0
+                tile.exclude(scores, 0.0)
+                lost = scores.amin(1) == -torch.inf
             part = work.exponentials(scores, tile, 1, out=scores)
-            if lost is not None:  # unit rows cannot give -inf; a raw row's must not pass for a probability of 0
+            if lost is not None:
                 part = part[0], part[1].masked_fill(lost, torch.nan)
             state = merge(state, part)
             parts.append((tile, scores, part[0]))
+        assert state is not None  # the plan is for problems with columns
 
         w, x = work.part(weight, chunk.rows), log_sum(state) * LN2 - work.positives(chunk)
         loss, u = w * loss_of(x), w * slope_of(x)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .plan import Plan, choose
@@ -108,6 +107,32 @@ def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | 
     return [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=True)]
 
 
+class _Once(torch.autograd.Function):
+    """Gradients that refuse to be differentiated. Without it a constant upstream would give a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        raise RuntimeError("the fused loss is differentiable once: double backward needs backend='reference'")
+
+
+def differentiable_once(backward: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Any]:
+    """A backward that records no graph of its own; where one is asked for (`create_graph=True`), `_Once` ends it."""
+
+    def guarded(ctx: Any, *upstream: Tensor) -> Any:
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return grads
+        ends = iter(_Once.apply(*(grad.detach().requires_grad_() for grad in grads if grad is not None)))
+        return tuple(None if grad is None else next(ends) for grad in grads)
+
+    return guarded
+
+
 class _Statistics(torch.autograd.Function):
     """Statistics forward, gradients from their upstream backward."""
 
@@ -126,7 +151,7 @@ class _Statistics(torch.autograd.Function):
         return tuple(statistics)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         *tensors, pos, neg, mean, column_neg, column_mean = ctx.saved_tensors
         problem, statistics = ctx.problem.with_tensors(tensors), Statistics(pos, neg, mean, column_neg, column_mean)
@@ -165,7 +190,7 @@ class _OnePass(torch.autograd.Function):
         return result.loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
         dt, *grads = ctx.saved_tensors
         scaled = [None if g is None else (g * upstream).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
@@ -176,7 +201,7 @@ def run_statistics(problem: Problem, plan: Plan) -> Statistics:
     if not torch.compiler.is_compiling():
         return ops.module(plan.backend).statistics(problem, plan)
     present = [True] * 3 + [problem.columns] * 2
-    return Statistics(*ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan)), present))
+    return ops.statistics_of(ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan)), present))
 
 
 def run_gradients(

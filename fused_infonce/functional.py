@@ -210,8 +210,7 @@ def _problem(
 
 
 def _options(backend: str, workspace_limit: int | None, temperature: float | Tensor, normalize: bool) -> Options:
-    bounded = normalize and not isinstance(temperature, Tensor)  # cosines
-    bound = 1 / temperature if bounded else math.inf
+    bound = 1 / temperature if normalize and not isinstance(temperature, Tensor) else math.inf  # |cosine| <= 1
     return Options(backend, validation.workspace_limit(workspace_limit), bound)
 
 

@@ -114,7 +114,7 @@ def columns_per_program(row_blocks: int, columns: int, block_n: int, device: tor
 def inverse_norms(x: Tensor, at_eps: float) -> Tensor:
     """1 / max(|x_i|, EPS); `at_eps` is its value for rows with a norm up to EPS."""
     a = vector(x, len(x))
-    block_m, block_d = tiles.row_tile(x.shape[1])
+    block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
     run(
         inverse_norms_kernel, (triton.cdiv(len(x), block_m),),
         X_ptr=x, A_ptr=a, size_x=len(x), D=x.shape[1], stride_xm=x.stride(0), eps=EPS, at_eps=at_eps,
@@ -132,7 +132,7 @@ def positives(query: Side, key: Side, temperature: Tensor, target: Tensor | None
     """(N,) logits of the targets; `temperature` is (N,)."""
     q, k = query.rows, key.rows
     pos = vector(q, len(q))
-    block_m, block_d = tiles.row_tile(q.shape[1])
+    block_m, block_d = tiles.row_tile(tiles.architecture(q.device), q.shape[1])
     run(
         positives_kernel, (triton.cdiv(len(q), block_m),),
         Q_ptr=q, K_ptr=k, A_ptr=query.inverse, B_ptr=key.inverse, TEMPERATURE_ptr=temperature, T_ptr=target,

@@ -119,7 +119,9 @@ class FusedInfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {
-            "temperature": self._temperature if self.logit_scale is None else float(f"{self.temperature.item():.6g}"),
+            "temperature": self._temperature
+            if self.logit_scale is None
+            else float(f"{torch.exp(-self.logit_scale).item():.6g}"),
             "reduction": self.reduction,
             "negative_mode": self.negative_mode,
         }

@@ -35,7 +35,13 @@ def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
-    return Plan(name, *sizes, flops=0, reason="")
+    rows, cols, limit = sizes
+    return Plan(name, rows, cols, limit, flops=0, reason="")
+
+
+def statistics_of(tensors: Sequence[Any]) -> Statistics:
+    pos, neg, mean, column_neg, column_mean = tensors
+    return Statistics(pos, neg, mean, column_neg, column_mean)
 
 
 def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -76,13 +82,8 @@ def gradients(
 ) -> list[Tensor]:
     problem = _problem(tensors, flags)
     wanted = [DTYPES[i] for i in dtypes]
-    grads = module(backend).gradients(
-        problem,
-        _plan(plan, sizes),
-        Statistics(*stats),
-        Upstream(*upstream),
-        wanted,  # type: ignore[arg-type]
-    )
+    slopes: list[Any] = list(upstream)
+    grads = module(backend).gradients(problem, _plan(plan, sizes), statistics_of(stats), Upstream(*slopes), wanted)
     return _or_empty(grads, problem.temperature)
 
 

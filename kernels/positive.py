@@ -42,5 +42,7 @@ def positives_kernel(
     a = load_vector(A_ptr, offs_m, size_q, 1.0, ACC)
     b = load_vector(B_ptr, row, size_k, 1.0, ACC)
     t = tl.load(TEMPERATURE_ptr + offs_m, mask=inside, other=1.0)
-    pos = tl.where(valid, acc * a * b / t, tl.where(target == -1, 0.0, float("nan")))
+    pos = acc * a * b / t
+    pos += pos - pos  # an infinite logit is never legitimate: NaN
+    pos = tl.where(valid, pos, tl.where(target == -1, 0.0, float("nan")))
     tl.store(POS_ptr + offs_m, pos, mask=inside)

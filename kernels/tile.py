@@ -29,7 +29,7 @@ def cast(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
     """`x` rounded to the nearest `dtype`; EMULATE: where the conversion of float32 to bfloat16 would truncate."""
     if EMULATE and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

@@ -125,6 +125,9 @@ def launches(case: Case) -> list[Launch]:
             statistics = backend_triton.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
             backend_triton.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
+        if not problem.columns:
+            plan = Plan("onepass", 512, 512, 1 << 28, 0, "")
+            backend_triton.onepass(problem, plan, "infonce", u, [True] * (len(problem.inputs) + 1))
     finally:
         triton.JITFunction.run, tiles.architecture, tiles.processors = saved
     return recorded
@@ -229,7 +232,10 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     cases = [case for case in (all_cases() if options.all else default_cases()) if options.only in case.target]
+    sources = source_hash()
     results = compile_all(cases)
+    if source_hash() != sources:
+        sys.exit("the sources changed meanwhile")
     if not options.all:
         print(json.dumps([asdict(result) for result in results]))
         return
@@ -237,7 +243,7 @@ def main() -> None:
     print(*(f"{name[:10]:>10}" for name in rows[0]))
     for row in rows:
         print(*(f"{value!s:>10}" for value in row.values()))
-    rows = [{"sources": source_hash(), **row} for row in rows]
+    rows = [{"sources": sources, **row} for row in rows]
     if options.record:
         with options.record.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -56,7 +56,7 @@ def stretch(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Frobenius-relative; NaN if only one is NaN somewhere or `got` is infinite, inf if `want` is 0 and `got` is not."""
+    """Frobenius-relative; not finite if only one is NaN somewhere, `got` is infinite, or only `want` is 0."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     assert got.shape == want.shape
     if torch.equal(got.isnan(), want.isnan()):
@@ -90,11 +90,21 @@ def on(device: str, inputs: Inputs) -> Inputs:
     return {name: x.to(device) for name, x in inputs.items()}
 
 
-def bounds(dtype: torch.dtype, temperature: float) -> tuple[float, float]:
-    """The largest errors allowed of (loss, gradients)."""
+MANY_ROWS = 2048
+
+
+def bounds(dtype: torch.dtype, temperature: float, rows: int = 0) -> tuple[float, float]:
+    """The largest errors allowed of (loss, gradients).
+
+    A float32 logit of size 1 / t is uncertain by about 1e-7 / t. Over many rows that averages out, and the loss of
+    16-bit inputs is held to 1e-5 at every temperature; one that a few rows decide, to what float32 inputs are held to.
+    """
     if dtype == torch.float64:
         return 1e-12, 1e-10
-    return (1e-5 * max(1, 0.05 / temperature),) * 2 if dtype == torch.float32 else (1e-5, 5e-3)
+    single = 1e-5 * max(1, 0.05 / temperature)
+    if dtype == torch.float32:
+        return single, single
+    return 1e-5 if rows >= MANY_ROWS else single, 5e-3
 
 
 def loss_scale(dtype: torch.dtype, gradients: Iterable[Tensor]) -> float:
@@ -107,7 +117,7 @@ def assert_close(
     got: tuple[Tensor, Inputs], want: tuple[Tensor, Inputs], dtype: torch.dtype, temperature: float, scale: float = 1.0
 ) -> None:
     """`got` within the bounds of `want`; the gradients of `got` are `scale` times larger."""
-    loss_bound, gradient_bound = bounds(dtype, temperature)
+    loss_bound, gradient_bound = bounds(dtype, temperature, len(want[1].get("query", ())))
     failed = {"loss": (error(got[0], want[0]), loss_bound)}
     for name, exact in want[1].items():
         bound = 1e-4 if name == "temperature" and dtype != torch.float64 else gradient_bound

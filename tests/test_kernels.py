@@ -170,13 +170,6 @@ def test_segments(target, shared, own, ids, in_batch, plan):
 
 
 @both_plans
-def test_self_similarity(plan):
-    """The rows of two views against each other: a row is neither its own negative nor its partner's."""
-    problem = make(70, 70, 20, target=torch.arange(70).roll(35), self_similar=True)
-    check(replace(problem, key=problem.query), plan)
-
-
-@both_plans
 @pytest.mark.parametrize("wide", [False, True])
 def test_many_rows_of_one_target(plan, wide):
     """The queries of one key are summed in more than one step."""
