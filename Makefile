@@ -19,7 +19,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature test lint bench gpu clean distclean
+.PHONY: help demo demo-temperature test lint bench tiles gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -43,20 +43,29 @@ lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
 	$(BIN)/ruff check .
 	cd $(SITE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fused_infonce
 
-bench: $(VENV)/.installed-bench ## microbenchmarks on this machine's CPU
-	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machine's CPU, under 10 minutes
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns median $(PYTEST_ARGS)
 
 # With the torch, pytest, pytest-benchmark and hypothesis that are there: no environment is made and nothing is downloaded.
 # python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
 GPU_SITE := $(CURDIR)/.gpu-site
 GPU_TEST  = env -u TRITON_INTERPRET PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} \
             $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
-gpu: ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
+.PHONY: gpu-site gpu-bench
+gpu-site:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")'
 	rm -rf $(GPU_SITE) && mkdir $(GPU_SITE)
 	cp -R fused_infonce $(GPU_SITE)/ && cp -R kernels $(GPU_SITE)/fused_infonce/
+
+gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
 	$(GPU_TEST) -m gpu $(PYTEST_ARGS)
 	$(GPU_TEST) benchmarks --benchmark-only $(PYTEST_ARGS)
+
+gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_bench.py --record results/gpu.csv
+
+tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
+	$(BIN)/python tests/aot.py --all --record benchmarks/results/tiles.csv
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist *.egg-info .gpu-site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -76,6 +85,11 @@ $(VENV)/.made:
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[$*]'
+	touch $@
+
+# Only their losses are used, and these need nothing of what the packages depend on.
+$(VENV)/.peers: constraints.txt | $(VENV)/.installed-bench
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly
 	touch $@
 
 # A plain install, as from a wheel; build/ would keep modules that are gone.
