@@ -15,7 +15,7 @@ RECORD = ROOT / "benchmarks" / "results" / "tiles.csv"
 TILED = {"statistics_kernel", "gradient_kernel", "coefficients_kernel"}
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(600)]  # compiles on all cores
 
 
 @pytest.fixture(scope="module")
