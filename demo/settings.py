@@ -1,0 +1,75 @@
+"""What a run of the demo can be told. Imports nothing heavy: worker processes read it too."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_QUESTIONS = (
+    "randomly zero some elements of the input with probability p",
+    "solve a system of linear equations",
+    "list the most common elements and their counts",
+    "lower the learning rate when the metric stops improving",
+    "compress bytes with gzip",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the demo's."""
+
+    output: Path = Path("demo-output")
+    device: str = "auto"
+    seed: int = 0
+    max_pairs: int = 14_000
+    held_out: int = 1000
+    epochs: int = 5
+    batch: int = 1024
+    dim: int = 256
+    temperature: float = 0.05
+    cost_batches: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    source: Path | None = None
+    questions: tuple[str, ...] = DEFAULT_QUESTIONS
+    temperatures: tuple[float, ...] | None = None
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m demo",
+        description="Train a small text retriever with FusedInfoNCELoss, measure it, ask it questions.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--ask",
+        default=os.environ.get("ASK"),
+        help='questions to answer, separated by ";" (also the environment variable ASK); a few of its own otherwise',
+    )
+    parser.add_argument(
+        "--temperatures",
+        nargs="*",
+        type=float,
+        help="compare these temperatures instead (0.5, 0.1, 0.05 and 0.02 where none is named)",
+    )
+    parser.add_argument("--source", type=Path, help="mine the sources below this folder, not the installed packages")
+    parser.add_argument("--output", type=Path, default=default.output, help="folder for the picture and the report")
+    parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--max-pairs", type=int, default=default.max_pairs)
+    parser.add_argument("--held-out", type=int, default=default.held_out, help="pairs kept for the evaluation")
+    parser.add_argument("--epochs", type=int, default=default.epochs)
+    parser.add_argument("--batch", type=int, default=default.batch)
+    parser.add_argument("--dim", type=int, default=default.dim, help="embedding width")
+    parser.add_argument("--temperature", type=float, default=default.temperature)
+    parser.add_argument(
+        "--cost-batches", nargs="*", type=int, default=list(default.cost_batches), help="sizes to time the loss at"
+    )
+    options = vars(parser.parse_args(arguments))
+    asked = tuple(question.strip() for question in (options.pop("ask") or "").split(";") if question.strip())
+    if options["temperatures"] is not None:
+        options["temperatures"] = tuple(options["temperatures"]) or (0.5, 0.1, 0.05, 0.02)
+    options["cost_batches"] = tuple(options["cost_batches"])
+    return Settings(**options, questions=asked or default.questions)
