@@ -51,6 +51,7 @@ def training_options(settings: Settings) -> TrainingOptions:
 
 def prepare(settings: Settings) -> tuple[list[Pair], Split]:
     """All mined pairs and their split, with a line or two on both."""
+    print("Parsing the sources of", settings.source or "torch, numpy and the standard library", "...")
     started = time.perf_counter()
     pairs = drop_repeats(mine(settings.max_pairs, settings.source))
     split = split_pairs(pairs, settings.held_out, settings.seed)
