@@ -54,6 +54,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "statistics": {"half": ((128, Tile(128, 128, 128, 8, 2)), (None, Tile(128, 128, 64, 8, 2)))},
         "gradient": {
             "half": ((128, Tile(128, 64, 16, 8, 2)), (256, Tile(64, 64, 16, 8, 2)), (512, Tile(32, 32, 16, 8, 2))),
+            "single": ((128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 1)), (512, Tile(16, 16, 16, 8, 1))),
         },
     },
     "sm_90": {
@@ -87,6 +88,9 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         },
         "gradient": {
             "half": ((256, Tile(128, 64, 16, 8, 2)), (512, Tile(64, 32, 16, 8, 2))),
+        },
+        "coefficients": {
+            "single": ((None, Tile(64, 64, 32, 4, 2)),),
         },
     },
     "gfx942": {
@@ -144,19 +148,18 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
     raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
 
 
-def row_tile(d: int) -> tuple[int, int]:
+def row_tile(arch: str, d: int) -> tuple[int, int]:
     """(rows, columns) of a block for kernels that read rows one by one."""
     block_d = min(power_of_two(d), 1024)
-    return 2048 // block_d, block_d
+    return (4096 if arch == INTERPRETER else 1024) // block_d, block_d
 
 
 def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int]:
     """(rows, columns, partners) of a block of a gradient; `gather`: rows have any number of partners."""
-    block_m, block_d = row_tile(d)
-    block_e = min(block_m, 16)
+    block_m, block_d = row_tile(arch, d)
     if gather:
         block_m = 16 if arch == INTERPRETER else 1
-    return block_m, block_d, block_e
+    return block_m, block_d, min(2048 // block_d, 16)
 
 
 def own_tile(arch: str, h: int, d: int) -> tuple[int, int, int]:

@@ -168,7 +168,7 @@ def coefficients_kernel(
     if ROWS_ptr is None:
         c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
     else:
-        s = d * ((a * sx)[:, None] * b[None, :])
+        s = tl.where(keep, d * ((a * sx)[:, None] * b[None, :]), 0.0)
         p = tl.where(keep, tl.exp2(s), 0.0)
         c = p * tl.where(b < zero_row, b, 0.0)[None, :]
         slot = tl.program_id(0) // row_blocks

@@ -170,6 +170,20 @@ def test_segments(target, shared, own, ids, in_batch, plan):
 
 
 @both_plans
+@pytest.mark.parametrize("normalize", [True, False])
+def test_self_similarity(normalize, plan):
+    """Two views against each other: a row is no negative of its own or its partner; one gradient for both sides."""
+    problem = make(70, 70, 20, target=torch.arange(70).roll(35), self_similar=True, normalize=normalize)
+    problem = replace(problem, key=problem.query)
+    plan = replace(plan, rows=24, cols=24)  # square blocks, as `choose` makes them
+    stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
+    torch.testing.assert_close(stats.neg, dense(problem)[1].neg.detach(), rtol=1e-12, atol=1e-12)
+    both, none = backend.gradients(problem, plan, stats, upstream, [torch.float64, None])
+    assert none is None
+    assert error(both, sum(dense_gradients(problem, upstream))) < 1e-10
+
+
+@both_plans
 @pytest.mark.parametrize("wide", [False, True])
 def test_many_rows_of_one_target(plan, wide):
     """The queries of one key are summed in more than one step."""
