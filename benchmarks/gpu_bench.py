@@ -21,6 +21,7 @@ from tqdm import tqdm
 WIDTHS = (64, 128, 256, 512, 768, 1024, 2048, 4096)
 COMPILED = "dense compiled"  # compiling takes longer than measuring: at a few sizes only
 COMPILED_ROWS = (8192, 32768)
+DENSE_ROWS = 1 << 18  # beyond, only ours and the floor
 
 
 def cases() -> list[Case]:
@@ -34,17 +35,18 @@ def cases() -> list[Case]:
     chosen += [case(16384, d) for d in WIDTHS if d != 768]
     chosen += [case(n, 768, direction=direction) for direction in ("symmetric", "self") for n in (8192, 32768, 131072)]
     chosen += [case(32768, d, direction="symmetric") for d in (128, 256)]
-    chosen += [case(1 << 20, 256)]
     chosen += [case(n, 768, mode="fwd") for n in (2048, 16384, 65536)]
     chosen += [case(8192, 768, dtype) for dtype in ("float16", "float32")]
     chosen += [case(n, d) for n in (512, 4096, 65536) for d in (128, 256, 1024)]
-    return chosen
+    return [*chosen, case(1 << 20, 256)]
 
 
 def measure(case: Case, device: torch.device) -> list[dict[str, object]]:
     from triton.testing import do_bench
 
     run = Contest(case, device)
+    if case.n > DENSE_ROWS:
+        run.losses = {OURS: run.losses[OURS]}
     if case.n not in COMPILED_ROWS:
         run.losses.pop(COMPILED, None)
     for name in [name for name in run.losses if name != OURS]:
@@ -79,7 +81,12 @@ def main() -> None:
         if time.monotonic() > end:
             tqdm.write(f"{case}: no time left")
             continue
-        rows = measure(case, torch.device("cuda"))
+        try:
+            rows = measure(case, torch.device("cuda"))
+        except (AssertionError, RuntimeError) as error:  # disagreement, or out of memory: the other cases go on
+            tqdm.write(f"{case}: failed: {error}")
+            torch.cuda.empty_cache()
+            continue
         for row in rows:
             tqdm.write(f"{case!s:45} {row['contestant']:24} {row['median_ms']:>10} ms  {row['floor_ratio']:>7} x floor")
         if args.record:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch, tiles
 from .launch import LOG2E, Excluded, Own, Partners, Side
-from .plan import Plan
+from .plan import PRODUCT_SHARE, Plan
 from .problem import EPS, KEY, OnePass, Problem, Statistics, Upstream
 from .row_loss import LOSSES
 
@@ -96,7 +96,7 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
             for index, keys, excluded in work.segments
         ]
         states += [launch.own_states(query, own) for _, own in work.own]
-        neg, mean = launch.merged(torch.cat(states) if states else pos.new_empty((0, 3, n)))
+        neg, mean = launch.merged(states[0] if len(states) == 1 else torch.cat([pos.new_empty((0, 3, n)), *states]))
         if columns is None:
             return Statistics(pos, neg, mean)
         return Statistics(pos, neg, mean, *columns)
@@ -162,9 +162,9 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
             scaled = (query.rows[rows] * f).to(query.rows.dtype)
             for c, index, keys, _ in chunk:
                 if wanted[0]:
-                    add_product(accumulators[0][0, rows], c, keys.rows)
+                    add_product(accumulators[0][0, rows], c, keys.rows, plan.limit)
                 if wanted[index]:
-                    add_product(accumulators[index][0], c.T, scaled)
+                    add_product(accumulators[index][0], c.T, scaled, plan.limit)
             if wanted[0]:
                 accumulators[0][0, rows] *= f
 
@@ -258,10 +258,10 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
                 c = block[: rows.stop - rows.start, : cols.stop - cols.start]
                 launch.write_coefficients(c, query, keys, rows, cols, excluded)
                 if wanted[0]:
-                    add_product(accumulators[0][0, rows], c, keys.rows[cols])
+                    add_product(accumulators[0][0, rows], c, keys.rows[cols], plan.limit)
                 other = 0 if symmetric else index
                 if wanted[other] and not (symmetric and cols.start == rows.start):
-                    add_product(accumulators[other][0, cols], c.T, query.rows[rows])
+                    add_product(accumulators[other][0, cols], c.T, query.rows[rows], plan.limit)
     return accumulators
 
 
@@ -282,14 +282,17 @@ def aligned(cols: int, like: Tensor) -> int:
     return cols if cols < 16 * lane else -(-cols // lane) * lane
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, accumulated in the dtype of `out`."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, limit: int) -> None:
+    """out += a @ b, accumulated in the dtype of `out`; what a product cannot add in place takes a share of `limit`."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        return
+    most = max(limit // PRODUCT_SHARE // (out.element_size() * out.shape[1]), 1)
+    for rows in slices(len(out), most):
+        if a.is_cuda and not torch.version.hip:
+            out[rows].add_(torch.mm(a[rows], b, out_dtype=out.dtype))
+        else:
+            out[rows].addmm_(a[rows].to(out.dtype), b.to(out.dtype))
 
 
 def own_gradients(

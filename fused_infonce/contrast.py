@@ -30,26 +30,37 @@ class Options:
     logit_bound: float = math.inf  # no logit exceeds this in size, as far as is known without reading a tensor
 
 
-def unavailable(tensor: Tensor) -> str | None:
-    """Why the Triton backend cannot run on this tensor, or None if it can."""
+_UNAVAILABLE: dict[tuple[torch.device, torch.dtype], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def unavailable(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the Triton backend cannot run on such tensors, or "" if it can."""
+    if (device, dtype) not in _UNAVAILABLE:
+        _UNAVAILABLE[device, dtype] = _unavailable(torch.empty(0, dtype=dtype, device=device))
+    return _UNAVAILABLE[device, dtype]
+
+
+def _unavailable(tensor: Tensor) -> str:
     try:
         from . import backend_triton
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return backend_triton.unavailable(tensor)
+    return backend_triton.unavailable(tensor) or ""
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
     """The name of the backend that runs: "auto" is Triton on a GPU where it can run, PyTorch elsewhere."""
-    if backend == "auto":
-        if tensor.device.type != "cuda":
-            return "torch"
-        if (why := unavailable(tensor)) is not None:
-            warnings.warn(f"backend='auto' runs in PyTorch, slower: {why}", stacklevel=2)
-        return "torch" if why else "triton"
-    if backend == "triton" and (why := unavailable(tensor)) is not None:
+    if backend == "auto" and tensor.device.type != "cuda":
+        return "torch"
+    if backend not in ("auto", "triton"):
+        return backend
+    why = unavailable(tensor.device, tensor.dtype)
+    if why and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot run here: {why}")
-    return backend
+    if why and not torch.compiler.is_compiling():
+        warnings.warn(f"backend='auto' runs in PyTorch, slower: {why}", stacklevel=5)
+    return "torch" if why else "triton"
 
 
 def compute_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -193,7 +204,10 @@ class _OnePass(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
         dt, *grads = ctx.saved_tensors
-        scaled = [None if g is None else (g * upstream).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        scaled = [
+            None if g is None else torch.mul(g, upstream, out=torch.empty_like(g, dtype=dtype))  # one rounding, no copy
+            for g, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
         return None, None, None, None, None if dt is None else dt * upstream, *scaled
 
 

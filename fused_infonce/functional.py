@@ -85,15 +85,7 @@ def info_nce(
             normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
             query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
         )  # fmt: skip
-    if reduction == "none":
-        rows = _row_losses(problem, options, symmetric)
-        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
-    weight, empty = _weights(problem, reduction)
-    if symmetric:  # hence without a target: no row is ignored
-        loss = (weight * _row_losses(problem, options, symmetric)).sum()
-    else:
-        loss = contrast.reduced_loss(problem, options, "infonce", weight)
-    return loss if empty is None else torch.where(empty, torch.nan, loss)
+    return _reduced(problem, options, reduction, symmetric)
 
 
 def nt_xent(
@@ -135,11 +127,7 @@ def nt_xent(
         return reference.nt_xent(view_a, view_b, t, reduction, normalize=normalize)
     target = torch.arange(n, device=rows.device).roll(n // 2)
     problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
-    if reduction == "none":
-        return _row_losses(problem, options, symmetric=False)
-    weight, empty = _weights(problem, reduction)
-    loss = contrast.reduced_loss(problem, options, "infonce", weight)
-    return loss if empty is None else torch.where(empty, torch.nan, loss)
+    return _reduced(problem, options, reduction, symmetric=False)
 
 
 def explain(
@@ -210,8 +198,21 @@ def _problem(
 
 
 def _options(backend: str, workspace_limit: int | None, temperature: float | Tensor, normalize: bool) -> Options:
-    bound = 1 / temperature if normalize and not isinstance(temperature, Tensor) else math.inf  # |cosine| <= 1
+    bound = 1 / float(temperature) if normalize and not isinstance(temperature, Tensor) else math.inf  # |cosine| <= 1
     return Options(backend, validation.workspace_limit(workspace_limit), bound)
+
+
+def _reduced(problem: Problem, options: Options, reduction: str, symmetric: bool) -> Tensor:
+    """InfoNCE of a problem."""
+    if reduction == "none":
+        rows = _row_losses(problem, options, symmetric)
+        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
+    weight, empty = _weights(problem, reduction)
+    if symmetric:  # hence without a target: no row is ignored
+        loss = (weight * _row_losses(problem, options, symmetric)).sum()
+    else:
+        loss = contrast.reduced_loss(problem, options, "infonce", weight)
+    return loss if empty is None else torch.where(empty, torch.nan, loss)
 
 
 def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:

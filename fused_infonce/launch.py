@@ -73,8 +73,8 @@ def dot_of(x: Tensor) -> str:
     """How a tile of `x` is multiplied. The interpreter would multiply 16-bit floats wrongly."""
     if INTERPRETED and x.element_size() == 2:
         return "upcast"
-    reduced = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if reduced and not torch.version.hip else "ieee"
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and not torch.version.hip else "ieee"
 
 
 def vector(like: Tensor, size: int) -> Tensor:
@@ -169,7 +169,7 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
     blocks = triton.cdiv(n, tile.block_m)
     step = blocks
     if columns is not None:
-        step = max(1, min(blocks, limit // (3 * m * columns[0].element_size()) - 1))
+        step = max(1, min(blocks, limit // 2 // (3 * m * columns[0].element_size()) - 1))  # the rest is for row states
     split = columns_per_program(step, m, tile.block_n, x.rows.device)
     states = x.rows.new_empty((triton.cdiv(m, split), 3, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states.new_empty((step + 1, 3, m))
@@ -240,7 +240,8 @@ def finish(
 ) -> Tensor:
     """The gradient of x in `dtype` from accumulators g (slots, n, D); None: zeros."""
     n, d = x.rows.shape
-    dx = torch.empty((n, d), dtype=dtype, device=x.rows.device)
+    in_place = g is not None and len(g) == 1 and g.dtype == dtype  # a program reads and writes rows of its own
+    dx = g[0] if in_place and g is not None else torch.empty((n, d), dtype=dtype, device=x.rows.device)
     z, weight, indices, starts = partners or (None, None, None, None)
     block_m, block_d, block_e = tiles.finish_tile(tiles.architecture(x.rows.device), d, gather=starts is not None)
     run(

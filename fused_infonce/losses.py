@@ -62,6 +62,12 @@ class FusedInfoNCELoss(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32)) if learnable_temperature else None
         self.temperature = temperature
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":  # nn.Module would register a Parameter under the property's name
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def temperature(self) -> float | Tensor:
         """The temperature in use: what was assigned, or `exp(-logit_scale)` where it is learnable. Assignable."""
@@ -70,6 +76,7 @@ class FusedInfoNCELoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
         if self.logit_scale is None:
+            self._parameters.pop("_temperature", None)  # a Parameter of the user's gives way to what is assigned
             self._temperature = value if isinstance(value, Tensor) else validation.positive_float("temperature", value)
             return
         scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -18,6 +18,7 @@ TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller 
 TRIANGULAR_SIDE = 4096  # of a block on a GPU: an estimate, not yet measured
 STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
+PRODUCT_SHARE = 4  # this part of the limit is for library products, which cannot add to float32 in place
 GPU_ONEPASS_ROWS = 1024  # with fewer rows in a chunk library products lose their rate: an estimate, not yet measured
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
 LOGIT_ROOM = 90 * math.log(2)  # exp of this, over a million columns and rows, and its inverse, fit bfloat16 and float32
@@ -91,14 +92,15 @@ def _triton(
 ) -> Plan:
     empty = n == 0 or m == 0
     n, m = max(n, 1), max(m, 1)
-    cols = min(m, max(limit // (itemsize * min(n, WORKSPACE_ROWS)), 1))
-    rows = min(n, max(limit // (itemsize * cols), 1))
+    room = limit - limit // PRODUCT_SHARE
+    cols = min(m, max(room // (itemsize * min(n, WORKSPACE_ROWS)), 1))
+    rows = min(n, max(room // (itemsize * cols), 1))
     if not gradients:
         return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
-    chunk = min(n, limit // (itemsize * (m + 64)))  # rows of the workspace are padded to 16 bytes
+    chunk = _even(n, room // (itemsize * m + 3 * 4 * -(-m // 64)))  # a row's exponentials, and its states over blocks
     fits = logit_bound <= LOGIT_ROOM and chunk >= min(n, GPU_ONEPASS_ROWS)
     if self_similar and d > STREAMING_DIM:
-        side = min(TRIANGULAR_SIDE, max(math.isqrt(limit // itemsize), 1))
+        side = min(TRIANGULAR_SIDE, max(math.isqrt(room // itemsize), 1))
         return Plan("triangular", side, side, limit, 5, "half of a symmetric coefficient matrix will do")
     if self_similar:
         return Plan("streaming", rows, cols, limit, 6, "one pass serves both sides of a symmetric score matrix")
@@ -107,6 +109,15 @@ def _triton(
     if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
         return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
     return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
+
+
+def _even(n: int, most: int) -> int:
+    """A chunk size of at most `most` rows that splits n rows evenly, in whole tiles of 128 where it holds one."""
+    most = most if most < 128 else most // 128 * 128
+    if most >= n or most < 1:
+        return min(n, most)
+    chunk = -(-n // -(-n // most))
+    return chunk if chunk < 128 else min(most, -(-chunk // 128) * 128)
 
 
 def _torch(

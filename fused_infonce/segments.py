@@ -93,7 +93,10 @@ class RowKeys:
         return [slice(0, h)] if h else []
 
     def longest(self) -> float:
-        return 1.0 if self.problem.normalize else longest_row(self.keys.to(self.problem.acc_dtype))
+        if self.problem.normalize:
+            return 1.0
+        parts = self.blocks(slice(0, self.keys.shape[0]))
+        return max((longest_row(self.unit(part).unit) for _, part in parts), default=0.0)
 
     def blocks(self, rows: slice) -> list[tuple[slice, slice]]:
         """(rows of the chunk, rows of the problem)."""

@@ -96,7 +96,7 @@ def gradient_kernel(
     tl.store(ptrs, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "row_end"])  # columns must be known to be aligned
 def coefficients_kernel(
     X_ptr,
     Y_ptr,
@@ -121,7 +121,7 @@ def coefficients_kernel(
     stride_xm,
     stride_yn,
     stride_cm,
-    zero_row,
+    zero_row: tl.constexpr,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ACC: tl.constexpr,
@@ -162,8 +162,11 @@ def coefficients_kernel(
     b = load_vector(B_ptr, offs_n, col_end, 1.0, ACC)
     sx, nx, ux = direction(SX_ptr, NX_ptr, UX_ptr, offs_m, row_end, ACC)
     sy, ny, uy = direction(SY_ptr, NY_ptr, UY_ptr, offs_n, col_end, ACC)
-    valid_m = (offs_m < row_end) & (a != 0.0)
-    valid_n = (offs_n < col_end) & (b != 0.0)
+    valid_m = offs_m < row_end
+    valid_n = offs_n < col_end
+    if ROWS_ptr is None:  # here zero rows have an inverse of 0
+        valid_m = valid_m & (a != 0.0)
+        valid_n = valid_n & (b != 0.0)
     keep = negatives(valid_m, valid_n, offs_m, offs_n, row_end, col_end, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
     if ROWS_ptr is None:
         c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)

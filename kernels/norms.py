@@ -7,7 +7,7 @@ from .tile import load_rows
 
 
 @triton.jit
-def inverse_norm(square, eps, at_eps):
+def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
     """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN."""
     norm = tl.sqrt(square)
     small = norm <= eps
@@ -21,8 +21,8 @@ def inverse_norms_kernel(
     size_x,
     D,
     stride_xm,
-    eps,
-    at_eps,
+    eps: tl.constexpr,
+    at_eps: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,

@@ -43,7 +43,7 @@ def store_state(S_ptr, slot, offs, size, m, l, x):
     tl.store(ptrs + size * 2, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start"])
 def statistics_kernel(
     X_ptr,
     Y_ptr,
@@ -122,7 +122,7 @@ def statistics_kernel(
     store_state(ROWS_ptr, pid_n, offs_m, size_x, m, l, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, first, slots, size, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
     """Merges slots first, first + 1, ... into slot 0, or with NEG into natural-log statistics.
 

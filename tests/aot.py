@@ -134,18 +134,19 @@ def launches(case: Case) -> list[Launch]:
 
 
 def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
-    """As the just-in-time compiler specialises: None and 1 are constants, divisibility by 16 is known."""
+    """As the just-in-time compiler specialises: None and 1 are constants, and divisibility by 16 is known."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(fn.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     return ASTSource(fn, signature, constants, attributes), options

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import bounds, check, embeddings, error, evaluate, info_nce, on, stretch, watch_plans
 
-from fused_infonce import FusedInfoNCELoss
+from fused_infonce import FusedInfoNCELoss, explain
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -277,3 +277,49 @@ def test_another_than_the_current_device():
     assert loss.device.index == 1
     assert error(loss, want[0]) <= 1e-6
     assert all(error(gradients[name], x) <= 1e-5 for name, x in want[1].items())
+
+
+@pytest.mark.parametrize("d", [128, 768])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_onepass(d, dtype, no_synchronisation):
+    """A host temperature is what onepass needs: within bounds, the same twice, captured, without synchronisation."""
+    n = 5000
+    rows = torch.randn(2, n, d)
+    rows[1] += rows[0]
+    rows[0, 7], rows[1, 9] = 0, 0
+    inputs = [x.cuda().to(dtype).requires_grad_() for x in rows]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    assert explain(*inputs, temperature=0.05).name == "onepass"
+
+    def step(tensors, **options):
+        loss = info_nce(*tensors, temperature=0.05, **options)
+        return loss, *torch.autograd.grad(loss, tensors)
+
+    truth = step(exact, backend="reference")
+    step(inputs)
+    no_synchronisation()
+    first, second = step(inputs), step(inputs)
+    torch.cuda.set_sync_debug_mode("default")
+    bound = bounds(dtype, 0.05, n)
+    for value, again, want, most in zip(first, second, truth, (bound[0], bound[1], bound[1]), strict=True):
+        assert torch.equal(value, again)
+        assert error(value, want) <= most
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(inputs)
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, first, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction):
+    """`torch.compile(fullgraph=True)` on real tensors gives what eager gives."""
+    query, key = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    def loss(q, k):
+        return info_nce(q, k, temperature=0.05, reduction=reduction).sum()
+
+    torch._dynamo.reset()
+    want = torch.autograd.grad(loss(query, key), (query, key))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(query, key), (query, key))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

@@ -53,6 +53,19 @@ def test_bounds(backend: str, name: str, temperature: float, dtype: torch.dtype)
         assert relative(grad, true_grad) <= bound
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("bad", [torch.inf, 1e25])
+def test_a_key_beyond_range_is_not_left_out(backend: str, bad: float) -> None:
+    """Its squared norm overflows: the loss of the other plan, or NaN, but never that of one key less."""
+    inputs = [torch.randn(N, D), torch.randn(N, D), torch.randn(5, D)]
+    inputs[2][1, 3] = bad
+    inputs = [x.requires_grad_() for x in inputs]
+    loss = info_nce(*inputs, temperature=0.05, backend=backend)
+    rows = info_nce(*inputs, temperature=0.05, backend=backend, reduction="none")
+    torch.testing.assert_close(loss, rows.mean(), equal_nan=True)
+    assert loss.isnan() or bad != torch.inf
+
+
 @pytest.mark.interpreter
 def test_what_does_not_fit_recomputes_the_scores() -> None:
     query, key = (torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))

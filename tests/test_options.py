@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,6 +228,24 @@ def test_temperature_tensors(backend, dtype, shape):
     assert error(loss, want[0]) <= 1e-5
     rounding = torch.finfo(dtype).eps / 2
     assert error(gradients["temperature"], want[1]["temperature"]) <= 1e-4 + rounding
+
+
+def test_temperature_may_be_a_parameter_of_the_users():
+    """How info-nce-pytorch is made to learn it; and it may be assigned over."""
+    query, key = torch.randn(2, 6, 4)
+    loss = FusedInfoNCELoss(temperature=torch.nn.Parameter(torch.tensor(0.2)))
+    loss(query, key).backward()
+    assert [p.grad is not None for p in loss.parameters()] == [True]
+    assert "0.2" in repr(loss)
+    loss.temperature = 0.3
+    assert (loss.temperature, list(loss.parameters())) == (0.3, [])
+    loss.temperature = torch.nn.Parameter(torch.tensor(0.4))
+    assert len(list(loss.parameters())) == 1
+
+
+def test_temperature_may_be_a_numpy_number():
+    query, key = torch.randn(2, 6, 4)
+    assert torch.equal(info_nce(query, key, temperature=np.float32(0.25)), info_nce(query, key, temperature=0.25))
 
 
 def test_temperature_is_a_schedule():
