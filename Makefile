@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
 	cd $(SITE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fused_infonce
 
 bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machine's CPU, under 10 minutes
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns median $(PYTEST_ARGS)
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns median --record results/cpu.csv $(PYTEST_ARGS)
 
 # With the torch, pytest, pytest-benchmark and hypothesis that are there: no environment is made and nothing is downloaded.
 # python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
@@ -59,7 +59,7 @@ gpu-site:
 
 gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
 	$(GPU_TEST) -m gpu $(PYTEST_ARGS)
-	$(GPU_TEST) benchmarks --benchmark-only $(PYTEST_ARGS)
+	$(GPU_TEST) benchmarks --benchmark-only --record results/gpu-micro.csv $(PYTEST_ARGS)
 
 gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
 	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_bench.py --record results/gpu.csv
