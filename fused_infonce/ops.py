@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .plan import Plan
 from .problem import Problem, Statistics, Upstream, accumulator
@@ -52,7 +52,7 @@ def none_if_empty(tensors: Sequence[Tensor], present: Sequence[object]) -> list[
     return [tensor if there else None for tensor, there in zip(tensors, present, strict=True)]
 
 
-@torch.library.custom_op("fused_infonce::statistics", mutates_args=())
+@library.custom_op("fused_infonce::statistics", mutates_args=())
 def statistics(
     tensors: Sequence[Tensor | None], flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]
 ) -> list[Tensor]:
@@ -69,7 +69,7 @@ def _(
     return _or_empty([*rows, *([] if problem.columns else [None, None])], problem.temperature)
 
 
-@torch.library.custom_op("fused_infonce::gradients", mutates_args=())
+@library.custom_op("fused_infonce::gradients", mutates_args=())
 def gradients(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
@@ -102,7 +102,7 @@ def _(
     return _like_inputs(problem, [DTYPES[i] for i in dtypes])
 
 
-@torch.library.custom_op("fused_infonce::onepass", mutates_args=())
+@library.custom_op("fused_infonce::onepass", mutates_args=())
 def onepass(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
