@@ -96,8 +96,9 @@ MANY_ROWS = 2048
 def bounds(dtype: torch.dtype, temperature: float, rows: int = 0) -> tuple[float, float]:
     """The largest errors allowed of (loss, gradients).
 
-    16-bit inputs are held to a loss error of 1e-5, except under t = 0.02 with few rows: a loss that a handful of them
-    decides exceeds it in some runs there (docs/notes.md), and is held to what float32 inputs are held to.
+    16-bit inputs are held to a loss error of 1e-5, except under t = 0.02 with few rows, where a handful of logits
+    decide the loss and the rounding of a float32 dot product alone may exceed that (docs/notes.md): there to what
+    float32 inputs, whose accumulators they share, are held to.
     """
     if dtype == torch.float64:
         return 1e-12, 1e-10
