@@ -2,10 +2,13 @@
 
 pytest benchmarks --benchmark-only                              a few sizes, on the GPU if there is one
 pytest benchmarks --benchmark-only --record results/cpu.csv     and append them to a CSV file under benchmarks/
+
+On a CPU a case that by arithmetic would not end within 9 minutes is skipped: the largest of the sweep over N come last.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import contest
@@ -15,12 +18,19 @@ from contest import Contest
 from contestants import Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WIDTH = 384  # of the sweep over N that the plots are drawn from
 SIZES = {
-    "cpu": [(64, 128), (256, 256), (1024, 256), (4096, 768), (8192, 768), (16384, 384)],
+    "cpu": [
+        *((64, 128), (256, 256), (1024, 256), (8192, 768)),
+        *((n, WIDTH) for n in (512, 1024, 2048, 4096, 8192, 16384)),
+    ],
     "cuda": [(1024, 256), (8192, 768), (32768, 768)],
-}[DEVICE.type]
-DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}[DEVICE.type]
-MODES = {"cpu": lambda n: ("fwd_bwd",) if n > 1024 else ("fwd", "fwd_bwd"), "cuda": lambda n: ("fwd", "fwd_bwd")}
+}
+DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
+LONG = 8192  # from here on fewer rounds
+LIMIT = 540  # seconds
+RATE = 110e9  # FLOP/s of float32 matmuls on 2 cores, to begin with; then what the session's own cases say
+RATIOS = {"one": 6.6, "symmetric": 9.0, "self": 6.3}  # all contestants together, in multiples of the floor
 
 
 def case(direction: str, n: int, d: int, dtype: str, mode: str) -> Case:
@@ -28,24 +38,73 @@ def case(direction: str, n: int, d: int, dtype: str, mode: str) -> Case:
     return Case(direction, rows, rows, d, dtype, mode)
 
 
-CASES = [
-    case(direction, n, d, dtype, mode)
-    for n, d in SIZES
-    for dtype in DTYPES
-    for direction in ("one", "symmetric", "self")
-    for mode in MODES[DEVICE.type](n)
-]
+def modes(device: str, n: int, d: int) -> tuple[str, ...]:
+    return ("fwd_bwd",) if device == "cpu" and (n > 1024 or d == WIDTH) else ("fwd", "fwd_bwd")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def cases(device: str) -> list[Case]:
+    """On a CPU what a short run can do without comes last: the large end of the sweep, but for one direction's."""
+    chosen = [
+        case(direction, n, d, dtype, mode)
+        for n, d in SIZES[device]
+        for dtype in DTYPES[device]
+        for direction in ("one", "symmetric", "self")
+        for mode in modes(device, n, d)
+    ]
+    largest = max(rows(case) for case in chosen)
+
+    def cost(case: Case) -> float:
+        spare = case.d == WIDTH and rows(case) >= LONG and not (case.direction == "one" and case.n == largest)
+        return seconds(case) if spare else 0
+
+    return sorted(chosen, key=cost) if device == "cpu" else chosen
+
+
+def rounds(case: Case) -> int:
+    return 3 if rows(case) >= LONG else 5 if rows(case) >= 2048 else 31
+
+
+def rows(case: Case) -> int:
+    return 2 * case.n if case.direction == "self" else case.n
+
+
+def seconds(case: Case, rate: float = RATE) -> float:
+    """An estimate by arithmetic: every round, and one pass to check and warm up."""
+    products = 2 if case.mode == "fwd" else 6
+    return products * rows(case) ** 2 * case.d / rate * RATIOS[case.direction] * (rounds(case) + 1)
+
+
+class Clock:
+    """What the session has taken, and how that compares with the estimates."""
+
+    def __init__(self) -> None:
+        self.start, self.estimated, self.taken = time.monotonic(), 0.0, 0.0
+
+    def enough(self, case: Case) -> bool:
+        slower = self.taken / self.estimated if self.estimated > 20 else 1.0  # small cases are overhead
+        return time.monotonic() - self.start + seconds(case) * slower < LIMIT
+
+    def add(self, case: Case, taken: float) -> None:
+        if rows(case) >= 2048:
+            self.estimated += seconds(case)
+            self.taken += taken
+
+
+CLOCK = Clock()
+
+
+@pytest.mark.parametrize("case", cases(DEVICE.type), ids=str)
 def test_loss(benchmark, case: Case, request: pytest.FixtureRequest) -> None:
+    if DEVICE.type == "cpu" and not CLOCK.enough(case):
+        pytest.skip(f"no time left within {LIMIT} s")
+    start = time.monotonic()
     run = Contest(case, DEVICE)
     run.agree()
-    rounds = 5 if case.n >= 2048 else 31
     benchmark.group = str(case)
-    benchmark.pedantic(run.ours, setup=run.round, rounds=rounds, warmup_rounds=1)
-    rows = run.rows(benchmark.stats.stats.data)
-    for row in rows:
+    benchmark.pedantic(run.ours, setup=run.round, rounds=rounds(case), warmup_rounds=int(rows(case) < LONG))
+    results = run.rows(benchmark.stats.stats.data)
+    CLOCK.add(case, time.monotonic() - start)
+    for row in results:
         benchmark.extra_info[row["contestant"]] = f"{row['median_ms']} ms, {row['floor_ratio']} times the floor"
     if record := request.config.getoption("--record"):
-        contest.append(Path(__file__).parent / record, rows)
+        contest.append(Path(__file__).parent / record, results)
