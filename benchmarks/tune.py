@@ -1,0 +1,255 @@
+"""Times tile configurations around those of `fused_infonce/tiles.py` on a GPU, and proposes rows for its table.
+
+    python benchmarks/tune.py [--kernel gradient ...] [--dtype bfloat16 ...] [--dim 128 ...] [--record results/tune.csv]
+    python benchmarks/tune.py --list [--arch sm_90]            the candidates, without a GPU
+
+A candidate takes its place in the table and runs through the launchers as any call would. Its result must be that of
+the table's tile, but for rounding; the nearest candidates come first, so that a run out of time has tried them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import contest
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fused_infonce import tiles
+from fused_infonce.tiles import Tile
+
+KERNELS = ("statistics", "columns", "gradient", "coefficients")
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # what a program may use
+WARPS = (4, 8)
+MOST_STAGES = 5
+LARGEST = 256  # side of a tile
+GAIN = 0.98  # of the default's time: a smaller gain does not change the table
+BOUNDS = {"half": 2e-3, "single": 1e-5, "double": 1e-12}  # of a candidate's result against the default's
+FIELDS = (
+    *("date", "commit", "device", "driver", "torch", "triton", "arch", "kernel", "dtype", "n", "d", "tile", "default"),
+    *("outcome", "error", "median_ms", "default_ms"),
+)
+Run = Callable[[], tuple[Tensor, ...]]
+
+
+def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]:
+    """Tiles around the table's, it first, then by how many fields differ. Every field of `Tile` is a dimension."""
+    default = tiles.tile(arch, kernel, dtype, d)
+    lanes = tiles.power_of_two(d)
+    choices: dict[str, list[Any]] = {name: [value] for name, value in default._asdict().items()}
+    for name in ("block_m", "block_n", "block_d"):
+        if name != "block_d" or kernel != "gradient":  # which holds whole rows
+            here = choices[name][0]
+            choices[name] = [size for size in (here, here // 2, here * 2) if 16 <= size <= LARGEST]
+    choices["block_d"] = [size for size in choices["block_d"] if size <= lanes] or [lanes]
+    choices["warps"] += [warps for warps in WARPS if warps != default.warps]
+    choices["stages"] += [s for s in (default.stages - 1, default.stages + 1) if 1 <= s <= MOST_STAGES]
+    for name, value in default._asdict().items():
+        if isinstance(value, bool):  # such as loads through tensor descriptors
+            choices[name] = [value, not value]
+    found = [Tile(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
+    found = [t for t in found if t == default or (fits(t, arch, kernel, dtype, d) and takes(t, arch, kernel, dtype, d))]
+    return sorted(found, key=lambda t: sum(a != b for a, b in zip(t, default, strict=True)))
+
+
+def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
+    """Whether what is loaded ahead can fit the shared memory; only a compiler knows for sure."""
+    whole = kernel == "gradient" or (kernel in ("statistics", "columns") and d <= tile.block_d)
+    rows = tile.block_m + tile.stages * tile.block_n if whole else tile.stages * (tile.block_m + tile.block_n)
+    return rows * tile.block_d * dtype.itemsize <= SHARED_KIB.get(arch, 1 << 20) * 1024
+
+
+def takes(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
+    """Whether the table hands such a row out as it is, on this architecture."""
+    with instead(tile, arch, kernel, dtype):
+        return tiles.tile(arch, kernel, dtype, d) == tile
+
+
+@contextlib.contextmanager
+def instead(tile: Tile, arch: str, kernel: str, dtype: torch.dtype) -> Iterator[None]:
+    """The table with this tile for every row length."""
+    of_arch = tiles.TABLE.get(arch, {})
+    row = {**of_arch.get(kernel, {}), tiles.CLASSES[dtype]: ((None, tile),)}
+    with mock.patch.dict(tiles.TABLE, {arch: {**of_arch, kernel: row}}):
+        yield
+
+
+def workload(kernel: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
+    """One launch of a kernel as a call of `info_nce` on (n, d) rows makes it; what it returns is compared."""
+    from fused_infonce import launch
+    from fused_infonce.launch import LOG2E, Excluded, Side
+
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randn(2, n, d, device=device, generator=generator).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.full((n,), LOG2E / 0.05, dtype=acc, device=device)
+    inverse = [1 / x.to(acc).norm(dim=1) for x in rows]
+    x, y = (Side(r, a, scale=scale) for r, a in zip(rows, inverse, strict=True))
+    excluded, limit = Excluded(diagonal=True), 256 * 2**20
+    if kernel in ("statistics", "columns"):
+        columns = None if kernel == "statistics" else (torch.empty_like(scale), torch.empty_like(scale))
+        y = y if columns else Side(y.rows, y.inverse)
+        return lambda: (launch.row_states(x, y, excluded, columns, limit), *(columns or ()))
+    neg, _ = launch.merged(launch.row_states(x, Side(y.rows, y.inverse), excluded, None, limit))
+    x, y = Side(x.rows, x.inverse, None, scale, neg * LOG2E, scale / n), Side(y.rows, y.inverse)
+    if kernel == "gradient":
+        g = torch.empty((1, n, d), dtype=acc, device=device)
+
+        def gradient() -> tuple[Tensor, ...]:
+            launch.add_streaming_gradient(g, x, y, excluded, True, False)
+            return (g,)
+
+        return gradient
+    c = torch.empty((min(n, 4096), n), dtype=dtype, device=device)
+
+    def coefficients() -> tuple[Tensor, ...]:
+        launch.write_coefficients(c, x, y, slice(0, len(c)), slice(0, n), excluded)
+        return (c,)
+
+    return coefficients
+
+
+def result(kernel: str, run: Run) -> list[Tensor]:
+    """What does not depend on the tile: the states of slots are merged first."""
+    from fused_infonce import launch
+
+    first, *rest = run()
+    merged = launch.merged(first.clone()) if kernel in ("statistics", "columns") else (first,)
+    return [x.detach().clone() for x in (*merged, *rest)]
+
+
+def error_of(found: list[Tensor], want: list[Tensor]) -> float:
+    """The largest Frobenius-relative error."""
+    errors = [
+        torch.linalg.vector_norm(a.double() - b.double()) / b.double().norm() for a, b in zip(found, want, strict=True)
+    ]
+    return max(error.item() for error in errors)
+
+
+def measure(run: Run) -> float:
+    """Milliseconds."""
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=10, rep=50, return_mode="median")
+
+
+def tune(
+    arch: str, kernel: str, dtype: torch.dtype, n: int, d: int, device: torch.device, until: float,
+    timer: Callable[[Run], float] = measure,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One record a candidate, the table's tile first; those that there is no time for are left out."""
+    run = workload(kernel, dtype, n, d, device)
+    chosen = candidates(arch, kernel, dtype, d)
+    want, default_ms = result(kernel, run), timer(run)
+    about = {
+        "arch": arch,
+        "kernel": kernel,
+        "dtype": str(dtype).split(".")[1],
+        "n": n,
+        "d": d,
+        "default_ms": default_ms,
+    }
+    records = [{**about, "tile": chosen[0], "default": True, "outcome": "ok", "error": 0.0, "median_ms": default_ms}]
+    for tile in tqdm(chosen[1:], desc=f"{kernel} {about['dtype']} D={d}", leave=False):
+        if time.monotonic() > until:
+            tqdm.write(f"{kernel}, D = {d}: out of time after {len(records)} of {len(chosen)} candidates")
+            break
+        record = {**about, "tile": tile, "default": False, "outcome": "ok", "error": "", "median_ms": ""}
+        with instead(tile, arch, kernel, dtype):
+            try:
+                record["error"] = error_of(result(kernel, run), want)
+                if record["error"] <= BOUNDS[tiles.CLASSES[dtype]]:
+                    record["median_ms"] = timer(run)
+                else:
+                    record["outcome"] = "wrong"
+            except Exception as error:  # whatever the compiler or the driver raises: shared memory, registers
+                record["outcome"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        records.append(record)
+    return records
+
+
+def best(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest, or the table's tile where none is faster by a margin."""
+    default = records[0]
+    timed = [record for record in records if record["outcome"] == "ok"]
+    fastest = min(timed, key=lambda record: record["median_ms"])
+    return fastest if fastest["median_ms"] <= GAIN * default["median_ms"] else default
+
+
+def pasted(found: dict[int, Tile], kernel: str) -> str:
+    """Rows of one dtype class as `tiles.TABLE` has them; the last width stands for all above, except for gradients."""
+    rows = []
+    for d, tile in sorted(found.items()):
+        if kernel == "gradient":
+            tile = tile._replace(block_d=16)
+        if rows and rows[-1][1] == tile:
+            rows.pop()
+        rows.append((d, tile))
+    if kernel != "gradient":
+        rows[-1] = (None, rows[-1][1])
+    return "(" + ", ".join(f"({d}, {written(tile)})" for d, tile in rows) + ",)"
+
+
+def written(tile: Tile) -> str:
+    """As in the table: defaults left out."""
+    optional = {name for name in tile._fields if tile._asdict()[name] == Tile._field_defaults.get(name, object())}
+    values = [f"{n}={v}" if isinstance(v, bool) else str(v) for n, v in tile._asdict().items() if n not in optional]
+    return f"Tile({', '.join(values)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["bfloat16", "float16", "float32", "float64"], default=["bfloat16"]
+    )
+    parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512, 768])
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--minutes", type=float, default=3, help="at most, for each kernel, dtype and width")
+    parser.add_argument("--record", help="append every figure to this CSV file, relative to benchmarks/")
+    parser.add_argument("--list", action="store_true", help="print the candidates and time nothing")
+    parser.add_argument("--arch", choices=sorted(SHARED_KIB), help="with --list; else it is the GPU's")
+    args = parser.parse_args()
+    if not args.list and not torch.cuda.is_available():
+        parser.exit(2, "tuning needs a GPU and torch sees none; --list prints the candidates without one\n")
+    device = torch.device("cuda")
+    arch = (
+        args.arch if args.list and args.arch else tiles.architecture(device) if torch.cuda.is_available() else "sm_90"
+    )
+    if args.arch and args.arch != arch:
+        parser.error(f"this GPU's rows are those of {arch}, not of {args.arch}")
+    for name in args.dtype:
+        dtype = getattr(torch, name)
+        for kernel in args.kernel:
+            widths = [d for d in args.dim if kernel != "gradient" or d <= tiles.STREAMING_MAX_D[dtype]]
+            found = {}
+            for d in widths:
+                if args.list:
+                    listed = candidates(arch, kernel, dtype, d)
+                    print(f"{arch} {kernel} {name} D = {d}: {len(listed)} candidates, the first is the table's")
+                    print("\n".join(f"    {written(tile)}" for tile in listed))
+                    continue
+                records = tune(arch, kernel, dtype, args.rows, d, device, time.monotonic() + 60 * args.minutes)
+                winner = best(records)
+                found[d] = winner["tile"]
+                speed = winner["default_ms"] / winner["median_ms"]
+                tqdm.write(
+                    f"{kernel} {name} D = {d}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's"
+                )
+                if args.record:
+                    rows = [{**contest.provenance(device), **r, "tile": written(r["tile"])} for r in records]
+                    contest.append(Path(__file__).parent / args.record, rows, FIELDS)
+            if found:
+                print(f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(found, kernel)}}}}},')
+
+
+if __name__ == "__main__":
+    main()
