@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def inf_cl() -> Loss:
 
 
 def compiled(loss: Loss) -> Callable[[], Loss]:
-    return lambda: torch.compile(loss)
+    return lambda: torch.compile(loss, dynamic=False)  # each size for itself
 
 
 # direction -> name -> (devices, what makes it)
@@ -142,6 +143,7 @@ PEERS: dict[str, dict[str, tuple[str, Callable[[], Loss]]]] = {
 }
 
 
+@cache
 def available(direction: str, device: str) -> dict[str, Loss]:
     """The peers of a direction that are for this device and installed; the others are named with the reason."""
     found = {}
