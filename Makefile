@@ -7,6 +7,7 @@ VENV        ?= .venv
 JOBS        ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+TUNE_ARGS   ?=
 
 BIN  := $(abspath $(VENV))/bin
 SITE := $(abspath $(VENV))/site
@@ -19,7 +20,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature test lint bench tiles gpu clean distclean
+.PHONY: help demo demo-temperature test lint bench plots tiles gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -46,12 +47,15 @@ lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
 bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machine's CPU, under 10 minutes
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns median --record results/cpu.csv $(PYTEST_ARGS)
 
+plots: $(VENV)/.installed-bench ## draw time and memory against N from the recorded results, into docs/
+	$(BIN)/python benchmarks/plot.py
+
 # With the torch, pytest, pytest-benchmark and hypothesis that are there: no environment is made and nothing is downloaded.
 # python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
 GPU_SITE := $(CURDIR)/.gpu-site
 GPU_TEST  = env -u TRITON_INTERPRET PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} \
             $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
-.PHONY: gpu-site gpu-bench
+.PHONY: gpu-site gpu-bench tune
 gpu-site:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")'
 	rm -rf $(GPU_SITE) && mkdir $(GPU_SITE)
@@ -63,6 +67,9 @@ gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
 
 gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
 	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_bench.py --record results/gpu.csv
+
+tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.py (TUNE_ARGS="--dim 256 ...")
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/tune.py --record results/tune.csv $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
 	$(BIN)/python tests/aot.py --all --record benchmarks/results/tiles.csv
