@@ -1,0 +1,283 @@
+"""The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
+
+import csv
+import sys
+import time
+
+import contest
+import gpu_bench
+import plot
+import pytest
+import roofline
+import test_microbenchmarks as micro
+import torch
+import tune
+from contestants import OURS, Case
+
+from fused_infonce import tiles
+
+CPU = torch.device("cpu")
+ROW = {
+    **dict.fromkeys(contest.FIELDS, ""), "date": "2026-01-02", "device": "a CPU", "torch": "2.13.0",
+    "loss": "info_nce", "direction": "one", "n": 512, "m": 512, "d": 64, "dtype": "float32", "pass": "fwd_bwd",
+    "contestant": "dense", "median_ms": "2.5", "peak_extra_mib": "8.0",
+}  # fmt: skip
+
+
+def rows_of(tmp_path, *changes):
+    path = tmp_path / "a.csv"
+    contest.append(path, [ROW | change for change in changes])
+    return plot.read([path])
+
+
+class TestPlot:
+    def test_numbers_and_those_who_could_not_run(self, tmp_path):
+        timed, absent = rows_of(tmp_path, {}, {"median_ms": "out of memory", "peak_extra_mib": ""})
+        assert (timed["n"], timed["d"], timed["median_ms"], timed["peak_extra_mib"]) == (512, 64, 2.5, 8.0)
+        assert (absent["median_ms"], absent["peak_extra_mib"], absent["said"]) == (None, None, "out of memory")
+
+    def test_other_tables_are_not_read(self, tmp_path):
+        (tmp_path / "b.csv").write_text("registers,spills\n1,2\n")
+        assert plot.read([tmp_path / "b.csv"]) == []
+
+    def test_the_newest_row_of_a_case_contestant_and_device(self, tmp_path):
+        rows = rows_of(
+            tmp_path, {"median_ms": "1"}, {"median_ms": "2"}, {"median_ms": "3", "date": "2026-01-01"},
+            {"median_ms": "4", "contestant": "floor"}, {"median_ms": "5", "device": "another"},
+            {"median_ms": "6", "n": 8},
+        )  # fmt: skip
+        assert [row["median_ms"] for row in plot.newest(rows)] == [2, 4, 5, 6]
+
+    def test_the_width_with_the_most_sizes(self, tmp_path):
+        rows = rows_of(
+            tmp_path, {}, {"n": 1024, "d": 64}, {"d": 768}, {"n": 512, "d": 768}, {"d": 96}, {"n": 1, "d": 96}
+        )
+        assert plot.widest_sweep(rows) == 96
+
+    def test_pictures(self, tmp_path):
+        sizes = [{"n": n, "m": n, "median_ms": str(n / 100)} for n in (512, 1024, 2048)]
+        both = [size | {"direction": direction} for size in sizes for direction in ("one", "self")]
+        floor = [size | {"contestant": "floor"} for size in both]
+        absent = {"n": 4096, "m": 4096, "median_ms": "out of memory"}
+        alone = {"pass": "fwd"}  # one size: nothing to draw
+        rows = rows_of(tmp_path, *both, *floor, absent, alone)
+        (drawn,) = plot.pictures(rows, tmp_path / "out")
+        assert drawn.name == "cpu_time_memory_float32_fwd_bwd.png"
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        found = plot.panels([row for row in rows if row["pass"] == "fwd_bwd"])
+        assert list(found) == ["one", "self"]
+        assert list(found["self"]) == ["floor", "dense"]
+        assert [plot.total_rows(row) for row in found["self"]["floor"]] == [1024, 2048, 4096]
+
+    def test_every_contestant_has_a_colour_of_its_own(self):
+        import peers
+
+        names = {OURS, "floor"} | {name for of_one in peers.PEERS.values() for name in of_one}
+        assert names == set(plot.COLOURS)
+        assert len(set(plot.COLOURS.values())) == len(names)
+
+
+class TestRoofline:
+    GPU = roofline.Gpu(790e12, 4.3e12, 60e6)
+
+    @pytest.mark.parametrize("d", [64, 768])
+    @pytest.mark.parametrize("n", [16384, 65536])
+    def test_flops_are_those_of_the_plan(self, n, d):
+        for call in roofline.CALLS:
+            plan = roofline.chosen(call, n, d)
+            kernels = roofline.kernels(roofline.of_call(call, n, d), n, d, self.GPU)
+            flops = sum(kernel.flops for kernel in kernels) / (n * n * d)
+            diagonal = 4096 / n if plan.name == "triangular" else 0  # whose blocks are computed whole
+            assert plan.flops <= flops <= plan.flops + diagonal
+
+    def test_bytes_take_time(self):
+        ample = roofline.Gpu(790e12, 1e30, 60e6)
+        assert roofline.seconds("workspace", 16384, 64, self.GPU) > 2 * roofline.seconds("workspace", 16384, 64, ample)
+        assert roofline.seconds("workspace", 16384, 64, ample) == pytest.approx(
+            8 / 6 * roofline.floor(16384, 64, ample)
+        )
+
+    def test_table(self):
+        lines = roofline.table([16384], [64, 1024], self.GPU)
+        assert len({line.count("|") for line in lines}) == 1
+        assert "| - |" in lines[-1]  # no streaming at this width
+
+
+@pytest.mark.parametrize("arch", [*tune.SHARED_KIB])
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tile_candidates(arch, kernel, dtype):
+    """Valid, without duplicates, the table's first, and each as the table would hand it out."""
+    for d in (64, 100, 256, 512):
+        found = tune.candidates(arch, kernel, dtype, d)
+        assert found[0] == tiles.tile(arch, kernel, dtype, d)
+        assert len(found) == len(set(found)) > 1
+        for tile in found:
+            sizes = (tile.block_m, tile.block_n, tile.block_d)
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+            assert tile.block_d <= tiles.power_of_two(d)
+            assert kernel != "gradient" or tile.block_d >= d
+            assert tile.warps in (4, 8)
+            assert 1 <= tile.stages <= tune.MOST_STAGES
+            with tune.instead(tile, arch, kernel, dtype):
+                assert tiles.tile(arch, kernel, dtype, d) == tile
+        assert found[0] == tiles.tile(arch, kernel, dtype, d)  # the table is as it was
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_tuning_runs_the_launchers(kernel, triton_device):
+    """With a stopwatch that prefers the second candidate; every candidate must compute what the table's does."""
+    pytest.importorskip("triton")
+    times = iter([3.0, 1.0, *[2.0] * 1000])
+    arch, device = tiles.architecture(torch.device(triton_device)), torch.device(triton_device)
+
+    def timer(run):
+        run()
+        return next(times)
+
+    with pytest.MonkeyPatch.context() as patch:
+        few = tune.candidates(arch, kernel, torch.float32, 40)[:8]
+        patch.setattr(tune, "candidates", lambda *_: few)
+        records = tune.tune(arch, kernel, torch.float32, 70, 40, device, time.monotonic() + 60, timer)
+    assert [record["outcome"] for record in records] == ["ok"] * len(few)
+    assert len({record["tile"] for record in records}) == len(few) == 8
+    assert tune.best(records) is records[1]
+    assert tune.best(records[:1]) is records[0]
+
+
+def test_a_candidate_that_computes_something_else_is_not_timed(monkeypatch):
+    pytest.importorskip("triton")
+    results = iter([[torch.ones(3)], [torch.ones(3) + 1e-9], [2 * torch.ones(3)]])
+    monkeypatch.setattr(tune, "workload", lambda *_: None)
+    monkeypatch.setattr(tune, "result", lambda *_: next(results))
+    monkeypatch.setattr(tune, "candidates", lambda *_: [tiles.Tile(16, 16, 16, 4, 1)] * 4)
+    records = tune.tune("sm_90", "statistics", torch.float32, 8, 8, CPU, time.monotonic() + 60, lambda _: 1.0)
+    assert [record["outcome"].split(":")[0] for record in records] == ["ok", "ok", "wrong", "StopIteration"]
+    assert [record["median_ms"] for record in records] == [1.0, 1.0, "", ""]
+
+
+def test_proposed_rows_are_those_of_the_table():
+    small, large = tiles.Tile(128, 64, 64, 8, 2), tiles.Tile(128, 128, 64, 8, 3)
+    text = tune.pasted({64: small, 128: small, 256: large}, "statistics")
+    assert text == "((128, Tile(128, 64, 64, 8, 2)), (None, Tile(128, 128, 64, 8, 3)),)"
+    assert eval(text, {"Tile": tiles.Tile}) == ((128, small), (None, large))
+    assert eval(tune.pasted({64: small}, "gradient"), {"Tile": tiles.Tile}) == ((64, small._replace(block_d=16)),)
+
+
+@pytest.mark.parametrize("module", [tune, gpu_bench], ids=lambda module: module.__name__)
+def test_without_a_gpu(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["it"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code != 0
+    assert "needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["it", "--list"])
+    module.main()
+    assert len(capsys.readouterr().out.splitlines()) > 50
+
+
+class TestGpuSuite:
+    def test_cases(self):
+        cases = gpu_bench.cases()
+        assert len(cases) == len(set(cases))
+        rows = {case.n for case in cases}
+        assert min(rows) <= 512
+        assert max(rows) == 1 << 20
+        assert {case.d for case in cases} == set(gpu_bench.WIDTHS)
+        asked = {(d, t, "fwd_bwd") for d in gpu_bench.DIRECTIONS for t in ("bfloat16", "float16", "float32")}
+        asked |= {(d, "bfloat16", "fwd") for d in gpu_bench.DIRECTIONS}
+        assert {(case.direction, case.dtype, case.mode) for case in cases} == asked
+        assert {case.direction for case in cases[:10]} == set(gpu_bench.DIRECTIONS)
+
+    def test_who_takes_part(self):
+        names = [OURS, "dense", "dense compiled", "lightly"]
+        assert gpu_bench.taking_part(gpu_bench.case(8192, 768, direction="self"), names) == names
+        assert "dense compiled" not in gpu_bench.taking_part(gpu_bench.case(8192, 128), names)
+        assert gpu_bench.taking_part(gpu_bench.case(1 << 20, 256), names) == [OURS, "dense"]
+
+    def test_nothing_is_timed_where_ours_is_wrong(self, monkeypatch, capsys):
+        monkeypatch.setattr(gpu_bench, "GATE", ((48, 32),))
+        monkeypatch.setattr(gpu_bench, "measure", lambda *_: pytest.fail("timed"))
+        assert gpu_bench.gate(CPU) == []
+        right = gpu_bench.nt_xent
+        off = {"auto": 1.02, "reference": 1.0}
+        monkeypatch.setattr(gpu_bench, "nt_xent", lambda *a, backend: off[backend] * right(*a, backend=backend))
+        assert len(gpu_bench.gate(CPU)) == 9  # the loss and two gradients in three dtypes
+        assert not gpu_bench.run_all(gpu_bench.cases(), CPU, 1, None)
+        assert "our results are wrong" in capsys.readouterr().err
+
+    @pytest.fixture
+    def contestants(self, monkeypatch):
+        """Ours, and peers that are right, wrong, out of memory and broken."""
+
+        def raises(error):
+            def loss(query, key):
+                raise error
+
+            return loss
+
+        def losses(case, device):
+            right = gpu_bench.info_nce
+            return {
+                OURS: lambda q, k: right(q, k, temperature=0.05),
+                "right": lambda q, k: right(q, k, temperature=0.05),
+                "wrong": lambda q, k: right(q, k, temperature=0.06),
+                "large": raises(torch.OutOfMemoryError("tried to allocate")),
+                "broken": raises(ValueError("no\nsuch thing")),
+            }
+
+        monkeypatch.setattr(contest.contestants, "losses", losses)
+        monkeypatch.setattr(gpu_bench, "timed", lambda *_: [0.002, 0.001, 0.003])
+        monkeypatch.setattr(gpu_bench, "GATE", ((16, 8),))
+
+    def test_who_cannot_run_is_recorded(self, contestants, tmp_path):
+        case = Case("one", 24, 24, 16, "float32", "fwd_bwd")
+        record = tmp_path / "gpu.csv"
+        assert gpu_bench.run_all([case], CPU, 1, record)
+        with record.open() as file:
+            found = {row["contestant"]: row["median_ms"] for row in csv.DictReader(file)}
+        assert found == {
+            **dict.fromkeys(("floor", OURS, "right"), "2"),
+            "wrong": "disagrees", "large": "out of memory", "broken": "failed",
+        }  # fmt: skip
+
+    def test_it_stops_by_itself(self, contestants, monkeypatch, capsys):
+        cases = [Case("one", n, n, 16, "float32", "fwd") for n in (16, 24)]
+
+        def measure(case, device):
+            if case == cases[1]:
+                time.sleep(60)
+            return []
+
+        monkeypatch.setattr(gpu_bench, "measure", measure)
+        start = time.monotonic()
+        assert gpu_bench.run_all(cases, CPU, 2 / 60, None)
+        assert time.monotonic() - start < 30
+        assert f"no time left for\n  {cases[1]}\n" in capsys.readouterr().err
+
+
+class TestMicrobenchmarks:
+    def test_the_sweep(self):
+        cases = micro.cases("cpu")
+        assert len(cases) == len(set(cases))
+        for direction in ("one", "symmetric", "self"):
+            sizes = {micro.rows(c) for c in cases if (c.direction, c.d, c.mode) == (direction, micro.WIDTH, "fwd_bwd")}
+            assert sizes == {512, 1024, 2048, 4096, 8192, 16384}
+        assert micro.cases("cuda")
+
+    def test_it_ends_in_time(self, monkeypatch):
+        """Whatever the rate: by the estimates, on a clock that they drive."""
+        for speed in (0.5, 1.0, 2.0):
+            now = [0.0]
+            monkeypatch.setattr(micro.time, "monotonic", lambda now=now: now[0])
+            clock, ran = micro.Clock(), set()
+            for case in micro.cases("cpu"):
+                if clock.enough(case):
+                    now[0] += micro.seconds(case) / speed
+                    clock.add(case, micro.seconds(case) / speed)
+                    ran.add(str(case))
+            assert now[0] <= micro.LIMIT
+            assert "one-8192x8192x768-float32-fwd_bwd" in ran
+            assert speed < 1 or "one-16384x16384x384-float32-fwd_bwd" in ran
