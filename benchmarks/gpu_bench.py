@@ -107,23 +107,28 @@ def measure(case: Case, device: torch.device) -> list[dict[str, Any]]:
     run.losses = {name: run.losses[name] for name in taking_part(case, list(run.losses))}
     if COMPILED in run.losses:
         torch._dynamo.reset()
-    absent = {}
+    absent: dict[str, str] = {}
+    times: dict[str, list[float]] = {}
     try:
         mine = run.result(OURS)
     except Exception as error:
         return [failed(run, OURS, why(error))]
-    for name in [name for name in run.losses if name != OURS]:
+    query, key = case.inputs(device, seed=1)
+    for name in [OURS, FLOOR, *(name for name in run.losses if name != OURS)]:
         try:  # each on its own: what cannot run must not take the others with it
-            if wrong := run.disagreement(name, mine):
+            if name not in (OURS, FLOOR) and (wrong := run.disagreement(name, mine)):
                 absent[name] = f"disagrees: {wrong}"
+            else:
+                times[name] = timed(run, name, query, key)
         except Exception as error:  # whatever a peer raises
             absent[name] = why(error)
         if name in absent:
-            del run.losses[name]
             clean(device)
-    query, key = case.inputs(device, seed=1)
-    run.times = {name: timed(run, name, query, key) for name in (FLOOR, *run.losses) if name != OURS}
-    rows = run.rows(timed(run, OURS, query, key))
+    rows = []
+    if OURS in times and FLOOR in times:
+        ours = times.pop(OURS)
+        run.times = times
+        rows = run.rows(ours)
     return [*rows, *(failed(run, name, reason) for name, reason in absent.items())]
 
 

@@ -218,18 +218,22 @@ class TestGpuSuite:
 
             return loss
 
+        def raise_late():
+            raise torch.OutOfMemoryError("only when it is timed")
+
         def losses(case, device):
             right = gpu_bench.info_nce
             return {
                 OURS: lambda q, k: right(q, k, temperature=0.05),
                 "right": lambda q, k: right(q, k, temperature=0.05),
                 "wrong": lambda q, k: right(q, k, temperature=0.06),
+                "late": lambda q, k: right(q, k, temperature=0.05),
                 "large": raises(torch.OutOfMemoryError("tried to allocate")),
                 "broken": raises(ValueError("no\nsuch thing")),
             }
 
         monkeypatch.setattr(contest.contestants, "losses", losses)
-        monkeypatch.setattr(gpu_bench, "timed", lambda *_: [0.002, 0.001, 0.003])
+        monkeypatch.setattr(gpu_bench, "timed", lambda run, name, *_: raise_late() if name == "late" else [0.002] * 3)
         monkeypatch.setattr(gpu_bench, "GATE", ((16, 8),))
 
     def test_who_cannot_run_is_recorded(self, contestants, tmp_path):
@@ -240,7 +244,7 @@ class TestGpuSuite:
             found = {row["contestant"]: row["median_ms"] for row in csv.DictReader(file)}
         assert found == {
             **dict.fromkeys(("floor", OURS, "right"), "2"),
-            "wrong": "disagrees", "large": "out of memory", "broken": "failed",
+            "wrong": "disagrees", "broken": "failed", "large": "out of memory", "late": "out of memory",
         }  # fmt: skip
 
     def test_it_stops_by_itself(self, contestants, monkeypatch, capsys):
