@@ -20,6 +20,11 @@ from .kernels.positive import positives_kernel
 from .kernels.statistics import merge_kernel, statistics_kernel
 from .problem import EPS, accumulator
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an old triton
+    TensorDescriptor = None
+
 LOG2E = math.log2(math.e)
 INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
@@ -94,10 +99,29 @@ def tile_of(kernel: str, x: Tensor) -> tiles.Tile:
     return tiles.tile(tiles.architecture(x.device), kernel, x.dtype, x.shape[1])
 
 
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for these rows: the limits of cuTensorMapEncodeTiled."""
+    return (
+        TensorDescriptor is not None
+        and x.numel() > 0
+        and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+    )
+
+
+def described(x: Tensor, *block: int) -> Any:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
 def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
     """What every tile kernel is told of its two sides."""
+    tma = tile.tma and describable(x.rows) and describable(y.rows)
     return {
-        "X_ptr": x.rows, "Y_ptr": y.rows, "A_ptr": x.inverse, "B_ptr": y.inverse, "SX_ptr": x.scale, "SY_ptr": y.scale,
+        "X_ptr": described(x.rows, tile.block_m, tile.block_d) if tma else x.rows,
+        "Y_ptr": described(y.rows, tile.block_n, tile.block_d) if tma else y.rows,
+        "TMA": tma, "A_ptr": x.inverse, "B_ptr": y.inverse, "SX_ptr": x.scale, "SY_ptr": y.scale,
         "D": x.rows.shape[1], "stride_xm": x.rows.stride(0), "stride_yn": y.rows.stride(0),
         "ACC": acc_of(x.rows), "DOT": dot_of(x.rows), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d, "num_warps": tile.warps, "num_stages": tile.stages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ class Tile(NamedTuple):
     block_d: int
     warps: int
     stages: int
+    tma: bool = False  # rows through tensor descriptors: not yet measured
 
 
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
@@ -110,6 +112,12 @@ CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "s
 CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single", torch.float64: "double"}
 
 
+# Where tiles can be loaded through tensor descriptors; FUSED_INFONCE_TMA=0 or 1 overrules the table. No float32: its
+# gradient, without tensor cores, then spills 3 to 8 KB a thread on sm_90. No float64: Triton tests no such descriptors.
+HAS_TMA = {INTERPRETER: tuple(CLASSES.values()), "sm_90": ("half",), "sm_100": ("half",)}
+FORCE_TMA = None if (setting := os.environ.get("FUSED_INFONCE_TMA")) is None else setting == "1"
+
+
 # A streaming gradient keeps whole rows of accumulators in registers: up to this length.
 STREAMING_MAX_D = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 512, torch.float64: 256}
 
@@ -143,7 +151,10 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
         for longest, entry in rows:
             if longest is None or d <= longest:
                 lanes = power_of_two(d)
-                return entry._replace(block_d=lanes if kernel == "gradient" else min(entry.block_d, lanes))
+                return entry._replace(
+                    block_d=lanes if kernel == "gradient" else min(entry.block_d, lanes),
+                    tma=CLASSES[dtype] in HAS_TMA.get(arch, ()) and (entry.tma if FORCE_TMA is None else FORCE_TMA),
+                )
         where = PARENT.get(where)
     raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
 

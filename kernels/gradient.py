@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .statistics import store_state
-from .tile import cast, dot, load_rows, load_vector, negatives, raw_dots
+from .tile import cast, dot, load_tile, load_vector, negatives, raw_dots
 
 
 @triton.jit
@@ -65,21 +65,23 @@ def gradient_kernel(
     ACCUMULATE: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """g_i (+)= sum_j C_ij y_j over `split` columns, BLOCK_D >= D, in slot program_id(1) of G (slots, size_x, D)."""
     pid_n = tl.program_id(1)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = tl.program_id(0) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
     sx, nx, ux = direction(SX_ptr, NX_ptr, UX_ptr, offs_m, size_x, ACC)
-    x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D)
+    x = load_tile(X_ptr, start_m, stride_xm, size_x, 0, D, BLOCK_M, BLOCK_D, TMA)
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start_n in range(pid_n * split, tl.minimum((pid_n + 1) * split, size_y), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        y = load_rows(Y_ptr, offs_n, stride_yn, size_y, offs_d, D)
+        y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA)
         d = dot(x, tl.trans(y), tl.zeros((BLOCK_M, BLOCK_N), ACC), DOT)
         b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
         sy, ny, uy = direction(SY_ptr, NY_ptr, UY_ptr, offs_n, size_y, ACC)
@@ -126,6 +128,7 @@ def coefficients_kernel(
     DIAGONAL: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,16 +140,20 @@ def coefficients_kernel(
     of a zero row, which counts in the states only.
     """
     row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = row_start + rows
-    offs_n = col_start + cols
+    pid_m = tl.program_id(0) % row_blocks
+    pid_n = tl.program_id(0) // row_blocks
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_m = row_start + pid_m * BLOCK_M
+    start_n = col_start + pid_n * BLOCK_N
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     d = raw_dots(
         None,
         X_ptr,
         Y_ptr,
-        offs_m,
-        offs_n,
+        start_m,
+        start_n,
         stride_xm,
         stride_yn,
         row_end,
@@ -154,6 +161,7 @@ def coefficients_kernel(
         D,
         ACC,
         DOT,
+        TMA,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
@@ -174,9 +182,8 @@ def coefficients_kernel(
         s = tl.where(keep, d * ((a * sx)[:, None] * b[None, :]), 0.0)
         p = tl.where(keep, tl.exp2(s), 0.0)
         c = p * tl.where(b < zero_row, b, 0.0)[None, :]
-        slot = tl.program_id(0) // row_blocks
         zero = tl.zeros((BLOCK_M,), ACC)
-        store_state(ROWS_ptr, slot, rows, row_end - row_start, zero, tl.sum(p, 1), tl.sum(p * s, 1))
+        store_state(ROWS_ptr, pid_n, rows, row_end - row_start, zero, tl.sum(p, 1), tl.sum(p * s, 1))
     ptrs = C_ptr + rows.to(tl.int64)[:, None] * stride_cm + cols[None, :]
     inside = (offs_m[:, None] < row_end) & (offs_n[None, :] < col_end)
     tl.store(ptrs, cast(c, C_ptr.dtype.element_ty, DOT == "upcast"), mask=inside)

@@ -7,7 +7,7 @@ in slots of a (slots, 3, size) buffer and are merged in slot order, so a result 
 import triton
 import triton.language as tl
 
-from .tile import load_rows, load_vector, negatives, raw_dots
+from .tile import load_tile, load_vector, negatives, raw_dots
 
 # The logit of what is no negative. Finite: its 2^-inf = 0 times itself is 0, where a logit of -inf gives NaN.
 FLOOR = tl.constexpr(-(2.0**127))
@@ -68,6 +68,7 @@ def statistics_kernel(
     ACC: tl.constexpr,
     DOT: tl.constexpr,
     HOIST: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,11 +80,12 @@ def statistics_kernel(
     """
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
-    offs_m = row_start + pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = row_start + pid_m * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
     sx = load_vector(SX_ptr, offs_m, size_x, 1.0, ACC)
     if HOIST:
-        x_tile = load_rows(X_ptr, offs_m, stride_xm, size_x, tl.arange(0, BLOCK_D), D)
+        x_tile = load_tile(X_ptr, start_m, stride_xm, size_x, 0, D, BLOCK_M, BLOCK_D, TMA)
     else:
         x_tile = None
     m = tl.full((BLOCK_M,), FLOOR, ACC)
@@ -95,8 +97,8 @@ def statistics_kernel(
             x_tile,
             X_ptr,
             Y_ptr,
-            offs_m,
-            offs_n,
+            start_m,
+            start_n,
             stride_xm,
             stride_yn,
             size_x,
@@ -104,6 +106,7 @@ def statistics_kernel(
             D,
             ACC,
             DOT,
+            TMA,
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,

@@ -25,6 +25,19 @@ def load_rows(ptr, offs, stride, size, offs_d, D):
 
 
 @triton.jit
+def load_tile(ptr, start, stride, size, start_d, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """Rows from `start` and columns from `start_d` of a matrix: (BLOCK_M, BLOCK_D); 0 outside.
+
+    TMA: `ptr` is a descriptor of blocks of this shape, and what is outside is outside of the matrix, not past `size`.
+    """
+    if TMA:
+        tile = ptr.load([start, start_d])
+    else:
+        tile = load_rows(ptr, start + tl.arange(0, BLOCK_M), stride, size, start_d + tl.arange(0, BLOCK_D), D)
+    return tile
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
     """`x` rounded to the nearest `dtype`; EMULATE: where the conversion of float32 to bfloat16 would truncate."""
     if EMULATE and dtype == tl.bfloat16:
@@ -48,8 +61,8 @@ def raw_dots(
     x,
     X_ptr,
     Y_ptr,
-    offs_m,
-    offs_n,
+    start_m,
+    start_n,
     stride_xm,
     stride_yn,
     size_x,
@@ -57,20 +70,20 @@ def raw_dots(
     D,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """d_ij = x_i . y_j, (BLOCK_M, BLOCK_N). `x` holds whole rows where they fit a tile, else None."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    offs_d = tl.arange(0, BLOCK_D)
     if x is not None:
-        y = load_rows(Y_ptr, offs_n, stride_yn, size_y, offs_d, D)
+        y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA)
         acc = dot(x, tl.trans(y), acc, DOT)
     else:
         for start_d in range(0, D, BLOCK_D):
-            x_part = load_rows(X_ptr, offs_m, stride_xm, size_x, start_d + offs_d, D)
-            y_part = load_rows(Y_ptr, offs_n, stride_yn, size_y, start_d + offs_d, D)
+            x_part = load_tile(X_ptr, start_m, stride_xm, size_x, start_d, D, BLOCK_M, BLOCK_D, TMA)
+            y_part = load_tile(Y_ptr, start_n, stride_yn, size_y, start_d, D, BLOCK_N, BLOCK_D, TMA)
             acc = dot(x_part, tl.trans(y_part), acc, DOT)
     return acc
 

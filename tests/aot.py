@@ -28,6 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_infonce import backend_triton, tiles
 from fused_infonce.plan import Plan
@@ -51,6 +52,7 @@ TENSOR_CORE = {  # what a tile of 16-bit inputs must compile to
     "gfx942": "v_mfma",
 }
 TILED = ("statistics_kernel", "gradient_kernel", "coefficients_kernel")
+DESCRIPTORS = ("sm_90", "sm_100")  # targets that can load tiles through tensor descriptors
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -67,6 +69,7 @@ class Case:
     d: int
     variant: str  # "plain": one direction; "columns": both; "general": targets, ids, shared and own negatives
     kernels: tuple[str, ...] = ()  # names; empty: all
+    tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Result:
     dtype: str
     d: int
     variant: str
+    tma: bool
     kernel: str
     block_m: int
     block_n: int
@@ -86,6 +90,7 @@ class Result:
     shared_limit_kib: int
     spilled_bytes: int
     tensor_core: str
+    tma_loads: int
 
 
 def source_hash() -> str:
@@ -116,8 +121,9 @@ def launches(case: Case) -> list[Launch]:
         negative_ids=(torch.zeros(n, 16, dtype=torch.int64),) if general else (),
         row_ids=ids if general else None, key_ids=ids if general else None, columns=case.variant == "columns",
     )  # fmt: skip
-    saved = triton.JITFunction.run, tiles.architecture, tiles.processors
+    saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
     triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
+    tiles.FORCE_TMA = case.tma
     try:
         u = torch.zeros(n, dtype=acc)
         for name in ("streaming", "workspace") if d <= tiles.STREAMING_MAX_D[dtype] else ("workspace",):
@@ -129,7 +135,7 @@ def launches(case: Case) -> list[Launch]:
             plan = Plan("onepass", 512, 512, 1 << 28, 0, "")
             backend_triton.onepass(problem, plan, "infonce", u, [True] * (len(problem.inputs) + 1))
     finally:
-        triton.JITFunction.run, tiles.architecture, tiles.processors = saved
+        triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA = saved
     return recorded
 
 
@@ -144,6 +150,8 @@ def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTS
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
@@ -188,9 +196,9 @@ def compile_case(case: Case) -> list[Result]:
         registers, spilled, core = inspect(case, kernel)
         block = [arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D")]
         results[key] = Result(
-            case.target, case.dtype, case.d, case.variant, fn.__name__, *block, kernel.metadata.num_warps,
-            kernel.metadata.num_stages, registers, kernel.metadata.shared / 1024, SHARED_LIMIT[case.target],
-            spilled, core,
+            case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, *block,
+            kernel.metadata.num_warps, kernel.metadata.num_stages, registers, kernel.metadata.shared / 1024,
+            SHARED_LIMIT[case.target], spilled, core, kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"),
         )  # fmt: skip
     return list(results.values())
 
@@ -204,6 +212,9 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "plain")
             yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
             yield Case(target, dtype, 256, "general", (*OWN, "finish_kernel"))
+    for target in DESCRIPTORS:
+        yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
+        yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
 
 
 def all_cases() -> Iterator[Case]:
@@ -212,6 +223,10 @@ def all_cases() -> Iterator[Case]:
             for d in (64, 128, 256, 512, 1024):
                 for variant in ("plain", "columns", "general"):
                     yield Case(target, dtype, d, variant, TILED)
+    for target in DESCRIPTORS:
+        for d in (64, 128, 256, 512, 1024):
+            for variant in ("plain", "columns"):
+                yield Case(target, "bfloat16", d, variant, TILED, tma=True)
 
 
 def compile_all(cases: list[Case]) -> list[Result]:

@@ -60,6 +60,21 @@ def test_accuracy_of_each_plan(dtype, plan, kind, t, monkeypatch):
     assert plans
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", ["workspace", "streaming"])
+@pytest.mark.parametrize(("n", "d"), [(1, 64), (17, 8), (1111, 24), (1111, 128), (1111, 320)])
+def test_tensor_descriptors(dtype, plan, n, d, monkeypatch):
+    """Tiles that reach past the ends of the tensors, loaded by TMA."""
+    tiles = pytest.importorskip("fused_infonce.tiles")
+    if tiles.architecture(torch.device("cuda")) not in tiles.HAS_TMA:
+        pytest.skip("this GPU does not load through tensor descriptors")
+    monkeypatch.setattr(tiles, "FORCE_TMA", True)
+    watch_plans(monkeypatch, name=plan, rows=600, cols=500)
+    for option in ("default", "symmetric"):
+        inputs, options = call(option, n, d, dtype)
+        check("triton", inputs, **options)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_triton_and_torch_agree(option, dtype):
