@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import dense
 from .plan import Plan
 from .problem import KEY, OnePass, Problem, Statistics, Upstream
 from .row_loss import LOSSES
@@ -30,15 +31,17 @@ LN2 = math.log(2)
 EXPONENT_ROOM = {torch.float32: 90.0, torch.float64: 900.0}
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
+Scale = Tensor | float  # one for all rows, as a number where that is free to read or a (1,) tensor; or (R,)
 
 
 class Chunk(NamedTuple):
-    """Some rows of the problem."""
+    """Some rows of the problem. `alpha scaled` are the queries times log2(e) / t."""
 
     rows: slice
     queries: Rows
-    scaled: Tensor  # (R, D): the queries times log2(e) / t
-    inv_t: Tensor  # (1,) or (R,)
+    scaled: Tensor  # (R, D)
+    alpha: float
+    inv_t: Scale
 
 
 class Tile(NamedTuple):
@@ -50,7 +53,8 @@ class Tile(NamedTuple):
 
     def scores(self, out: Tensor) -> Tensor:
         """Logits in base 2, in a flat buffer."""
-        return self.segment.scores(self.chunk.scaled, self.chunk.rows, self.cols, self.shaped(out))
+        chunk = self.chunk
+        return self.segment.scores(chunk.scaled, chunk.alpha, chunk.rows, self.cols, self.shaped(out))
 
     def shaped(self, flat: Tensor) -> Tensor:
         r, c = self.chunk.rows.stop - self.chunk.rows.start, self.cols.stop - self.cols.start
@@ -72,39 +76,46 @@ class Work:
         self.key = SharedKeys(problem, KEY, plan.cols, dtypes[KEY] is not None)
         self.negatives = [
             RowKeys(problem, i, plan.limit, dtypes[i])
-            if keys.dim() == 3
+            if negatives.dim() == 3
             else SharedKeys(problem, i, plan.cols, dtypes[i] is not None)
-            for i, keys in enumerate(problem.negatives, start=2)
+            for i, negatives in enumerate(problem.negatives, start=2)
         ]
         self.segments: list[Segment] = [*([self.key] if problem.in_batch else []), *self.negatives]
         self.columns = [(segment, cols) for segment in self.segments for cols in segment.tiles()]
-        self.inv_t = problem.temperature.reciprocal()
-        self.shift = not self._fits_without_shift()
+        t = problem.temperature
+        self.uniform = t.shape[0] == 1
+        self.inv_t: Scale = 1 / t.item() if self.uniform and self.device.type == "cpu" else t.reciprocal()
+        self.shift = not (plan.bounded or self._fits_without_shift())
         self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out
 
     def _fits_without_shift(self) -> bool:
-        """Whether exp2 of every logit fits the accumulator as it is: a bound that only a CPU reads for free."""
+        """The same where only the tensors say so: a bound that only a CPU reads for free."""
         p = self.problem
         if self.device.type != "cpu" or not self.n or not self.segments:
             return False
         longest = 1.0 if p.normalize else longest_row(Rows(p.query, False, p.scale(0), self.acc).unit)
         bound = longest * max(segment.longest() for segment in self.segments)
-        return bound * LOG2E * self.inv_t.max().item() <= EXPONENT_ROOM[self.acc]
+        return bound * LOG2E / p.temperature.min().item() <= EXPONENT_ROOM[self.acc]
 
-    def part(self, x: Tensor, rows: slice) -> Tensor:
-        """Those rows of a (1,) or (N, ...) tensor."""
-        return x if x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
+    def part(self, x: Any, rows: slice) -> Any:
+        """Those rows of a number, or a (1,) or (N, ...) tensor."""
+        return x if isinstance(x, float) or x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
 
     def chunks(self) -> Iterator[Chunk]:
-        p, scale2 = self.problem, self.inv_t * LOG2E
+        p = self.problem
         for start in range(0, self.n, self.plan.rows):
             rows = slice(start, min(start + self.plan.rows, self.n))
-            scale = p.scale(0)
-            queries = Rows(
-                self.part(p.query, rows), p.normalize, None if scale is None else self.part(scale, rows), self.acc
-            )
-            scaled = queries.unit * self.part(scale2, rows)[:, None]
-            yield Chunk(rows, queries, scaled, self.part(self.inv_t, rows))
+            if p.self_similar:
+                queries = self.key.rows[rows]
+            else:
+                scale = p.scale(0)
+                scale = None if scale is None else self.part(scale, rows)
+                queries = Rows(self.part(p.query, rows), p.normalize, scale, self.acc)
+            inv_t = self.part(self.inv_t, rows)
+            if isinstance(inv_t, float):
+                yield Chunk(rows, queries, queries.unit, LOG2E * inv_t, inv_t)
+            else:
+                yield Chunk(rows, queries, queries.unit * (inv_t * LOG2E)[:, None], 1.0, inv_t)
 
     def tiles(self, chunk: Chunk) -> Iterator[Tile]:
         tiles = (Tile(chunk, segment, cols) for segment, cols in self.columns)
@@ -128,7 +139,7 @@ class Work:
 
     def column_scores(self, scores: Tensor, tile: Tile) -> Tensor:
         """s'_ij = s_ij t_i / t'_j: the same dot product at the temperature of key j's own row."""
-        if self.inv_t.shape[0] == 1:
+        if isinstance(self.inv_t, float) or isinstance(tile.chunk.inv_t, float) or self.uniform:
             return scores
         return scores / tile.chunk.inv_t[:, None] * self.inv_t[tile.cols]
 
@@ -141,10 +152,12 @@ class Work:
         return m, torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
 
     def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
-        """(m, l, s) along each of `dims`. Without shifts all of them share one exponential."""
+        """(m, l, s), or (m, l) for a forward alone, along each of `dims`. Without shifts they share one exponential."""
         if self.shift and len(dims) > 1:
             return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
         states = [self.exponentials(scores, tile, dims[0], scratch), *((None, scratch.sum(dim)) for dim in dims[1:])]
+        if not self.plan.gradients:
+            return states
         tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
         scratch.mul_(scores)
         return [(m, total, scratch.sum(dim)) for (m, total), dim in zip(states, dims, strict=True)]
@@ -164,7 +177,7 @@ class Work:
 
     def positives(self, chunk: Chunk) -> Tensor:
         _, keys, inside = self.target_keys(chunk)
-        pos = (chunk.queries.unit * keys).sum(1) * chunk.inv_t
+        pos = torch.linalg.vecdot(chunk.queries.unit, keys) * chunk.inv_t
         pos = pos if self.problem.normalize else pos + (pos - pos)  # an infinite logit is never legitimate: NaN
         if inside is None or self.problem.target is None:
             return pos
@@ -211,9 +224,11 @@ def log_sum(state: State) -> Tensor:
 
 
 def finish(state: State | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(neg, mean)."""
+    """(neg, mean); mean is 0 where the state holds none."""
     if state is None:
         return torch.full_like(like, -torch.inf), torch.zeros_like(like)
+    if len(state) == 2:
+        return log_sum(state) * LN2, torch.zeros_like(like)
     mean = torch.where(state[1] == 0, 0, state[2] / state[1]) * LN2
     return torch.where(mean.isnan(), torch.nan, log_sum(state) * LN2), mean
 
@@ -233,7 +248,7 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
         for tile in work.tiles(chunk):
             scores, scratch = tile.scores(first), tile.shaped(second)
             two_way = work.two_way(tile)
-            shared = two_way and work.inv_t.shape[0] == 1
+            shared = two_way and work.uniform
             row, *column = work.moments(scores, tile, [1, 0] if shared else [1], scratch)
             if two_way and not shared:
                 column = work.moments(work.column_scores(scores, tile), tile, [0], scratch)
@@ -261,7 +276,7 @@ def gradients(
     if statistics.column_neg is not None and upstream.column_neg is not None:
         column_shift, column_u = shift_of(statistics.column_neg * LOG2E), upstream.column_neg * work.inv_t
     # 2^(s - shift) u + 2^(s - shift') u' = 2^s (factor + factor')
-    one_exponential = not work.shift and work.inv_t.shape[0] == 1
+    one_exponential = not work.shift and work.uniform
     factor, column_factor = u * torch.exp2(-shift), column_u * torch.exp2(-column_shift)
     for chunk in work.chunks():
         rows = chunk.rows
@@ -292,18 +307,28 @@ def gradients(
 def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
     """`sum_i weight_i loss_i` and its gradients, in the accumulator dtype, from one product of the scores.
 
-    A chunk of rows sees every column, so its statistics, and with them its coefficients, are final at once.
+    A chunk of rows sees every column, so its statistics, and with them its coefficients, are final at once. With
+    `problem.columns` the mean of both directions: there the plan has one chunk, one temperature and no shift.
     weight: (1,) or (N,); a row of weight 0 counts for nothing. wanted: of each input, then of the temperature.
     """
+    if plan.name == "dense":
+        return dense.onepass(problem, kind, weight, wanted)
     loss_of, slope_of = LOSSES[kind]
     work = Work(problem, plan, [problem.acc_dtype if w else None for w in wanted[:-1]])
     buffers = [work.buffer(cols.stop - cols.start) for _, cols in work.columns]
-    tiny = torch.finfo(work.acc).tiny
+    tiny = torch.finfo(work.acc).tiny  # nothing to divide where there are no negatives
     losses, dts = [], []
     grad_query = torch.zeros_like(problem.query, dtype=work.acc) if wanted[0] else None
+
+    def loss_and_slope(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        loss, u = loss_of(x).mul_(w), slope_of(x).mul_(w)
+        if w.shape[0] > 1:
+            loss, u = (y.masked_fill(w == 0, 0) for y in (loss, u))
+        return loss, u
+
     for chunk in work.chunks():
         state: State | None = None
-        parts = []
+        parts, column_sums = [], []
         for tile, buffer in zip(work.tiles(chunk), buffers, strict=True):
             scores = tile.scores(buffer)
             lost = None
@@ -315,23 +340,34 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
                 part = part[0], part[1].masked_fill(lost, torch.nan)
             state = merge(state, part)
             parts.append((tile, scores, part[0]))
+            if work.two_way(tile):
+                column_sums.append(scores.sum(0))
         assert state is not None  # the plan is for problems with columns
 
-        w, x = work.part(weight, chunk.rows), log_sum(state) * LN2 - work.positives(chunk)
-        loss, u = w * loss_of(x), w * slope_of(x)
-        if weight.shape[0] > 1:
-            loss, u = (y.masked_fill(w == 0, 0) for y in (loss, u))
+        w, pos = work.part(weight, chunk.rows), work.positives(chunk)
+        w = w / 2 if problem.columns else w
+        loss, u = loss_and_slope(log_sum(state).mul_(LN2).sub_(pos), w)
+        v, column_factor = u, None
+        if problem.columns:
+            column_sum = torch.cat(column_sums)
+            column_loss, column_u = loss_and_slope(log_sum((None, column_sum)).mul_(LN2).sub_(pos), w)
+            loss, v = loss + column_loss, u + column_u
+            column_factor = column_u * chunk.inv_t / column_sum.clamp_min_(tiny)
         losses.append(loss)
         grad = torch.zeros_like(chunk.queries.unit) if wanted[-1] and grad_query is None else None
         grad = grad if grad_query is None else work.part(grad_query, chunk.rows)
-        per_exponential = u * chunk.inv_t / state[1].clamp_min(tiny)  # nothing to divide where there are no negatives
+        per_exponential = u * chunk.inv_t / state[1].clamp_min(tiny)
         for tile, e, m in parts:
             factor = per_exponential if m is None else per_exponential * torch.exp2(m - finite(state[0]))
-            tile.add_gradients(e.mul_(factor[:, None]), grad)
-        work.add_positives(chunk, -u, grad)
-        if wanted[-1] and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i
-            dts.append((grad * chunk.queries.unit).sum(1) * -chunk.inv_t)
+            factor = factor[:, None]
+            if column_factor is not None and work.two_way(tile):
+                factor = factor + column_factor[tile.cols]
+            tile.add_gradients(e.mul_(factor), grad)
+        work.add_positives(chunk, -v, grad)
+        if wanted[-1] and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i, summed over i that of columns too
+            dts.append(torch.linalg.vecdot(grad, chunk.queries.unit) * -chunk.inv_t)
         if grad_query is not None and grad is not None:
             chunk.queries.finish(grad)
     grads = [grad_query, *work.finish([work.acc] * (len(problem.inputs) - 1))]
-    return OnePass(torch.cat(losses).sum(), grads, torch.cat(dts) if dts else None)
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    return OnePass(loss.sum(), grads, torch.cat(dts) if dts else None)

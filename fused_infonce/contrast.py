@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .plan import Plan, choose
+from .plan import Plan, choose, default_limit
 from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
 
@@ -71,26 +73,40 @@ def compute_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
     return inputs[0].dtype
 
 
+remembered = lru_cache(maxsize=1024)(choose)
+
+
 def make_plan(problem: Problem, options: Options, reduced: bool) -> Plan:
     """The plan of a call on these inputs as they are now, before they are cast."""
-    widths = [len(problem.key)] if problem.in_batch else []
-    widths += [keys.shape[-2] for keys in problem.negatives]
+    n, d = problem.query.shape
+    m = problem.key.shape[0] if problem.in_batch else 0
+    for keys in problem.negatives:
+        m += keys.shape[-2]
     dtype = compute_dtype(problem.inputs)
-    return choose(
+    device = problem.query.device.type
+    plan = choose if torch.compiler.is_compiling() else remembered
+    return plan(
         backend=resolve(options.backend, problem.query),
-        device=problem.query.device.type,
-        n=len(problem.query),
-        m=sum(widths),
-        d=problem.query.shape[1],
+        device=device,
+        n=n,
+        m=m,
+        d=d,
         itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize,
         gradients=torch.is_grad_enabled() and any(x.requires_grad for x in (*problem.inputs, problem.temperature)),
         columns=problem.columns,
         self_similar=problem.self_similar,
         reduced=reduced,
+        plain=problem.plain,
+        per_row=problem.temperature.shape[0] > 1,
         logit_bound=options.logit_bound if dtype != torch.float16 else math.inf,  # whose exponentials have no range
-        limit=options.workspace_limit,
+        limit=options.workspace_limit or default_limit(device),
     )
+
+
+def _products(device: str) -> AbstractContextManager[Any]:
+    """Where products are made, in the dtypes that are there: autocast has no say."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -107,6 +123,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Problem:
     """The problem over these tensors, cast for the products."""
     dtype = compute_dtype(inputs)
+    if all(x.dtype == dtype for x in inputs):
+        return problem
     cast = [_cast(x, dtype) for x in inputs]
     rest = problem.tensors()[len(inputs) + 1 : -len(inputs)]
     return problem.with_tensors([*(x for x, _ in cast), temperature, *rest, *(scale for _, scale in cast)])
@@ -114,6 +132,8 @@ def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Pr
 
 def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """From gradients of the rows that were divided by `scales` to those of the rows that came."""
+    if not problem.scales:
+        return list(grads)
     scales = [problem.scale(i) for i in range(len(grads))]
     return [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=True)]
 
@@ -134,10 +154,10 @@ def differentiable_once(backward: Callable[..., Sequence[Tensor | None]]) -> Cal
     """A backward that records no graph of its own; where one is asked for (`create_graph=True`), `_Once` ends it."""
 
     def guarded(ctx: Any, *upstream: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
         with torch.no_grad():
             grads = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return grads
         ends = iter(_Once.apply(*(grad.detach().requires_grad_() for grad in grads if grad is not None)))
         return tuple(None if grad is None else next(ends) for grad in grads)
 
@@ -153,7 +173,7 @@ class _Statistics(torch.autograd.Function):
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[KEY] = None
         problem = _bind(problem, temperature, inputs)
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with _products(inputs[0].device.type):
             statistics = run_statistics(problem, plan)
         ctx.plan = plan
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
@@ -169,7 +189,7 @@ class _Statistics(torch.autograd.Function):
         v, u, _, *columns = upstream
         u, v = u.contiguous(), v.contiguous()
         column_u = None if column_neg is None else columns[0].contiguous()
-        with torch.autocast(problem.query.device.type, enabled=False):
+        with _products(problem.query.device.type):
             grads = run_gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
         dt = None
         if ctx.needs_input_grad[2]:
@@ -192,9 +212,11 @@ class _OnePass(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[4]]
+        if problem.self_similar:  # the query's gradient is that of both sides
+            wanted[KEY] = False
         ctx.dtypes = [x.dtype for x in inputs]
         problem = _bind(problem, temperature, inputs)
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with _products(inputs[0].device.type):
             result = run_onepass(problem, plan, kind, weight, wanted)
         dt = None if result.temperature is None else _reduce_like(result.temperature, temperature)
         ctx.save_for_backward(dt, *_unscale(problem, result.inputs))
@@ -204,11 +226,15 @@ class _OnePass(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
         dt, *grads = ctx.saved_tensors
-        scaled = [
-            None if g is None else torch.mul(g, upstream, out=torch.empty_like(g, dtype=dtype))  # one rounding, no copy
-            for g, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
+        scaled = [_times(g, upstream, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         return None, None, None, None, None if dt is None else dt * upstream, *scaled
+
+
+def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The product in `dtype`, with one rounding and no copy."""
+    if grad is None or grad.dtype == dtype:
+        return None if grad is None else grad * upstream
+    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
 
 
 def run_statistics(problem: Problem, plan: Plan) -> Statistics:
@@ -241,17 +267,35 @@ def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
 
 def statistics(problem: Problem, options: Options) -> Statistics:
     """The statistics, differentiable in every input and the temperature through neg, pos and column_neg."""
-    plan = make_plan(problem, options, reduced=False)
-    return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *problem.inputs))
+    return _statistics(problem, make_plan(problem, options, reduced=False))
+
+
+def _statistics(problem: Problem, plan: Plan) -> Statistics:
+    if plan.gradients:
+        return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *problem.inputs))
+    with torch.no_grad():
+        problem = _bind(problem, problem.temperature, problem.inputs)
+        with _products(problem.query.device.type):
+            return run_statistics(problem, plan)
 
 
 def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) -> Tensor:
-    """`sum_i weight_i loss_i` of a row loss in `row_loss.LOSSES`; weight (1,) or (N,), and a row of weight 0 counts for
-    nothing."""
+    """`sum_i weight_i loss_i` of a row loss in `row_loss.LOSSES`; with `problem.columns` its mean with that of columns.
+
+    weight: (1,) or (N,); a row of weight 0 counts for nothing.
+    """
     plan = make_plan(problem, options, reduced=True)
-    if plan.name == "onepass":
-        return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *problem.inputs)
+    if plan.one_pass:
+        if plan.gradients:
+            return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *problem.inputs)
+        with torch.no_grad():
+            problem = _bind(problem, problem.temperature, problem.inputs)
+            with _products(problem.query.device.type):
+                return run_onepass(problem, plan, kind, weight, [False] * (len(problem.inputs) + 1)).loss
     loss_of, _ = LOSSES[kind]
-    stats = statistics(problem, options)
-    rows = weight * loss_of(stats.neg - stats.pos)
+    stats = _statistics(problem, plan)
+    rows = loss_of(stats.neg - stats.pos)
+    if stats.column_neg is not None:
+        rows = (rows + loss_of(stats.column_neg - stats.pos)) / 2
+    rows = weight * rows
     return (rows if len(weight) == 1 else torch.where(weight == 0, 0, rows)).sum()

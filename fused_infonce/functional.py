@@ -150,7 +150,7 @@ def explain(
     problem, settings = _problem(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric, **options
     )
-    return contrast.make_plan(problem, settings, reduced=reduction != "none" and not symmetric)
+    return contrast.make_plan(problem, settings, reduced=reduction != "none" and problem.columns == symmetric)
 
 
 def _problem(
@@ -176,7 +176,7 @@ def _problem(
     in_batch = validation.info_nce(
         query, positive_key, negative_keys, reduction, negative_mode, symmetric, in_batch_negatives, target, backend
     )
-    n, m, device = len(query), len(positive_key), query.device
+    n, m, device = query.shape[0], positive_key.shape[0], query.device
     ids = validation.all_ids(
         query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric
     )
@@ -198,8 +198,8 @@ def _problem(
 
 
 def _options(backend: str, workspace_limit: int | None, temperature: float | Tensor, normalize: bool) -> Options:
-    bound = 1 / float(temperature) if normalize and not isinstance(temperature, Tensor) else math.inf  # |cosine| <= 1
-    return Options(backend, validation.workspace_limit(workspace_limit), bound)
+    lowest = validation.lowest_temperature(temperature) if normalize else None
+    return Options(backend, validation.workspace_limit(workspace_limit), 1 / lowest if lowest else math.inf)
 
 
 def _reduced(problem: Problem, options: Options, reduction: str, symmetric: bool) -> Tensor:
@@ -208,7 +208,7 @@ def _reduced(problem: Problem, options: Options, reduction: str, symmetric: bool
         rows = _row_losses(problem, options, symmetric)
         return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
     weight, empty = _weights(problem, reduction)
-    if symmetric:  # hence without a target: no row is ignored
+    if symmetric and not problem.columns:  # the columns are a problem apart
         loss = (weight * _row_losses(problem, options, symmetric)).sum()
     else:
         loss = contrast.reduced_loss(problem, options, "infonce", weight)
@@ -217,11 +217,11 @@ def _reduced(problem: Problem, options: Options, reduction: str, symmetric: bool
 
 def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:
     """What each row's loss is multiplied by, (1,) or (N,); and where rows may be none, whether a mean has no rows."""
-    one, n = problem.temperature.new_ones(1), len(problem.query)
+    n = problem.query.shape[0]
     if problem.target is None or problem.self_similar:  # no row is ignored
-        mean = reduction == "mean"
-        return one / max(n, 1) if mean else one, one[0] > 0 if mean and n == 0 else None
-    valid = (problem.target != -1).to(one.dtype)
+        weight = problem.temperature.new_full((1,), 1 / max(n, 1) if reduction == "mean" else 1.0)
+        return weight, weight[0] > 0 if reduction == "mean" and n == 0 else None
+    valid = (problem.target != -1).to(problem.temperature.dtype)
     if reduction == "sum":
         return valid, None
     count = valid.sum()

@@ -27,7 +27,11 @@ def module(backend: str) -> ModuleType:
 
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
-    return problem.tensors(), problem.flags, plan.backend, plan.name, [plan.rows, plan.cols, plan.limit]
+    return problem.tensors(), problem.flags, plan.backend, plan.name, _sizes(plan)
+
+
+def _sizes(plan: Plan) -> list[int]:
+    return [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded)]
 
 
 def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem:
@@ -35,8 +39,8 @@ def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
-    rows, cols, limit = sizes
-    return Plan(name, rows, cols, limit, flops=0, reason="")
+    rows, cols, limit, gradients, bounded = sizes
+    return Plan(name, rows, cols, limit, flops=0, reason="", gradients=bool(gradients), bounded=bool(bounded))
 
 
 def statistics_of(tensors: Sequence[Any]) -> Statistics:
@@ -45,7 +49,7 @@ def statistics_of(tensors: Sequence[Any]) -> Statistics:
 
 
 def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
+    return [like.new_empty(0) if x is None else x for x in tensors]
 
 
 def none_if_empty(tensors: Sequence[Tensor], present: Sequence[object]) -> list[Tensor | None]:
@@ -115,7 +119,13 @@ def onepass(
 ) -> list[Tensor]:
     problem = _problem(tensors, flags)
     result = module(backend).onepass(problem, _plan(plan, sizes), kind, weight, wanted)
-    return _or_empty([result.loss, result.temperature, *result.inputs], problem.temperature)
+    inputs = [None if x is None else x if _alone(x) else x.clone() for x in result.inputs]
+    return _or_empty([result.loss, result.temperature, *inputs], problem.temperature)
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether it is all of its memory: outputs of an operator must not share any."""
+    return x.untyped_storage().nbytes() == x.nbytes
 
 
 @onepass.register_fake

@@ -4,7 +4,7 @@ A backend is a module with these functions (`backend_torch`, `backend_triton`):
 
     statistics(problem, plan) -> Statistics
     gradients(problem, plan, statistics, upstream, dtypes) -> list[Tensor | None]
-    onepass(problem, plan, kind, weight, wanted) -> OnePass, where `plan.choose` may return that plan
+    onepass(problem, plan, kind, weight, wanted) -> OnePass, where `plan.choose` may return a plan that is `one_pass`
 
 `dtypes` is aligned with `problem.inputs`: the dtype in which that input's gradient is returned, or
 None where it is not needed and its work is skipped. The list returned is aligned with it.
@@ -44,7 +44,7 @@ class Problem:
     columns: bool = False  # also the statistics of key j against all queries; needs target None, N == M
     normalize: bool = True
     # key is query, no row is its own negative, and the target of a row's target is the row; gradients of both sides
-    # are then returned as the query's, except by onepass
+    # are then returned as the query's
     self_similar: bool = False
     scales: tuple[Tensor | None, ...] = ()  # aligned with inputs, or empty: see above; (N,), (M,), ...
 
@@ -56,6 +56,12 @@ class Problem:
     def acc_dtype(self) -> torch.dtype:
         """float64 for float64 inputs, else float32: of logits, statistics and accumulated gradients."""
         return accumulator(self.query.dtype)
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but normalised queries and keys, all of them negatives of each other but for the target."""
+        bare = len(self.negatives) == 0 and self.key_ids is None and (self.target is None or self.self_similar)
+        return bare and self.in_batch and self.normalize
 
     def scale(self, index: int) -> Tensor | None:
         return self.scales[index] if self.scales else None

@@ -25,13 +25,20 @@ class Rows:
             self.inv = scale.to(acc)[..., None]
         self.unit = x if self.inv is None else x * self.inv
 
+    def __getitem__(self, rows: slice) -> Rows:
+        """Some of them."""
+        part = object.__new__(Rows)
+        part.normalize, part.unit = self.normalize, self.unit[rows]
+        part.inv = None if self.inv is None else self.inv[rows]
+        return part
+
     def finish(self, grad: Tensor) -> Tensor:
         """From the gradient of the unit rows to that of x, in place: `inv (g - (g . unit) unit)`."""
         if self.inv is None:
             return grad
         if not self.normalize:
             return grad.mul_(self.inv)
-        grad.addcmul_(self.unit, (grad * self.unit).sum(-1, keepdim=True), value=-1)
+        grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit)[..., None], value=-1)
         return grad.mul_(self.inv.masked_fill(self.inv >= 1 / EPS, 0))
 
 
@@ -50,8 +57,9 @@ class SharedKeys:
     def longest(self) -> float:
         return 1.0 if self.rows.normalize else longest_row(self.rows.unit)
 
-    def scores(self, x: Tensor, rows: slice, cols: slice, out: Tensor) -> Tensor:
-        return torch.mm(x, self.rows.unit[cols].T, out=out)
+    def scores(self, x: Tensor, alpha: float, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """`alpha x . y`."""
+        return out.addmm_(x, self.rows.unit[cols].T, beta=0, alpha=alpha)
 
     def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
         """Write `value` where a column is no negative of its row."""
@@ -109,9 +117,9 @@ class RowKeys:
         scale = None if scale is None else scale[part]
         return Rows(self.keys[part], self.problem.normalize, scale, self.problem.acc_dtype)
 
-    def scores(self, x: Tensor, rows: slice, cols: slice, out: Tensor) -> Tensor:
+    def scores(self, x: Tensor, alpha: float, rows: slice, cols: slice, out: Tensor) -> Tensor:
         for local, part in self.blocks(rows):
-            out[local] = torch.bmm(self.unit(part).unit, x[local, :, None])[..., 0]
+            torch.mul(torch.bmm(self.unit(part).unit, x[local, :, None])[..., 0], alpha, out=out[local])
         return out
 
     def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:

@@ -99,6 +99,13 @@ def temperature(value: Any, rows: int, dtype: torch.dtype, device: torch.device)
     return flat if values_are_free(value) else torch.where((flat > 0) & flat.isfinite(), flat, torch.nan)
 
 
+def lowest_temperature(value: Any) -> float | None:
+    """Of one that has been checked; None where reading it is not free."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.min().item() if values_are_free(value) and value.numel() else None
+
+
 def target(value: object, rows: int, columns: int, ignore_index: int, device: torch.device) -> Tensor:
     """(rows,) indices below `columns`, with `ignore_index` as -1. Out of range: an error where values are free;
     elsewhere the index `columns`, which no backend reads and whose logit is NaN."""
@@ -146,7 +153,7 @@ def info_nce(
         if paired and len(negative_keys) != len(query):
             raise ValueError(f"paired negative_keys must have {len(query)} rows as query has, got {len(negative_keys)}")
         tensors["negative_keys"] = negative_keys
-    if target is None and len(positive_key) != len(query):
+    if target is None and positive_key.shape[0] != query.shape[0]:
         raise ValueError(
             f"positive_key must have {len(query)} rows as query has (or pass target), got {len(positive_key)}"
         )

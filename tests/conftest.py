@@ -74,6 +74,16 @@ def triton_device():
 
 
 @pytest.fixture(autouse=True)
+def fresh_plans():
+    """Plans are remembered, and tests change the thresholds that they are chosen by."""
+    from fused_infonce import contrast
+
+    contrast.remembered.cache_clear()
+    yield
+    contrast.remembered.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 

@@ -213,6 +213,7 @@ def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
         return plans[-1]
 
     monkeypatch.setattr(contrast, "choose", choose)
+    monkeypatch.setattr(contrast, "remembered", choose)
     return plans
 
 

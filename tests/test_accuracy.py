@@ -18,9 +18,10 @@ from helpers import (
     evaluate,
     on,
     stretch,
+    watch_plans,
 )  # fmt: skip
 
-from fused_infonce import info_nce, reference
+from fused_infonce import info_nce, plan, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURES = [0.01, 0.02, 0.05, 0.2, 1.0]
@@ -44,9 +45,21 @@ def inputs_of(backend, kind, dtype, temperature, normalize=True, negatives=()):
 
 
 @cases(kind=KINDS, temperature=TEMPERATURES, normalize=[True, False], dtype=DTYPES)
-def test_default_call(backend, dtype, kind, temperature, normalize):
+def test_default_call(backend, dtype, kind, temperature, normalize, monkeypatch):
+    monkeypatch.setattr(plan, "DENSE", 0)
     loss, _ = check(backend, inputs_of(backend, kind, dtype, temperature, normalize), normalize=normalize)
     assert loss >= SMALLEST_LOSS  # else the case says nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [t for t in TEMPERATURES if t >= 0.02])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows(kind, temperature, symmetric, dtype, monkeypatch):
+    """The plan that holds all scores at once."""
+    plans = watch_plans(monkeypatch)
+    check("torch", inputs_of("torch", kind, dtype, temperature), symmetric=symmetric)
+    assert {p.name for p in plans} == {"dense"} or dtype == torch.float16
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.05])

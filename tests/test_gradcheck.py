@@ -16,9 +16,9 @@ from helpers import (
 )
 from torch.autograd import gradcheck, gradgradcheck
 
-from fused_infonce import FusedInfoNCELoss, info_nce
+from fused_infonce import FusedInfoNCELoss, info_nce, plan
 
-PLANS = ["default", "several blocks", "other"]
+PLANS = ["default", "one block", "several blocks", "other"]
 
 
 def function_of(inputs, options):
@@ -39,6 +39,8 @@ def no_silent_zero(loss, tensors):
 def test_gradcheck(backend, case, monkeypatch):
     inputs, options = make_call(6, 5, 3, 3, **{name: case[name] for name in FACTORS})
     options |= {"backend": backend, "workspace_limit": 150 if case["plan"] == "several blocks" else None}
+    if case["plan"] == "one block":
+        monkeypatch.setattr(plan, "DENSE", 0)
     if case["plan"] == "other":  # than these sizes have
         watch_plans(monkeypatch, name="streaming" if backend == "triton" else "workspace")
     f, tensors = function_of(on(DEVICE[backend], inputs), options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import watch_plans
 
-from fused_infonce import explain, info_nce, plan, reference
+from fused_infonce import explain, info_nce, nt_xent, plan, reference
 
 N, D, H = 45, 24, 3
 OPTIONS = {
@@ -20,7 +21,13 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, and no lower bound on D."""
-    for name, value in {"GPU_ONEPASS_DIM": 1, "GPU_ONEPASS_ROWS": 8, "ONEPASS_ROWS": 8, "CPU_COLUMNS": 16}.items():
+    for name, value in {
+        "GPU_ONEPASS_DIM": 1,
+        "GPU_ONEPASS_ROWS": 8,
+        "ONEPASS_ROWS": 8,
+        "CPU_BLOCK": 128,
+        "DENSE": 0,
+    }.items():
         monkeypatch.setattr(plan, name, value)
 
 
@@ -75,9 +82,44 @@ def test_what_does_not_fit_recomputes_the_scores() -> None:
 
     assert name(temperature=0.05) == "onepass"
     assert name(temperature=0.01) == "workspace"  # exp(1 / 0.01) does not fit
-    assert name(temperature=torch.tensor(0.05)) == "workspace"  # unknown without reading it
+    assert name(temperature=torch.tensor(0.05)) == "onepass"  # on a CPU reading it is free
+    assert name(temperature=torch.full((N,), 0.01)) == "workspace"
     assert name(temperature=0.05, normalize=False) == "workspace"
     assert explain(query.half(), key.half(), temperature=0.05, backend="triton").name == "workspace"  # float16's range
+
+
+@pytest.mark.parametrize("plan_name", ["dense", "onepass"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", ["one direction", "both", "both, with more", "self-similarity"])
+@pytest.mark.parametrize("learnable", [False, True])
+def test_gradcheck_in_pytorch(plan_name: str, reduction: str, case: str, learnable: bool, monkeypatch) -> None:
+    """All scores at once, and in several tiles of columns."""
+    monkeypatch.setattr(plan, "DENSE", 200 if plan_name == "dense" else 0)
+    monkeypatch.setattr(plan, "CPU_BLOCK", 12)
+    plans = watch_plans(monkeypatch)
+    n = 6
+    inputs = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=learnable)
+    options = {"reduction": reduction} | ({"symmetric": True} if case.startswith("both") else {})
+    if case == "both, with more":
+        inputs.append(torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+        options |= {"in_batch_negatives": True, "key_ids": torch.arange(n) % 4}
+
+    def loss(t: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        if case == "self-similarity":
+            return nt_xent(*inputs, t, reduction)
+        return info_nce(*inputs, temperature=t, **options)
+
+    assert torch.autograd.gradcheck(loss, (t, *inputs))
+    value = loss(t, *inputs)
+    function = reference.nt_xent if case == "self-similarity" else reference.info_nce
+    torch.testing.assert_close(value, function(*inputs, temperature=t, **options))
+    with torch.no_grad():
+        torch.testing.assert_close(loss(t, *inputs), value)
+    expected = plan_name if case != "both, with more" else "onepass"
+    if case == "self-similarity" and plan_name == "onepass":
+        expected = "triangular"
+    assert {p.name for p in plans if p.gradients} == {expected}
 
 
 @pytest.mark.interpreter

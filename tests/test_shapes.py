@@ -24,6 +24,8 @@ from helpers import (
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from fused_infonce import plan
+
 SIZES = [1, 2, 15, 16, 17, 33, 127, 129]
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of the same sums
 
@@ -328,6 +330,7 @@ CHUNKS = {  # n, m, workspace limit -> plan, blocks of rows, of columns
 @pytest.mark.parametrize("ids", [False, True])
 def test_chunks_of_the_torch_backend(case, t, ids, monkeypatch):
     n, m, limit, name, *_ = CHUNKS[case]
+    monkeypatch.setattr(plan, "CPU_BLOCK", 2**19)
     plans = watch_plans(monkeypatch)
     inputs = call_of(max(n, m), 8, "loose", torch.float32, t)
     inputs |= {

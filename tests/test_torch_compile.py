@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_infonce import FusedInfoNCELoss, contrast, info_nce, ops
+from fused_infonce import FusedInfoNCELoss, contrast, info_nce, ops, plan
 from fused_infonce.contrast import Options
 from fused_infonce.problem import Problem
 
@@ -47,7 +47,8 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
         assert torch.equal(eager, compiled)
 
 
-def test_learnable_temperature_and_changing_sizes() -> None:
+def test_learnable_temperature_and_changing_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "DENSE", 0)  # a learnable temperature is read outside only, and plans with it
     torch._dynamo.reset()
     loss = FusedInfoNCELoss(0.05, learnable_temperature=True)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -81,3 +82,16 @@ def test_operators_pass_opcheck(columns: bool) -> None:
         weight = torch.full((1,), 1 / N)
         wanted = [True, False, True, True, True]
         torch.library.opcheck(ops.onepass, (*flat, "infonce", weight, wanted))
+
+
+@pytest.mark.parametrize("name", ["dense", "onepass"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_one_pass_operator_passes_opcheck(name: str, columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "DENSE", 2**18 if name == "dense" else 0)
+    inputs = [torch.randn(N, D, requires_grad=True) for _ in range(2)]
+    problem = Problem(*inputs, torch.tensor([0.1]), columns=columns)
+    chosen = contrast.make_plan(problem, Options("torch", logit_bound=10.0), reduced=True)
+    assert chosen.name == name
+    flat = ops.flatten(problem.with_tensors([None if x is None else x.detach() for x in problem.tensors()]), chosen)
+    for wanted in ([True, False, True], [True, True, False]):
+        torch.library.opcheck(ops.onepass, (*flat, "infonce", torch.full((1,), 1 / N), wanted))
