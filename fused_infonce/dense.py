@@ -19,7 +19,7 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     """As `backend_torch.onepass`, for normalised queries and keys with one temperature, no ids and no negatives apart,
     whose exponentials fit as they are. E (N, M) holds 2^score in base 2, then the coefficients W; X, Y the unit rows.
 
-    one direction   dX = W Y, dY = W' X        W = f E        f_i = u_i / (t sum_j E_ij)
+    one direction   dX = W Y, dY = W' X        W = f E        f_i = u_i / sum_j E_ij
     both            the same                   W = (f + f') E      columns' f' beside the rows' f
     Q is K          dX = W X                   W = (f + f^T) E     E being symmetric
     """
@@ -38,30 +38,27 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     sums = [e.sum(1), e.sum(0)] if problem.columns else [e.sum(1)]
     margins = [torch.sub(total.log(), pos, alpha=LN2) for total in sums]  # neg - pos
     losses = [loss_of(margin) for margin in margins]
-    loss = (losses[0] + losses[1]).sum() * (weight / 2) if problem.columns else losses[0].sum() * weight
+    share = weight.item() / len(margins)
+    loss = (losses[0] if len(losses) == 1 else losses[0] + losses[1]).sum() * share
     if not any(wanted):
-        return OnePass(loss[0], [None, None], None)
+        return OnePass(loss, [None, None], None)
 
-    scale = weight * inv_t if not problem.columns else weight * inv_t / 2
-    slopes = [slope_of(margin).mul_(scale) for margin in margins]
-    tiny = torch.finfo(e.dtype).tiny  # nothing to divide where there are no negatives
-    factors = [slope / total.clamp_min_(tiny) for slope, total in zip(slopes, sums, strict=True)]
-    across = factors[0] if same else factors[-1]
-    e.mul_(factors[0][:, None] + across if same or problem.columns else factors[0][:, None])
+    slopes = [slope_of(margin) for margin in margins]
+    factors = [slope / total for slope, total in zip(slopes, sums, strict=True)]  # more than one row, so no sum is 0
+    both = same or problem.columns
+    e.mul_(factors[0][:, None] + factors[-1] if both else factors[0][:, None])
     v = slopes[0] + slopes[1] if problem.columns else slopes[0]
     if target is None:
         own.copy_(v.neg_())
     else:
-        e.scatter_(1, target, (v + v[problem.target]).neg_()[:, None])
-    if same:
-        grad = torch.mm(e, y)
-    else:
-        grad = torch.empty_like(rows.unit)
-        torch.mm(e, y, out=grad[:n])
-        torch.mm(e.T, x, out=grad[n:])
+        e.scatter_(1, target, (v + v.gather(0, problem.target)).neg_()[:, None])
+    grad, scale = rows.unit.new_empty(rows.unit.shape), share * inv_t
+    grad[:n].addmm_(e, y, beta=0, alpha=scale)
+    if not same:
+        grad[n:].addmm_(e.T, x, beta=0, alpha=scale)
     dt = None
     if wanted[-1]:  # x_i . G_i = u_i mean_i + v_i pos_i, summed over i that of the other side too
         dt = torch.linalg.vecdot(grad[:n], x) * (-inv_t / 2 if same else -inv_t)
     rows.finish(grad)
     sides = [grad[:n], grad[n:]]  # of self-similarity the second is empty, and not wanted
-    return OnePass(loss[0], [side if needed else None for side, needed in zip(sides, wanted, strict=False)], dt)
+    return OnePass(loss, [side if needed else None for side, needed in zip(sides, wanted, strict=False)], dt)

@@ -159,7 +159,7 @@ def _torch(
     limit: int,
     **_: Any,
 ) -> Plan:
-    small = device == "cpu" and 0 < n * m <= min(DENSE, limit // (2 * acc_itemsize))
+    small = device == "cpu" and n > 1 + self_similar and n * m <= min(DENSE, limit // (2 * acc_itemsize))
     if small and reduced and plain and bounded and not per_row:
         flops = (4 if self_similar else 6) if gradients else 2
         return Plan("dense", n, m, limit, flops, "so few scores cost less than the calls that would divide them")

@@ -7,39 +7,41 @@ x (R, D) are a chunk's queries, y the keys, W (R, T) the coefficients of `backen
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import EPS, KEY, Problem
 
 
 class Rows:
-    """`unit = inv x`; a gradient with respect to x carries inv too, or 0 for a zero row."""
+    """Rows as the logits see them: `unit = x / norm`, or without `normalize` `scale x`."""
 
     def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype):
-        self.normalize = normalize
         x = x if x.dtype == acc else x.to(acc)
-        self.inv: Tensor | None = None
+        self.norm: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.unit = x
         if normalize:
-            self.inv = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS).reciprocal_()
+            self.norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS)
+            self.unit = x / self.norm
         elif scale is not None:
-            self.inv = scale.to(acc)[..., None]
-        self.unit = x if self.inv is None else x * self.inv
+            self.scale = scale.to(acc)[..., None]
+            self.unit = x * self.scale
 
     def __getitem__(self, rows: slice) -> Rows:
         """Some of them."""
         part = object.__new__(Rows)
-        part.normalize, part.unit = self.normalize, self.unit[rows]
-        part.inv = None if self.inv is None else self.inv[rows]
+        part.unit = self.unit[rows]
+        part.norm = None if self.norm is None else self.norm[rows]
+        part.scale = None if self.scale is None else self.scale[rows]
         return part
 
     def finish(self, grad: Tensor) -> Tensor:
-        """From the gradient of the unit rows to that of x, in place: `inv (g - (g . unit) unit)`."""
-        if self.inv is None:
-            return grad
-        if not self.normalize:
-            return grad.mul_(self.inv)
+        """From the gradient of the unit rows to that of x, in place: `(g - (g . unit) unit) / norm`, 0 for zero rows."""
+        if self.norm is None:
+            return grad if self.scale is None else grad.mul_(self.scale)
         grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit)[..., None], value=-1)
-        return grad.mul_(self.inv.masked_fill(self.inv >= 1 / EPS, 0))
+        return grad.div_(F.threshold(self.norm, EPS, torch.inf))
 
 
 class SharedKeys:
@@ -55,7 +57,7 @@ class SharedKeys:
         return [slice(c, min(c + self.step, m)) for c in range(0, m, self.step)]
 
     def longest(self) -> float:
-        return 1.0 if self.rows.normalize else longest_row(self.rows.unit)
+        return 1.0 if self.rows.norm is not None else longest_row(self.rows.unit)
 
     def scores(self, x: Tensor, alpha: float, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """`alpha x . y`."""
