@@ -37,7 +37,7 @@ class Rows:
         return part
 
     def finish(self, grad: Tensor) -> Tensor:
-        """From the gradient of the unit rows to that of x, in place: `(g - (g . unit) unit) / norm`, 0 for zero rows."""
+        """The gradient of x from that of the unit rows, in place: `(g - (g . unit) unit) / norm`; 0 for zero rows."""
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
         grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit)[..., None], value=-1)
