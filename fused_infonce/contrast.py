@@ -122,9 +122,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Problem:
     """The problem over these tensors, cast for the products."""
-    dtype = compute_dtype(inputs)
-    if all(x.dtype == dtype for x in inputs):
+    if not torch.is_autocast_enabled(inputs[0].device.type):  # then one dtype it is
         return problem
+    dtype = compute_dtype(inputs)
     cast = [_cast(x, dtype) for x in inputs]
     rest = problem.tensors()[len(inputs) + 1 : -len(inputs)]
     return problem.with_tensors([*(x for x, _ in cast), temperature, *rest, *(scale for _, scale in cast)])

@@ -24,9 +24,10 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     Q is K          dX = W X                   W = (f + f^T) E     E being symmetric
     """
     loss_of, slope_of = LOSSES[kind]
-    n, same = problem.query.shape[0], problem.self_similar
-    rows = Rows(problem.query if same else torch.cat([problem.query, problem.key]), True, None, problem.acc_dtype)
-    x, y = (rows.unit, rows.unit) if same else (rows.unit[:n], rows.unit[n:])
+    same = problem.self_similar
+    stacked = problem.query if same else torch.cat([problem.query, problem.key])  # as many keys: there are no targets
+    rows = Rows(stacked, True, None, problem.acc_dtype)
+    x, y = (rows.unit, rows.unit) if same else rows.unit.chunk(2)
     inv_t = 1 / problem.temperature.item()
     e = rows.unit.new_empty(x.shape[0], y.shape[0]).addmm_(x, y.T, beta=0, alpha=LOG2E * inv_t)
     own, target = e.diagonal(), None if problem.target is None else problem.target[:, None]
@@ -49,16 +50,17 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     e.mul_(factors[0][:, None] + factors[-1] if both else factors[0][:, None])
     v = slopes[0] + slopes[1] if problem.columns else slopes[0]
     if target is None:
-        own.copy_(v.neg_())
+        torch.neg(v, out=own)
     else:
         e.scatter_(1, target, (v + v.gather(0, problem.target)).neg_()[:, None])
     grad, scale = rows.unit.new_empty(rows.unit.shape), share * inv_t
-    grad[:n].addmm_(e, y, beta=0, alpha=scale)
+    sides = (grad,) if same else grad.chunk(2)
+    sides[0].addmm_(e, y, beta=0, alpha=scale)
     if not same:
-        grad[n:].addmm_(e.T, x, beta=0, alpha=scale)
+        sides[1].addmm_(e.T, x, beta=0, alpha=scale)
     dt = None
     if wanted[-1]:  # x_i . G_i = u_i mean_i + v_i pos_i, summed over i that of the other side too
-        dt = torch.linalg.vecdot(grad[:n], x) * (-inv_t / 2 if same else -inv_t)
+        dt = torch.linalg.vecdot(sides[0], x) * (-inv_t / 2 if same else -inv_t)
     rows.finish(grad)
-    sides = [grad[:n], grad[n:]]  # of self-similarity the second is empty, and not wanted
-    return OnePass(loss, [side if needed else None for side, needed in zip(sides, wanted, strict=False)], dt)
+    grads = [sides[0] if wanted[0] else None, sides[1] if wanted[1] else None]
+    return OnePass(loss, grads, dt)

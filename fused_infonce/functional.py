@@ -114,13 +114,14 @@ def nt_xent(
     """
     validation.one_of("reduction", reduction, validation.REDUCTIONS)
     validation.one_of("backend", backend, validation.BACKENDS)
-    validation.embeddings("view_a", view_a, 2, "(N, D)")
-    validation.embeddings("view_b", view_b, 2, "(N, D)")
-    validation.same_kind({"view_a": view_a, "view_b": view_b})
-    if view_a.shape != view_b.shape:
-        raise ValueError(f"view_b must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view_b.shape)}")
+    if not validation.alike(view_a, view_b):
+        validation.embeddings("view_a", view_a, 2, "(N, D)")
+        validation.embeddings("view_b", view_b, 2, "(N, D)")
+        validation.same_kind({"view_a": view_a, "view_b": view_b})
+        if view_a.shape != view_b.shape:
+            raise ValueError(f"view_b must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view_b.shape)}")
     rows = torch.cat([view_a, view_b])
-    n = len(rows)
+    n = rows.shape[0]
     t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), rows.device)
     options = _options(backend, workspace_limit, temperature, normalize)
     if backend == "reference":

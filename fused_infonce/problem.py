@@ -24,7 +24,7 @@ EPS = 1e-12  # rows with a norm up to this are divided by it, as torch.nn.functi
 KEY = 1  # its index in `Problem.inputs`: query, key, *negatives
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
     """One query set against its targets and one or more segments of negatives, in one dtype.
 

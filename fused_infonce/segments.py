@@ -7,7 +7,6 @@ x (R, D) are a chunk's queries, y the keys, W (R, T) the coefficients of `backen
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import EPS, KEY, Problem
@@ -41,7 +40,7 @@ class Rows:
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
         grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit)[..., None], value=-1)
-        return grad.div_(F.threshold(self.norm, EPS, torch.inf))
+        return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
 
 
 class SharedKeys:

@@ -45,6 +45,13 @@ def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device) 
     return value.long()
 
 
+def alike(query: Any, key: Any) -> bool:
+    """Whether these are what a call most often has, so that there is nothing to say about them."""
+    if type(query) is not Tensor or type(key) is not Tensor or query.dtype not in FLOATS:
+        return False
+    return query.dim() == 2 and query.shape == key.shape and query.dtype == key.dtype and query.device == key.device
+
+
 def same_kind(tensors: dict[str, Tensor]) -> None:
     """One device; one dtype, except under autocast, where only float64 must not be mixed with others."""
     (first_name, first), *rest = tensors.items()
@@ -60,7 +67,7 @@ def same_kind(tensors: dict[str, Tensor]) -> None:
 
 
 def positive_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     number = float(value)
     if not (math.isfinite(number) and number > 0):
@@ -144,6 +151,8 @@ def info_nce(
     one_of("reduction", reduction, REDUCTIONS)
     one_of("negative_mode", negative_mode, NEGATIVE_MODES)
     one_of("backend", backend, BACKENDS)
+    if negative_keys is None and target is None and in_batch_negatives is None and alike(query, positive_key):
+        return True
     embeddings("query", query, 2, "(N, D)")
     embeddings("positive_key", positive_key, 2, "(N, D)")
     tensors = {"query": query, "positive_key": positive_key}
@@ -177,6 +186,8 @@ def all_ids(
     negative_keys: Tensor | None,
     keys_are_negatives: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if query_ids is None and key_ids is None and negative_ids is None:
+        return None, None, None
     if query_ids is not None and key_ids is None and negative_ids is None:
         raise ValueError("query_ids alone compare with nothing: pass key_ids or negative_ids too")
     if negative_ids is not None and negative_keys is None:
