@@ -15,6 +15,7 @@ ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at i
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
 CPU_BLOCK = 2**21  # scores: 8 MiB in fp32, so that the elementwise passes stay in the last-level cache
 DENSE = 2**18  # scores up to which a call costs more than its arithmetic
+DENSE_SELF = 2**22  # of self-similarity, where blocks on the diagonal waste half of their scores: 2048 rows
 TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
 TRIANGULAR_SIDE = 4096  # of a block on a GPU: an estimate, not yet measured
 STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
@@ -159,7 +160,8 @@ def _torch(
     limit: int,
     **_: Any,
 ) -> Plan:
-    small = device == "cpu" and n > 1 + self_similar and n * m <= min(DENSE, limit // (2 * acc_itemsize))
+    few = min(DENSE_SELF if self_similar else DENSE, limit // (2 * acc_itemsize))
+    small = device == "cpu" and n > 1 + self_similar and n * m <= few
     if small and reduced and plain and bounded and not per_row:
         flops = (4 if self_similar else 6) if gradients else 2
         return Plan("dense", n, m, limit, flops, "so few scores cost less than the calls that would divide them")

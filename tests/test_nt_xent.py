@@ -33,7 +33,7 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
 def test_bounds(backend: str, side: int, temperature: float, dtype: torch.dtype, monkeypatch) -> None:
     for name in ("TRIANGULAR_ROWS", "TRIANGULAR_SIDE"):
         monkeypatch.setattr(plan, name, side)
-    monkeypatch.setattr(plan, "DENSE", 0 if side == 8 else plan.DENSE)
+    monkeypatch.setattr(plan, "DENSE_SELF", 0 if side == 8 else plan.DENSE_SELF)
     monkeypatch.setattr(plan, "STREAMING_DIM", 64 if side == 1024 else 16)  # on the Triton backend: both plans
     inputs = views(13, 24, 1.0, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -52,7 +52,7 @@ def test_bounds(backend: str, side: int, temperature: float, dtype: torch.dtype,
 @pytest.mark.parametrize("per_row", [False, True])
 def test_gradcheck(backend: str, per_row: bool, monkeypatch) -> None:
     monkeypatch.setattr(plan, "TRIANGULAR_ROWS", 4)
-    monkeypatch.setattr(plan, "DENSE", 0)
+    monkeypatch.setattr(plan, "DENSE_SELF", 0)
     a, b = views(5, 3, 1.0, torch.float64)
     t = (0.2 + 0.1 * torch.rand(10 if per_row else 1, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: nt_xent(x[0], x[1], x[2], backend=backend), (a, b, t), fast_mode=True)

@@ -27,6 +27,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         "ONEPASS_ROWS": 8,
         "CPU_BLOCK": 128,
         "DENSE": 0,
+        "DENSE_SELF": 0,
     }.items():
         monkeypatch.setattr(plan, name, value)
 
@@ -94,7 +95,8 @@ def test_what_does_not_fit_recomputes_the_scores() -> None:
 @pytest.mark.parametrize("learnable", [False, True])
 def test_gradcheck_in_pytorch(plan_name: str, reduction: str, case: str, learnable: bool, monkeypatch) -> None:
     """All scores at once, and in several tiles of columns."""
-    monkeypatch.setattr(plan, "DENSE", 200 if plan_name == "dense" else 0)
+    for name in ("DENSE", "DENSE_SELF"):
+        monkeypatch.setattr(plan, name, 200 if plan_name == "dense" else 0)
     monkeypatch.setattr(plan, "CPU_BLOCK", 12)
     plans = watch_plans(monkeypatch)
     n = 6
