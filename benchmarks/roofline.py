@@ -52,7 +52,7 @@ def chosen(call: str, n: int, d: int) -> Plan:
     """What `plan.choose` takes for such a call, with gradients."""
     return choose(
         backend="triton", device="cuda", n=n, m=n, d=d, itemsize=ITEM, acc_itemsize=ACC, gradients=True, columns=False,
-        per_row=False, limit=default_limit("cuda"), **CALLS[call],
+        per_row=False, plain=True, limit=default_limit("cuda"), **CALLS[call],
     )  # fmt: skip
 
 

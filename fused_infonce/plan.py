@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 MIB = 2**20
@@ -74,65 +75,155 @@ def default_limit(device: str) -> int:
     return int(setting)
 
 
-def choose(
-    *,
-    backend: str,
-    device: str,
-    limit: int,
-    acc_itemsize: int,
-    gradients: bool,
-    logit_bound: float,
-    **sizes: Any,
-) -> Plan:
-    """The plan of one call; `sizes` as `_triton` and `_torch` take them.
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call without reading a tensor."""
 
-    n, m, d: rows, columns over all segments, width; itemsize, acc_itemsize: bytes of an input and of a logit
-    gradients: whether any input needs one; columns: whether the other direction is asked for too
-    self_similar: whether the keys are the queries
-    reduced: whether the loss is a weighted sum of row losses known in closed form
-    per_row: whether rows have temperatures of their own
-    plain: whether there is nothing but normalised queries and keys: no ids, targets (but in self-similarity), negatives
-    logit_bound: what no logit exceeds, or inf
-    """
-    bounded = logit_bound <= LOGIT_ROOM[acc_itemsize]
-    plans = _triton if backend == "triton" else _torch
-    plan = plans(device=device, limit=limit, acc_itemsize=acc_itemsize, gradients=gradients, bounded=bounded, **sizes)
-    return replace(plan, backend=backend, gradients=gradients, bounded=bounded)
+    backend: str
+    device: str
+    n: int  # rows
+    m: int  # columns over all segments
+    d: int
+    itemsize: int  # bytes of an input
+    acc_itemsize: int  # bytes of a logit
+    gradients: bool  # whether any input needs one
+    columns: bool  # whether the other direction is asked for too
+    self_similar: bool  # whether the keys are the queries
+    reduced: bool  # whether the loss is a weighted sum of row losses known in closed form
+    per_row: bool  # whether rows have temperatures of their own
+    plain: bool  # nothing but normalised queries and keys: no ids, targets (but in self-similarity), negatives apart
+    logit_bound: float  # what no logit exceeds, or inf
+    limit: int  # bytes of workspace
+
+    @property
+    def empty(self) -> bool:
+        return self.n == 0 or self.m == 0
+
+    @property
+    def bounded(self) -> bool:
+        return self.logit_bound <= LOGIT_ROOM[self.acc_itemsize]
+
+    @property
+    def both_at_once(self) -> bool:
+        """Whether a pass over all scores may serve both directions: one exponential for both."""
+        return self.columns and self.bounded and not self.per_row
+
+    @property
+    def room(self) -> int:
+        """What library products leave of the limit on a GPU."""
+        return self.limit - self.limit // PRODUCT_SHARE
 
 
-def _triton(
-    *,
-    n: int,
-    m: int,
-    d: int,
-    itemsize: int,
-    gradients: bool,
-    columns: bool,
-    self_similar: bool,
-    reduced: bool,
-    bounded: bool,
-    limit: int,
-    **_: Any,
-) -> Plan:
-    empty = n == 0 or m == 0
-    n, m = max(n, 1), max(m, 1)
-    room = limit - limit // PRODUCT_SHARE
-    cols = min(m, max(room // (itemsize * min(n, WORKSPACE_ROWS)), 1))
-    rows = min(n, max(room // (itemsize * cols), 1))
-    if not gradients:
-        return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
-    chunk = _even(n, room // (itemsize * m + 3 * 4 * -(-m // 64)))  # a row's exponentials, and its states over blocks
-    fits = bounded and chunk >= min(n, GPU_ONEPASS_ROWS)
-    if self_similar and d > STREAMING_DIM:
-        side = min(TRIANGULAR_SIDE, max(math.isqrt(room // itemsize), 1))
-        return Plan("triangular", side, side, limit, 5, "half of a symmetric coefficient matrix will do")
-    if self_similar:
-        return Plan("streaming", rows, cols, limit, 6, "one pass serves both sides of a symmetric score matrix")
-    if reduced and not columns and not empty and fits and d >= GPU_ONEPASS_DIM:
-        return Plan("onepass", chunk, m, limit, 6, "a chunk of rows sees every column at once, and exp(logit) fits")
-    if d <= STREAMING_DIM and min(n, m) >= STREAMING_ROWS:
-        return Plan("streaming", rows, cols, limit, 10, f"D <= {STREAMING_DIM} and both sides fill the device")
-    return Plan("workspace", rows, cols, limit, 8, f"D > {STREAMING_DIM} or too few rows to fill the device")
+# The first row whose condition holds: (plan, condition, N M D FLOPs of forward and backward, reason). Thresholds on a
+# GPU are estimates, for every architecture and dtype alike until one has been measured.
+Rule = tuple[str, Callable[[Call], bool], float, str]
+TRITON: tuple[Rule, ...] = (
+    ("forward", lambda c: not c.gradients, 2, "no input needs a gradient"),
+    (
+        "triangular",
+        lambda c: c.self_similar and c.d > STREAMING_DIM,
+        5,
+        "half of a symmetric coefficient matrix will do",
+    ),
+    ("streaming", lambda c: c.self_similar, 6, "one pass serves both sides of a symmetric score matrix"),
+    (
+        "onepass",
+        lambda c: (
+            c.reduced and not c.columns and not c.empty and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0
+        ),
+        6,
+        "a chunk of rows sees every column at once, and exp(logit) fits",
+    ),
+    (
+        "streaming",
+        lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS,
+        10,
+        "rows are short and both sides fill the device",
+    ),
+    ("workspace", lambda c: True, 8, "rows are long, or too few to fill the device"),
+)
+TORCH: tuple[Rule, ...] = (
+    (
+        "dense",
+        lambda c: c.reduced and c.plain and c.bounded and not c.per_row and c.n * c.m <= _few(c),
+        6,
+        "so few scores cost less than the calls that would divide them",
+    ),
+    ("triangular", lambda c: c.self_similar, 4, "half of a symmetric score matrix will do"),
+    ("forward", lambda c: not c.gradients, 2, "no input needs a gradient"),
+    (
+        "onepass",
+        lambda c: c.reduced and not c.columns and not c.empty and _chunk(c) >= min(c.n, ONEPASS_ROWS),
+        6,
+        "a chunk of rows sees every column at once",
+    ),
+    (
+        "onepass",
+        lambda c: c.reduced and c.both_at_once and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8,
+        6,
+        "all scores fit the limit, so both directions are seen at once",
+    ),
+    ("workspace", lambda c: c.columns, 8, "both directions are asked for"),
+    ("workspace", lambda c: c.reduced, 8, "a chunk of rows exceeds the limit"),
+    ("workspace", lambda c: True, 8, "the upstream gradient comes late"),
+)
+
+
+def choose(**sizes: Any) -> Plan:
+    """The plan of one call, from the fields of `Call`."""
+    call = Call(**sizes)
+    rules, blocks = (TRITON, _triton_block) if call.backend == "triton" else (TORCH, _torch_block)
+    name, _, flops, reason = next(rule for rule in rules if rule[1](call))
+    if name == "dense" and call.self_similar:
+        flops = 4
+    if not call.gradients:
+        flops = 1 if name == "triangular" else 2
+    rows, cols = blocks(name, call)
+    return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded)
+
+
+def _few(call: Call) -> int:
+    """Scores that the dense plan may hold, twice; none where a row may have no negatives."""
+    if call.device != "cpu" or call.n <= 1 + call.self_similar:
+        return -1
+    return min(DENSE_SELF if call.self_similar else DENSE, call.limit // (2 * call.acc_itemsize))
+
+
+def _chunk(call: Call) -> int:
+    """Rows whose scores against every column fit the limit."""
+    return call.limit // (call.acc_itemsize * max(call.m, 1))
+
+
+def _gpu_chunk(call: Call) -> int:
+    """The same on a GPU, in even chunks: a row's exponentials, and its states over blocks. 0 where too few."""
+    chunk = _even(call.n, call.room // (call.itemsize * call.m + 3 * 4 * -(-call.m // 64)))
+    return chunk if chunk >= min(call.n, GPU_ONEPASS_ROWS) else 0
+
+
+def _triton_block(name: str, call: Call) -> tuple[int, int]:
+    n, m = max(call.n, 1), max(call.m, 1)
+    if name == "onepass":
+        return _gpu_chunk(call), m
+    if name == "triangular":
+        return (min(TRIANGULAR_SIDE, max(math.isqrt(call.room // call.itemsize), 1)),) * 2
+    cols = min(m, max(call.room // (call.itemsize * min(n, WORKSPACE_ROWS)), 1))
+    return min(n, max(call.room // (call.itemsize * cols), 1)), cols
+
+
+def _torch_block(name: str, call: Call) -> tuple[int, int]:
+    n, m, acc = max(call.n, 1), max(call.m, 1), call.acc_itemsize
+    block = CPU_BLOCK if call.device == "cpu" else n * m
+    if name == "dense":
+        return n, m
+    if name == "triangular":
+        return (min(TRIANGULAR_ROWS, max(math.isqrt(call.limit // (4 * acc)), 1)),) * 2
+    if name == "onepass" and call.columns:  # scores become coefficients in a block of their own, an eighth of the limit
+        return n, min(m, max(min(block, call.limit // (8 * acc)) // n, 1))
+    if name == "onepass":
+        rows = min(n, _chunk(call), ROWS)
+        return rows, min(m, max(block // rows, 1))
+    rows = min(n, ROWS, max(call.limit // (4 * acc), 1))
+    return rows, min(m, max(block // rows, 1), max(call.limit // (4 * acc * rows), 1))
 
 
 def _even(n: int, most: int) -> int:
@@ -142,52 +233,3 @@ def _even(n: int, most: int) -> int:
         return min(n, most)
     chunk = -(-n // -(-n // most))
     return chunk if chunk < 128 else min(most, -(-chunk // 128) * 128)
-
-
-def _torch(
-    *,
-    device: str,
-    n: int,
-    m: int,
-    acc_itemsize: int,
-    gradients: bool,
-    columns: bool,
-    self_similar: bool,
-    reduced: bool,
-    per_row: bool,
-    plain: bool,
-    bounded: bool,
-    limit: int,
-    **_: Any,
-) -> Plan:
-    few = min(DENSE_SELF if self_similar else DENSE, limit // (2 * acc_itemsize))
-    small = device == "cpu" and n > 1 + self_similar and n * m <= few
-    if small and reduced and plain and bounded and not per_row:
-        flops = (4 if self_similar else 6) if gradients else 2
-        return Plan("dense", n, m, limit, flops, "so few scores cost less than the calls that would divide them")
-    if self_similar:
-        side = min(TRIANGULAR_ROWS, max(math.isqrt(limit // (4 * acc_itemsize)), 1))
-        return Plan("triangular", side, side, limit, 4 if gradients else 1, "half of a symmetric score matrix will do")
-    empty = n == 0 or m == 0
-    n, m = max(n, 1), max(m, 1)
-    block = CPU_BLOCK if device == "cpu" else n * m
-    chunk = limit // (acc_itemsize * m)  # rows whose scores against every column fit the limit
-    if gradients and reduced and not columns and not empty and chunk >= min(n, ONEPASS_ROWS):
-        rows = min(n, chunk, ROWS)
-        return Plan("onepass", rows, min(m, block // rows), limit, 6, "a chunk of rows sees every column at once")
-    # with both directions a block's scores become coefficients in a block of their own, an eighth of the limit
-    if gradients and reduced and columns and bounded and not per_row and n <= chunk - chunk // 8 and not empty:
-        cols = min(m, max(min(block, limit // (8 * acc_itemsize)) // n, 1))
-        return Plan("onepass", n, cols, limit, 6, "all scores fit the limit, so both directions are seen at once")
-    rows = min(n, ROWS, max(limit // (4 * acc_itemsize), 1))
-    cols = min(m, max(block // rows, 1), max(limit // (4 * acc_itemsize * rows), 1))
-    if not gradients:
-        return Plan("forward", rows, cols, limit, 2, "no input needs a gradient")
-    why = (
-        "both directions are asked for"
-        if columns
-        else "a chunk of rows exceeds the limit"
-        if reduced
-        else "the upstream gradient comes late"
-    )
-    return Plan("workspace", rows, cols, limit, 8, why)
