@@ -1,19 +1,16 @@
-"""One function per loss: validate, call the primitive, compose in O(N), reduce."""
+"""InfoNCE, the drop-in of info-nce-pytorch, and what plan a call of it has."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import contrast, reference, validation
-from .contrast import Options
-from .plan import Plan
-from .problem import Problem, accumulator
-from .row_loss import infonce
+from .. import contrast, reference, validation
+from ..contrast import Options
+from ..plan import Plan
+from ..problem import Problem, accumulator
+from .compose import call_options, reduced
 
 
 def info_nce(
@@ -85,50 +82,7 @@ def info_nce(
             normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
             query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
         )  # fmt: skip
-    return _reduced(problem, options, reduction, symmetric)
-
-
-def nt_xent(
-    view_a: Tensor,
-    view_b: Tensor,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    *,
-    normalize: bool = True,
-    backend: str = "auto",
-    workspace_limit: int | None = None,
-) -> Tensor:
-    """NT-Xent, SimCLR's loss: every row of both views against all other rows, its other view the positive.
-
-        loss_i = -log( exp(s_i,p(i)) / sum_{j != i} exp(s_ij) ),    z = [view_a; view_b],  s_ij = cos(z_i, z_j) / t_i
-
-    The scores are symmetric, so half of them are computed.
-
-    Args:
-        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
-        temperature: as in `info_nce`; per row it has (2N,) values, those of `view_a` first.
-        reduction: "mean" over the 2N rows, "sum", or "none": (2N,), the rows of `view_a` first.
-        normalize, backend, workspace_limit: as in `info_nce`.
-
-    Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
-    """
-    validation.one_of("reduction", reduction, validation.REDUCTIONS)
-    validation.one_of("backend", backend, validation.BACKENDS)
-    if not validation.alike(view_a, view_b):
-        validation.embeddings("view_a", view_a, 2, "(N, D)")
-        validation.embeddings("view_b", view_b, 2, "(N, D)")
-        validation.same_kind({"view_a": view_a, "view_b": view_b})
-        if view_a.shape != view_b.shape:
-            raise ValueError(f"view_b must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view_b.shape)}")
-    rows = torch.cat([view_a, view_b])
-    n = rows.shape[0]
-    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), rows.device)
-    options = _options(backend, workspace_limit, temperature, normalize)
-    if backend == "reference":
-        return reference.nt_xent(view_a, view_b, t, reduction, normalize=normalize)
-    target = torch.arange(n, device=rows.device).roll(n // 2)
-    problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
-    return _reduced(problem, options, reduction, symmetric=False)
+    return reduced(problem, options, reduction, symmetric)
 
 
 def explain(
@@ -195,60 +149,7 @@ def _problem(
         columns=symmetric and in_batch,
         normalize=normalize,
     )
-    return problem, _options(backend, workspace_limit, temperature, normalize)
-
-
-def _options(backend: str, workspace_limit: int | None, temperature: float | Tensor, normalize: bool) -> Options:
-    lowest = validation.lowest_temperature(temperature) if normalize else None
-    return Options(backend, validation.workspace_limit(workspace_limit), 1 / lowest if lowest else math.inf)
-
-
-def _reduced(problem: Problem, options: Options, reduction: str, symmetric: bool) -> Tensor:
-    """InfoNCE of a problem."""
-    if reduction == "none":
-        rows = _row_losses(problem, options, symmetric)
-        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
-    weight, empty = _weights(problem, reduction)
-    if symmetric and not problem.columns:  # the columns are a problem apart
-        loss = (weight * _row_losses(problem, options, symmetric)).sum()
-    else:
-        loss = contrast.reduced_loss(problem, options, "infonce", weight)
-    return loss if empty is None else torch.where(empty, torch.nan, loss)
-
-
-def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:
-    """What each row's loss is multiplied by, (1,) or (N,); and where rows may be none, whether a mean has no rows."""
-    n = problem.query.shape[0]
-    if problem.target is None or problem.self_similar:  # no row is ignored
-        weight = problem.temperature.new_full((1,), 1 / max(n, 1) if reduction == "mean" else 1.0)
-        return weight, weight[0] > 0 if reduction == "mean" and n == 0 else None
-    valid = (problem.target != -1).to(problem.temperature.dtype)
-    if reduction == "sum":
-        return valid, None
-    count = valid.sum()
-    return valid / count.clamp_min(1), count == 0
-
-
-def _row_losses(problem: Problem, options: Options, symmetric: bool) -> Tensor:
-    """(N,) InfoNCE of every query, or its mean with that of every query's key."""
-    stats = contrast.statistics(problem, options)
-    rows = infonce(stats.neg - stats.pos)
-    if not symmetric:
-        return rows
-    column_neg = stats.column_neg
-    if column_neg is None:  # explicit negatives replaced the in-batch ones in the rows: the columns are a problem apart
-        swapped = replace(
-            problem,
-            query=problem.key,
-            key=problem.query,
-            negatives=(),
-            negative_ids=(),
-            row_ids=problem.key_ids,
-            key_ids=problem.row_ids if problem.key_ids is not None else None,
-            in_batch=True,
-        )
-        column_neg = contrast.statistics(swapped, options).neg
-    return (rows + infonce(column_neg - stats.pos)) / 2
+    return problem, call_options(backend, workspace_limit, temperature, normalize)
 
 
 def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | None) -> Tensor | None:

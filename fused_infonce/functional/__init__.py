@@ -1,0 +1,6 @@
+"""One function per loss: validate, call the primitive, compose in O(N), reduce."""
+
+from .infonce import explain, info_nce
+from .ntxent import nt_xent
+
+__all__ = ["explain", "info_nce", "nt_xent"]
