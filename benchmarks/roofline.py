@@ -19,9 +19,9 @@ from fused_infonce.plan import GPU_ONEPASS_DIM, STREAMING_DIM, Plan, choose, def
 ITEM, ACC = 2, 4  # bytes of an input and of an accumulator
 STREAMING_MOST = 512  # the longest rows that a streaming gradient holds: tiles.STREAMING_MAX_D
 CALLS = {  # kind of call -> what `choose` is told of it
-    "number": {"reduced": True, "logit_bound": 20.0, "self_similar": False},
-    "tensor": {"reduced": True, "logit_bound": float("inf"), "self_similar": False},
-    "self": {"reduced": True, "logit_bound": 20.0, "self_similar": True},
+    "number": {"reduced": True, "bounded": True, "self_similar": False},
+    "tensor": {"reduced": True, "bounded": False, "self_similar": False},
+    "self": {"reduced": True, "bounded": True, "self_similar": True},
 }
 PLANS = {  # kind of call -> the plans that could serve it
     "number": ("streaming", "workspace", "onepass"),

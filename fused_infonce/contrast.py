@@ -16,11 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .plan import Plan, choose, default_limit
 from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
+
+# exp of a logit up to this, summed over a million columns, over a million rows, and its inverse, stay normal numbers in
+# the accumulator and, on a GPU, in the products' dtype; float16 has no such range
+LOGIT_ROOM = {
+    torch.float16: 0.0,
+    torch.bfloat16: 90 * math.log(2),
+    torch.float32: 90 * math.log(2),
+    torch.float64: 900 * math.log(2),
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,22 @@ def compute_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
     return inputs[0].dtype
 
 
+def _refuse_tangents(problem: Problem) -> None:
+    for x in (*problem.inputs, problem.temperature):
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError("the fused loss has no forward-mode derivative (jvp): it needs backend='reference'")
+
+
 remembered = lru_cache(maxsize=1024)(choose)
 
 
-def make_plan(problem: Problem, options: Options, reduced: bool) -> Plan:
-    """The plan of a call on these inputs as they are now, before they are cast."""
+def make_plan(problem: Problem, options: Options, reduced: bool, weighted: bool = False) -> Plan:
+    """The plan of a call on these inputs as they are now, before they are cast.
+
+    reduced, weighted: whether the loss is a sum of row losses known in closed form, and whether rows weigh differently.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(problem)
     n, d = problem.query.shape
     m = problem.key.shape[0] if problem.in_batch else 0
     for keys in problem.negatives:
@@ -97,9 +118,9 @@ def make_plan(problem: Problem, options: Options, reduced: bool) -> Plan:
         columns=problem.columns,
         self_similar=problem.self_similar,
         reduced=reduced,
-        plain=problem.plain,
+        plain=problem.plain and not weighted,
         per_row=problem.temperature.shape[0] > 1,
-        logit_bound=options.logit_bound if dtype != torch.float16 else math.inf,  # whose exponentials have no range
+        bounded=options.logit_bound <= LOGIT_ROOM[dtype],
         limit=options.workspace_limit or default_limit(device),
     )
 
@@ -109,7 +130,7 @@ def _products(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`x` in `dtype`, and where float16 has no range for it the power of two that each row was divided by."""
     if x.dtype == dtype:
         return x, None
@@ -125,9 +146,9 @@ def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Pr
     if not torch.is_autocast_enabled(inputs[0].device.type):  # then one dtype it is
         return problem
     dtype = compute_dtype(inputs)
-    cast = [_cast(x, dtype) for x in inputs]
+    narrow = [cast(x, dtype) for x in inputs]
     rest = problem.tensors()[len(inputs) + 1 : -len(inputs)]
-    return problem.with_tensors([*(x for x, _ in cast), temperature, *rest, *(scale for _, scale in cast)])
+    return problem.with_tensors([*(x for x, _ in narrow), temperature, *rest, *(scale for _, scale in narrow)])
 
 
 def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -138,28 +159,18 @@ def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | 
     return [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=True)]
 
 
-class _Once(torch.autograd.Function):
-    """Gradients that refuse to be differentiated. Without it a constant upstream would give a silent zero."""
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses to be recorded (`create_graph=True`).
 
-    @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        raise RuntimeError("the fused loss is differentiable once: double backward needs backend='reference'")
-
-
-def differentiable_once(backward: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Any]:
-    """A backward that records no graph of its own; where one is asked for (`create_graph=True`), `_Once` ends it."""
+    Only the refusal is safe: gradients that carry no graph would drop out of a second derivative in silence.
+    """
 
     def guarded(ctx: Any, *upstream: Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *upstream)
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
-        ends = iter(_Once.apply(*(grad.detach().requires_grad_() for grad in grads if grad is not None)))
-        return tuple(None if grad is None else next(ends) for grad in grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused loss is differentiable once: create_graph=True (double backward) needs backend='reference'"
+            )
+        return backward(ctx, *upstream)
 
     return guarded
 
@@ -261,6 +272,14 @@ def run_onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted:
     return OnePass(loss, ops.none_if_empty(grads, wanted[:-1]), dt if wanted[-1] else None)
 
 
+def _apart(problem: Problem) -> Sequence[Tensor]:
+    """Its inputs, each an object of its own where `torch.compile` records: it takes no tensor twice."""
+    query, key, *negatives = problem.inputs
+    if torch.compiler.is_compiling() and key is query:
+        key = key.view_as(key)
+    return (query, key, *negatives)
+
+
 def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
     return per_row.sum(0, keepdim=True) if len(temperature) == 1 else per_row
 
@@ -272,7 +291,7 @@ def statistics(problem: Problem, options: Options) -> Statistics:
 
 def _statistics(problem: Problem, plan: Plan) -> Statistics:
     if plan.gradients:
-        return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *problem.inputs))
+        return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *_apart(problem)))
     with torch.no_grad():
         problem = _bind(problem, problem.temperature, problem.inputs)
         with _products(problem.query.device.type):
@@ -284,10 +303,10 @@ def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) 
 
     weight: (1,) or (N,); a row of weight 0 counts for nothing.
     """
-    plan = make_plan(problem, options, reduced=True)
+    plan = make_plan(problem, options, reduced=True, weighted=weight.shape[0] > 1)
     if plan.one_pass:
         if plan.gradients:
-            return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *problem.inputs)
+            return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *_apart(problem))
         with torch.no_grad():
             problem = _bind(problem, problem.temperature, problem.inputs)
             with _products(problem.query.device.type):

@@ -55,8 +55,9 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
         e.scatter_(1, target, (v + v.gather(0, problem.target)).neg_()[:, None])
     grad, scale = rows.unit.new_empty(rows.unit.shape), share * inv_t
     sides = (grad,) if same else grad.chunk(2)
-    sides[0].addmm_(e, y, beta=0, alpha=scale)
-    if not same:
+    if wanted[0] or wanted[-1]:
+        sides[0].addmm_(e, y, beta=0, alpha=scale)
+    if wanted[1]:
         sides[1].addmm_(e.T, x, beta=0, alpha=scale)
     dt = None
     if wanted[-1]:  # x_i . G_i = u_i mean_i + v_i pos_i, summed over i that of the other side too

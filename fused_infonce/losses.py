@@ -15,8 +15,8 @@ class FusedInfoNCELoss(nn.Module):
     """InfoNCE without the N x M logits; a drop-in for `InfoNCE` of info-nce-pytorch. See `functional.info_nce`.
 
     Args:
-        temperature, reduction, negative_mode, symmetric, normalize, in_batch_negatives, ignore_index, backend,
-            workspace_limit: as in `functional.info_nce`.
+        temperature, reduction, negative_mode, symmetric, normalize, in_batch_negatives, ignore_index,
+            label_smoothing, backend, workspace_limit: as in `functional.info_nce`.
         learnable_temperature: hold the 0-d float32 parameter `logit_scale = log(1 / temperature)`, as CLIP does
             (Radford et al. 2021, arXiv:2103.00020). Give `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
@@ -37,6 +37,7 @@ class FusedInfoNCELoss(nn.Module):
         normalize: bool = True,
         in_batch_negatives: bool | None = None,
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
         learnable_temperature: bool = False,
         max_logit_scale: float | None = None,
         backend: str = "auto",
@@ -56,6 +57,7 @@ class FusedInfoNCELoss(nn.Module):
         self.normalize = normalize
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
+        self.label_smoothing = validation.fraction("label_smoothing", label_smoothing)
         self.max_logit_scale = max_logit_scale
         self.backend = backend
         self.workspace_limit = validation.workspace_limit(workspace_limit)
@@ -102,6 +104,7 @@ class FusedInfoNCELoss(nn.Module):
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
         """The loss; `temperature` replaces the module's for this call."""
@@ -120,6 +123,8 @@ class FusedInfoNCELoss(nn.Module):
             query_ids=query_ids,
             key_ids=key_ids,
             negative_ids=negative_ids,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
             backend=self.backend,
             workspace_limit=self.workspace_limit,
         )
@@ -134,6 +139,7 @@ class FusedInfoNCELoss(nn.Module):
         }
         defaults: dict[str, Any] = {
             "symmetric": False, "normalize": True, "in_batch_negatives": None, "ignore_index": -100,
+            "label_smoothing": 0.0,
             "max_logit_scale": None, "backend": "auto", "workspace_limit": None,
         }  # fmt: skip
         options.update({name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value})

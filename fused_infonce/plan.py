@@ -24,8 +24,6 @@ STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, n
 PRODUCT_SHARE = 4  # this part of the limit is for library products, which cannot add to float32 in place
 GPU_ONEPASS_ROWS = 1024  # with fewer rows in a chunk library products lose their rate: an estimate, not yet measured
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
-# exp of this, over a million columns and rows, and its inverse, stay normal numbers of that many bytes (and bfloat16)
-LOGIT_ROOM = {4: 90 * math.log(2), 8: 900 * math.log(2)}
 WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
 
 
@@ -92,16 +90,12 @@ class Call:
     reduced: bool  # whether the loss is a weighted sum of row losses known in closed form
     per_row: bool  # whether rows have temperatures of their own
     plain: bool  # nothing but normalised queries and keys: no ids, targets (but in self-similarity), negatives apart
-    logit_bound: float  # what no logit exceeds, or inf
+    bounded: bool  # whether exp of every logit is known to fit the accumulator
     limit: int  # bytes of workspace
 
     @property
     def empty(self) -> bool:
         return self.n == 0 or self.m == 0
-
-    @property
-    def bounded(self) -> bool:
-        return self.logit_bound <= LOGIT_ROOM[self.acc_itemsize]
 
     @property
     def both_at_once(self) -> bool:

@@ -36,6 +36,8 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     n, m = len(query), len(positive_key)
     if normalize:
@@ -67,12 +69,22 @@ def info_nce(
         negatives.append(logits)
     neg = torch.logsumexp(torch.cat(negatives, dim=1), dim=1)
     loss = -F.logsigmoid(pos - neg)  # -log(exp(pos) / (exp(pos) + exp(neg)))
+    loss = loss + label_smoothing * (pos - mean_logit(torch.cat([pos[:, None], *negatives], dim=1)))
 
     if symmetric:  # column j, the queries against key j, with the temperature of row j
-        column_neg = torch.logsumexp((cosine / t).masked_fill(excluded, -torch.inf), dim=0)
-        loss = (loss - F.logsigmoid(pos - column_neg)) / 2
+        columns = (cosine / t).masked_fill(excluded, -torch.inf).T
+        column_loss = -F.logsigmoid(pos - torch.logsumexp(columns, dim=1))
+        column_loss = column_loss + label_smoothing * (pos - mean_logit(torch.cat([pos[:, None], columns], dim=1)))
+        loss = (loss + column_loss) / 2
 
-    return reduce(torch.where(valid, loss, 0), valid.sum(), reduction)
+    weight = valid.to(loss.dtype) if weight is None else valid * weight
+    return reduce(torch.where(valid, weight * loss, 0), weight.sum(), reduction)
+
+
+def mean_logit(logits: Tensor) -> Tensor:
+    """Of those of each row that are not left out, that is -inf."""
+    kept = logits != -torch.inf
+    return torch.where(kept, logits, 0).sum(1) / kept.sum(1)
 
 
 def nt_xent(

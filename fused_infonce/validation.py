@@ -3,8 +3,8 @@ except the checks of CPU values, which cost nothing there."""
 
 from __future__ import annotations
 
-import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 NEGATIVE_MODES = ("unpaired", "paired")
+CONTRAST_MODES = ("all", "one")
 BACKENDS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SMALLEST = 1e-30
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -32,7 +34,7 @@ def embeddings(name: str, value: object, dims: int, shape: str) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
-def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device, like: str = "query") -> Tensor:
     """An integer tensor of exactly this shape, as int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(value).__name__}")
@@ -41,7 +43,7 @@ def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device) 
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.device != device:
-        raise ValueError(f"{name} must be on {device} as query is, got {value.device}")
+        raise ValueError(f"{name} must be on {device} as {like} is, got {value.device}")
     return value.long()
 
 
@@ -69,9 +71,9 @@ def same_kind(tensors: dict[str, Tensor]) -> None:
 def positive_float(name: str, value: Any) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    number = value if torch.compiler.is_compiling() else float(value)  # which may be symbolic there
+    if not SMALLEST < number < 1 / SMALLEST:
+        raise ValueError(f"{name} must be positive and finite, also in float32, got {value}")
     return number
 
 
@@ -104,6 +106,33 @@ def temperature(value: Any, rows: int, dtype: torch.dtype, device: torch.device)
     if value.device != device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
         return torch.ones(1, dtype=dtype, device=device) * flat[0]
     return flat if values_are_free(value) else torch.where((flat > 0) & flat.isfinite(), flat, torch.nan)
+
+
+def row_weight(value: Any, temperature: Tensor, query: Tensor) -> Tensor | None:
+    """None, or (N,) that are not negative, in the dtype of the statistics; elsewhere than on a CPU bad ones are NaN."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"weight must be a floating tensor of shape ({query.shape[0]},), got {kind}")
+    if value.shape != query.shape[:1]:
+        raise ValueError(f"weight must have shape ({query.shape[0]},), got {tuple(value.shape)}")
+    if value.device != query.device:
+        raise ValueError(f"weight must be on {query.device} as query is, got {value.device}")
+    good = (value >= 0) & value.isfinite()
+    if values_are_free(value):
+        if not good.all():
+            raise ValueError(f"weight must not be negative, and finite, got {value[~good][0].item()}")
+        return value.to(temperature.dtype)
+    return torch.where(good, value, torch.nan).to(temperature.dtype)
+
+
+def fraction(name: str, value: Any) -> float:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return float(value)
 
 
 def lowest_temperature(value: Any) -> float | None:
@@ -204,3 +233,79 @@ def all_ids(
         None if negative_ids is None or negative_keys is None
         else ids("negative_ids", negative_ids, tuple(negative_keys.shape[:-1]), query.device),
     )  # fmt: skip
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+    return value
+
+
+def views(view_a: Any, view_b: Any, more_views: Any) -> list[Tensor]:
+    """All views of `functional.nt_xent`, alike."""
+    if isinstance(more_views, Tensor) or not isinstance(more_views, Sequence):
+        raise TypeError(f"more_views must be a sequence of tensors of shape (N, D), got {type(more_views).__name__}")
+    named = {"view_a": view_a, "view_b": view_b} | {f"more_views[{i}]": view for i, view in enumerate(more_views)}
+    if not all(alike(view_a, view) for view in named.values()):
+        for name, view in named.items():
+            embeddings(name, view, 2, "(N, D)")
+        same_kind(named)
+        for name, view in named.items():
+            if view.shape != view_a.shape:
+                raise ValueError(f"{name} must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view.shape)}")
+    return list(named.values())
+
+
+def sup_con(
+    features: Any,
+    labels: Any,
+    mask: Any,
+    temperature: Any,
+    contrast_mode: str,
+    base_temperature: Any,
+    reduction: str,
+    backend: str,
+) -> float:
+    """Everything about the arguments of `functional.sup_con` but values of tensors; returns the base temperature."""
+    one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("backend", backend, BACKENDS)
+    if isinstance(features, Tensor) and features.dim() < 3:
+        raise ValueError(f"features must have at least 3 dimensions (N, V, D), got shape {tuple(features.shape)}")
+    embeddings("features", features, features.dim() if isinstance(features, Tensor) else 3, "(N, V, D)")
+    n, views = features.shape[:2]
+    if views == 0:
+        raise ValueError(f"features must have at least one view, got shape {tuple(features.shape)}")
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask both say what the positives are: pass one of them")
+    if labels is not None:
+        column = isinstance(labels, Tensor) and labels.dim() == 2
+        ids("labels", labels, (n, 1) if column else (n,), features.device, "features")
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor of shape ({n}, {n}), got {type(mask).__name__}")
+        if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+            raise TypeError(f"mask must be bool, integers or floats, got {mask.dtype}")
+        if mask.shape != (n, n):
+            raise ValueError(f"mask must have shape ({n}, {n}), got {tuple(mask.shape)}")
+        if mask.device != features.device:
+            raise ValueError(f"mask must be on {features.device} as features is, got {mask.device}")
+        if mask.requires_grad:
+            raise ValueError("mask must not require a gradient: it has none")
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature must be a number or a one-element tensor, got shape {tuple(temperature.shape)}")
+    return positive_float("base_temperature", base_temperature)
+
+
+def mask_weights(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, not negative; elsewhere than on a CPU bad ones are NaN."""
+    if mask.dtype in (torch.bool, torch.uint8):
+        return mask.to(dtype)
+    good = (mask >= 0) & mask.isfinite()
+    if not values_are_free(mask):
+        return torch.where(good, mask, torch.nan).to(dtype)
+    if not good.all():
+        raise ValueError(f"mask must not be negative, and finite, got {mask[~good][0].item()}")
+    return mask.to(dtype)

@@ -146,9 +146,32 @@ def test_double_backward_is_refused(backend, reduction, of):
     leaves = {name: torch.randn(5, 4, device=DEVICE[backend]) for name in ("query", "positive_key")}
     leaves = {name: x.requires_grad_() for name, x in (leaves | {"temperature": torch.tensor(0.2)}).items()}
     loss = info_nce(**leaves, reduction=reduction, backend=backend).sum()
-    (gradient,) = torch.autograd.grad(loss, leaves[of], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"twice|second|double"):  # not a penalty whose gradient is silently 0
-        (loss + gradient.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="double backward"):  # at once: gradients without a graph would drop out of a
+        torch.autograd.grad(loss, leaves[of], create_graph=True)  # second derivative in silence
+
+
+@both_backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_hessian_is_refused(backend, reduction):
+    query, key = (torch.randn(5, 4, device=DEVICE[backend]) for _ in range(2))
+    f = lambda x: info_nce(x, key, reduction=reduction, backend=backend).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.functional.hessian(f, query)
+
+
+@both_backends
+@pytest.mark.parametrize("of", ["query", "temperature"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_is_refused(backend, of, reduction):
+    """Not a tangent that is silently 0."""
+    inputs = {name: torch.randn(5, 4, device=DEVICE[backend]) for name in ("query", "positive_key")}
+    inputs["temperature"] = torch.tensor(0.2)
+
+    def f(x):
+        return info_nce(**(inputs | {of: x}), reduction=reduction, backend=backend)
+
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(f, (inputs[of],), (torch.ones_like(inputs[of]),))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -62,7 +62,7 @@ def test_plan_is_triangular_on_the_torch_backend() -> None:
     chosen = plan.choose(
         backend="torch", device="cpu", n=8192, m=8192, d=768, itemsize=4, acc_itemsize=4,
         gradients=True, columns=False, self_similar=True, reduced=True, per_row=False, plain=True, limit=2**26,
-        logit_bound=20.0,
+        bounded=True,
     )  # fmt: skip
     assert (chosen.name, chosen.flops) == ("triangular", 4)
 

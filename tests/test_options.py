@@ -341,6 +341,7 @@ def test_clamp_logit_scale():
 EVERY = {
     "temperature": 0.3, "reduction": "sum", "negative_mode": "paired", "symmetric": True, "normalize": False,
     "in_batch_negatives": True, "ignore_index": -1, "learnable_temperature": True, "max_logit_scale": 50.0,
+    "label_smoothing": 0.1,
     "backend": "torch", "workspace_limit": 4096,
 }  # fmt: skip
 
@@ -348,7 +349,7 @@ EVERY = {
 def test_the_module_passes_every_option_on(monkeypatch):
     seen = {}
     monkeypatch.setattr("fused_infonce.functional.info_nce", lambda *a, **k: seen.update(k, positional=a))
-    vectors = {name: object() for name in ("target", "query_ids", "key_ids", "negative_ids")}
+    vectors = {name: object() for name in ("target", "query_ids", "key_ids", "negative_ids", "weight")}
     FusedInfoNCELoss(**EVERY)("q", "k", "n", temperature=0.7, **vectors)
     options = {k: v for k, v in EVERY.items() if k not in ("learnable_temperature", "max_logit_scale")}
     assert seen == options | vectors | {"temperature": 0.7, "positional": ("q", "k", "n")}

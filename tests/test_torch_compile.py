@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_infonce import FusedInfoNCELoss, contrast, info_nce, ops, plan
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, contrast, info_nce, ops, plan
 from fused_infonce.contrast import Options
 from fused_infonce.problem import Problem
 
@@ -58,6 +58,34 @@ def test_learnable_temperature_and_changing_sizes(monkeypatch: pytest.MonkeyPatc
         actual = torch.autograd.grad(compiled(query, key), (query, loss.logit_scale))
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_nt_xent() -> None:
+    torch._dynamo.reset()
+    loss = NTXentLoss(0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = embeddings(N, D), embeddings(N, D)
+    for x, y in zip(*(torch.autograd.grad(f(a, b), (a, b)) for f in (compiled, loss)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_queries_that_are_the_keys() -> None:
+    torch._dynamo.reset()
+    x = embeddings(N, D)
+    compiled = torch.compile(info_nce, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x, x), x)[0] for f in (compiled, info_nce)))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_schedule_of_temperatures(dynamic: bool | None) -> None:
+    """Numbers, which become symbolic when they change."""
+    torch._dynamo.reset()
+    loss = FusedInfoNCELoss(0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    query, key = embeddings(N, D), embeddings(N, D)
+    for t in (0.1, 0.2, 0.3):
+        loss.temperature = t
+        torch.testing.assert_close(*(torch.autograd.grad(f(query, key), query)[0] for f in (compiled, loss)))
 
 
 @pytest.mark.parametrize("columns", [False, True])

@@ -20,52 +20,118 @@ def call_options(backend: str, workspace_limit: int | None, temperature: float |
     return Options(backend, validation.workspace_limit(workspace_limit), 1 / lowest if lowest else math.inf)
 
 
-def reduced(problem: Problem, options: Options, reduction: str, symmetric: bool) -> Tensor:
-    """InfoNCE of a problem."""
+def reduced(
+    problem: Problem,
+    options: Options,
+    reduction: str,
+    symmetric: bool,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """InfoNCE of a problem. Smoothing adds eps (pos_i - mean of the allowed logits) to a row's loss."""
     if reduction == "none":
         rows = _row_losses(problem, options, symmetric)
+        rows = rows + label_smoothing * _pull(problem, symmetric) if label_smoothing else rows
+        rows = rows if weight is None else weight * rows
         return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
-    weight, empty = _weights(problem, reduction)
-    if symmetric and not problem.columns:  # the columns are a problem apart
-        loss = (weight * _row_losses(problem, options, symmetric)).sum()
+    w, empty = _weights(problem, reduction, weight)
+    # columns may be a problem apart, and a gradient of the weights needs the rows
+    if (symmetric and not problem.columns) or w.requires_grad:
+        loss = _weighted(_row_losses(problem, options, symmetric), w, problem)
     else:
-        loss = contrast.reduced_loss(problem, options, "infonce", weight)
+        loss = contrast.reduced_loss(problem, options, "infonce", w)
+    if label_smoothing:
+        loss = loss + label_smoothing * _weighted(_pull(problem, symmetric), w, problem)
     return loss if empty is None else torch.where(empty, torch.nan, loss)
 
 
-def _weights(problem: Problem, reduction: str) -> tuple[Tensor, Tensor | None]:
+def _weighted(rows: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """sum_i weight_i rows_i; a row of weight 0 counts for nothing."""
+    rows = weight * rows
+    if weight.requires_grad:  # for which the loss of a row of weight 0 is the gradient of its weight
+        return (rows if problem.target is None else torch.where(problem.target == -1, 0, rows)).sum()
+    return (rows if weight.shape[0] == 1 else torch.where(weight == 0, 0, rows)).sum()
+
+
+def _weights(problem: Problem, reduction: str, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What each row's loss is multiplied by, (1,) or (N,); and where rows may be none, whether a mean has no rows."""
-    n = problem.query.shape[0]
-    if problem.target is None or problem.self_similar:  # no row is ignored
-        weight = problem.temperature.new_full((1,), 1 / max(n, 1) if reduction == "mean" else 1.0)
-        return weight, weight[0] > 0 if reduction == "mean" and n == 0 else None
-    valid = (problem.target != -1).to(problem.temperature.dtype)
+    n, t = problem.query.shape[0], problem.temperature
+    every_row = problem.target is None or problem.self_similar  # none is ignored
+    if every_row and weight is None:
+        uniform = t.new_full((1,), 1 / max(n, 1) if reduction == "mean" else 1.0)
+        return uniform, uniform[0] > 0 if reduction == "mean" and n == 0 else None
+    weight = t.new_ones(n) if weight is None else weight
+    if problem.target is not None and not every_row:
+        weight = torch.where(problem.target == -1, 0, weight)
     if reduction == "sum":
-        return valid, None
-    count = valid.sum()
-    return valid / count.clamp_min(1), count == 0
+        return weight, None
+    total = weight.sum()
+    empty = total == 0
+    return weight / torch.where(empty, 1, total), empty
 
 
 def _row_losses(problem: Problem, options: Options, symmetric: bool) -> Tensor:
     """(N,) InfoNCE of every query, or its mean with that of every query's key."""
+    if symmetric and not problem.columns and problem.query.dtype != problem.temperature.dtype:
+        # two problems, whose gradients would each be rounded to 16 bits before they are added
+        float32 = {name: getattr(problem, name).float() for name in ("query", "key")}
+        problem = replace(problem, **float32, negatives=tuple(keys.float() for keys in problem.negatives))
     stats = contrast.statistics(problem, options)
     rows = infonce(stats.neg - stats.pos)
     if not symmetric:
         return rows
     column_neg = stats.column_neg
     if column_neg is None:  # explicit negatives replaced the in-batch ones in the rows: the columns are a problem apart
-        swapped = replace(
-            problem,
-            query=problem.key,
-            key=problem.query,
-            negatives=(),
-            negative_ids=(),
-            row_ids=problem.key_ids,
-            key_ids=problem.row_ids if problem.key_ids is not None else None,
-            in_batch=True,
-        )
-        column_neg = contrast.statistics(swapped, options).neg
+        column_neg = contrast.statistics(_columns(problem), options).neg
     return (rows + infonce(column_neg - stats.pos)) / 2
+
+
+def _columns(problem: Problem) -> Problem:
+    """The keys against the queries: what `symmetric` adds."""
+    return replace(
+        problem,
+        query=problem.key,
+        key=problem.query,
+        negatives=(),
+        negative_ids=(),
+        row_ids=problem.key_ids,
+        key_ids=problem.row_ids if problem.key_ids is not None else None,
+        in_batch=True,
+        columns=False,
+    )
+
+
+def _pull(problem: Problem, symmetric: bool) -> Tensor:
+    """(N,) pos_i - mean_j s_ij over the positive and the negatives of row i, or with that of columns: O((N + M) D)."""
+    if symmetric:
+        return (_pull(problem, False) + _pull(_columns(problem), False)) / 2
+    t = problem.temperature
+    x, y = (unit(rows, problem.normalize, t.dtype) for rows in (problem.query, problem.key))
+    n, m = len(x), len(y)
+    target = problem.target
+    if target is not None:
+        target = target.clamp(0, max(m - 1, 0))
+    positive = x.new_zeros(x.shape) if m == 0 else y if target is None else y[target]
+    total, count = positive, t.new_ones(n)
+    row_ids = problem.row_ids
+    if problem.in_batch and m:
+        total, count = y.sum(0).expand_as(x), count * m
+        if row_ids is not None and problem.key_ids is not None:  # all of the row's id are left out, but its positive
+            same, times = class_sums(problem.key_ids, y, row_ids)
+            kept = problem.key_ids if target is None else problem.key_ids[target]
+            again = (kept == row_ids).to(t.dtype)
+            total, count = total - same + again[:, None] * positive, count - times + again
+    for keys, ids in zip(problem.negatives, problem.negative_ids, strict=True):
+        z = unit(keys, problem.normalize, t.dtype)
+        if z.dim() == 3:
+            left = z.new_ones(z.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(t.dtype)
+            total, count = total + torch.bmm(left[:, None], z)[:, 0], count + left.sum(1)
+            continue
+        total, count = total + z.sum(0), count + len(z)
+        if ids is not None and row_ids is not None:
+            same, times = class_sums(ids, z, row_ids)
+            total, count = total - same, count - times
+    return (dots(x, positive) - dots(x, total) / count) / t
 
 
 def reduced_mean(loss: Tensor, reduction: str) -> Tensor:

@@ -29,6 +29,8 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     backend: str = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
@@ -58,6 +60,10 @@ def info_nce(
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out (labels). The positive is always kept.
+        weight: (N,) what each row counts for, not negative: "none" gives w_i loss_i, "sum" their sum, "mean" that over
+            the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric` of key i too.
+        label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
+            the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
@@ -76,13 +82,16 @@ def info_nce(
         query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
         workspace_limit=workspace_limit,
     )  # fmt: skip
+    weight = validation.row_weight(weight, problem.temperature, query)
+    label_smoothing = validation.fraction("label_smoothing", label_smoothing)
     if backend == "reference":
         return reference.info_nce(
             query, positive_key, negative_keys, problem.temperature, reduction, negative_mode, symmetric=symmetric,
             normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
-            query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
+            query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, weight=weight,
+            label_smoothing=label_smoothing,
         )  # fmt: skip
-    return reduced(problem, options, reduction, symmetric)
+    return reduced(problem, options, reduction, symmetric, weight, label_smoothing)
 
 
 def explain(
@@ -94,6 +103,8 @@ def explain(
     negative_mode: str = "unpaired",
     *,
     symmetric: bool = False,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     **options: Any,
 ) -> Plan:
     """How `info_nce` would compute this very call, and why: a `Plan`, which prints as a sentence. Computes nothing.
@@ -105,7 +116,11 @@ def explain(
     problem, settings = _problem(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric, **options
     )
-    return contrast.make_plan(problem, settings, reduced=reduction != "none" and problem.columns == symmetric)
+    validation.row_weight(weight, problem.temperature, query)
+    validation.fraction("label_smoothing", label_smoothing)
+    at_once = reduction != "none" and problem.columns == symmetric and not (weight is not None and weight.requires_grad)
+    weighted = weight is not None or problem.target is not None
+    return contrast.make_plan(problem, settings, reduced=at_once, weighted=weighted)
 
 
 def _problem(
