@@ -99,9 +99,10 @@ def temperature(value: Any, rows: int, dtype: torch.dtype, device: torch.device)
     if value.device != device and not (value.numel() == 1 and value.device.type == "cpu"):
         raise ValueError(f"temperature must be on {device} as query is, or one element on the CPU, got {value.device}")
     if values_are_free(value):
-        bad = ~((value > 0) & value.isfinite())
-        if bad.any():
-            raise ValueError(f"temperature must be positive and finite, got {value[bad].flatten()[0].item()}")
+        if value.numel() == 1:
+            positive_float("temperature", value.item())
+        elif not (good := (value > 0) & value.isfinite()).all():
+            raise ValueError(f"temperature must be positive and finite, got {value[~good].flatten()[0].item()}")
     flat = value.reshape(-1).to(dtype)
     if value.device != device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
         return torch.ones(1, dtype=dtype, device=device) * flat[0]
@@ -139,7 +140,9 @@ def lowest_temperature(value: Any) -> float | None:
     """Of one that has been checked; None where reading it is not free."""
     if not isinstance(value, Tensor):
         return float(value)
-    return value.min().item() if values_are_free(value) and value.numel() else None
+    if not values_are_free(value) or not value.numel():
+        return None
+    return value.item() if value.numel() == 1 else value.min().item()
 
 
 def target(value: object, rows: int, columns: int, ignore_index: int, device: torch.device) -> Tensor:
