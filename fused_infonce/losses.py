@@ -149,7 +149,7 @@ class FusedInfoNCELoss(nn.Module):
 
 
 class NTXentLoss(nn.Module):
-    """NT-Xent, SimCLR's loss, from two views of a batch; see `functional.nt_xent`.
+    """NT-Xent, SimCLR's loss, from two or more views of a batch; see `functional.nt_xent`.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.1)
@@ -176,12 +176,13 @@ class NTXentLoss(nn.Module):
         self.backend = backend
         self.workspace_limit = validation.workspace_limit(workspace_limit)
 
-    def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
+    def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
         return functional.nt_xent(
             view_a,
             view_b,
             self.temperature,
             self.reduction,
+            more_views=more_views,
             normalize=self.normalize,
             backend=self.backend,
             workspace_limit=self.workspace_limit,

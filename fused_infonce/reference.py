@@ -6,6 +6,8 @@ float64; `backend="reference"` runs it on the inputs as they are. Arguments are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,20 +95,23 @@ def nt_xent(
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
     *,
+    more_views: Sequence[Tensor] = (),
     normalize: bool = True,
 ) -> Tensor:
-    rows = torch.cat([view_a, view_b])
+    views = (view_a, view_b, *more_views)
+    rows = torch.cat(views)
     rows = unit_rows(rows) if normalize else rows
-    n = len(rows)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=rows.dtype)
     logits = rows @ rows.T / temperature.to(rows.device, rows.dtype).reshape(-1, 1)
-    index = torch.arange(n, device=rows.device)
-    target = index.roll(n // 2)
-    left_out = (index == index[:, None]) | (index == target[:, None])
-    pos = logits[index, target]
-    neg = torch.logsumexp(logits.masked_fill(left_out, -torch.inf), dim=1)
-    return reduce(-F.logsigmoid(pos - neg), torch.tensor(n), reduction)
+    index = torch.arange(len(rows), device=rows.device)
+    sample = index % max(len(view_a), 1)
+    same_sample = sample == sample[:, None]
+    neg = torch.logsumexp(logits.masked_fill(same_sample, -torch.inf), dim=1)
+    positive = same_sample & (index != index[:, None])
+    pairs = -F.logsigmoid(logits - neg[:, None])  # of row i with positive j: -log(exp(s_ij) / (exp(s_ij) + exp(neg_i)))
+    loss = torch.where(positive, pairs, 0).sum(1) / (len(views) - 1)
+    return reduce(loss, torch.tensor(len(rows)), reduction)
 
 
 def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
@@ -114,3 +119,30 @@ def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / count
+
+
+def distillation(
+    query: Tensor,
+    passages: Tensor,
+    group_size: int,
+    temperature: Tensor,
+    teacher_scores: Tensor,
+    kind: str,
+    *,
+    normalize: bool = True,
+    offset: int = 0,
+) -> Tensor:
+    """(N,) terms of `functional.grouped_info_nce` that a teacher adds ("kl_div") or that replace it ("m3_kd_loss")."""
+    if normalize:
+        query, passages = unit_rows(query), unit_rows(passages)
+    logits = query @ passages.T / temperature.to(query.dtype).reshape(-1, 1)  # (N, M)
+    own = (offset + torch.arange(len(query) * group_size, device=query.device)).view(-1, group_size)  # (N, G)
+    weight = teacher_scores.softmax(1).to(logits.dtype)
+    if kind == "kl_div":
+        rows = -(weight * logits.gather(1, own).log_softmax(1)).sum(1)
+    else:
+        rows = logits.new_zeros(len(query))
+        for k in range(group_size):
+            rows = rows + weight[:, k] * F.cross_entropy(logits, own[:, k], reduction="none")
+            logits = logits.scatter(1, own[:, k, None], -torch.inf)
+    return rows if rows.dtype == torch.float64 else rows.float()

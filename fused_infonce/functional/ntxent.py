@@ -1,13 +1,16 @@
-"""NT-Xent."""
+"""NT-Xent, of two views or more."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import contrast, reference, validation
 from ..problem import Problem, accumulator
-from .compose import call_options, reduced
+from ..row_loss import infonce
+from .compose import call_options, dots, reduced, reduced_mean, unit
 
 
 def nt_xent(
@@ -16,38 +19,64 @@ def nt_xent(
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
     *,
+    more_views: Sequence[Tensor] = (),
     normalize: bool = True,
     backend: str = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """NT-Xent, SimCLR's loss: every row of both views against all other rows, its other view the positive.
+    """NT-Xent, SimCLR's loss: every row of all views against the rows of all other samples, its other views positives.
 
-        loss_i = -log( exp(s_i,p(i)) / sum_{j != i} exp(s_ij) ),    z = [view_a; view_b],  s_ij = cos(z_i, z_j) / t_i
+        loss_i = -mean_{p in P(i)} log( exp(s_ip) / (exp(s_ip) + sum_{j in Neg(i)} exp(s_ij)) ),
+        s_ij = cos(z_i, z_j) / t_i
 
-    The scores are symmetric, so half of them are computed.
+    where z are the rows of all V views, P(i) the V - 1 other views of i's sample and Neg(i) the V (N - 1) rows of other
+    samples. Of two views this is -log( exp(s_ip) / sum_{j != i} exp(s_ij) ); the scores are then symmetric, and half
+    of them are computed.
 
     Args:
         view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
-        temperature: as in `info_nce`; per row it has (2N,) values, those of `view_a` first.
-        reduction: "mean" over the 2N rows, "sum", or "none": (2N,), the rows of `view_a` first.
+        temperature: as in `info_nce`; per row it has (V N,) values, those of `view_a` first.
+        reduction: "mean" over the V N rows, "sum", or "none": (V N,), the rows of `view_a` first.
+        more_views: further views, (N, D) each.
         normalize, backend, workspace_limit: as in `info_nce`.
 
     Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
     """
     validation.one_of("reduction", reduction, validation.REDUCTIONS)
     validation.one_of("backend", backend, validation.BACKENDS)
-    if not validation.alike(view_a, view_b):
-        validation.embeddings("view_a", view_a, 2, "(N, D)")
-        validation.embeddings("view_b", view_b, 2, "(N, D)")
-        validation.same_kind({"view_a": view_a, "view_b": view_b})
-        if view_a.shape != view_b.shape:
-            raise ValueError(f"view_b must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view_b.shape)}")
-    rows = torch.cat([view_a, view_b])
-    n = rows.shape[0]
-    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), rows.device)
+    views = validation.views(view_a, view_b, more_views)
+    rows = torch.cat(views)
+    n, device = rows.shape[0], rows.device
+    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), device)
     options = call_options(backend, workspace_limit, temperature, normalize)
     if backend == "reference":
-        return reference.nt_xent(view_a, view_b, t, reduction, normalize=normalize)
-    target = torch.arange(n, device=rows.device).roll(n // 2)
-    problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
-    return reduced(problem, options, reduction, symmetric=False)
+        return reference.nt_xent(view_a, view_b, t, reduction, more_views=views[2:], normalize=normalize)
+    if len(views) == 2:
+        target = torch.arange(n, device=device).roll(n // 2)
+        problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
+        return reduced(problem, options, reduction, symmetric=False)
+
+    samples = len(view_a)
+    rows, products = wide(rows)
+    ids = torch.arange(samples, device=device).repeat(len(views))
+    with products:
+        neg = contrast.statistics(Problem(rows, rows, t, row_ids=ids, key_ids=ids, normalize=normalize), options).neg
+    with torch.autocast(device.type, enabled=False):
+        x = unit(rows, normalize, rows.dtype)
+        losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t) for k in range(1, len(views))]
+        return reduced_mean(torch.stack(losses).mean(0), reduction)
+
+
+def wide(rows: Tensor) -> tuple[Tensor, torch.autocast]:
+    """Rows in the accumulator dtype, of the values that the products see, and the context in which to make these.
+
+    So 16-bit rows that a primitive and a composition share have their gradients added in float32 and rounded once.
+    """
+    dtype, device = contrast.compute_dtype([rows]), rows.device.type
+    acc = accumulator(dtype)
+    if rows.dtype == acc and dtype != acc:  # float32 rows under autocast
+        with torch.no_grad():
+            narrow, scale = contrast.cast(rows, dtype)
+            change = (narrow.to(acc) if scale is None else narrow.to(acc) * scale[..., None]) - rows
+        return rows + change, torch.autocast(device, dtype=dtype)
+    return rows.to(dtype).to(acc), torch.autocast(device, dtype=dtype, enabled=dtype != acc)
