@@ -1,7 +1,7 @@
 """Contrastive losses for PyTorch without the logits matrix: Triton kernels on a GPU, the same algorithm elsewhere."""
 
-from .functional import explain, info_nce, nt_xent
-from .losses import FusedInfoNCELoss, NTXentLoss
+from .functional import explain, info_nce, nt_xent, sup_con
+from .losses import FusedInfoNCELoss, NTXentLoss, SupConLoss
 
-__all__ = ["FusedInfoNCELoss", "NTXentLoss", "explain", "info_nce", "nt_xent"]
+__all__ = ["FusedInfoNCELoss", "NTXentLoss", "SupConLoss", "explain", "info_nce", "nt_xent", "sup_con"]
 __version__ = "0.1.0"

@@ -190,3 +190,57 @@ class NTXentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature!r}, reduction={self.reduction!r}"
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss; a drop-in for `SupConLoss` of SupContrast. See `functional.sup_con`.
+
+    Example:
+        >>> loss = SupConLoss(temperature=0.07)
+        >>> loss(torch.randn(32, 2, 128, requires_grad=True), labels=torch.arange(32) % 10).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+        reduction: str = "mean",
+        *,
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__()
+        validation.one_of("contrast_mode", contrast_mode, validation.CONTRAST_MODES)
+        validation.one_of("reduction", reduction, validation.REDUCTIONS)
+        validation.one_of("backend", backend, validation.BACKENDS)
+        if not isinstance(temperature, Tensor):
+            validation.positive_float("temperature", temperature)
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = validation.positive_float("base_temperature", base_temperature)
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+        self.workspace_limit = validation.workspace_limit(workspace_limit)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return functional.sup_con(
+            features,
+            labels,
+            mask,
+            self.temperature,
+            self.contrast_mode,
+            self.base_temperature,
+            self.reduction,
+            normalize=self.normalize,
+            backend=self.backend,
+            workspace_limit=self.workspace_limit,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature!r}, contrast_mode={self.contrast_mode!r}, "
+            f"base_temperature={self.base_temperature!r}, reduction={self.reduction!r}"
+        )

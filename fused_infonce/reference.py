@@ -114,6 +114,43 @@ def nt_xent(
     return reduce(loss, torch.tensor(len(rows)), reduction)
 
 
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+) -> Tensor:
+    samples, views = features.shape[:2]
+    rows = torch.cat(features.flatten(2).unbind(1))  # (V N, D)
+    rows = unit_rows(rows) if normalize else rows
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=rows.dtype)
+    t = temperature.to(rows.device, rows.dtype).reshape(1)
+    if mask is None:
+        classes = torch.arange(samples, device=rows.device) if labels is None else labels.flatten()
+        mask = classes[:, None] == classes
+    anchors = samples if contrast_mode == "one" else len(rows)
+    index = torch.arange(len(rows), device=rows.device)
+    itself = index[:anchors, None] == index
+    weights = mask.to(rows.dtype).repeat(anchors // max(samples, 1), views).masked_fill(itself, 0)
+
+    logits = rows[:anchors] @ rows.T / t
+    others = logits.masked_fill(itself, -torch.inf)
+    lse = torch.logsumexp(others, dim=1, keepdim=True)
+    largest = others == (others.amax(1, keepdim=True) if len(rows) else others)
+    largest &= largest.cumsum(1) == 1
+    rest = torch.logsumexp(others.masked_fill(largest, -torch.inf), dim=1, keepdim=True)
+    pairs = torch.where(largest, -F.logsigmoid(logits - rest), lse - logits)  # lse - the largest logit would cancel
+    count = weights.sum(1)
+    loss = torch.where(weights > 0, weights * pairs, 0).sum(1) / torch.where(count == 0, 1, count)
+    return reduce(loss * (t / base_temperature), torch.tensor(anchors), reduction)
+
+
 def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
     loss = loss if loss.dtype == torch.float64 else loss.float()
     if reduction == "none":

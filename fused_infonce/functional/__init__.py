@@ -2,5 +2,6 @@
 
 from .infonce import explain, info_nce
 from .ntxent import nt_xent
+from .supcon import sup_con
 
-__all__ = ["explain", "info_nce", "nt_xent"]
+__all__ = ["explain", "info_nce", "nt_xent", "sup_con"]
