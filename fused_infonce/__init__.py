@@ -1,7 +1,18 @@
 """Contrastive losses for PyTorch without the logits matrix: Triton kernels on a GPU, the same algorithm elsewhere."""
 
-from .functional import explain, info_nce, nt_xent, sup_con
+from .functional import clip_loss, explain, info_nce, nt_xent, sup_con
 from .losses import FusedInfoNCELoss, NTXentLoss, SupConLoss
+from .retrieval import ClipLoss
 
-__all__ = ["FusedInfoNCELoss", "NTXentLoss", "SupConLoss", "explain", "info_nce", "nt_xent", "sup_con"]
+__all__ = [
+    "ClipLoss",
+    "FusedInfoNCELoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "clip_loss",
+    "explain",
+    "info_nce",
+    "nt_xent",
+    "sup_con",
+]
 __version__ = "0.1.0"
