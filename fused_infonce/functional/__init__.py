@@ -1,8 +1,9 @@
 """One function per loss: validate, call the primitive, compose in O(N), reduce."""
 
 from .clip import clip_loss
+from .grouped import grouped_info_nce
 from .infonce import explain, info_nce
 from .ntxent import nt_xent
 from .supcon import sup_con
 
-__all__ = ["clip_loss", "explain", "info_nce", "nt_xent", "sup_con"]
+__all__ = ["clip_loss", "explain", "grouped_info_nce", "info_nce", "nt_xent", "sup_con"]
