@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, validation
@@ -129,3 +133,109 @@ class GroupedInfoNCELoss(nn.Module):
     def extra_repr(self) -> str:
         shown = ("group_size", "temperature", "in_batch_negatives", "reduction", "distillation")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+class MoCoLoss(nn.Module):
+    """MoCo's loss with its queue of negatives; see `functional.moco_loss`.
+
+    The buffers are those of MoCo and part of the state dict: `queue` (dim, queue_size) float32, a negative a column,
+    random unit vectors at first, and `queue_ptr` (1,) int64, the column that is overwritten next. A column is
+    contiguous in memory, so that the queue is used without a copy. The queue must have the embeddings' dtype (use
+    `.to`) except under autocast. It gets no gradient, and the key is detached, as MoCo has it.
+
+    A batch need not divide the queue, as MoCo asserts: it wraps around, and of one larger than the queue the last
+    `queue_size` keys stay. With several processes each enqueues what it is given: gather the keys, and call
+    `loss(query, key, enqueue=False)` and `loss.enqueue(gathered)`.
+
+    Args:
+        dim: D, the components of an embedding.
+        queue_size: K.
+        temperature, reduction, normalize, backend, workspace_limit: as in `functional.moco_loss`.
+
+    Example:
+        >>> loss = MoCoLoss(128, queue_size=4096)
+        >>> query, key = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+        >>> loss(query, key).backward()
+    """
+
+    queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        queue_size: int = 65536,
+        temperature: float | Tensor = 0.07,
+        *,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__()
+        validation.one_of("reduction", reduction, validation.REDUCTIONS)
+        validation.one_of("backend", backend, validation.BACKENDS)
+        if not isinstance(temperature, Tensor):
+            validation.positive_float("temperature", temperature)
+        validation.whole("dim", dim, 1)
+        validation.whole("queue_size", queue_size, 1)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+        self.workspace_limit = validation.workspace_limit(workspace_limit)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim, dtype=torch.float32)).T)
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_columns_contiguous)
+
+    def forward(self, query: Tensor, key: Tensor, *, enqueue: bool = True) -> Tensor:
+        """The loss of (N, D) queries, each against its own key and the queue.
+
+        Then, in training mode and with `enqueue`, the keys take the place of the oldest in the queue; a backward that
+        is still to come is not disturbed.
+        """
+        loss = functional.moco_loss(
+            query,
+            key,
+            self.queue,
+            self.temperature,
+            self.reduction,
+            normalize=self.normalize,
+            backend=self.backend,
+            workspace_limit=self.workspace_limit,
+        )
+        if enqueue and self.training:
+            self.enqueue(key)
+        return loss
+
+    @torch.no_grad()
+    def enqueue(self, key: Tensor) -> None:
+        """Overwrite the oldest columns of the queue with these (B, D) keys, in place and without a synchronisation.
+
+        They become unit vectors with `normalize`; without it they are stored as they are, as the loss takes them.
+        """
+        validation.embeddings("key", key, 2, "(B, D)")
+        dim, size = self.queue.shape
+        if key.shape[1] != dim:
+            raise ValueError(f"key must have {dim} components as queue has, got {key.shape[1]}")
+        if key.device != self.queue.device:
+            raise ValueError(f"key must be on {self.queue.device} as queue is, got {key.device}")
+        count = len(key)
+        kept = key[max(count - size, 0) :]
+        if self.normalize:
+            wide = torch.promote_types(key.dtype, torch.float32)  # the norm of 16-bit rows needs more than their range
+            kept = F.normalize(kept.to(wide), dim=1)
+        last = self.queue_ptr + count
+        columns = (last + torch.arange(-len(kept), 0, device=key.device)) % size
+        self.queue.T.index_copy_(0, columns, kept.to(self.queue.dtype))
+        self.queue_ptr.copy_(last % size)
+
+    def extra_repr(self) -> str:
+        dim, size = self.queue.shape
+        return f"{dim}, queue_size={size}, temperature={self.temperature!r}, reduction={self.reduction!r}"
+
+
+def _columns_contiguous(loss: nn.Module, _: Any) -> None:
+    """After `load_state_dict(assign=True)`, which takes over the memory layout of what was saved."""
+    if isinstance(loss, MoCoLoss) and not loss.queue.T.is_contiguous():
+        loss.queue = loss.queue.T.contiguous().T
