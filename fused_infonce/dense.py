@@ -52,7 +52,7 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     if target is None:
         torch.neg(v, out=own)
     else:
-        e.scatter_(1, target, (v + v.gather(0, problem.target)).neg_()[:, None])
+        e.scatter_(1, target, (v[:, None] + v[:, None].gather(0, target)).neg_())
     grad, scale = rows.unit.new_empty(rows.unit.shape), share * inv_t
     sides = (grad,) if same else grad.chunk(2)
     if wanted[0] or wanted[-1]:

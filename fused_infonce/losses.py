@@ -148,7 +148,19 @@ class FusedInfoNCELoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-class NTXentLoss(nn.Module):
+class WithTemperature(nn.Module):
+    """A module whose `temperature`, a number or a tensor, may be assigned at any time."""
+
+    temperature: float | Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":
+            self._parameters.pop(name, None)  # a Parameter of the user's gives way to what is assigned
+            value = value if isinstance(value, Tensor) else validation.positive_float(name, value)
+        super().__setattr__(name, value)
+
+
+class NTXentLoss(WithTemperature):
     """NT-Xent, SimCLR's loss, from two or more views of a batch; see `functional.nt_xent`.
 
     Example:
@@ -168,8 +180,6 @@ class NTXentLoss(nn.Module):
         super().__init__()
         validation.one_of("reduction", reduction, validation.REDUCTIONS)
         validation.one_of("backend", backend, validation.BACKENDS)
-        if not isinstance(temperature, Tensor):
-            validation.positive_float("temperature", temperature)
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
@@ -192,7 +202,7 @@ class NTXentLoss(nn.Module):
         return f"temperature={self.temperature!r}, reduction={self.reduction!r}"
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(WithTemperature):
     """Supervised contrastive loss; a drop-in for `SupConLoss` of SupContrast. See `functional.sup_con`.
 
     Example:
@@ -215,8 +225,6 @@ class SupConLoss(nn.Module):
         validation.one_of("contrast_mode", contrast_mode, validation.CONTRAST_MODES)
         validation.one_of("reduction", reduction, validation.REDUCTIONS)
         validation.one_of("backend", backend, validation.BACKENDS)
-        if not isinstance(temperature, Tensor):
-            validation.positive_float("temperature", temperature)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = validation.positive_float("base_temperature", base_temperature)

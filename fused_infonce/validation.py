@@ -68,10 +68,14 @@ def same_kind(tensors: dict[str, Tensor]) -> None:
             )
 
 
-def positive_float(name: str, value: Any) -> float:
+def real(name: str, value: Any) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = value if torch.compiler.is_compiling() else float(value)  # which may be symbolic there
+    return value if torch.compiler.is_compiling() else float(value)  # type: ignore[return-value]  # symbolic there
+
+
+def positive_float(name: str, value: Any) -> float:
+    number = real(name, value)
     if not SMALLEST < number < 1 / SMALLEST:
         raise ValueError(f"{name} must be positive and finite, also in float32, got {value}")
     return number
@@ -129,11 +133,10 @@ def row_weight(value: Any, temperature: Tensor, query: Tensor) -> Tensor | None:
 
 
 def fraction(name: str, value: Any) -> float:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
+    number = real(name, value)
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
-    return float(value)
+    return number
 
 
 def lowest_temperature(value: Any) -> float | None:

@@ -220,3 +220,22 @@ def test_memory_of_three_views() -> None:
     with PeakMemory() as memory:
         of_views(views, 0.1, workspace_limit=4 * MIB).backward()
     assert memory.peak <= 4 * MIB + 20 * 3 * views[0].nbytes
+
+
+def test_a_temperature_may_be_assigned() -> None:
+    loss = NTXentLoss(torch.nn.Parameter(torch.tensor(0.3)))
+    assert len(list(loss.parameters())) == 1
+    a, b = views(6, 4, 1.0, torch.float32)
+    loss.temperature = 0.2
+    assert not list(loss.parameters())
+    assert torch.equal(loss(a, b), nt_xent(a, b, 0.2))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        loss.temperature = -1
+
+
+@pytest.mark.parametrize(("inputs", "products"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_autocast_to_the_other_16_bit_dtype(inputs: str, products: str) -> None:
+    a, b = views(6, 4, 1.0, getattr(torch, inputs))
+    with torch.autocast("cpu", dtype=getattr(torch, products)):
+        loss = nt_xent(a, b, 0.5)
+    torch.testing.assert_close(loss, nt_xent(a.float(), b.float(), 0.5), rtol=2e-2, atol=0)
