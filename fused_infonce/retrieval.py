@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import functional, validation
 from .functional.grouped import DISTILLATIONS
+from .losses import WithTemperature
 
 
 class ClipLoss(nn.Module):
@@ -63,7 +64,7 @@ class ClipLoss(nn.Module):
         return f"normalize={self.normalize}, reduction={self.reduction!r}"
 
 
-class GroupedInfoNCELoss(nn.Module):
+class GroupedInfoNCELoss(WithTemperature):
     """InfoNCE over groups of a positive and its hard negatives; see `functional.grouped_info_nce`.
 
     Args:
@@ -94,8 +95,6 @@ class GroupedInfoNCELoss(nn.Module):
         validation.one_of("backend", backend, validation.BACKENDS)
         if distillation is not None:
             validation.one_of("distillation", distillation, DISTILLATIONS)
-        if not isinstance(temperature, Tensor):
-            validation.positive_float("temperature", temperature)
         self.group_size = validation.whole("group_size", group_size, 1)
         self.temperature = temperature
         self.normalize = normalize
@@ -135,7 +134,7 @@ class GroupedInfoNCELoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
-class MoCoLoss(nn.Module):
+class MoCoLoss(WithTemperature):
     """MoCo's loss with its queue of negatives; see `functional.moco_loss`.
 
     The buffers are those of MoCo and part of the state dict: `queue` (dim, queue_size) float32, a negative a column,
@@ -175,8 +174,6 @@ class MoCoLoss(nn.Module):
         super().__init__()
         validation.one_of("reduction", reduction, validation.REDUCTIONS)
         validation.one_of("backend", backend, validation.BACKENDS)
-        if not isinstance(temperature, Tensor):
-            validation.positive_float("temperature", temperature)
         validation.whole("dim", dim, 1)
         validation.whole("queue_size", queue_size, 1)
         self.temperature = temperature
