@@ -125,7 +125,7 @@ def make_plan(problem: Problem, options: Options, reduced: bool, weighted: bool 
     )
 
 
-def _products(device: str) -> AbstractContextManager[Any]:
+def products(device: str) -> AbstractContextManager[Any]:
     """Where products are made, in the dtypes that are there: autocast has no say."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -184,7 +184,7 @@ class _Statistics(torch.autograd.Function):
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[KEY] = None
         problem = _bind(problem, temperature, inputs)
-        with _products(inputs[0].device.type):
+        with products(inputs[0].device.type):
             statistics = run_statistics(problem, plan)
         ctx.plan = plan
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
@@ -200,7 +200,7 @@ class _Statistics(torch.autograd.Function):
         v, u, _, *columns = upstream
         u, v = u.contiguous(), v.contiguous()
         column_u = None if column_neg is None else columns[0].contiguous()
-        with _products(problem.query.device.type):
+        with products(problem.query.device.type):
             grads = run_gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
         dt = None
         if ctx.needs_input_grad[2]:
@@ -227,7 +227,7 @@ class _OnePass(torch.autograd.Function):
             wanted[KEY] = False
         ctx.dtypes = [x.dtype for x in inputs]
         problem = _bind(problem, temperature, inputs)
-        with _products(inputs[0].device.type):
+        with products(inputs[0].device.type):
             result = run_onepass(problem, plan, kind, weight, wanted)
         dt = None if result.temperature is None else _reduce_like(result.temperature, temperature)
         ctx.save_for_backward(dt, *_unscale(problem, result.inputs))
@@ -274,10 +274,9 @@ def run_onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted:
 
 def _apart(problem: Problem) -> Sequence[Tensor]:
     """Its inputs, each an object of its own where `torch.compile` records: it takes no tensor twice."""
-    query, key, *negatives = problem.inputs
-    if torch.compiler.is_compiling() and key is query:
-        key = key.view_as(key)
-    return (query, key, *negatives)
+    if problem.key is not problem.query or not torch.compiler.is_compiling():
+        return problem.inputs
+    return (problem.query, problem.key.view_as(problem.key), *problem.negatives)
 
 
 def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:
@@ -294,7 +293,7 @@ def _statistics(problem: Problem, plan: Plan) -> Statistics:
         return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *_apart(problem)))
     with torch.no_grad():
         problem = _bind(problem, problem.temperature, problem.inputs)
-        with _products(problem.query.device.type):
+        with products(problem.query.device.type):
             return run_statistics(problem, plan)
 
 
@@ -309,7 +308,7 @@ def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) 
             return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *_apart(problem))
         with torch.no_grad():
             problem = _bind(problem, problem.temperature, problem.inputs)
-            with _products(problem.query.device.type):
+            with products(problem.query.device.type):
                 return run_onepass(problem, plan, kind, weight, [False] * (len(problem.inputs) + 1)).loss
     loss_of, _ = LOSSES[kind]
     stats = _statistics(problem, plan)

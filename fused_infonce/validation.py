@@ -69,13 +69,13 @@ def same_kind(tensors: dict[str, Tensor]) -> None:
 
 
 def real(name: str, value: Any) -> float:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return value if torch.compiler.is_compiling() else float(value)  # type: ignore[return-value]  # symbolic there
 
 
 def positive_float(name: str, value: Any) -> float:
-    number = real(name, value)
+    number = value if type(value) is float else real(name, value)
     if not SMALLEST < number < 1 / SMALLEST:
         raise ValueError(f"{name} must be positive and finite, also in float32, got {value}")
     return number
@@ -251,6 +251,8 @@ def whole(name: str, value: Any, least: int) -> int:
 
 def views(view_a: Any, view_b: Any, more_views: Any) -> list[Tensor]:
     """All views of `functional.nt_xent`, alike."""
+    if more_views == () and alike(view_a, view_b):
+        return [view_a, view_b]
     if isinstance(more_views, Tensor) or not isinstance(more_views, Sequence):
         raise TypeError(f"more_views must be a sequence of tensors of shape (N, D), got {type(more_views).__name__}")
     named = {"view_a": view_a, "view_b": view_b} | {f"more_views[{i}]": view for i, view in enumerate(more_views)}

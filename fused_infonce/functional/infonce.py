@@ -82,8 +82,10 @@ def info_nce(
         query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
         workspace_limit=workspace_limit,
     )  # fmt: skip
-    weight = validation.row_weight(weight, problem.temperature, query)
-    label_smoothing = validation.fraction("label_smoothing", label_smoothing)
+    if weight is not None:
+        weight = validation.row_weight(weight, problem.temperature, query)
+    if label_smoothing != 0:
+        label_smoothing = validation.fraction("label_smoothing", label_smoothing)
     if backend == "reference":
         return reference.info_nce(
             query, positive_key, negative_keys, problem.temperature, reduction, negative_mode, symmetric=symmetric,

@@ -45,7 +45,7 @@ def nt_xent(
     validation.one_of("reduction", reduction, validation.REDUCTIONS)
     validation.one_of("backend", backend, validation.BACKENDS)
     views = validation.views(view_a, view_b, more_views)
-    with torch.autocast(view_a.device.type, enabled=False):  # which refuses rows of its other 16-bit dtype
+    with contrast.products(view_a.device.type):  # autocast would refuse rows of its other 16-bit dtype
         rows = torch.cat(views)
     n, device = rows.shape[0], rows.device
     t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), device)
