@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TRITON, embeddings, error, stretch
+from helpers import DEVICE, TRITON, embeddings, error, stretch
 from torch import Tensor
 
 from fused_infonce.plan import Plan
@@ -21,6 +21,14 @@ backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is 
 pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
 
 LIMIT = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def where_the_kernels_run():
+    with torch.device(DEVICE["triton"]):
+        yield
+
+
 PLANS = [Plan("streaming", 64, 64, LIMIT, 0, ""), Plan("workspace", 40, 24, LIMIT, 0, "")]
 both_plans = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 SIXTEEN = (torch.float16, torch.bfloat16)
