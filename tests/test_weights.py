@@ -72,7 +72,23 @@ def test_bounds(dtype, t):
     query = torch.randn(64, 32)
     key = query + torch.randn(64, 32)
     inputs = {"query": query.to(dtype), "positive_key": key.to(dtype), "temperature": torch.tensor(t)}
-    check("torch", inputs, label_smoothing=0.1)
+    for eps in (0.1, 1.0):
+        check("torch", inputs, label_smoothing=eps)
+
+
+@pytest.mark.parametrize("negative_mode", ["unpaired", "paired"])
+def test_smoothing_under_autocast_is_that_of_the_rounded_inputs(negative_mode):
+    shapes = {
+        "query": (16, 8),
+        "positive_key": (16, 8),
+        "negative_keys": (16, 3, 8) if negative_mode == "paired" else (5, 8),
+    }
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
+    options = {"temperature": 0.1, "label_smoothing": 0.5, "negative_mode": negative_mode}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = info_nce(**inputs, **options)
+    rounded = {name: x.bfloat16() for name, x in inputs.items()}
+    torch.testing.assert_close(loss, info_nce(**rounded, **options), rtol=1e-5, atol=0)
 
 
 def test_both_directions_with_negatives_apart_are_rounded_once():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import contrast, validation
 from ..contrast import Options
-from ..problem import Problem
+from ..problem import Problem, accumulator
 from ..reference import unit_rows
 from ..row_loss import infonce
 
@@ -29,14 +31,25 @@ def reduced(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """InfoNCE of a problem. Smoothing adds eps (pos_i - mean of the allowed logits) to a row's loss."""
+    # columns may be a problem apart, and smoothing is one: gradients of several parts, in 16 bits, are rounded once
+    context: AbstractContextManager[Any] = nullcontext()
+    if label_smoothing or (symmetric and not problem.columns):
+        (query, context), (key, _), *negatives = (wide(x) for x in problem.inputs)
+        problem = replace(problem, query=query, key=key, negatives=tuple(x for x, _ in negatives))
+    with context:
+        return _reduced(problem, options, reduction, symmetric, weight, label_smoothing)
+
+
+def _reduced(
+    problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
     if reduction == "none":
         rows = _row_losses(problem, options, symmetric)
         rows = rows + label_smoothing * _pull(problem, symmetric) if label_smoothing else rows
         rows = rows if weight is None else weight * rows
         return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
     w, empty = _weights(problem, reduction, weight)
-    # columns may be a problem apart, and a gradient of the weights needs the rows
-    if (symmetric and not problem.columns) or w.requires_grad:
+    if (symmetric and not problem.columns) or w.requires_grad:  # a gradient of the weights needs the rows
         loss = _weighted(_row_losses(problem, options, symmetric), w, problem)
     else:
         loss = contrast.reduced_loss(problem, options, "infonce", w)
@@ -72,10 +85,6 @@ def _weights(problem: Problem, reduction: str, weight: Tensor | None) -> tuple[T
 
 def _row_losses(problem: Problem, options: Options, symmetric: bool) -> Tensor:
     """(N,) InfoNCE of every query, or its mean with that of every query's key."""
-    if symmetric and not problem.columns and problem.query.dtype != problem.temperature.dtype:
-        # two problems, whose gradients would each be rounded to 16 bits before they are added
-        float32 = {name: getattr(problem, name).float() for name in ("query", "key")}
-        problem = replace(problem, **float32, negatives=tuple(keys.float() for keys in problem.negatives))
     stats = contrast.statistics(problem, options)
     rows = infonce(stats.neg - stats.pos)
     if not symmetric:
@@ -105,6 +114,11 @@ def _pull(problem: Problem, symmetric: bool) -> Tensor:
     """(N,) pos_i - mean_j s_ij over the positive and the negatives of row i, or with that of columns: O((N + M) D)."""
     if symmetric:
         return (_pull(problem, False) + _pull(_columns(problem), False)) / 2
+    with contrast.products(problem.query.device.type):
+        return _row_pull(problem)
+
+
+def _row_pull(problem: Problem) -> Tensor:
     t = problem.temperature
     x, y = (unit(rows, problem.normalize, t.dtype) for rows in (problem.query, problem.key))
     n, m = len(x), len(y)
@@ -162,3 +176,18 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     sums = torch.cat([torch.zeros_like(x), x.new_zeros(1, x.shape[1])]).index_put((place,), x, accumulate=True)
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return sums[torch.where(end > first, first, len(x))], end - first
+
+
+def wide(rows: Tensor) -> tuple[Tensor, torch.autocast]:
+    """Rows in the accumulator dtype, of the values that the products see, and the context in which to make these.
+
+    So 16-bit rows that a primitive and a composition share have their gradients added in float32 and rounded once.
+    """
+    dtype, device = contrast.compute_dtype([rows]), rows.device.type
+    acc = accumulator(dtype)
+    if rows.dtype == acc and dtype != acc:  # float32 rows under autocast
+        with torch.no_grad():
+            narrow, scale = contrast.cast(rows, dtype)
+            change = (narrow.to(acc) if scale is None else narrow.to(acc) * scale[..., None]) - rows
+        return rows + change, torch.autocast(device, dtype=dtype)
+    return rows.to(dtype).to(acc), torch.autocast(device, dtype=dtype, enabled=dtype != acc)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import contrast, reference, validation
 from ..problem import Problem, accumulator
 from ..row_loss import infonce
-from .compose import call_options, dots, reduced, reduced_mean, unit
+from .compose import call_options, dots, reduced, reduced_mean, unit, wide
 
 
 def nt_xent(
@@ -66,18 +66,3 @@ def nt_xent(
         x = unit(rows, normalize, rows.dtype)
         losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t) for k in range(1, len(views))]
         return reduced_mean(torch.stack(losses).mean(0), reduction)
-
-
-def wide(rows: Tensor) -> tuple[Tensor, torch.autocast]:
-    """Rows in the accumulator dtype, of the values that the products see, and the context in which to make these.
-
-    So 16-bit rows that a primitive and a composition share have their gradients added in float32 and rounded once.
-    """
-    dtype, device = contrast.compute_dtype([rows]), rows.device.type
-    acc = accumulator(dtype)
-    if rows.dtype == acc and dtype != acc:  # float32 rows under autocast
-        with torch.no_grad():
-            narrow, scale = contrast.cast(rows, dtype)
-            change = (narrow.to(acc) if scale is None else narrow.to(acc) * scale[..., None]) - rows
-        return rows + change, torch.autocast(device, dtype=dtype)
-    return rows.to(dtype).to(acc), torch.autocast(device, dtype=dtype, enabled=dtype != acc)

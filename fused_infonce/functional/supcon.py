@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import contrast, reference, validation
 from ..problem import Problem, accumulator
 from ..row_loss import infonce
-from .compose import call_options, class_sums, dots, reduced_mean, unit
-from .ntxent import nt_xent, wide
+from .compose import call_options, class_sums, dots, reduced_mean, unit, wide
+from .ntxent import nt_xent
 
 
 def sup_con(
