@@ -21,14 +21,12 @@ from torch import Tensor
 
 from . import dense
 from .plan import Plan
-from .problem import KEY, OnePass, Problem, Statistics, Upstream
+from .problem import EXPONENT_ROOM, KEY, OnePass, Problem, Statistics, Upstream
 from .row_loss import LOSSES
 from .segments import RowKeys, Rows, Segment, SharedKeys, longest_row
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-# 2^(a logit up to this), summed over a million columns, divided by a million rows, and its inverse stay normal numbers
-EXPONENT_ROOM = {torch.float32: 90.0, torch.float64: 900.0}
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
 Scale = Tensor | float  # one for all rows, as a number where that is free to read or a (1,) tensor; or (R,)

@@ -20,17 +20,10 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .plan import Plan, choose, default_limit
-from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
+from .problem import EXPONENT_ROOM, KEY, OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
 
-# exp of a logit up to this, summed over a million columns, over a million rows, and its inverse, stay normal numbers in
-# the accumulator and, on a GPU, in the products' dtype; float16 has no such range
-LOGIT_ROOM = {
-    torch.float16: 0.0,
-    torch.bfloat16: 90 * math.log(2),
-    torch.float32: 90 * math.log(2),
-    torch.float64: 900 * math.log(2),
-}
+LN2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ def make_plan(problem: Problem, options: Options, reduced: bool, weighted: bool 
         reduced=reduced,
         plain=problem.plain and not weighted,
         per_row=problem.temperature.shape[0] > 1,
-        bounded=options.logit_bound <= LOGIT_ROOM[dtype],
+        bounded=options.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         limit=options.workspace_limit or default_limit(device),
     )
 
@@ -288,13 +281,18 @@ def statistics(problem: Problem, options: Options) -> Statistics:
     return _statistics(problem, make_plan(problem, options, reduced=False))
 
 
-def _statistics(problem: Problem, plan: Plan) -> Statistics:
-    if plan.gradients:
-        return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *_apart(problem)))
+def _without_graph(run: Callable[..., Any], problem: Problem, *args: Any) -> Any:
+    """Where nothing needs a gradient: what the Functions would cost is saved."""
     with torch.no_grad():
         problem = _bind(problem, problem.temperature, problem.inputs)
         with products(problem.query.device.type):
-            return run_statistics(problem, plan)
+            return run(problem, *args)
+
+
+def _statistics(problem: Problem, plan: Plan) -> Statistics:
+    if plan.gradients:
+        return Statistics(*_Statistics.apply(problem, plan, problem.temperature, *_apart(problem)))
+    return _without_graph(run_statistics, problem, plan)
 
 
 def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) -> Tensor:
@@ -306,14 +304,16 @@ def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) 
     if plan.one_pass:
         if plan.gradients:
             return _OnePass.apply(problem, plan, kind, weight, problem.temperature, *_apart(problem))
-        with torch.no_grad():
-            problem = _bind(problem, problem.temperature, problem.inputs)
-            with products(problem.query.device.type):
-                return run_onepass(problem, plan, kind, weight, [False] * (len(problem.inputs) + 1)).loss
+        return _without_graph(run_onepass, problem, plan, kind, weight, [False] * (len(problem.inputs) + 1)).loss
     loss_of, _ = LOSSES[kind]
     stats = _statistics(problem, plan)
     rows = loss_of(stats.neg - stats.pos)
     if stats.column_neg is not None:
         rows = (rows + loss_of(stats.column_neg - stats.pos)) / 2
+    return weighted_sum(rows, weight)
+
+
+def weighted_sum(rows: Tensor, weight: Tensor) -> Tensor:
+    """`sum_i weight_i rows_i`, weight (1,) or (N,); a row of weight 0 counts for nothing."""
     rows = weight * rows
-    return (rows if len(weight) == 1 else torch.where(weight == 0, 0, rows)).sum()
+    return (rows if weight.shape[0] == 1 else torch.where(weight == 0, 0, rows)).sum()

@@ -21,6 +21,10 @@ from torch import Tensor
 
 EPS = 1e-12  # rows with a norm up to this are divided by it, as torch.nn.functional.normalize does
 
+# bits of range: 2^(a logit up to this), summed over a million columns, divided by a million rows, and its inverse stay
+# normal numbers of the accumulator and, on a GPU, of the products' dtype; float16 has no such range
+EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 90.0, torch.float32: 90.0, torch.float64: 900.0}
+
 KEY = 1  # its index in `Problem.inputs`: query, key, *negatives
 
 

@@ -60,10 +60,10 @@ def _reduced(
 
 def _weighted(rows: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     """sum_i weight_i rows_i; a row of weight 0 counts for nothing."""
-    rows = weight * rows
-    if weight.requires_grad:  # for which the loss of a row of weight 0 is the gradient of its weight
-        return (rows if problem.target is None else torch.where(problem.target == -1, 0, rows)).sum()
-    return (rows if weight.shape[0] == 1 else torch.where(weight == 0, 0, rows)).sum()
+    if not weight.requires_grad:
+        return contrast.weighted_sum(rows, weight)
+    rows = weight * rows  # the loss of a row of weight 0 is the gradient of its weight
+    return (rows if problem.target is None else torch.where(problem.target == -1, 0, rows)).sum()
 
 
 def _weights(problem: Problem, reduction: str, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
