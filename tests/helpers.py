@@ -49,6 +49,11 @@ def embeddings(kind: str, n: int, d: int, *negatives: int) -> tuple[Tensor, Tens
     return query, key, negative if negatives else None
 
 
+def two(n=6, d=4, backend="torch", **kwargs):
+    """Queries and keys of a small call, in float64, where the backend runs."""
+    return (torch.randn(n, d, dtype=torch.float64, device=DEVICE[backend], **kwargs) for _ in range(2))
+
+
 def stretch(x: Tensor, low: float, high: float) -> Tensor:
     """Rows of norms spread evenly between low and high on a logarithmic scale."""
     exponent = torch.empty(x.shape[:-1], dtype=x.dtype).uniform_(math.log(low), math.log(high))
