@@ -60,6 +60,14 @@ def stretch(x: Tensor, low: float, high: float) -> Tensor:
     return x * exponent.exp()[..., None]
 
 
+def call_of(n, d, kind="medium", dtype=torch.float32, t=0.1, negatives=()):
+    """The inputs of a call, with the temperature as a tensor."""
+    query, key, extra = (None if x is None else x.to(dtype) for x in embeddings(kind, n, d, *negatives))
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {"query": query, "positive_key": key, "temperature": torch.tensor(t, dtype=stats)}
+    return inputs if extra is None else inputs | {"negative_keys": extra}
+
+
 def error(got: Tensor, want: Tensor) -> float:
     """Frobenius-relative; not finite if only one is NaN somewhere, `got` is infinite, or only `want` is 0."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
