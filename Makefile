@@ -20,7 +20,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature test lint bench plots tiles gpu clean distclean
+.PHONY: help demo demo-temperature test test-compat lint bench plots tiles gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ test: lint ## ruff, mypy and all tests that need no GPU
 	$(TEST) -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \
 	OMP_NUM_THREADS=1 $(TEST) -m "not serial" -n $(JOBS) --dist worksteal --durations 10 $(PYTEST_ARGS) || failed=1; \
 	exit $$failed
+
+test-compat: $(VENV)/.libraries $(VENV)/.site ## every drop-in against the library that it replaces, at the versions of constraints.txt
+	FUSED_INFONCE_COMPAT=1 $(TEST) tests/compat $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
 	$(BIN)/ruff check .
@@ -97,6 +100,11 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
 # Only their losses are used, and these need nothing of what the packages depend on.
 $(VENV)/.peers: constraints.txt | $(VENV)/.installed-bench
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly
+	touch $@
+
+# Of these, too, only the losses are used.
+$(VENV)/.libraries: constraints.txt | $(VENV)/.installed-compat-trainers
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly FlagEmbedding
 	touch $@
 
 # A plain install, as from a wheel; build/ would keep modules that are gone.
