@@ -23,7 +23,7 @@ from . import dense
 from .plan import Plan
 from .problem import EXPONENT_ROOM, KEY, OnePass, Problem, Statistics, Upstream
 from .row_loss import LOSSES
-from .segments import RowKeys, Rows, Segment, SharedKeys, longest_row
+from .segments import Guide, RowKeys, Rows, Segment, SharedKeys, longest_row
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -71,11 +71,13 @@ class Work:
     def __init__(self, problem: Problem, plan: Plan, dtypes: Sequence[torch.dtype | None]):
         self.problem, self.plan, self.acc = problem, plan, problem.acc_dtype
         self.device, self.n = problem.query.device, problem.query.shape[0]
-        self.key = SharedKeys(problem, KEY, plan.cols, dtypes[KEY] is not None)
+        view = problem.guide(0)
+        guide = None if view is None or problem.ceiling is None else Guide(view, problem.ceiling)
+        self.key = SharedKeys(problem, KEY, plan.cols, dtypes[KEY] is not None, guide)
         self.negatives = [
             RowKeys(problem, i, plan.limit, dtypes[i])
             if negatives.dim() == 3
-            else SharedKeys(problem, i, plan.cols, dtypes[i] is not None)
+            else SharedKeys(problem, i, plan.cols, dtypes[i] is not None, guide)
             for i, negatives in enumerate(problem.negatives, start=2)
         ]
         self.segments: list[Segment] = [*([self.key] if problem.in_batch else []), *self.negatives]

@@ -67,7 +67,12 @@ def prepare(problem: Problem, at_eps: float) -> Work:
     def side(index: int, ids: Tensor | None) -> Side:
         rows = launch.contiguous_rows(problem.inputs[index])
         inverse = launch.inverse_norms(rows, at_eps) if problem.normalize else contiguous(problem.scale(index))
-        return Side(rows, inverse, contiguous(ids))
+        guide = problem.guide(index)
+        if guide is None:
+            return Side(rows, inverse, contiguous(ids))
+        guide = launch.contiguous_rows(guide)
+        norms, ceiling = launch.inverse_norms(guide, 0.0), problem.ceiling if index == 0 else None
+        return Side(rows, inverse, contiguous(ids), guide=guide, guide_inverse=norms, ceiling=contiguous(ceiling))
 
     scale = (LOG2E / problem.temperature).expand(len(problem.query)).contiguous()
     query = replace(side(0, problem.row_ids), scale=scale)
@@ -225,7 +230,7 @@ def streaming(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     def add(index: int, x: Side, y: Side, excluded: Excluded, widest: int) -> None:
         first = index not in accumulators
         if first:
-            slots = launch.gradient_slots(x.rows, widest, plan.limit)
+            slots = launch.gradient_slots(x, y, widest, plan.limit)
             accumulators[index] = x.rows.new_empty((slots, *x.rows.shape), dtype=work.problem.acc_dtype)
         launch.add_streaming_gradient(accumulators[index], x, y, excluded, index == 0, not first)
 

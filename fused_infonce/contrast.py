@@ -114,6 +114,7 @@ def make_plan(problem: Problem, options: Options, reduced: bool, weighted: bool 
         plain=problem.plain and not weighted,
         per_row=problem.temperature.shape[0] > 1,
         bounded=options.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
+        guided=problem.ceiling is not None,
         limit=options.workspace_limit or default_limit(device),
     )
 
@@ -267,9 +268,10 @@ def run_onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted:
 
 def _apart(problem: Problem) -> Sequence[Tensor]:
     """Its inputs, each an object of its own where `torch.compile` records: it takes no tensor twice."""
-    if problem.key is not problem.query or not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         return problem.inputs
-    return (problem.query, problem.key.view_as(problem.key), *problem.negatives)
+    inputs = problem.inputs
+    return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
 
 
 def _reduce_like(per_row: Tensor, temperature: Tensor) -> Tensor:

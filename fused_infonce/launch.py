@@ -39,6 +39,9 @@ class Side:
     scale: Tensor | None = None  # log2(e) / t
     neg: Tensor | None = None  # log2(e) neg
     weight: Tensor | None = None  # u / t; None: this side's statistics have no gradient
+    guide: Tensor | None = None  # (n, D'), the guide's rows, the last dimension contiguous
+    guide_inverse: Tensor | None = None
+    ceiling: Tensor | None = None  # of the guide's cosines, for queries
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,7 +57,10 @@ class Excluded(NamedTuple):
         """What a tile kernel is told; of_x: whether x are the queries."""
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
-        return {"T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal}
+        return {
+            "T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal,
+            **guide_arguments(x, y),
+        }  # fmt: skip
 
 
 class Own(NamedTuple):
@@ -95,8 +101,9 @@ def id_pointers(x: Side, y: Side | Own) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if x.ids is None or y.ids is None else (x.ids, y.ids)
 
 
-def tile_of(kernel: str, x: Tensor) -> tiles.Tile:
-    return tiles.tile(tiles.architecture(x.device), kernel, x.dtype, x.shape[1])
+def tile_of(kernel: str, x: Side, y: Side) -> tiles.Tile:
+    tile = tiles.tile(tiles.architecture(x.rows.device), kernel, x.rows.dtype, x.rows.shape[1])
+    return tiles.with_guide(tile) if guided(x, y) else tile
 
 
 def describable(x: Tensor) -> bool:
@@ -113,6 +120,22 @@ def describable(x: Tensor) -> bool:
 
 def described(x: Tensor, *block: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def guided(x: Side, y: Side) -> bool:
+    return x.guide is not None and y.guide is not None
+
+
+def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
+    if x.guide is None or y.guide is None:
+        return {"guide": None, "GUIDE": "", "BLOCK_G": 0}
+    of_x = x.ceiling is not None
+    d, strides = x.guide.shape[1], (x.guide.stride(0), y.guide.stride(0))
+    ceilings = (x.ceiling, None) if of_x else (None, y.ceiling)
+    return {
+        "guide": (x.guide, y.guide, x.guide_inverse, y.guide_inverse, *ceilings, d, *strides),
+        "GUIDE": dot_of(x.guide), "BLOCK_G": min(tiles.GUIDE_BLOCK, tiles.power_of_two(d)),
+    }  # fmt: skip
 
 
 def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
@@ -189,7 +212,7 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
     Column states take a slot for each block of rows, hence as many launches as keep them within `limit` bytes.
     """
     n, m = len(x), len(y)
-    tile = tile_of("statistics" if columns is None else "columns", x.rows)
+    tile = tile_of("statistics" if columns is None else "columns", x, y)
     blocks = triton.cdiv(n, tile.block_m)
     step = blocks
     if columns is not None:
@@ -210,17 +233,17 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
     return states
 
 
-def gradient_slots(x: Tensor, widest: int, limit: int) -> int:
+def gradient_slots(x: Side, y: Side, widest: int, limit: int) -> int:
     """Into how many partial sums a streaming gradient is split, so that few rows too fill the device."""
-    tile = tile_of("gradient", x)
-    split = columns_per_program(triton.cdiv(len(x), tile.block_m), widest, tile.block_n, x.device)
-    extra = limit // max(x.numel() * accumulator(x.dtype).itemsize, 1)
+    tile = tile_of("gradient", x, y)
+    split = columns_per_program(triton.cdiv(len(x), tile.block_m), widest, tile.block_n, x.rows.device)
+    extra = limit // max(x.rows.numel() * accumulator(x.rows.dtype).itemsize, 1)
     return max(1, min(triton.cdiv(widest, split), 1 + extra))
 
 
 def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x: bool, accumulate: bool) -> None:
     """g (slots, N, D) (+)= C y, summed over the slots; of_x: whether x are the queries."""
-    tile = tile_of("gradient", x.rows)
+    tile = tile_of("gradient", x, y)
     split = triton.cdiv(triton.cdiv(len(y), tile.block_n), len(g)) * tile.block_n
     run(
         gradient_kernel, (triton.cdiv(len(x), tile.block_m), len(g)),
@@ -233,7 +256,7 @@ def write_coefficients(
     c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded, states: Tensor | None = None
 ) -> None:
     """c = C[rows, cols] in the dtype of c; with `states`, (blocks of columns, 3, rows), what is known before them."""
-    tile = tile_of("coefficients", x.rows)
+    tile = tile_of("coefficients", x, y)
     run(
         coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
         NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states, row_start=rows.start,
@@ -244,7 +267,7 @@ def write_coefficients(
 
 def write_exponentials(c: Tensor, x: Side, y: Side, rows: slice, excluded: Excluded) -> Tensor:
     """c_ij = b_j exp(s_ij), unshifted, of some rows against all of y; and the rows' (1, 3, n) states."""
-    blocks = triton.cdiv(len(y), tile_of("coefficients", x.rows).block_n)
+    blocks = triton.cdiv(len(y), tile_of("coefficients", x, y).block_n)
     states = c.new_empty((blocks, 3, len(c)), dtype=accumulator(c.dtype))
     write_coefficients(c, x, y, rows, slice(0, len(y)), excluded, states)
     return states.sum(0, keepdim=True)  # every maximum is 0

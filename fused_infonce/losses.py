@@ -11,7 +11,53 @@ from torch import Tensor, nn
 from . import functional, validation
 
 
-class FusedInfoNCELoss(nn.Module):
+class ContrastiveLoss(nn.Module):
+    """What every loss holds: the options that all functions take under these names."""
+
+    shown: tuple[str, ...] = ("normalize", "reduction")  # in the representation
+
+    def __init__(self, reduction: str, normalize: bool, backend: str, workspace_limit: int | None):
+        super().__init__()
+        validation.one_of("reduction", reduction, validation.REDUCTIONS)
+        validation.one_of("backend", backend, validation.BACKENDS)
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+        self.workspace_limit = validation.workspace_limit(workspace_limit)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "reduction": self.reduction,
+            "normalize": self.normalize,
+            "backend": self.backend,
+            "workspace_limit": self.workspace_limit,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
+
+
+class WithTemperature(ContrastiveLoss):
+    """One whose `temperature`, a number or a tensor, may be assigned at any time."""
+
+    shown: tuple[str, ...] = ("temperature", "reduction")
+    temperature: float | Tensor
+
+    def __init__(
+        self, temperature: float | Tensor, reduction: str, normalize: bool, backend: str, workspace_limit: int | None
+    ):
+        super().__init__(reduction, normalize, backend, workspace_limit)
+        self.temperature = temperature
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":
+            self._parameters.pop(name, None)  # a Parameter of the user's gives way to what is assigned
+            value = value if isinstance(value, Tensor) else validation.positive_float(name, value)
+        super().__setattr__(name, value)
+
+
+class FusedInfoNCELoss(ContrastiveLoss):
     """InfoNCE without the N x M logits; a drop-in for `InfoNCE` of info-nce-pytorch. See `functional.info_nce`.
 
     Args:
@@ -43,24 +89,18 @@ class FusedInfoNCELoss(nn.Module):
         backend: str = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__()
-        validation.one_of("reduction", reduction, validation.REDUCTIONS)
+        super().__init__(reduction, normalize, backend, workspace_limit)
         validation.one_of("negative_mode", negative_mode, validation.NEGATIVE_MODES)
-        validation.one_of("backend", backend, validation.BACKENDS)
         if max_logit_scale is not None:
             validation.positive_float("max_logit_scale", max_logit_scale)
             if not learnable_temperature:
                 raise ValueError("max_logit_scale bounds a learnable temperature: pass learnable_temperature=True")
-        self.reduction = reduction
         self.negative_mode = negative_mode
         self.symmetric = symmetric
-        self.normalize = normalize
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
         self.label_smoothing = validation.fraction("label_smoothing", label_smoothing)
         self.max_logit_scale = max_logit_scale
-        self.backend = backend
-        self.workspace_limit = validation.workspace_limit(workspace_limit)
         self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32)) if learnable_temperature else None
         self.temperature = temperature
 
@@ -113,10 +153,8 @@ class FusedInfoNCELoss(nn.Module):
             positive_key,
             negative_keys,
             temperature=self.temperature if temperature is None else temperature,
-            reduction=self.reduction,
             negative_mode=self.negative_mode,
             symmetric=self.symmetric,
-            normalize=self.normalize,
             in_batch_negatives=self.in_batch_negatives,
             ignore_index=self.ignore_index,
             target=target,
@@ -125,8 +163,7 @@ class FusedInfoNCELoss(nn.Module):
             negative_ids=negative_ids,
             weight=weight,
             label_smoothing=self.label_smoothing,
-            backend=self.backend,
-            workspace_limit=self.workspace_limit,
+            **self.options,
         )
 
     def extra_repr(self) -> str:
@@ -148,18 +185,6 @@ class FusedInfoNCELoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-class WithTemperature(nn.Module):
-    """A module whose `temperature`, a number or a tensor, may be assigned at any time."""
-
-    temperature: float | Tensor
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "temperature":
-            self._parameters.pop(name, None)  # a Parameter of the user's gives way to what is assigned
-            value = value if isinstance(value, Tensor) else validation.positive_float(name, value)
-        super().__setattr__(name, value)
-
-
 class NTXentLoss(WithTemperature):
     """NT-Xent, SimCLR's loss, from two or more views of a batch; see `functional.nt_xent`.
 
@@ -177,29 +202,16 @@ class NTXentLoss(WithTemperature):
         backend: str = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__()
-        validation.one_of("reduction", reduction, validation.REDUCTIONS)
-        validation.one_of("backend", backend, validation.BACKENDS)
-        self.temperature = temperature
-        self.reduction = reduction
-        self.normalize = normalize
-        self.backend = backend
-        self.workspace_limit = validation.workspace_limit(workspace_limit)
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
         return functional.nt_xent(
             view_a,
             view_b,
             self.temperature,
-            self.reduction,
             more_views=more_views,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace_limit=self.workspace_limit,
+            **self.options,
         )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature!r}, reduction={self.reduction!r}"
 
 
 class SupConLoss(WithTemperature):
@@ -209,6 +221,8 @@ class SupConLoss(WithTemperature):
         >>> loss = SupConLoss(temperature=0.07)
         >>> loss(torch.randn(32, 2, 128, requires_grad=True), labels=torch.arange(32) % 10).backward()
     """
+
+    shown = ("temperature", "contrast_mode", "base_temperature", "reduction")
 
     def __init__(
         self,
@@ -221,17 +235,10 @@ class SupConLoss(WithTemperature):
         backend: str = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__()
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
         validation.one_of("contrast_mode", contrast_mode, validation.CONTRAST_MODES)
-        validation.one_of("reduction", reduction, validation.REDUCTIONS)
-        validation.one_of("backend", backend, validation.BACKENDS)
-        self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = validation.positive_float("base_temperature", base_temperature)
-        self.reduction = reduction
-        self.normalize = normalize
-        self.backend = backend
-        self.workspace_limit = validation.workspace_limit(workspace_limit)
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return functional.sup_con(
@@ -241,14 +248,5 @@ class SupConLoss(WithTemperature):
             self.temperature,
             self.contrast_mode,
             self.base_temperature,
-            self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace_limit=self.workspace_limit,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature!r}, contrast_mode={self.contrast_mode!r}, "
-            f"base_temperature={self.base_temperature!r}, reduction={self.reduction!r}"
+            **self.options,
         )

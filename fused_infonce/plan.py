@@ -91,6 +91,7 @@ class Call:
     per_row: bool  # whether rows have temperatures of their own
     plain: bool  # nothing but normalised queries and keys: no ids, targets (but in self-similarity), negatives apart
     bounded: bool  # whether exp of every logit is known to fit the accumulator
+    guided: bool  # whether a guide's scores are made beside every block of scores
     limit: int  # bytes of workspace
 
     @property
@@ -130,7 +131,7 @@ TRITON: tuple[Rule, ...] = (
     ),
     (
         "streaming",
-        lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS,
+        lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided,
         10,
         "rows are short and both sides fill the device",
     ),
@@ -184,8 +185,8 @@ def _few(call: Call) -> int:
 
 
 def _chunk(call: Call) -> int:
-    """Rows whose scores against every column fit the limit."""
-    return call.limit // (call.acc_itemsize * max(call.m, 1))
+    """Rows whose scores against every column fit the limit, or a third of it where a guide has as many."""
+    return call.limit // (3 if call.guided else 1) // (call.acc_itemsize * max(call.m, 1))
 
 
 def _gpu_chunk(call: Call) -> int:

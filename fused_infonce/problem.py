@@ -51,6 +51,11 @@ class Problem:
     # are then returned as the query's
     self_similar: bool = False
     scales: tuple[Tensor | None, ...] = ()  # aligned with inputs, or empty: see above; (N,), (M,), ...
+    # A guide's rows, aligned with inputs, or empty: a negative j of shared keys (M, D) that have guides is left out
+    # where cos(guide of i, guide of j) > ceiling_i. Of the accumulator dtype when that is float64, else narrower. No
+    # columns, no self_similar
+    guides: tuple[Tensor | None, ...] = ()
+    ceiling: Tensor | None = None  # (N,), accumulator dtype, contiguous
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -65,10 +70,13 @@ class Problem:
     def plain(self) -> bool:
         """Nothing but normalised queries and keys, all of them negatives of each other but for the target."""
         bare = len(self.negatives) == 0 and self.key_ids is None and (self.target is None or self.self_similar)
-        return bare and self.in_batch and self.normalize
+        return bare and self.in_batch and self.normalize and self.ceiling is None
 
     def scale(self, index: int) -> Tensor | None:
         return self.scales[index] if self.scales else None
+
+    def guide(self, index: int) -> Tensor | None:
+        return self.guides[index] if self.guides else None
 
     def ids(self, index: int) -> Tensor | None:
         """Of the input with this index, 1 or more."""
@@ -76,8 +84,9 @@ class Problem:
 
     def tensors(self) -> list[Tensor | None]:
         """Every tensor in it, in the order that `with_tensors` takes."""
+        none = [None] * len(self.inputs)
         flat = [*self.inputs, self.temperature, self.target, self.row_ids, self.key_ids, *self.negative_ids]
-        return [*flat, *(self.scales or [None] * len(self.inputs))]
+        return [*flat, self.ceiling, *(self.guides or none), *(self.scales or none)]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """The same problem over other tensors."""
@@ -89,11 +98,12 @@ class Problem:
 
     @staticmethod
     def of(tensors: Sequence[Any], in_batch: bool, columns: bool, normalize: bool, self_similar: bool) -> Problem:
-        """From what `tensors` returns: 8 of a query and a key, 3 more with each set of negatives."""
-        extra = (len(tensors) - 8) // 3
+        """From what `tensors` returns: 11 of a query and a key, 4 more with each set of negatives."""
+        extra = (len(tensors) - 11) // 4
         query, key, *rest = tensors
         temperature, target, row_ids, key_ids = rest[extra : extra + 4]
-        scales = tuple(rest[2 * extra + 4 :])
+        ceiling, *guides = rest[2 * extra + 4 : 3 * extra + 7]
+        scales = tuple(rest[3 * extra + 7 :])
         return Problem(
             query=query,
             key=key,
@@ -108,6 +118,8 @@ class Problem:
             normalize=normalize,
             self_similar=self_similar,
             scales=() if all(scale is None for scale in scales) else scales,
+            guides=() if ceiling is None else tuple(guides),
+            ceiling=ceiling,
         )
 
 

@@ -151,6 +151,50 @@ def sup_con(
     return reduce(loss * (t / base_temperature), torch.tensor(anchors), reduction)
 
 
+def guided_info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    temperature: Tensor,
+    reduction: str,
+    *,
+    guides: tuple[Tensor, Tensor, Tensor | None],
+    ceiling: Tensor,
+    contrast_queries: bool,
+    contrast_keys: bool,
+    offset: int,
+    normalize: bool,
+) -> Tensor:
+    """`functional.guided_info_nce`, its ceilings given; a guide of None spares the negatives."""
+    if normalize:
+        query, positive_key = unit_rows(query), unit_rows(positive_key)
+        negative_keys = None if negative_keys is None else unit_rows(negative_keys)
+    n = len(query)
+    row, own = torch.arange(n, device=query.device), slice(offset, offset + n)
+    guide, guide_key, guide_negatives = (None if g is None else unit_rows(g.to(ceiling.dtype)) for g in guides)
+
+    def against(x: Tensor, y: Tensor, itself: int | None, g: Tensor | None, h: Tensor | None) -> Tensor:
+        """(N, M) logits, -inf where row i of x is row `itself + i` of y and where the guide says so."""
+        paired = "nd,nhd->nh" if y.dim() == 3 else "nd,md->nm"
+        logits = torch.einsum(paired, x, y) / temperature.to(x.dtype)[:, None]
+        if itself is not None:
+            logits = logits.index_put((row, itself + row), logits.new_tensor(-torch.inf))
+        if g is None or h is None:
+            return logits
+        return logits.masked_fill(torch.einsum(paired, g, h) > ceiling[:, None], -torch.inf)
+
+    sets = [against(query, positive_key, offset, guide, guide_key)]
+    if contrast_queries:
+        sets.append(against(query, query, 0, guide, guide))
+    if contrast_keys and guide_key is not None:
+        sets.append(against(positive_key[own], positive_key, offset, guide_key[own], guide_key))
+    if negative_keys is not None:
+        sets.append(against(query, negative_keys, None, guide, guide_negatives))
+    pos = (query * positive_key[own]).sum(1) / temperature.to(query.dtype)
+    loss = -F.logsigmoid(pos - torch.logsumexp(torch.cat(sets, dim=1), dim=1))
+    return reduce(loss, torch.tensor(n), reduction)
+
+
 def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
     loss = loss if loss.dtype == torch.float64 else loss.float()
     if reduction == "none":

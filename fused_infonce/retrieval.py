@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from . import functional, validation
 from .functional.grouped import DISTILLATIONS
-from .losses import WithTemperature
+from .functional.guided import MARGINS
+from .losses import ContrastiveLoss, WithTemperature
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(ContrastiveLoss):
     """CLIP's symmetric loss, called as open_clip's `ClipLoss`; see `functional.clip_loss`.
 
     Args:
@@ -34,13 +35,7 @@ class ClipLoss(nn.Module):
         backend: str = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__()
-        validation.one_of("reduction", reduction, validation.REDUCTIONS)
-        validation.one_of("backend", backend, validation.BACKENDS)
-        self.normalize = normalize
-        self.reduction = reduction
-        self.backend = backend
-        self.workspace_limit = validation.workspace_limit(workspace_limit)
+        super().__init__(reduction, normalize, backend, workspace_limit)
 
     def forward(
         self,
@@ -54,14 +49,8 @@ class ClipLoss(nn.Module):
             text_features,
             logit_scale,
             logit_bias,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-            workspace_limit=self.workspace_limit,
+            **self.options,
         )
-
-    def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, reduction={self.reduction!r}"
 
 
 class GroupedInfoNCELoss(WithTemperature):
@@ -78,6 +67,8 @@ class GroupedInfoNCELoss(WithTemperature):
         >>> loss(query, passages).backward()
     """
 
+    shown = ("group_size", "temperature", "in_batch_negatives", "reduction", "distillation")
+
     def __init__(
         self,
         group_size: int,
@@ -90,19 +81,12 @@ class GroupedInfoNCELoss(WithTemperature):
         backend: str = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__()
-        validation.one_of("reduction", reduction, validation.REDUCTIONS)
-        validation.one_of("backend", backend, validation.BACKENDS)
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
         if distillation is not None:
             validation.one_of("distillation", distillation, DISTILLATIONS)
         self.group_size = validation.whole("group_size", group_size, 1)
-        self.temperature = temperature
-        self.normalize = normalize
         self.in_batch_negatives = in_batch_negatives
-        self.reduction = reduction
         self.distillation = distillation
-        self.backend = backend
-        self.workspace_limit = validation.workspace_limit(workspace_limit)
 
     def forward(
         self,
@@ -118,20 +102,83 @@ class GroupedInfoNCELoss(WithTemperature):
             passages,
             self.group_size,
             temperature=self.temperature,
-            normalize=self.normalize,
             in_batch_negatives=self.in_batch_negatives,
             target=target,
             offset=offset,
-            reduction=self.reduction,
             teacher_scores=teacher_scores,
             distillation=self.distillation,
-            backend=self.backend,
-            workspace_limit=self.workspace_limit,
+            **self.options,
         )
 
-    def extra_repr(self) -> str:
-        shown = ("group_size", "temperature", "in_batch_negatives", "reduction", "distillation")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+class GuidedInfoNCELoss(WithTemperature):
+    """InfoNCE without the negatives that a guide takes for positives; see `functional.guided_info_nce`.
+
+    Args:
+        temperature, margin, margin_strategy, spare_negatives, contrast_queries, contrast_keys, reduction,
+            negative_mode, normalize, backend, workspace_limit: as in `functional.guided_info_nce`.
+
+    Example:
+        >>> loss = GuidedInfoNCELoss(temperature=0.02, margin=0.1)  # the embeddings are their own guide
+        >>> query, key = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+        >>> loss(query, key).backward()
+    """
+
+    shown = ("temperature", "margin", "margin_strategy", "reduction")
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.01,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        margin: float = 0.0,
+        margin_strategy: str = "absolute",
+        spare_negatives: bool = False,
+        contrast_queries: bool = False,
+        contrast_keys: bool = False,
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        validation.one_of("negative_mode", negative_mode, validation.NEGATIVE_MODES)
+        validation.one_of("margin_strategy", margin_strategy, MARGINS)
+        self.negative_mode = negative_mode
+        self.margin = validation.real("margin", margin)
+        self.margin_strategy = margin_strategy
+        self.spare_negatives = spare_negatives
+        self.contrast_queries = contrast_queries
+        self.contrast_keys = contrast_keys
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        guide_query: Tensor | None = None,
+        guide_key: Tensor | None = None,
+        guide_negatives: Tensor | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        return functional.guided_info_nce(
+            query,
+            positive_key,
+            negative_keys,
+            self.temperature,
+            negative_mode=self.negative_mode,
+            guide_query=guide_query,
+            guide_key=guide_key,
+            guide_negatives=guide_negatives,
+            margin=self.margin,
+            margin_strategy=self.margin_strategy,
+            spare_negatives=self.spare_negatives,
+            contrast_queries=self.contrast_queries,
+            contrast_keys=self.contrast_keys,
+            offset=offset,
+            **self.options,
+        )
 
 
 class MoCoLoss(WithTemperature):
@@ -171,16 +218,9 @@ class MoCoLoss(WithTemperature):
         backend: str = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__()
-        validation.one_of("reduction", reduction, validation.REDUCTIONS)
-        validation.one_of("backend", backend, validation.BACKENDS)
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
         validation.whole("dim", dim, 1)
         validation.whole("queue_size", queue_size, 1)
-        self.temperature = temperature
-        self.reduction = reduction
-        self.normalize = normalize
-        self.backend = backend
-        self.workspace_limit = validation.workspace_limit(workspace_limit)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim, dtype=torch.float32)).T)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self.register_load_state_dict_post_hook(_columns_contiguous)
@@ -196,10 +236,7 @@ class MoCoLoss(WithTemperature):
             key,
             self.queue,
             self.temperature,
-            self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace_limit=self.workspace_limit,
+            **self.options,
         )
         if enqueue and self.training:
             self.enqueue(key)
@@ -229,7 +266,7 @@ class MoCoLoss(WithTemperature):
 
     def extra_repr(self) -> str:
         dim, size = self.queue.shape
-        return f"{dim}, queue_size={size}, temperature={self.temperature!r}, reduction={self.reduction!r}"
+        return f"{dim}, queue_size={size}, {super().extra_repr()}"
 
 
 def _columns_contiguous(loss: nn.Module, _: Any) -> None:

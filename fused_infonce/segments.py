@@ -43,11 +43,26 @@ class Rows:
         return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
 
 
+class Guide:
+    """Another view of the queries, which tells negatives from false ones."""
+
+    def __init__(self, query: Tensor, ceiling: Tensor):
+        self.query, self.ceiling = Rows(query, True, None, ceiling.dtype).unit, ceiling
+
+    def rejects(self, keys: Tensor, rows: slice) -> Tensor:
+        """(R, T): cos_ij > ceiling_i, of unit rows."""
+        return (self.query[rows] @ keys.T) > self.ceiling[rows, None]
+
+
 class SharedKeys:
     """(M, D) keys that every row is scored against: input `index` of the problem."""
 
-    def __init__(self, problem: Problem, index: int, step: int, wanted: bool):
+    def __init__(self, problem: Problem, index: int, step: int, wanted: bool, guide: Guide | None = None):
         self.problem, self.index, self.step = problem, index, step
+        view = problem.guide(index)
+        self.guide = None if view is None else guide
+        self.view = None if view is None else Rows(view, True, None, problem.acc_dtype).unit
+        self.rejected: tuple[slice, slice, Tensor] | None = None  # of the tile that was last asked for
         self.rows = Rows(problem.inputs[index], problem.normalize, problem.scale(index), problem.acc_dtype)
         self.grad = torch.zeros_like(self.rows.unit) if wanted else None
 
@@ -67,6 +82,10 @@ class SharedKeys:
         row_ids, ids, target = self.problem.row_ids, self.problem.ids(self.index), self.problem.target
         if row_ids is not None and ids is not None:
             tile.masked_fill_(row_ids[rows, None] == ids[cols], value)
+        if self.guide is not None and self.view is not None:
+            if self.rejected is None or self.rejected[:2] != (rows, cols):
+                self.rejected = rows, cols, self.guide.rejects(self.view[cols], rows)
+            tile.masked_fill_(self.rejected[2], value)
         if self.index != KEY:
             return
         if target is None or self.problem.self_similar:

@@ -159,6 +159,14 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
     raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
 
 
+GUIDE_BLOCK = 64  # components of a guide's rows at a time, the same in every kernel: so are its sums
+
+
+def with_guide(tile: Tile) -> Tile:
+    """Smaller, for the guide's dot products need registers of their own: an estimate, not yet measured."""
+    return tile._replace(block_n=min(tile.block_n, 64), tma=False)
+
+
 def row_tile(arch: str, d: int) -> tuple[int, int]:
     """(rows, columns) of a block for kernels that read rows one by one."""
     block_d = min(power_of_two(d), 1024)

@@ -22,19 +22,27 @@ def direction(S_ptr, N_ptr, U_ptr, offs, size, ACC: tl.constexpr):
 
 
 @triton.jit
-def term(d, inverse, s, n, u, other):
-    """One direction's part of C: the vectors are that direction's, `other` the other side's inverse norms."""
-    return (inverse * u) * other * tl.exp2(d * (inverse * s * other) - n)
+def term(d, inverse, s, n, u, other, CLAMP: tl.constexpr = False):
+    """One direction's part of C: the vectors are that direction's, `other` the other side's inverse norms.
+
+    CLAMP: a probability may come out above 1, of a pair that another tile's rounding took for a false negative.
+    """
+    p = d * (inverse * s * other) - n
+    if CLAMP:
+        p = tl.where(p > 0.0, 0.0, p)  # a NaN stays
+    return (inverse * u) * other * tl.exp2(p)
 
 
 @triton.jit
-def coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, HAS_X: tl.constexpr, HAS_Y: tl.constexpr):
+def coefficients(
+    d, keep, a, sx, nx, ux, b, sy, ny, uy, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, CLAMP: tl.constexpr
+):
     if HAS_X:
-        c = term(d, a[:, None], sx[:, None], nx[:, None], ux[:, None], b[None, :])
+        c = term(d, a[:, None], sx[:, None], nx[:, None], ux[:, None], b[None, :], CLAMP)
         if HAS_Y:
-            c += term(d, b[None, :], sy[None, :], ny[None, :], uy[None, :], a[:, None])
+            c += term(d, b[None, :], sy[None, :], ny[None, :], uy[None, :], a[:, None], CLAMP)
     else:
-        c = term(d, b[None, :], sy[None, :], ny[None, :], uy[None, :], a[:, None])
+        c = term(d, b[None, :], sy[None, :], ny[None, :], uy[None, :], a[:, None], CLAMP)
     return tl.where(keep, c, 0.0)
 
 
@@ -53,6 +61,7 @@ def gradient_kernel(
     T_ptr,
     XI_ptr,
     YI_ptr,
+    guide,
     G_ptr,
     size_x,
     size_y,
@@ -62,6 +71,8 @@ def gradient_kernel(
     split,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
@@ -88,8 +99,24 @@ def gradient_kernel(
         # A row that counts as zero has coefficients of 0, whatever its exponential.
         valid_m = (offs_m < size_x) & (a != 0.0)
         valid_n = (offs_n < size_y) & (b != 0.0)
-        keep = negatives(valid_m, valid_n, offs_m, offs_n, size_x, size_y, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
-        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
+        keep = negatives(
+            valid_m,
+            valid_n,
+            offs_m,
+            offs_n,
+            size_x,
+            size_y,
+            T_ptr,
+            XI_ptr,
+            YI_ptr,
+            guide,
+            TARGET,
+            DIAGONAL,
+            GUIDE,
+            BLOCK_G,
+            ACC,
+        )
+        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None, GUIDE != "")
         acc = dot(cast(c, y.dtype, DOT == "upcast"), y, acc, DOT)
     ptrs = G_ptr + (pid_n.to(tl.int64) * size_x + offs_m)[:, None] * D + offs_d[None, :]
     inside = (offs_m[:, None] < size_x) & (offs_d[None, :] < D)
@@ -113,6 +140,7 @@ def coefficients_kernel(
     T_ptr,
     XI_ptr,
     YI_ptr,
+    guide,
     C_ptr,
     ROWS_ptr,
     row_start,
@@ -126,6 +154,8 @@ def coefficients_kernel(
     zero_row: tl.constexpr,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
     TMA: tl.constexpr,
@@ -175,9 +205,25 @@ def coefficients_kernel(
     if ROWS_ptr is None:  # here zero rows have an inverse of 0
         valid_m = valid_m & (a != 0.0)
         valid_n = valid_n & (b != 0.0)
-    keep = negatives(valid_m, valid_n, offs_m, offs_n, row_end, col_end, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
+    keep = negatives(
+        valid_m,
+        valid_n,
+        offs_m,
+        offs_n,
+        row_end,
+        col_end,
+        T_ptr,
+        XI_ptr,
+        YI_ptr,
+        guide,
+        TARGET,
+        DIAGONAL,
+        GUIDE,
+        BLOCK_G,
+        ACC,
+    )
     if ROWS_ptr is None:
-        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None)
+        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None, GUIDE != "")
     else:
         s = tl.where(keep, d * ((a * sx)[:, None] * b[None, :]), 0.0)
         p = tl.where(keep, tl.exp2(s), 0.0)

@@ -54,6 +54,7 @@ def statistics_kernel(
     T_ptr,
     XI_ptr,
     YI_ptr,
+    guide,
     ROWS_ptr,
     COLUMNS_ptr,
     row_start,
@@ -65,6 +66,8 @@ def statistics_kernel(
     split,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
     HOIST: tl.constexpr,
@@ -114,7 +117,23 @@ def statistics_kernel(
         b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
         z = d * (a[:, None] * b[None, :])
         inside_m, inside_n = offs_m < size_x, offs_n < size_y
-        keep = negatives(inside_m, inside_n, offs_m, offs_n, size_x, size_y, T_ptr, XI_ptr, YI_ptr, TARGET, DIAGONAL)
+        keep = negatives(
+            inside_m,
+            inside_n,
+            offs_m,
+            offs_n,
+            size_x,
+            size_y,
+            T_ptr,
+            XI_ptr,
+            YI_ptr,
+            guide,
+            TARGET,
+            DIAGONAL,
+            GUIDE,
+            BLOCK_G,
+            ACC,
+        )
         m, l, x = update(m, l, x, z * sx[:, None], keep, 1)
         if COLUMNS_ptr is not None:
             sy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC)

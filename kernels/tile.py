@@ -99,12 +99,18 @@ def negatives(
     T_ptr,
     XI_ptr,
     YI_ptr,
+    guide,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Which pairs are negatives: (BLOCK_M, BLOCK_N).
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
+    GUIDE: how the guide's rows are multiplied, as DOT of `dot`, or "" without one; `guide` is
+    (GX, GY, inverse norms of both, ceilings of x or None, of y or None, row length, strides).
     """
     keep = valid_m[:, None] & valid_n[None, :]
     if DIAGONAL:
@@ -120,4 +126,19 @@ def negatives(
         x_ids = tl.load(XI_ptr + offs_m, mask=offs_m < size_x, other=0)
         y_ids = tl.load(YI_ptr + offs_n, mask=offs_n < size_y, other=0)
         keep = keep & (x_ids[:, None] != y_ids[None, :])
+    if GUIDE != "":
+        GX_ptr, GY_ptr, GA_ptr, GB_ptr, CX_ptr, CY_ptr, D, stride_gx, stride_gy = guide
+        g = tl.zeros(keep.shape, ACC)
+        for start_d in range(0, D, BLOCK_G):
+            offs_d = start_d + tl.arange(0, BLOCK_G)
+            x = load_rows(GX_ptr, offs_m, stride_gx, size_x, offs_d, D)
+            y = load_rows(GY_ptr, offs_n, stride_gy, size_y, offs_d, D)
+            g = dot(x, tl.trans(y), g, GUIDE)
+        a = load_vector(GA_ptr, offs_m, size_x, 1.0, ACC)
+        b = load_vector(GB_ptr, offs_n, size_y, 1.0, ACC)
+        g = g * a[:, None] * b[None, :]
+        if CX_ptr is not None:
+            keep = keep & ~(g > load_vector(CX_ptr, offs_m, size_x, 0.0, ACC)[:, None])
+        else:
+            keep = keep & ~(g > load_vector(CY_ptr, offs_n, size_y, 0.0, ACC)[None, :])
     return keep

@@ -67,7 +67,7 @@ class Case:
     target: str
     dtype: str
     d: int
-    variant: str  # "plain": one direction; "columns": both; "general": targets, ids, shared and own negatives
+    variant: str  # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
 
@@ -120,13 +120,15 @@ def launches(case: Case) -> list[Launch]:
         negatives=(torch.zeros(n, 16, d, dtype=dtype),) if general else (),
         negative_ids=(torch.zeros(n, 16, dtype=torch.int64),) if general else (),
         row_ids=ids if general else None, key_ids=ids if general else None, columns=case.variant == "columns",
+        **({"guides": (x, x), "ceiling": torch.zeros(n, dtype=acc)} if case.variant == "guided" else {}),
     )  # fmt: skip
     saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
     triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
     tiles.FORCE_TMA = case.tma
     try:
         u = torch.zeros(n, dtype=acc)
-        for name in ("streaming", "workspace") if d <= tiles.STREAMING_MAX_D[dtype] else ("workspace",):
+        streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
+        for name in ("streaming", "workspace") if streams else ("workspace",):
             plan = Plan(name, 512, 512, 1 << 28, 0, "")
             statistics = backend_triton.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
@@ -142,20 +144,24 @@ def launches(case: Case) -> list[Launch]:
 def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
     """As the just-in-time compiler specialises: None and 1 are constants, and divisibility by 16 is known."""
     signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(fn.params):
-        value = arguments[parameter.name]
-        free = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+
+    def type_of(value: Any, path: tuple[int, ...], constant: bool, free: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            return tuple(type_of(part, (*path, i), False, False) for i, part in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1 and not free):
+            constants[path] = value
+            return "constexpr"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for index, parameter in enumerate(fn.params):
+        value, free = arguments[parameter.name], parameter.do_not_specialize
+        signature[parameter.name] = type_of(value, (index,), parameter.is_constexpr, free)
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     return ASTSource(fn, signature, constants, attributes), options
 
@@ -212,6 +218,7 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "plain")
             yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
             yield Case(target, dtype, 256, "general", (*OWN, "finish_kernel"))
+            yield Case(target, dtype, 256, "guided", TILED)
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
@@ -221,7 +228,7 @@ def all_cases() -> Iterator[Case]:
     for target in TARGETS:
         for dtype in ("bfloat16", "float32", "tf32", "float64"):
             for d in (64, 128, 256, 512, 1024):
-                for variant in ("plain", "columns", "general"):
+                for variant in ("plain", "columns", "general", "guided"):
                     yield Case(target, dtype, d, variant, TILED)
     for target in DESCRIPTORS:
         for d in (64, 128, 256, 512, 1024):

@@ -387,8 +387,9 @@ def test_streaming_splits_few_rows_over_programs():
     from fused_infonce import launch
 
     problem = make(17, 200, 20)
-    assert launch.gradient_slots(problem.query, 200, LIMIT) > 1
-    assert launch.gradient_slots(problem.query, 200, 1) == 1
+    side = launch.Side(problem.query, None)
+    assert launch.gradient_slots(side, side, 200, LIMIT) > 1
+    assert launch.gradient_slots(side, side, 200, 1) == 1
     check(problem, PLANS[0])
     check(problem, replace(PLANS[0], limit=1))
 

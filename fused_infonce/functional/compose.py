@@ -155,6 +155,12 @@ def reduced_mean(loss: Tensor, reduction: str) -> Tensor:
     return loss.sum() if reduction == "sum" else loss.mean()
 
 
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)); -inf, and no gradient, where both are: there that of torch.logaddexp is NaN."""
+    none = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(none, 0), b.masked_fill(none, 0)).masked_fill(none, -torch.inf)
+
+
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     """The rows as the logits see them, differentiable."""
     return unit_rows(x.to(dtype)) if normalize else x.to(dtype)
