@@ -1,0 +1,166 @@
+"""FlagEmbedding's embedders without the matrix of scores: a mixin for its model classes, whose trainer stays.
+
+    from FlagEmbedding.finetune.embedder.encoder_only.base import BiEncoderOnlyEmbedderModel
+    from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
+
+    class Model(FusedEmbedderMixin, BiEncoderOnlyEmbedderModel):
+        pass
+
+and so for `BiDecoderOnlyEmbedderModel`, `BiDecoderOnlyEmbedderICLModel` and `EncoderOnlyEmbedderM3Model`. A runner
+takes the class from its own module: there set `runner.BiEncoderOnlyEmbedderModel = Model` before making the runner.
+What is computed is `functional.grouped_info_nce`. This module imports nothing of FlagEmbedding.
+
+Known differences:
+- The losses with in-batch and with cross-device negatives return None in place of the (N, M) scores, which no `forward`
+  but that of M3's unified fine-tuning reads. Without in-batch negatives the (N, G) scores are returned as ever.
+- Logits with other groups are not rounded to 16 bits, nor is the positive subtracted from a sum that holds it: at a low
+  temperature the loss is nearer to the exact one.
+- A backward cannot be differentiated again, and a tensor as temperature must be positive.
+
+The original's own code runs, and says so once, for M3's unified fine-tuning (the default: there the scores are added to
+those of multi-vectors, which take far more memory) and where a subclass replaces the scores or the cross-entropy.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation
+from ..functional import grouped_info_nce
+from ..problem import accumulator
+from .common import say_once
+
+if TYPE_CHECKING:
+    from FlagEmbedding.abc.finetune.embedder import AbsEmbedderModel as Embedder
+else:
+    Embedder = object
+
+Score = Callable[..., Tensor]
+
+
+class FusedEmbedderMixin(Embedder):
+    """To be named ahead of an embedder model of FlagEmbedding; arguments, `forward` and losses are the model's own."""
+
+    def compute_local_score(
+        self, q_reps: Tensor, p_reps: Tensor, compute_score_func: Score | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(N, G) scores of each query with its own passages, of (N, D) queries and (N G, D) passages."""
+        if _unlike_dot_products(self, q_reps, p_reps, compute_score_func, kwargs):
+            return super().compute_local_score(q_reps, p_reps, compute_score_func, **kwargs)
+        own = p_reps.unflatten(0, (len(q_reps), -1))  # (N, G, D), a view
+        return torch.bmm(own, q_reps[:, :, None])[..., 0] / self.temperature
+
+    def _compute_in_batch_neg_loss(
+        self,
+        q_reps: Tensor,
+        p_reps: Tensor,
+        teacher_targets: Tensor | None = None,
+        compute_score_func: Score | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        if why := _obstacle(self, q_reps, p_reps, teacher_targets, compute_score_func, kwargs):
+            say_once(type(self).__name__, why)
+            return super()._compute_in_batch_neg_loss(q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
+        return None, self._fused_loss(q_reps, p_reps, teacher_targets, compute_score_func, lambda x: x)
+
+    def _compute_cross_device_neg_loss(
+        self,
+        q_reps: Tensor,
+        p_reps: Tensor,
+        teacher_targets: Tensor | None = None,
+        compute_score_func: Score | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        if why := _obstacle(self, q_reps, p_reps, teacher_targets, compute_score_func, kwargs):
+            say_once(type(self).__name__, why)
+            return super()._compute_cross_device_neg_loss(q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
+        return None, self._fused_loss(q_reps, p_reps, teacher_targets, compute_score_func, self._dist_gather_tensor)
+
+    def _fused_loss(
+        self,
+        q_reps: Tensor,
+        p_reps: Tensor,
+        teacher_targets: Tensor | None,
+        compute_score_func: Score | None,
+        gather: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The loss of the queries and passages of all processes, as every process computes it."""
+        device, acc = q_reps.device.type, accumulator(q_reps.dtype)
+        dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # of the original's cross-entropy
+        if teacher_targets is not None:
+            dtype = torch.promote_types(dtype, teacher_targets.dtype)
+        options: dict[str, Any] = {
+            "group_size": len(p_reps) // len(q_reps), "temperature": self.temperature, "normalize": False,
+        }  # fmt: skip
+        queries, passages = gather(q_reps), gather(p_reps)
+        if teacher_targets is None:
+            return grouped_info_nce(queries, passages, **options).to(dtype)
+        if self.kd_loss_type == "m3_kd_loss":
+            weight = gather(teacher_targets).to(torch.promote_types(acc, dtype))  # (N, G), probabilities
+            options |= {"teacher_scores": weight.log(), "distillation": "m3_kd_loss", "reduction": "none"}
+            return (grouped_info_nce(queries, passages, **options) * weight.sum(1)).mean().to(dtype)
+        loss = grouped_info_nce(queries, passages, **options)
+        with torch.autocast(device, enabled=False):
+            scores = self.compute_local_score(q_reps.to(acc), p_reps.to(acc), compute_score_func)
+            return (loss + self.distill_loss("kl_div", teacher_targets, scores, options["group_size"])).to(dtype)
+
+
+def _obstacle(
+    model: Any, q_reps: Any, p_reps: Any, teacher_targets: Any, compute_score_func: Score | None, kwargs: dict[str, Any]
+) -> str:
+    """Why the original's own code must run, "" where it need not."""
+    if getattr(model, "unified_finetuning", False):
+        return "unified_finetuning adds the dense scores to the sparse and the multi-vector ones"
+    if why := _unlike_dot_products(model, q_reps, p_reps, compute_score_func, kwargs):
+        return why
+    entropy: Any = getattr(model, "cross_entropy", None)
+    plain = type(entropy) is nn.CrossEntropyLoss and entropy.weight is None and entropy.ignore_index < 0
+    if not (plain and entropy.reduction == "mean" and not entropy.label_smoothing and _original(model.compute_loss)):
+        return "its compute_loss is not the mean cross-entropy"
+    if teacher_targets is None:
+        return ""
+    if not isinstance(teacher_targets, Tensor) or not teacher_targets.is_floating_point():
+        return "teacher_targets are not a floating tensor"
+    if model.kd_loss_type == "kl_div":
+        return ""
+    if model.kd_loss_type != "m3_kd_loss":
+        return f"kd_loss_type={model.kd_loss_type!r} is unknown"
+    if not _original(model.distill_loss):
+        return "its distill_loss is not FlagEmbedding's"
+    groups = (len(q_reps), len(p_reps) // len(q_reps))
+    if teacher_targets.shape != groups or teacher_targets.requires_grad:
+        return "teacher_targets are not constant probabilities, one a passage"
+    return ""
+
+
+def _unlike_dot_products(
+    model: Any, q_reps: Any, p_reps: Any, compute_score_func: Score | None, kwargs: dict[str, Any]
+) -> str:
+    """Why the scores are not the dot products of groups of passages over a temperature, "" where they are."""
+    dense = model.compute_dense_score if hasattr(model, "compute_dense_score") else model.compute_score
+    score = model.compute_score if compute_score_func is None else compute_score_func
+    if kwargs or score != dense or not all(map(_original, (dense, model._compute_similarity, model.get_local_score))):
+        return "the scores are not FlagEmbedding's own"
+    if not (isinstance(q_reps, Tensor) and isinstance(p_reps, Tensor) and q_reps.dim() == p_reps.dim() == 2):
+        return "the representations are not (rows, components)"
+    kinds = [(x.dtype, x.device, x.shape[1]) for x in (q_reps, p_reps)]
+    if kinds[0] != kinds[1] or q_reps.dtype not in validation.FLOATS:
+        return "queries and passages differ in dtype, device or components"
+    if not len(q_reps) or not len(p_reps) or len(p_reps) % len(q_reps):
+        return "the passages are not as many for every query"
+    t = model.temperature
+    if isinstance(t, Tensor):
+        usable = t.dim() == 0 and t.dtype in validation.FLOATS and t.device in (q_reps.device, torch.device("cpu"))
+    else:
+        usable = isinstance(t, numbers.Real) and not isinstance(t, bool)
+        usable = usable and validation.SMALLEST < t < 1 / validation.SMALLEST
+    return "" if usable else f"the temperature {t!r} is not a positive number"
+
+
+def _original(method: Any) -> bool:
+    return getattr(method, "__module__", "").partition(".")[0] == "FlagEmbedding"

@@ -1,0 +1,20 @@
+"""Cross-device negatives in two processes, gathered by FlagEmbedding's own gather."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from flag_models import make
+from flag_processes import WORLD, process
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+def test_two_processes(tmp_path):
+    mp.spawn(process, (str(tmp_path / "store"),), WORLD)
+
+
+def test_without_processes_the_original_says_so():
+    for which in ("fused", "plain"):
+        with pytest.raises(ValueError, match="Distributed training has not been initialized"):
+            make("encoder", torch.zeros(2, 2), which, negatives_cross_device=True)
