@@ -2,6 +2,7 @@
 
 from .functional import clip_loss, explain, grouped_info_nce, guided_info_nce, info_nce, moco_loss, nt_xent, sup_con
 from .losses import FusedInfoNCELoss, NTXentLoss, SupConLoss
+from .matryoshka import MatryoshkaLoss
 from .retrieval import ClipLoss, GroupedInfoNCELoss, GuidedInfoNCELoss, MoCoLoss
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "FusedInfoNCELoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
+    "MatryoshkaLoss",
     "MoCoLoss",
     "NTXentLoss",
     "SupConLoss",
