@@ -17,6 +17,16 @@ def infonce(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=80)
 
 
+def decoupled(x: Tensor) -> Tensor:
+    """`-log(exp(pos) / exp(neg)) = x`; 0 of a row without negatives, where x is -inf."""
+    return torch.where(x == -torch.inf, 0, x)
+
+
+def decoupled_slope(x: Tensor) -> Tensor:
+    return (x != -torch.inf).to(x.dtype)
+
+
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "infonce": (infonce, torch.sigmoid),
+    "dcl": (decoupled, decoupled_slope),
 }
