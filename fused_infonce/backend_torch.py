@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dense
+from .gather import add_rows
 from .plan import Plan
 from .problem import EXPONENT_ROOM, KEY, OnePass, Problem, Statistics, Upstream
 from .row_loss import LOSSES
@@ -195,8 +196,8 @@ class Work:
             return
         if index is None:
             self.part(self.key.grad, chunk.rows).addcmul_(chunk.queries.unit, w)
-        else:  # sorted inside, hence in the same order every time
-            self.key.grad.index_put_((index,), chunk.queries.unit * w, accumulate=True)
+        else:
+            add_rows(self.key.grad, index, chunk.queries.unit * w)
 
     def finish(self, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
         """The gradients of the keys and negatives in `dtypes`."""

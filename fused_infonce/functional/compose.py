@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import contrast, validation
 from ..contrast import Options
+from ..gather import add_rows, take_rows
 from ..problem import Problem, accumulator
 from ..reference import unit_rows
 from ..row_loss import infonce
@@ -125,7 +126,7 @@ def _row_pull(problem: Problem) -> Tensor:
     target = problem.target
     if target is not None:
         target = target.clamp(0, max(m - 1, 0))
-    positive = x.new_zeros(x.shape) if m == 0 else y if target is None else y[target]
+    positive = x.new_zeros(x.shape) if m == 0 else y if target is None else take_rows(y, target)
     total, count = positive, t.new_ones(n)
     row_ids = problem.row_ids
     if problem.in_batch and m:
@@ -179,9 +180,9 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     wanted = classes if wanted is None else wanted
     ordered, _ = torch.sort(classes)
     place = torch.searchsorted(ordered, classes)  # of the class's first row: the same for all of it
-    sums = torch.cat([torch.zeros_like(x), x.new_zeros(1, x.shape[1])]).index_put((place,), x, accumulate=True)
+    sums = add_rows(x.new_zeros(len(x) + 1, x.shape[1]), place, x)
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
-    return sums[torch.where(end > first, first, len(x))], end - first
+    return take_rows(sums, torch.where(end > first, first, len(x))), end - first
 
 
 def wide(rows: Tensor) -> tuple[Tensor, torch.autocast]:

@@ -1,0 +1,18 @@
+"""Rows taken and added by index. Sums are added in the order of the index, so that no result depends on timing: on a
+CPU with several threads `index_put_` has no such order, on a GPU `index_add_` has none."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], differentiable."""
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]
+
+
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """out[index] += rows, in place, differentiable in rows."""
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, rows)
+    return out.index_put_((index,), rows, accumulate=True)
