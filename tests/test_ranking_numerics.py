@@ -1,4 +1,4 @@
-"""Multiple negatives ranking in float32 and 16 bits against float64."""
+"""Multiple negatives ranking in float32 and 16 bits against float64, and its memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import DEVICE, both_backends, cases, error
 from ranking_calls import KINDS, SOFTMAXES, call, dense, run
+from test_memory import MIB, PeakMemory
 
 from fused_infonce import multiple_negatives
 
@@ -105,3 +106,17 @@ def test_16_bit_gradients_are_rounded_once(softmax, hardness):
     wide = [x.detach().float().requires_grad_() for x in narrow]
     for ours, truth in zip(*(run(multiple_negatives, x, 0, options) for x in (narrow, wide)), strict=True):
         torch.testing.assert_close(ours, truth.to(ours.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("softmax", SOME, ids=str)
+@pytest.mark.parametrize("hardness", [None, "hard_negatives", "all_negatives"])
+def test_memory(softmax, hardness):
+    """Some times the inputs and the limit, where one matrix of scores has 16 MiB."""
+    inputs = [x.requires_grad_() for x in call(2048, 2, d=16, dtype=torch.float32, grad=False)]
+    partition, directions = softmax
+    options = {"directions": directions, "partition": partition, "hardness": hardness, "hardness_strength": 2.0}
+    with PeakMemory() as memory:
+        multiple_negatives(inputs[0], inputs[1:], **options, workspace_limit=MIB // 2).backward()
+    assert memory.peak <= 2 * MIB + 12 * sum(x.nbytes for x in inputs)
+    assert memory.largest <= MIB
