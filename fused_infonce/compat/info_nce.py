@@ -1,0 +1,62 @@
+"""`InfoNCE` and `info_nce` of info-nce-pytorch 0.1.4 without the logits.
+
+Names, arguments, defaults, values, errors and the loss's dtype are the original's. A call that the fused loss refuses,
+such as one with a temperature a column, a negative or integer temperature or mixed dtypes, is the original's own: its
+value, or its error. Known differences:
+
+- The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
+- The logits are never rounded to 16 bits, so losses of 16-bit inputs are nearer to the exact value than there.
+- A row of zeros gets no gradient; the original's is 1e12 times that of a unit row.
+- On a GPU the value of a temperature tensor is not read: one that is not positive gives NaN.
+"""
+
+from __future__ import annotations
+
+import info_nce as original
+from torch import Tensor
+
+from .. import functional
+from .common import loss_dtype, one_number, said, say_once
+
+__all__ = ["InfoNCE", "info_nce"]
+
+
+class InfoNCE(original.InfoNCE):
+    """InfoNCE as a module, with the arguments of `info_nce`.
+
+    Example:
+        >>> loss = InfoNCE(temperature=0.05)
+        >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
+    """
+
+    def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+        return info_nce(query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode)
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+) -> Tensor:
+    """InfoNCE of (N, D) queries and keys, normalised, with explicit negatives or the other keys as negatives.
+
+        loss_i = -log( exp(s_ii) / (exp(s_ii) + sum_j exp(s_ij)) ),    s_ij = cos(q_i, k_j) / t
+
+    Arguments and errors: see `fused_infonce.info_nce` and the top of this module. A temperature tensor has one element,
+    or is (N, 1).
+
+    Returns: a 0-d loss, or (N,) for the reduction "none", in the inputs' dtype; in float32 under autocast.
+    """
+    arguments = (query, positive_key, negative_keys, temperature, reduction, negative_mode)
+    try:
+        if getattr(temperature, "shape", None) != (len(query), 1):  # (N,) is one a column
+            one_number("temperature", temperature)
+        loss = functional.info_nce(*arguments)
+    except (TypeError, ValueError) as why:
+        loss = original.info_nce(*arguments)  # or its error, in the context of ours
+        say_once("info_nce", said(why))
+        return loss
+    return loss.to(loss_dtype(query, temperature))
