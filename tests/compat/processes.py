@@ -1,0 +1,24 @@
+"""Two processes on this machine that talk through gloo."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def in_two_processes(worker: Callable[[int], None], folder: Path) -> None:
+    """worker(rank), a function of a test module, in each; fails if one does."""
+    mp.spawn(_process, (worker.__code__.co_filename, worker.__name__, str(folder / "store")), WORLD)
+
+
+def _process(rank: int, path: str, name: str, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        runpy.run_path(path)[name](rank)  # pytest's names of test modules are not importable
+        dist.barrier()  # a process that leaves while the other still reads from it fails that one
+    finally:
+        dist.destroy_process_group()
