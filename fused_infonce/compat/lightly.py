@@ -1,0 +1,97 @@
+"""`NTXentLoss` of lightly 1.6.0 without the logits.
+
+It is a subclass: arguments, memory bank, state and gathering are lightly's. A call that the fused loss refuses, such as
+one with views of different shapes, is the original's own: its value, or its error. Known differences:
+
+- The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
+- The logits are never rounded to 16 bits, so losses of 16-bit views are nearer to the exact value than there.
+- Without a memory bank a row of zeros gets no gradient; the original's is 1e12 times that of a unit row.
+- Both views are gathered at once, as they come and never in 16 bits; the original gathers normalised ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from lightly.loss import ntx_ent_loss as original
+from lightly.utils import dist
+from torch import Tensor
+
+from .. import contrast, validation
+from ..functional import info_nce, nt_xent
+from ..functional.compose import wide
+from .common import loss_dtype, one_number, said, say_once
+
+__all__ = ["NTXentLoss"]
+
+
+class NTXentLoss(original.NTXentLoss):
+    """NT-Xent, SimCLR's loss, of two views of a batch; with a memory bank, MoCo's.
+
+        loss_i = -log( exp(s_ip) / sum_{j != i} exp(s_ij) ),    s_ij = cos(z_i, z_j) / t
+
+    over the rows z of both views, p being i's row in the other view, and with `gather_distributed` j over the rows of
+    all processes. With a memory bank, over the rows of `out0` only, against their `out1` and the rows of the bank.
+
+    Args:
+        temperature: t, a number of at least 1e-8 in size. A negative one turns every logit's sign, those of a row with
+            others of its own view too, as in the original: it pairs what is unlike. Such a call, and one with a tensor,
+            makes twice the products of one with a positive number.
+        memory_bank_size: 0 for none, or (rows, D).
+        gather_distributed: negatives from all processes, with gradients; with a memory bank, its rows.
+
+    Example:
+        >>> loss = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
+        >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
+    """
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The 0-d loss of two (N, D) views, in their dtype, float32 under autocast.
+
+        Then, where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the memory bank.
+        """
+        try:
+            validation.views(out0, out1, ())
+            one_number("temperature", self.temperature)
+            loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
+        except (TypeError, ValueError) as why:
+            loss = super().forward(out0, out1)  # or its error, in the context of ours
+            say_once("NTXentLoss", said(why))
+            return loss
+        return loss.to(loss_dtype(out0, self.temperature))
+
+    def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The bank is taken as it is."""
+        query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        _, negatives = self.memory_bank(key)  # (D, K), a copy
+        signed, t = self._signed(query)
+        loss = info_nce(signed, key, negatives.T.to(query.device), temperature=t, normalize=False)
+        if query.requires_grad:  # which it does not under no_grad
+            self.memory_bank(key, update=True)
+        return loss
+
+    def _in_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
+        if not len(out0):
+            raise ValueError("out0 must have rows, got none")
+        gathered = self.gather_distributed and dist.world_size() > 1
+        if not gathered and not isinstance(self.temperature, Tensor) and self.temperature > 0:
+            return nt_xent(out0, out1, self.temperature)
+        with contrast.products(out0.device.type):  # autocast would refuse rows of its other 16-bit dtype
+            rows, products = wide(torch.cat([out0, out1]))
+        n = len(rows)  # 2 N; of W processes the keys are (W 2 N, D), those of this one from rank 2 N on
+        keys = torch.cat(dist.gather(rows.contiguous())) if gathered else rows
+        own = torch.arange(n, device=rows.device) + (dist.rank() * n if gathered else 0)
+        query, t = self._signed(rows)
+        with products:
+            return info_nce(
+                query, keys, temperature=t, target=own.roll(n // 2), query_ids=own,
+                key_ids=torch.arange(len(keys), device=rows.device),
+            )  # fmt: skip
+
+    def _signed(self, rows: Tensor) -> tuple[Tensor, float | Tensor]:
+        """Queries and temperature of the logits cos / t = (sign cos) / |t|, the sign being the queries'."""
+        t = self.temperature
+        sign = torch.sign(t.detach()).to(rows) if isinstance(t, Tensor) else math.copysign(1, t)
+        return sign * rows, abs(t)
