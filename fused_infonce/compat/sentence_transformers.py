@@ -10,7 +10,10 @@ sizes, is the original's own: its value, or its error. Known differences:
   nearer to the exact values than there.
 - The gradient of an embedding of zeros is 0, where `torch.nn.functional.normalize` gives 1e12 times the upstream.
 - Queries are gathered only for the directions that compare with them.
-- The cached loss is not chunked by `mini_batch_size`, and its progress bar shows the embedding alone.
+- The cached losses are not chunked by `mini_batch_size`, and their progress bar shows the embedding alone.
+- In the GISTEmbed losses a row is never its own negative; there it is where the guide's cosine of the pair, less the
+  margin, is 1 or more. A negative exactly as similar as the positive is kept however both were rounded. A temperature
+  that is a tensor has a gradient; there that is NaN as soon as a negative is left out.
 - On a GPU the value of a scale tensor is not read: one that is not positive gives NaN.
 
 `MultipleNegativesRankingLoss` and `CachedMultipleNegativesRankingLoss` serve in place of the deprecated symmetric ones,
@@ -19,25 +22,32 @@ with the options that their warnings name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer import losses as original
 from sentence_transformers.util import (
     SimilarityFunction,
     all_gather_with_grad,
+    batch_to_device,
     cos_sim,
     dot_score,
     get_rank,
     pytorch_cos_sim,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..functional import multiple_negatives
+from ..functional import guided_info_nce, multiple_negatives
 from .common import said, say_once
 
-__all__ = ["CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss"]
+__all__ = [
+    "CachedGISTEmbedLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "GISTEmbedLoss",
+    "MultipleNegativesRankingLoss",
+]
 
 
 class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
@@ -93,6 +103,107 @@ class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRanking
             return loss
         loss.backward()
         return loss.detach()
+
+
+class GISTEmbedLoss(original.GISTEmbedLoss):
+    """InfoNCE but for the negatives that a guide model takes for positives, without the (B, B, D) tensors of cosines;
+    see `functional.guided_info_nce`.
+
+    Args:
+        model, guide: SentenceTransformers with tokenizers.
+        temperature: a positive number or a tensor of one element, which gets a gradient.
+        margin_strategy, margin: negatives are left out above c, less the margin or margin |c|, c being the guide's
+            cosine of the pair.
+        contrast_anchors, contrast_positives: other anchors, and other positives, are negatives too.
+        gather_across_devices: this process's anchors against the positives and negatives of all, with gradients.
+    """
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The 0-d loss of (anchor, positive) or (anchor, positive, negative) columns of features."""
+        columns = list(sentence_features)
+        untouched = [dict(column) for column in columns]  # models write into what they are given
+        if not 2 <= len(columns) <= 3:
+            return super().forward(columns, labels)  # its error
+        rows = embed_columns(self.model, columns)
+        with torch.no_grad():
+            guides = embed_columns(self.guide, _features_of_guide(self, untouched))
+        try:
+            return _guided(self, rows, guides)
+        except (TypeError, ValueError) as why:
+            loss = super().forward(untouched, labels)
+            say_once("GISTEmbedLoss", said(why))
+            return loss
+
+
+class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
+    """`GISTEmbedLoss` by GradCache, with any number of columns of negatives."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """The 0-d loss of the embeddings of every column, in mini-batches, and the guide's; detached `with_backward`,
+        which gives the embeddings their gradients."""
+        try:
+            loss = _guided(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)))
+        except (TypeError, ValueError) as why:
+            loss = super().calculate_loss(reps, reps_guided, with_backward=with_backward)
+            say_once("CachedGISTEmbedLoss", said(why))
+            return loss
+        if not with_backward:
+            return loss
+        loss.backward()
+        return loss.detach()
+
+
+def _features_of_guide(loss: Any, columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the guide embeds: the same features, or with a tokenizer of its own the texts that they stand for."""
+    if not loss.must_retokenize:
+        return [dict(column) for column in columns]
+    features = []
+    for column in columns:
+        tokens = column["input_ids"]
+        if "cu_seq_lens_q" in column:  # the texts of a column in one row, from each of these places to the next
+            tokens = [row.tolist() for row in torch.tensor_split(tokens[0].cpu(), column["cu_seq_lens_q"][1:-1].cpu())]
+        texts = loss.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        features.append(batch_to_device(loss.guide.preprocess(texts), loss.guide.device))
+    return features
+
+
+def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
+    """What `loss` makes of [anchors, positives, negatives...] and the guide's embeddings of the same."""
+    if len(rows) != len(guides) or len(rows) < 2:
+        raise ValueError(f"as many columns must be embedded by the guide for the fused loss, got {len(guides)}")
+    similarity, entropy = loss.similarity_fct, loss.cross_entropy_loss
+    if type(similarity) is not nn.CosineSimilarity or type(entropy) is not nn.CrossEntropyLoss:
+        raise TypeError("similarity_fct and cross_entropy_loss must be the original's for the fused loss")
+    query, *documents = rows
+    guide_query, *views = guides
+    if any(len(x) != len(query) for x in documents):
+        raise ValueError("columns must be of one size for the fused loss")
+    offset = 0
+    if loss.gather_across_devices:
+        documents, views = ([all_gather_with_grad(x) for x in columns] for columns in (documents, views))
+        offset = get_rank() * len(query)
+    more: dict[str, Tensor] = {}
+    if len(documents) > 1:
+        more = {"negative_keys": torch.cat(documents[1:]), "guide_negatives": torch.cat(views[1:])}
+    value = guided_info_nce(
+        query,
+        documents[0],
+        temperature=loss.temperature,
+        guide_query=guide_query,
+        guide_key=views[0],
+        margin=-loss.margin,
+        margin_strategy=loss.margin_strategy,
+        contrast_queries=loss.contrast_anchors,
+        contrast_keys=loss.contrast_positives,
+        offset=offset,
+        **more,
+    )
+    with torch.no_grad():
+        one = loss.sim_matrix(query[:1], query[:1]) / loss.temperature
+        dtype = entropy(one, torch.zeros(len(one), dtype=torch.int64, device=one.device)).dtype  # the original's
+    return value.to(dtype)
 
 
 def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:

@@ -154,7 +154,7 @@ def _ceiling(query: Tensor, key: Tensor, margin: float, strategy: str, dtype: to
     with torch.autocast(query.device.type, enabled=False):
         positive = dots(unit(query, True, dtype), unit(key, True, dtype))
     allowed = margin * positive.abs() if strategy == "relative" else margin
-    return (positive + allowed + 16 * torch.finfo(dtype).eps).contiguous()  # a cosine and itself may round apart
+    return (positive + allowed + 8 * torch.finfo(dtype).eps).contiguous()  # a cosine and itself may round apart
 
 
 def _guides(

@@ -27,20 +27,37 @@ WORDS = [f"word{i}" for i in range(60)]
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def bert(path, words, size):
     """A BERT of two layers and its tokenizer."""
-    path = tmp_path_factory.mktemp("bert")
     vocabulary = path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     transformers.BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(path)
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(WORDS) + 5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32,
+        vocab_size=len(words) + 5, hidden_size=size, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=2 * size, max_position_embeddings=32,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return bert(tmp_path_factory.mktemp("bert"), WORDS, 32)
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory):
+    """One with the model's tokenizer, one with its own. No cosine of theirs is so near a tie that rounding decides."""
+    return {
+        "guide": bert(tmp_path_factory.mktemp("guide"), WORDS, 24),
+        "foreign guide": bert(tmp_path_factory.mktemp("foreign"), WORDS[::-1], 16),
+    }
+
+
+def load(checkpoint):
+    transformer = Transformer(checkpoint)
+    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
 
 
 def triplets(n):
@@ -58,8 +75,8 @@ def triplets(n):
 def train(where, name, checkpoint, folder, wrap, precision, options):
     """(losses of steps and of the evaluation, parameters before and after)"""
     transformers.set_seed(3)
-    transformer = Transformer(checkpoint)
-    model = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
+    model = load(checkpoint)
+    options = options | ({"guide": load(options["guide"])} if "guide" in options else {})
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     loss = getattr(where, name)(model, **options)
     if wrap:
@@ -96,10 +113,14 @@ GTE = {
         ("MultipleNegativesRankingLoss", False, "bf16", {}),
         ("CachedMultipleNegativesRankingLoss", False, "fp32", GTE | {"mini_batch_size": 5}),
         ("CachedMultipleNegativesRankingLoss", True, "fp32", {"mini_batch_size": 5}),
+        ("GISTEmbedLoss", False, "fp32", {"guide": "guide", "temperature": 0.05}),
+        ("GISTEmbedLoss", True, "fp32", {"guide": "foreign guide", "temperature": 0.05, "margin": 0.05}),
+        ("CachedGISTEmbedLoss", False, "fp32", {"guide": "guide", "temperature": 0.05, "mini_batch_size": 5}),
     ],
 )
-def test_the_same_curves(name, wrap, precision, options, checkpoint, tmp_path, monkeypatch):
+def test_the_same_curves(name, wrap, precision, options, checkpoint, guides, tmp_path, monkeypatch):
     refuse_fallback(monkeypatch, drop_in)
+    options = options | ({"guide": guides[options["guide"]]} if "guide" in options else {})
     ours, theirs = (
         train(where, name, checkpoint, tmp_path, wrap, precision, options) for where in (drop_in, originals)
     )
