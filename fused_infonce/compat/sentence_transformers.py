@@ -184,7 +184,7 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
     if loss.gather_across_devices:
         documents, views = ([all_gather_with_grad(x) for x in columns] for columns in (documents, views))
         offset = get_rank() * len(query)
-    more: dict[str, Tensor] = {}
+    more: dict[str, Any] = {}
     if len(documents) > 1:
         more = {"negative_keys": torch.cat(documents[1:]), "guide_negatives": torch.cat(views[1:])}
     value = guided_info_nce(
