@@ -91,8 +91,8 @@ class Call:
     per_row: bool  # whether rows have temperatures of their own
     plain: bool  # nothing but normalised queries and keys: no ids, targets (but in self-similarity), negatives apart
     bounded: bool  # whether exp of every logit is known to fit the accumulator
-    guided: bool  # whether a guide's scores are made beside every block of scores
     limit: int  # bytes of workspace
+    guided: bool = False  # whether a guide's scores are made beside every block of scores
 
     @property
     def empty(self) -> bool:

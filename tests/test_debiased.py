@@ -309,14 +309,14 @@ def test_counts():
             continue
         inputs, options = make_call(7, 9, 2, 4, **case)
         given = []
-        original = debiased.reduced_rows
-        debiased.reduced_rows = lambda problem, *rest: given.append((problem, rest[2]))  # noqa: B023
+        original = debiased.composed
+        debiased.composed = lambda problem, *rest: given.append((problem, rest[2]))  # noqa: B023
         try:
             debiased_info_nce(**inputs, **options)
         finally:
-            debiased.reduced_rows = original
+            debiased.composed = original
         ((problem, symmetric),) = given
-        problems = [problem, *([compose._columns(problem)] if symmetric else [])]
+        problems = [problem, *([compose.columns_of(problem)] if symmetric else [])]
         got = torch.cat([debiased.negatives(p) for p in problems])
         rows = list(rows_of(**inputs, **{k: v for k, v in options.items() if k != "reduction"}))
         assert len(rows) == len(got)

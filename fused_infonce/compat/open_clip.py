@@ -17,7 +17,7 @@ from open_clip import loss as original
 from torch import Tensor
 
 from ..functional import clip_loss, info_nce
-from ..functional.clip import _bias, _temperature
+from ..functional.clip import bias_of, temperature_of
 from .common import loss_dtype, one_number, said, say_once
 
 __all__ = ["ClipLoss"]
@@ -66,7 +66,7 @@ class ClipLoss(original.ClipLoss):
         one_number("logit_scale", logit_scale)
         if self.world_size == 1:
             return clip_loss(image, text, logit_scale, logit_bias)
-        t, bias = _temperature(logit_scale, image), _bias(logit_bias)
+        t, bias = temperature_of(logit_scale, image), bias_of(logit_bias)
         all_image, all_text = original.gather_features(
             image, text, self.local_loss, self.gather_with_grad, self.rank, self.world_size, self.use_horovod
         )

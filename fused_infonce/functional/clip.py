@@ -58,8 +58,8 @@ def clip_loss(
                 f"text_features must have shape {tuple(image_features.shape)} as image_features has, "
                 f"got {tuple(text_features.shape)}"
             )
-    temperature = _temperature(logit_scale, image_features)
-    bias = _bias(logit_bias)
+    temperature = temperature_of(logit_scale, image_features)
+    bias = bias_of(logit_bias)
     loss = info_nce(
         image_features, text_features, temperature=temperature, reduction=reduction, symmetric=True,
         normalize=normalize, backend=backend, workspace_limit=workspace_limit,
@@ -67,7 +67,7 @@ def clip_loss(
     return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
 
 
-def _temperature(logit_scale: Any, features: Tensor) -> float | Tensor:
+def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
     """1 / scale, in the dtype of the statistics where it is a tensor."""
     if not isinstance(logit_scale, Tensor):
         return 1 / validation.positive_float("logit_scale", logit_scale)
@@ -90,7 +90,7 @@ def _temperature(logit_scale: Any, features: Tensor) -> float | Tensor:
     return 1 / logit_scale.to(accumulator(contrast.compute_dtype([features])))
 
 
-def _bias(logit_bias: Any) -> Tensor | None:
+def bias_of(logit_bias: Any) -> Tensor | None:
     """Checked; 0-d where it takes part in the gradient, else None."""
     if logit_bias is None:
         return None

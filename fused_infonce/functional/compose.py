@@ -44,22 +44,36 @@ def reduced(
 def _reduced(
     problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    if reduction == "none":
+    apart = symmetric and not problem.columns
+    if reduction == "none" or apart or (weight is not None and weight.requires_grad):
         rows = _row_losses(problem, options, symmetric)
         rows = rows + label_smoothing * _pull(problem, symmetric) if label_smoothing else rows
-        rows = rows if weight is None else weight * rows
-        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
-    w, empty = _weights(problem, reduction, weight)
-    if (symmetric and not problem.columns) or w.requires_grad:  # a gradient of the weights needs the rows
-        loss = _weighted(_row_losses(problem, options, symmetric), w, problem)
-    else:
-        loss = contrast.reduced_loss(problem, options, "infonce", w)
+        return reduced_rows(rows, problem, reduction, weight)
+    loss = at_once(problem, options, reduction, "infonce", weight)
     if label_smoothing:
-        loss = loss + label_smoothing * _weighted(_pull(problem, symmetric), w, problem)
+        loss = loss + label_smoothing * reduced_rows(_pull(problem, symmetric), problem, reduction, weight)
+    return loss
+
+
+def at_once(problem: Problem, options: Options, reduction: str, kind: str, weight: Tensor | None) -> Tensor:
+    """A row loss in `row_loss.LOSSES`, or with `problem.columns` its mean with that of columns, as "mean" or "sum": its
+    gradients may be made in the forward. Not for a weight that has a gradient, which needs the rows."""
+    w, empty = row_weights(problem, reduction, weight)
+    loss = contrast.reduced_loss(problem, options, kind, w)
     return loss if empty is None else torch.where(empty, torch.nan, loss)
 
 
-def _weighted(rows: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+def reduced_rows(rows: Tensor, problem: Problem, reduction: str, weight: Tensor | None) -> Tensor:
+    """Of (N,) losses; those of rows that are ignored are 0."""
+    if reduction == "none":
+        rows = rows if weight is None else weight * rows
+        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
+    w, empty = row_weights(problem, reduction, weight)
+    loss = weighted(rows, w, problem)
+    return loss if empty is None else torch.where(empty, torch.nan, loss)
+
+
+def weighted(rows: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     """sum_i weight_i rows_i; a row of weight 0 counts for nothing."""
     if not weight.requires_grad:
         return contrast.weighted_sum(rows, weight)
@@ -67,7 +81,7 @@ def _weighted(rows: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     return (rows if problem.target is None else torch.where(problem.target == -1, 0, rows)).sum()
 
 
-def _weights(problem: Problem, reduction: str, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def row_weights(problem: Problem, reduction: str, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What each row's loss is multiplied by, (1,) or (N,); and where rows may be none, whether a mean has no rows."""
     n, t = problem.query.shape[0], problem.temperature
     every_row = problem.target is None or problem.self_similar  # none is ignored
@@ -92,11 +106,11 @@ def _row_losses(problem: Problem, options: Options, symmetric: bool) -> Tensor:
         return rows
     column_neg = stats.column_neg
     if column_neg is None:  # explicit negatives replaced the in-batch ones in the rows: the columns are a problem apart
-        column_neg = contrast.statistics(_columns(problem), options).neg
+        column_neg = contrast.statistics(columns_of(problem), options).neg
     return (rows + infonce(column_neg - stats.pos)) / 2
 
 
-def _columns(problem: Problem) -> Problem:
+def columns_of(problem: Problem) -> Problem:
     """The keys against the queries: what `symmetric` adds."""
     return replace(
         problem,
@@ -114,7 +128,7 @@ def _columns(problem: Problem) -> Problem:
 def _pull(problem: Problem, symmetric: bool) -> Tensor:
     """(N,) pos_i - mean_j s_ij over the positive and the negatives of row i, or with that of columns: O((N + M) D)."""
     if symmetric:
-        return (_pull(problem, False) + _pull(_columns(problem), False)) / 2
+        return (_pull(problem, False) + _pull(columns_of(problem), False)) / 2
     with contrast.products(problem.query.device.type):
         return _row_pull(problem)
 

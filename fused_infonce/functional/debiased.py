@@ -12,10 +12,9 @@ from .. import validation
 from ..contrast import Options
 from ..problem import Problem
 from ..row_loss import infonce
-from .decoupled import two_views
-from .infonce import _problem
 from .pairs import members
-from .rowwise import Direction, reduced_rows
+from .problems import of_keys, of_views
+from .rowwise import Direction, composed
 
 
 def debiased_info_nce(
@@ -61,7 +60,7 @@ def debiased_info_nce(
 
     Reference: Chuang et al. 2020, arXiv:2007.00224. `debiased_nt_xent` is its form for two views.
     """
-    problem, options = _problem(
+    problem, options = of_keys(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
         normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
         query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
@@ -102,7 +101,7 @@ def debiased_nt_xent(
 
     References: Chuang et al. 2020, arXiv:2007.00224; https://github.com/chingyaoc/DCL.
     """
-    problem, options = two_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
+    problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
     return _reduced(problem, options, reduction, False, None, tau_plus)
 
 
@@ -112,7 +111,7 @@ def _reduced(
     if not problem.normalize:
         raise ValueError("the bound n exp(-1 / t) is of unit rows: normalize must be True, got False")
     tau = _tau_plus(tau_plus, problem)
-    return reduced_rows(problem, options, reduction, symmetric, weight, partial(_losses, tau=tau))
+    return composed(problem, options, reduction, symmetric, weight, partial(_losses, tau=tau))
 
 
 def _losses(rows: Direction, tau: Tensor) -> Tensor:

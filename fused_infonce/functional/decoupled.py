@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import contrast, validation
+from .. import validation
 from ..contrast import Options
 from ..problem import Problem, accumulator
 from ..row_loss import decoupled
-from .compose import call_options, dots, unit
-from .infonce import _problem
-from .rowwise import Direction, at_once, reduced_rows
+from .compose import at_once, dots, unit
+from .problems import of_keys, of_views
+from .rowwise import Direction, composed
 
 
 def decoupled_info_nce(
@@ -53,7 +53,7 @@ def decoupled_info_nce(
 
     Reference: Yeh et al. 2022, arXiv:2110.06848. `decoupled_nt_xent` is its form for two views.
     """
-    problem, options = _problem(
+    problem, options = of_keys(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
         normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
         query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
@@ -93,7 +93,7 @@ def decoupled_nt_xent(
 
     References: Yeh et al. 2022, arXiv:2110.06848 (equation 6); https://github.com/lightly-ai/lightly (DCLLoss).
     """
-    problem, options = two_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
+    problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
     return _reduced(problem, options, reduction, False, None, positive_weight)
 
 
@@ -128,28 +128,6 @@ def von_mises_fisher_weight(
         return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
 
 
-def two_views(
-    view_a: Tensor,
-    view_b: Tensor,
-    temperature: float | Tensor,
-    reduction: str,
-    normalize: bool,
-    backend: str,
-    workspace_limit: int | None,
-) -> tuple[Problem, Options]:
-    """The rows of two views against those of all other samples."""
-    validation.one_of("reduction", reduction, validation.REDUCTIONS)
-    validation.one_of("backend", backend, validation.BACKENDS)
-    views = validation.views(view_a, view_b, ())
-    with contrast.products(view_a.device.type):  # autocast would refuse rows of its other 16-bit dtype
-        rows = torch.cat(views)
-    n, device = len(rows), rows.device
-    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), device)
-    target = torch.arange(n, device=device).roll(n // 2)
-    problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
-    return problem, call_options(backend, workspace_limit, temperature, normalize)
-
-
 def _reduced(
     problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, positive_weight: Any
 ) -> Tensor:
@@ -161,7 +139,7 @@ def _reduced(
     fused = scale is None and options.backend != "reference" and problem.columns == symmetric
     if fused and reduction != "none" and not (weight is not None and weight.requires_grad):
         return at_once(problem, options, reduction, "dcl", weight)
-    return reduced_rows(problem, options, reduction, symmetric, weight, loss_of)
+    return composed(problem, options, reduction, symmetric, weight, loss_of)
 
 
 def _positive_weight(value: Any, problem: Problem) -> Tensor | None:

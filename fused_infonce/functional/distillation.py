@@ -12,8 +12,8 @@ from .. import contrast, validation
 from ..contrast import Options
 from ..problem import KEY, Problem, Statistics, Upstream, accumulator
 from ..row_loss import infonce
-from .compose import call_options, dots, unit, wide
-from .rowwise import directions, reduce
+from .compose import call_options, dots, reduced_rows, unit, wide
+from .rowwise import directions
 
 OBJECTIVES = ("cross_entropy", "kl_div")
 
@@ -124,7 +124,7 @@ def distilled_info_nce(
             soft = soft - soft_targets.entropy if objective == "kl_div" else soft
             soft = t**2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
-        return reduce(torch.stack(losses).mean(0), problem, reduction, weight)
+        return reduced_rows(torch.stack(losses).mean(0), problem, reduction, weight)
 
 
 class SoftTargets(NamedTuple):

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import contrast, reference, validation
-from ..contrast import Options
 from ..plan import Plan
-from ..problem import Problem, accumulator
-from .compose import call_options, reduced
+from .compose import reduced
+from .problems import of_keys
 
 
 def info_nce(
@@ -76,7 +75,7 @@ def info_nce(
 
     References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch.
     """
-    problem, options = _problem(
+    problem, options = of_keys(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
         normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
         query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
@@ -115,7 +114,7 @@ def explain(
     """
     if options.get("backend") == "reference":
         raise ValueError("backend='reference' has no plan: it holds the dense matrices")
-    problem, settings = _problem(
+    problem, settings = of_keys(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric, **options
     )
     validation.row_weight(weight, problem.temperature, query)
@@ -123,54 +122,3 @@ def explain(
     at_once = reduction != "none" and problem.columns == symmetric and not (weight is not None and weight.requires_grad)
     weighted = weight is not None or problem.target is not None
     return contrast.make_plan(problem, settings, reduced=at_once, weighted=weighted)
-
-
-def _problem(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None,
-    temperature: float | Tensor,
-    reduction: str,
-    negative_mode: str,
-    *,
-    symmetric: bool,
-    normalize: bool = True,
-    in_batch_negatives: bool | None = None,
-    ignore_index: int = -100,
-    target: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-    backend: str = "auto",
-    workspace_limit: int | None = None,
-) -> tuple[Problem, Options]:
-    """The arguments of `info_nce`, checked, as the primitive takes them."""
-    in_batch = validation.info_nce(
-        query, positive_key, negative_keys, reduction, negative_mode, symmetric, in_batch_negatives, target, backend
-    )
-    n, m, device = query.shape[0], positive_key.shape[0], query.device
-    ids = validation.all_ids(
-        query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric
-    )
-    index = None if target is None else validation.target(target, n, m, ignore_index, device)
-    problem = Problem(
-        query=query,
-        key=positive_key,
-        temperature=validation.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), device),
-        target=index,
-        negatives=() if negative_keys is None else (negative_keys,),
-        row_ids=_row_ids(ids[0], ids[1], index),
-        key_ids=ids[1],
-        negative_ids=() if negative_keys is None else (ids[2],),
-        in_batch=in_batch,
-        columns=symmetric and in_batch,
-        normalize=normalize,
-    )
-    return problem, call_options(backend, workspace_limit, temperature, normalize)
-
-
-def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | None) -> Tensor | None:
-    """The id whose negatives a row does not want: its query's, or for lack of one its positive's."""
-    if query_ids is not None or key_ids is None or target is None:
-        return key_ids if query_ids is None else query_ids
-    return key_ids[target.clamp(0, len(key_ids) - 1)] if len(key_ids) else target

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import contrast, reference, validation
-from ..problem import Problem, accumulator
+from ..problem import Problem
 from ..row_loss import infonce
 from .compose import call_options, dots, reduced, reduced_mean, unit, wide
+from .problems import of_views, rows_of
 
 
 def nt_xent(
@@ -42,27 +43,22 @@ def nt_xent(
 
     Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
     """
+    if more_views == () and backend != "reference":
+        problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
+        return reduced(problem, options, reduction, symmetric=False)
     validation.one_of("reduction", reduction, validation.REDUCTIONS)
     validation.one_of("backend", backend, validation.BACKENDS)
     views = validation.views(view_a, view_b, more_views)
-    with contrast.products(view_a.device.type):  # autocast would refuse rows of its other 16-bit dtype
-        rows = torch.cat(views)
-    n, device = rows.shape[0], rows.device
-    t = validation.temperature(temperature, n, accumulator(contrast.compute_dtype([rows])), device)
-    options = call_options(backend, workspace_limit, temperature, normalize)
+    rows, t = rows_of(views, temperature)
     if backend == "reference":
         return reference.nt_xent(view_a, view_b, t, reduction, more_views=views[2:], normalize=normalize)
-    if len(views) == 2:
-        target = torch.arange(n, device=device).roll(n // 2)
-        problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
-        return reduced(problem, options, reduction, symmetric=False)
-
+    options = call_options(backend, workspace_limit, temperature, normalize)
     samples = len(view_a)
     rows, products = wide(rows)
-    ids = torch.arange(samples, device=device).repeat(len(views))
+    ids = torch.arange(samples, device=rows.device).repeat(len(views))
     with products:
         neg = contrast.statistics(Problem(rows, rows, t, row_ids=ids, key_ids=ids, normalize=normalize), options).neg
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(rows.device.type, enabled=False):
         x = unit(rows, normalize, rows.dtype)
         losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t) for k in range(1, len(views))]
         return reduced_mean(torch.stack(losses).mean(0), reduction)

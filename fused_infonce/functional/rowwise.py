@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import contrast, reference_variants
 from ..contrast import Options
 from ..problem import Problem, Statistics
-from .compose import _columns, _weighted, _weights, wide
+from .compose import columns_of, reduced_rows, wide
 
 
 class Direction(NamedTuple):
@@ -29,7 +28,7 @@ def directions(problem: Problem, options: Options, symmetric: bool) -> list[Dire
     stats = statistics(problem, options)
     found = [Direction(problem, stats.pos, stats.neg)]
     if symmetric:
-        columns, neg = _columns(problem), stats.column_neg
+        columns, neg = columns_of(problem), stats.column_neg
         found.append(Direction(columns, stats.pos, statistics(columns, options).neg if neg is None else neg))
     return found
 
@@ -40,7 +39,7 @@ def statistics(problem: Problem, options: Options) -> Statistics:
     return contrast.statistics(problem, options)
 
 
-def reduced_rows(
+def composed(
     problem: Problem,
     options: Options,
     reduction: str,
@@ -55,21 +54,4 @@ def reduced_rows(
         problem = replace(problem, query=query, key=key, negatives=tuple(x for x, _ in negatives))
     with context:
         losses = [loss_of(direction) for direction in directions(problem, options, symmetric)]
-    return reduce(losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2, problem, reduction, weight)
-
-
-def at_once(problem: Problem, options: Options, reduction: str, kind: str, weight: Tensor | None) -> Tensor:
-    """`reduced_rows` of a row loss in `row_loss.LOSSES`, whose gradients may be made in the forward."""
-    w, empty = _weights(problem, reduction, weight)
-    loss = contrast.reduced_loss(problem, options, kind, w)
-    return loss if empty is None else torch.where(empty, torch.nan, loss)
-
-
-def reduce(rows: Tensor, problem: Problem, reduction: str, weight: Tensor | None) -> Tensor:
-    """Of (N,) losses, those of rows that are ignored being 0."""
-    if reduction == "none":
-        rows = rows if weight is None else weight * rows
-        return rows if problem.target is None else torch.where(problem.target == -1, 0, rows)
-    w, empty = _weights(problem, reduction, weight)
-    loss = _weighted(rows, w, problem)
-    return loss if empty is None else torch.where(empty, torch.nan, loss)
+    return reduced_rows(losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2, problem, reduction, weight)
