@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from flag_models import make
-from flag_processes import WORLD, process
+from flag_processes import in_one_of_two_processes
+from processes import in_two_processes
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 def test_two_processes(tmp_path):
-    mp.spawn(process, (str(tmp_path / "store"),), WORLD)
+    in_two_processes(in_one_of_two_processes, tmp_path)
 
 
 def test_without_processes_the_original_says_so():
