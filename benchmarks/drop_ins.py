@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def metric_learning(name: str, **options: Any) -> Callable[[], tuple[Loss, Loss]
 
 def sentence_transformers(name: str, **options: Any) -> Callable[[], tuple[Loss, Loss]]:
     def make() -> tuple[Loss, Loss]:
-        from sentence_transformers import losses
+        from sentence_transformers.sentence_transformer import losses
 
         from fused_infonce.compat import sentence_transformers as ours
 
@@ -95,6 +96,49 @@ def sentence_transformers(name: str, **options: Any) -> Callable[[], tuple[Loss,
         return both[0], both[1]
 
     return make
+
+
+class Given(nn.Sequential):
+    """A model of sentence-transformers of which the losses see these embeddings."""
+
+    max_seq_length = 8
+
+    def __init__(self, key: str):
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        super().__init__(nn.Identity())
+        self.key = key
+        words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return features | {"sentence_embedding": features[self.key]}
+
+
+def gist() -> tuple[Loss, Loss]:
+    from sentence_transformers.sentence_transformer import losses
+
+    from fused_infonce.compat import sentence_transformers as ours
+
+    def make(module: Any) -> Loss:
+        loss = module.GISTEmbedLoss(Given("rows"), Given("guide"), temperature=0.05)
+        return lambda *x: loss([{"rows": row, "guide": row.detach().roll(1, 1)} for row in x], None)
+
+    return make(ours), make(losses)
+
+
+def flag_embedding() -> tuple[Loss, Loss]:
+    original = without_package("FlagEmbedding.finetune.embedder.encoder_only.base.modeling").BiEncoderOnlyEmbedderModel
+    from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
+
+    def make(model: Any) -> Loss:
+        base = nn.Identity()
+        base.config = types.SimpleNamespace(vocab_size=1)
+        built = model(base, types.SimpleNamespace(), temperature=0.02, normalize_embeddings=True)
+        return lambda q, p: built._compute_in_batch_neg_loss(*(nn.functional.normalize(x, dim=1) for x in (q, p)))[1]
+
+    return make(type("Fused", (FusedEmbedderMixin, original), {})), make(original)
 
 
 def unit(loss: Loss) -> Loss:
@@ -125,6 +169,19 @@ MATCHES = [
     Match(
         "sentence-transformers", "MultipleNegativesRankingLoss", "4096, a hard negative each, D = 384",
         sentence_transformers("MultipleNegativesRankingLoss"), ((4096, 384),) * 3,
+    ),
+    Match(
+        "sentence-transformers", "MultipleNegativesRankingLoss", "4096, four directions, D = 384",
+        sentence_transformers(
+            "MultipleNegativesRankingLoss",
+            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+        ),
+        ((4096, 384),) * 2,
+    ),
+    Match("sentence-transformers", "GISTEmbedLoss", "512, a negative each, D = 384", gist, ((512, 384),) * 3),
+    Match(
+        "FlagEmbedding", "BiEncoderOnlyEmbedderModel", "1024 groups of 8, D = 768", flag_embedding,
+        ((1024, 768), (8192, 768)),
     ),
 ]  # fmt: skip
 

@@ -112,7 +112,7 @@ def gradients(
 ) -> list[Tensor | None]:
     with torch.cuda.device_of(problem.query):
         work, unscale = weigh(prepare(problem, at_eps=0.0), statistics, upstream)
-        fits = problem.query.shape[1] <= tiles.STREAMING_MAX_D[problem.query.dtype]
+        fits = problem.query.shape[1] <= tiles.STREAMING_MAX_D[problem.query.dtype] and problem.ceiling is None
         accumulate = streaming if plan.name == "streaming" and fits else workspace
         accumulators = accumulate(work, plan, [dtype is not None for dtype in dtypes])
         return finished(work, accumulators, upstream.pos, unscale, dtypes)

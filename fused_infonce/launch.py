@@ -57,10 +57,7 @@ class Excluded(NamedTuple):
         """What a tile kernel is told; of_x: whether x are the queries."""
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
-        return {
-            "T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal,
-            **guide_arguments(x, y),
-        }  # fmt: skip
+        return {"T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal}
 
 
 class Own(NamedTuple):
@@ -127,13 +124,12 @@ def guided(x: Side, y: Side) -> bool:
 
 
 def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
+    """What a tile kernel over queries x is told of a guide."""
     if x.guide is None or y.guide is None:
         return {"guide": None, "GUIDE": "", "BLOCK_G": 0}
-    of_x = x.ceiling is not None
     d, strides = x.guide.shape[1], (x.guide.stride(0), y.guide.stride(0))
-    ceilings = (x.ceiling, None) if of_x else (None, y.ceiling)
     return {
-        "guide": (x.guide, y.guide, x.guide_inverse, y.guide_inverse, *ceilings, d, *strides),
+        "guide": (x.guide, y.guide, x.guide_inverse, y.guide_inverse, x.ceiling, d, *strides),
         "GUIDE": dot_of(x.guide), "BLOCK_G": min(tiles.GUIDE_BLOCK, tiles.power_of_two(d)),
     }  # fmt: skip
 
@@ -226,6 +222,7 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
             statistics_kernel, (count, len(states)),
             ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m, split=split,
             HOIST=x.rows.shape[1] <= tile.block_d, **pair_arguments(tile, x, y), **excluded.arguments(x, y),
+            **guide_arguments(x, y),
         )  # fmt: skip
         if columns is not None and slots is not None:
             last = start + count == blocks
@@ -261,7 +258,7 @@ def write_coefficients(
         coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
         NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states, row_start=rows.start,
         row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0), zero_row=1 / EPS,
-        **pair_arguments(tile, x, y), **excluded.arguments(x, y),
+        **pair_arguments(tile, x, y), **excluded.arguments(x, y), **guide_arguments(x, y),
     )  # fmt: skip
 
 

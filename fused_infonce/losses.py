@@ -52,8 +52,8 @@ class WithTemperature(ContrastiveLoss):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature":
-            self._parameters.pop(name, None)  # a Parameter of the user's gives way to what is assigned
             value = value if isinstance(value, Tensor) else validation.positive_float(name, value)
+            self._parameters.pop(name, None)  # a Parameter of the user's gives way to what is assigned
         super().__setattr__(name, value)
 
 
@@ -118,8 +118,9 @@ class FusedInfoNCELoss(ContrastiveLoss):
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
         if self.logit_scale is None:
+            value = value if isinstance(value, Tensor) else validation.positive_float("temperature", value)
             self._parameters.pop("_temperature", None)  # a Parameter of the user's gives way to what is assigned
-            self._temperature = value if isinstance(value, Tensor) else validation.positive_float("temperature", value)
+            self._temperature = value
             return
         scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         scale = -math.log(validation.positive_float("temperature", scalar))

@@ -160,6 +160,8 @@ def guided_info_nce(
     *,
     guides: tuple[Tensor, Tensor, Tensor | None],
     ceiling: Tensor,
+    key_ids: Tensor | None,
+    negative_ids: Tensor | None,
     contrast_queries: bool,
     contrast_keys: bool,
     offset: int,
@@ -173,23 +175,29 @@ def guided_info_nce(
     row, own = torch.arange(n, device=query.device), slice(offset, offset + n)
     guide, guide_key, guide_negatives = (None if g is None else unit_rows(g.to(ceiling.dtype)) for g in guides)
 
-    def against(x: Tensor, y: Tensor, itself: int | None, g: Tensor | None, h: Tensor | None) -> Tensor:
-        """(N, M) logits, -inf where row i of x is row `itself + i` of y and where the guide says so."""
+    row_ids = None if key_ids is None else key_ids[own]
+
+    def against(
+        x: Tensor, y: Tensor, itself: int | None, g: Tensor | None, h: Tensor | None, ids: Tensor | None
+    ) -> Tensor:
+        """(N, M) logits, -inf where row i of x is row `itself + i` of y, of its id, and where the guide says so."""
         paired = "nd,nhd->nh" if y.dim() == 3 else "nd,md->nm"
         logits = torch.einsum(paired, x, y) / temperature.to(x.dtype)[:, None]
         if itself is not None:
             logits = logits.index_put((row, itself + row), logits.new_tensor(-torch.inf))
+        if ids is not None and row_ids is not None:
+            logits = logits.masked_fill(row_ids[:, None] == ids, -torch.inf)
         if g is None or h is None:
             return logits
         return logits.masked_fill(torch.einsum(paired, g, h) > ceiling[:, None], -torch.inf)
 
-    sets = [against(query, positive_key, offset, guide, guide_key)]
+    sets = [against(query, positive_key, offset, guide, guide_key, key_ids)]
     if contrast_queries:
-        sets.append(against(query, query, 0, guide, guide))
+        sets.append(against(query, query, 0, guide, guide, row_ids))
     if contrast_keys and guide_key is not None:
-        sets.append(against(positive_key[own], positive_key, offset, guide_key[own], guide_key))
+        sets.append(against(positive_key[own], positive_key, offset, guide_key[own], guide_key, key_ids))
     if negative_keys is not None:
-        sets.append(against(query, negative_keys, None, guide, guide_negatives))
+        sets.append(against(query, negative_keys, None, guide, guide_negatives, negative_ids))
     pos = (query * positive_key[own]).sum(1) / temperature.to(query.dtype)
     loss = -F.logsigmoid(pos - torch.logsumexp(torch.cat(sets, dim=1), dim=1))
     return reduce(loss, torch.tensor(n), reduction)

@@ -124,7 +124,10 @@ class GuidedInfoNCELoss(WithTemperature):
         >>> loss(query, key).backward()
     """
 
-    shown = ("temperature", "margin", "margin_strategy", "reduction")
+    shown = (
+        "temperature", "negative_mode", "margin", "margin_strategy", "spare_negatives", "contrast_queries",
+        "contrast_keys", "reduction",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class GuidedInfoNCELoss(WithTemperature):
         validation.one_of("negative_mode", negative_mode, validation.NEGATIVE_MODES)
         validation.one_of("margin_strategy", margin_strategy, MARGINS)
         self.negative_mode = negative_mode
-        self.margin = validation.real("margin", margin)
+        self.margin = validation.finite("margin", margin)
         self.margin_strategy = margin_strategy
         self.spare_negatives = spare_negatives
         self.contrast_queries = contrast_queries
@@ -160,6 +163,8 @@ class GuidedInfoNCELoss(WithTemperature):
         guide_query: Tensor | None = None,
         guide_key: Tensor | None = None,
         guide_negatives: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
         return functional.guided_info_nce(
@@ -171,6 +176,8 @@ class GuidedInfoNCELoss(WithTemperature):
             guide_query=guide_query,
             guide_key=guide_key,
             guide_negatives=guide_negatives,
+            key_ids=key_ids,
+            negative_ids=negative_ids,
             margin=self.margin,
             margin_strategy=self.margin_strategy,
             spare_negatives=self.spare_negatives,

@@ -164,8 +164,8 @@ GUIDE_BLOCK = 64  # components of a guide's rows at a time, the same in every ke
 
 def with_guide(tile: Tile) -> Tile:
     """Smaller, for the guide's dot products need registers of their own: an estimate, not yet measured."""
-    block_n = min(tile.block_n, 64 if tile.block_m > 64 else 32)
-    return tile._replace(block_n=block_n, warps=max(tile.warps, 8), tma=False)
+    block_m = tile.block_m if tile.block_m > 64 else min(tile.block_m, 32)
+    return tile._replace(block_m=block_m, block_n=min(tile.block_n, 64), warps=max(tile.warps, 8), tma=False)
 
 
 def row_tile(arch: str, d: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@ except the checks of CPU values, which cost nothing there."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -72,6 +73,16 @@ def real(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return value if torch.compiler.is_compiling() else float(value)  # type: ignore[return-value]  # symbolic there
+
+
+def finite(name: str, value: Any) -> float:
+    try:
+        number = real(name, value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {value}") from None
+    if not torch.compiler.is_compiling() and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
 
 
 def positive_float(name: str, value: Any) -> float:

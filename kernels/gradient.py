@@ -61,7 +61,6 @@ def gradient_kernel(
     T_ptr,
     XI_ptr,
     YI_ptr,
-    guide,
     G_ptr,
     size_x,
     size_y,
@@ -71,8 +70,6 @@ def gradient_kernel(
     split,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
@@ -109,14 +106,14 @@ def gradient_kernel(
             T_ptr,
             XI_ptr,
             YI_ptr,
-            guide,
+            None,
             TARGET,
             DIAGONAL,
-            GUIDE,
-            BLOCK_G,
+            "",
+            0,
             ACC,
         )
-        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None, GUIDE != "")
+        c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None, False)
         acc = dot(cast(c, y.dtype, DOT == "upcast"), y, acc, DOT)
     ptrs = G_ptr + (pid_n.to(tl.int64) * size_x + offs_m)[:, None] * D + offs_d[None, :]
     inside = (offs_m[:, None] < size_x) & (offs_d[None, :] < D)

@@ -110,7 +110,7 @@ def negatives(
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
     GUIDE: how the guide's rows are multiplied, as DOT of `dot`, or "" without one; `guide` is
-    (GX, GY, inverse norms of both, ceilings of x or None, of y or None, row length, strides).
+    (GX, GY, inverse norms of both, ceilings of x, row length, strides).
     """
     keep = valid_m[:, None] & valid_n[None, :]
     if DIAGONAL:
@@ -127,7 +127,7 @@ def negatives(
         y_ids = tl.load(YI_ptr + offs_n, mask=offs_n < size_y, other=0)
         keep = keep & (x_ids[:, None] != y_ids[None, :])
     if GUIDE != "":
-        GX_ptr, GY_ptr, GA_ptr, GB_ptr, CX_ptr, CY_ptr, D, stride_gx, stride_gy = guide
+        GX_ptr, GY_ptr, GA_ptr, GB_ptr, CEILING_ptr, D, stride_gx, stride_gy = guide
         g = tl.zeros(keep.shape, ACC)
         for start_d in range(0, D, BLOCK_G):
             offs_d = start_d + tl.arange(0, BLOCK_G)
@@ -136,9 +136,6 @@ def negatives(
             g = dot(x, tl.trans(y), g, GUIDE)
         a = load_vector(GA_ptr, offs_m, size_x, 1.0, ACC)
         b = load_vector(GB_ptr, offs_n, size_y, 1.0, ACC)
-        g = g * a[:, None] * b[None, :]
-        if CX_ptr is not None:
-            keep = keep & ~(g > load_vector(CX_ptr, offs_m, size_x, 0.0, ACC)[:, None])
-        else:
-            keep = keep & ~(g > load_vector(CY_ptr, offs_n, size_y, 0.0, ACC)[None, :])
+        ceiling = load_vector(CEILING_ptr, offs_m, size_x, 0.0, ACC)
+        keep = keep & ~(g * (a[:, None] * b[None, :]) > ceiling[:, None])
     return keep

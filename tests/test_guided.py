@@ -23,28 +23,37 @@ def call(negatives=None, n=N, m=M, h=H, d=D, g=G, dtype=torch.float64, device="c
     return rows, dict(zip(GUIDES, guide, strict=False))
 
 
-def loop(rows, guide, t, *, margin=0.0, relative=False, spare=False, queries=False, keys=False, offset=0, mode=None):
+def loop(
+    rows, guide, t, *, margin=0.0, relative=False, spare=False, queries=False, keys=False, offset=0, mode=None, ids=None
+):
     """One row and one pair at a time."""
 
     def cos(x, y):
         return F.cosine_similarity(x, y, dim=0, eps=0)
 
     query, key, *rest = rows
+    key_ids, negative_ids = ids or (torch.arange(len(key)), torch.full(rest[0].shape[:-1], -1) if rest else None)
     guided = [*(x.detach() for x in rows)] if guide is None else [*guide.values()]
     losses = []
     for i in range(len(query)):
         y, t_i = offset + i, t if t.dim() == 0 else t[i]
         positive = cos(guided[0][i], guided[1][y])
         ceiling = positive + (margin * positive.abs() if relative else margin) + 1e-14
-        pairs = [(query[i], key[j], guided[0][i], guided[1][j]) for j in range(len(key)) if j != y]
+        others = [j for j in range(len(key)) if key_ids[j] != key_ids[y]]
+        pairs = [(query[i], key[j], guided[0][i], guided[1][j]) for j in others]
         if queries:
-            pairs += [(query[i], query[j], guided[0][i], guided[0][j]) for j in range(len(query)) if j != i]
+            alike = [j for j in range(len(query)) if key_ids[offset + j] == key_ids[y]]
+            pairs += [(query[i], query[j], guided[0][i], guided[0][j]) for j in range(len(query)) if j not in alike]
         if keys:
-            pairs += [(key[y], key[j], guided[1][y], guided[1][j]) for j in range(len(key)) if j != y]
+            pairs += [(key[y], key[j], guided[1][y], guided[1][j]) for j in others]
         kept = [cos(x, k) / t_i for x, k, g, h in pairs if cos(g, h) <= ceiling]
         if rest:
-            own, views = (x[i] if mode == "paired" else x for x in (rest[0], rest[0] if spare else guided[2]))
-            judged = [spare or cos(guided[0][i], view) <= ceiling for view in views]
+            given = rest[0], rest[0] if spare else guided[2], negative_ids
+            own, views, their_ids = (x[i] if mode == "paired" else x for x in given)
+            judged = [
+                j != key_ids[y] and (spare or cos(guided[0][i], view) <= ceiling)
+                for view, j in zip(views, their_ids, strict=True)
+            ]
             kept += [cos(query[i], k) / t_i for k, good in zip(own, judged, strict=True) if good]
         pos = cos(query[i], key[y]) / t_i
         losses.append(torch.logsumexp(torch.stack([pos, *kept]), 0) - pos)
@@ -65,10 +74,12 @@ def loop(rows, guide, t, *, margin=0.0, relative=False, spare=False, queries=Fal
     temperature=["scalar", "per row"],
     reduction=["mean", "sum", "none"],
     blocks=["one", "several"],
+    with_ids=[False, True],
 )
 def test_gradcheck_and_a_loop(
-    backend, negatives, own, margin, strategy, spare, queries, keys, offset, temperature, reduction, blocks, monkeypatch
-):
+    backend, negatives, own, margin, strategy, spare, queries, keys, offset, temperature, reduction, blocks, with_ids,
+    monkeypatch,
+):  # fmt: skip
     device = DEVICE[backend]
     rows, guide = call(negatives, device=device)
     t = torch.empty((N,) if temperature == "per row" else (), dtype=torch.float64, device=device)
@@ -79,19 +90,23 @@ def test_gradcheck_and_a_loop(
         guide.pop("guide_negatives")
     if blocks == "several":
         watch_plans(monkeypatch, rows=2, cols=3)
+    ids, named = None, {}
+    if with_ids:
+        ids = torch.randint(4, (M,)), torch.randint(4, rows[2].shape[:-1]) if negatives else None
+        named = {"key_ids": ids[0].to(device), "negative_ids": ids[1].to(device) if negatives else None}
 
     def fused(*inputs):
         *rows, t = inputs
         return guided_info_nce(
             *rows, temperature=t, reduction=reduction, negative_mode=negatives or "unpaired", **(guide or {}),
             margin=margin, margin_strategy=strategy, spare_negatives=spare, contrast_queries=queries,
-            contrast_keys=keys, offset=offset, backend=backend,
+            contrast_keys=keys, offset=offset, backend=backend, **named,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(fused, (*rows, t), fast_mode=True)
     want = loop(
         rows, guide, t, margin=margin, relative=strategy == "relative", spare=spare, queries=queries, keys=keys,
-        offset=offset, mode=negatives,
+        offset=offset, mode=negatives, ids=ids,
     )  # fmt: skip
     want = {"mean": want.mean(), "sum": want.sum(), "none": want}[reduction]
     got = fused(*rows, t)
@@ -106,10 +121,12 @@ def test_the_reference_is_the_loop(seed):
     mode = [None, "unpaired", "paired"][seed % 3]
     rows, guide = call(mode)
     options = {"contrast_queries": seed % 2 == 0, "contrast_keys": seed > 3, "offset": seed % 3, "margin": -0.1}
+    ids = (torch.arange(M) // 2, torch.randint(4, rows[2].shape[:-1]) if mode else None) if seed % 4 < 2 else None
+    options |= {} if ids is None else {"key_ids": ids[0], "negative_ids": ids[1]}
     options |= {"temperature": 0.2, "reduction": "none", "negative_mode": mode or "unpaired"}
     got = guided_info_nce(*rows, **guide, **options, backend="reference")
     t = torch.tensor(0.2, dtype=torch.float64)
-    want = loop(rows, guide, t, margin=-0.1, queries=seed % 2 == 0, keys=seed > 3, offset=seed % 3, mode=mode)
+    want = loop(rows, guide, t, margin=-0.1, queries=seed % 2 == 0, keys=seed > 3, offset=seed % 3, mode=mode, ids=ids)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
@@ -162,9 +179,10 @@ def test_something_is_left_out_and_something_is_kept(backend):
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_duplicate_of_the_positive_is_a_tie_that_is_kept(backend, dtype):
+@pytest.mark.parametrize(("make", "d"), [(torch.randn, 100), (torch.rand, 4096)])
+def test_a_duplicate_of_the_positive_is_a_tie_that_is_kept(backend, dtype, make, d):
     """Whatever the order in which its products are added."""
-    query, key = (torch.randn(48, 100).to(DEVICE[backend], dtype) for _ in range(2))
+    query, key = (make(48, d).to(DEVICE[backend], dtype) for _ in range(2))
     key[1::2] = key[::2]
     kept = guided_info_nce(query, key, temperature=0.1, reduction="none", backend=backend)
     without = guided_info_nce(query, key, temperature=0.1, reduction="none", backend=backend, margin=-1e-3)
@@ -175,18 +193,18 @@ def test_a_duplicate_of_the_positive_is_a_tie_that_is_kept(backend, dtype):
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_compiles(backend, everything):
-    rows, guide = call("unpaired", device=DEVICE[backend], dtype=torch.float32)
-
-    def loss(query, key, negatives):
+    def loss(query, key, negatives, **guide):
         return guided_info_nce(
             query, key, negatives, 0.1, **guide, contrast_queries=everything, contrast_keys=everything, backend=backend
         )
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got, want = compiled(*rows), loss(*rows)
-    torch.testing.assert_close(got, want)
-    for a, b in zip(*(torch.autograd.grad(x, rows) for x in (got, want)), strict=True):
-        torch.testing.assert_close(a, b)
+    for n in (5, 8):  # the second size is symbolic
+        rows, guide = call("unpaired", n=n, m=n + 2, device=DEVICE[backend], dtype=torch.float32)
+        got, want = compiled(*rows, **guide), loss(*rows, **guide)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(*(torch.autograd.grad(x, rows) for x in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_the_module_and_autocast():
@@ -216,6 +234,29 @@ def test_memory_of_gistembed(everything):
     assert memory.peak < 50 * MIB
 
 
+@both_backends
+def test_autocast_with_embeddings_of_several_dtypes_as_their_own_guide(backend):
+    rows, _ = call("unpaired", dtype=torch.float32, device=DEVICE[backend])
+    rows[2] = rows[2].detach().bfloat16().requires_grad_()
+    with torch.autocast(DEVICE[backend], dtype=torch.bfloat16):
+        value = guided_info_nce(*rows, 0.1, backend=backend)
+    narrow = [x.detach().bfloat16().double() for x in rows]
+    assert error(value, guided_info_nce(*narrow, 0.1)) <= 1e-5
+    value.backward()
+    assert all(x.grad.isfinite().all() for x in rows)
+
+
+@pytest.mark.serial
+def test_memory_of_paired_guides():
+    """8 MiB of them in 16 bits, of which no copy is made."""
+    from test_memory import MIB, PeakMemory
+
+    rows, guide = call("paired", 256, 256, 32, 16, 512, torch.bfloat16)
+    with PeakMemory() as memory:
+        guided_info_nce(*rows, negative_mode="paired", **guide, workspace_limit=2 * MIB)
+    assert memory.peak <= 2 * MIB + 8 * sum(x.nbytes for x in (*rows[:2], guide["guide_query"], guide["guide_key"]))
+
+
 @pytest.mark.serial
 def test_memory_is_bounded():
     from test_memory import MIB, PeakMemory
@@ -236,6 +277,9 @@ BAD = {
     "offset": ({"offset": 3}, ValueError, "positive_key must have 8 rows"),
     "strategy": ({"margin_strategy": "both"}, ValueError, "margin_strategy"),
     "margin": ({"margin": "1"}, TypeError, "margin"),
+    "no number": ({"margin": math.nan}, ValueError, "margin must be finite"),
+    "too large a number": ({"margin": 10**400}, ValueError, "margin must be finite"),
+    "ids": ({"key_ids": torch.arange(M - 1)}, ValueError, "key_ids must have shape"),
     "not normalised": ({"normalize": False}, ValueError, "normalize"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature"),
 }

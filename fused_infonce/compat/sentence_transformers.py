@@ -11,9 +11,9 @@ sizes, is the original's own: its value, or its error. Known differences:
 - The gradient of an embedding of zeros is 0, where `torch.nn.functional.normalize` gives 1e12 times the upstream.
 - Queries are gathered only for the directions that compare with them.
 - The cached losses are not chunked by `mini_batch_size`, and their progress bar shows the embedding alone.
-- In the GISTEmbed losses a row is never its own negative; there it is where the guide's cosine of the pair, less the
-  margin, is 1 or more. A negative exactly as similar as the positive is kept however both were rounded. A temperature
-  that is a tensor has a gradient; there that is NaN as soon as a negative is left out.
+- In the GISTEmbed losses a row is never its own negative; there it is where the guide finds its pair identical. A
+  negative exactly as similar as the positive is kept however both were rounded. A temperature that is a tensor has a
+  gradient; there that is NaN as soon as a negative is left out. A negative margin is left to the original's own code.
 - On a GPU the value of a scale tensor is not read: one that is not positive gives NaN.
 
 `MultipleNegativesRankingLoss` and `CachedMultipleNegativesRankingLoss` serve in place of the deprecated symmetric ones,
@@ -176,6 +176,8 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
     similarity, entropy = loss.similarity_fct, loss.cross_entropy_loss
     if type(similarity) is not nn.CosineSimilarity or type(entropy) is not nn.CrossEntropyLoss:
         raise TypeError("similarity_fct and cross_entropy_loss must be the original's for the fused loss")
+    if loss.margin < 0:
+        raise ValueError("margin must not be negative for the fused loss: an anchor would be its own negative")
     query, *documents = rows
     guide_query, *views = guides
     if any(len(x) != len(query) for x in documents):

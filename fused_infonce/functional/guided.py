@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import contrast, reference, validation
 from ..contrast import Options
+from ..plan import default_limit
 from ..problem import Problem, accumulator
 from ..row_loss import infonce
 from .compose import call_options, dots, log_add, reduced, reduced_mean, unit, wide
@@ -29,6 +30,8 @@ def guided_info_nce(
     guide_query: Tensor | None = None,
     guide_key: Tensor | None = None,
     guide_negatives: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
     margin: float = 0.0,
     margin_strategy: str = "absolute",
     spare_negatives: bool = False,
@@ -48,7 +51,7 @@ def guided_info_nce(
         "absolute"   c_i = g_i,y + margin                "relative"   c_i = g_i,y + margin |g_i,y|
 
     The guide's N x M scores are never held either. Cosines that equal c_i but for their rounding are kept: a duplicate
-    of the positive is not left out at a margin of 0, only at a negative one.
+    of the positive is not left out at a margin of 0, only at a negative one, or by its id.
 
     Args:
         query: (N, D), float16, bfloat16, float32 or float64.
@@ -58,8 +61,11 @@ def guided_info_nce(
             queries, or (N, H, D), "paired", each query's own.
         temperature, reduction: as in `info_nce`; per row it is that of the query and its positive.
         guide_query, guide_key, guide_negatives: (N, D'), (M, D') and, as `negative_keys` but for its last dimension,
-            embeddings of the same texts from a guide model, all with one D'; float64 exactly if `query` is. They get no
-            gradient. None: the embeddings themselves are the guide, as they are now; needs `normalize`.
+            embeddings of the same texts from a guide model, all of one D' and dtype; float64 exactly if `query` is.
+            They get no gradient; a NaN among them leaves nothing out. On a GPU 16 bits are far faster than 32. None:
+            the embeddings themselves are the guide, as they are now and as the products see them; needs `normalize`.
+        key_ids, negative_ids: (M,) and, as `negative_keys` without its last dimension, integer ids. A negative with the
+            id of the row's positive is left out, with `contrast_queries` also a query whose positive has it.
         margin: a number; below 0 negatives are left out that are somewhat less similar than the positive.
         margin_strategy: "absolute" or "relative".
         spare_negatives: `negative_keys` are never left out.
@@ -86,7 +92,10 @@ def guided_info_nce(
     n, m = len(query), len(positive_key)
     if validation.whole("offset", offset, 0) + n > m:
         raise ValueError(f"positive_key must have {offset + n} rows or more, offset={offset} and {n} queries, got {m}")
-    margin = validation.real("margin", margin)
+    margin = validation.finite("margin", margin)
+    _, key_ids, negative_ids = validation.all_ids(
+        None, key_ids, negative_ids, query, positive_key, negative_keys, keys_are_negatives=True
+    )
     guides = _guides(
         query, positive_key, negative_keys, guide_query, guide_key, guide_negatives, normalize, spare_negatives
     )
@@ -96,7 +105,8 @@ def guided_info_nce(
     ceiling = _ceiling(guides[0], guides[1][offset : offset + n], margin, margin_strategy, acc)
     if backend == "reference":
         return reference.guided_info_nce(
-            query, positive_key, negative_keys, t, reduction, guides=guides, ceiling=ceiling,
+            query, positive_key, negative_keys, t, reduction, guides=guides, ceiling=ceiling, key_ids=key_ids,
+            negative_ids=negative_ids,
             contrast_queries=contrast_queries, contrast_keys=contrast_keys, offset=offset, normalize=normalize,
         )  # fmt: skip
     context: AbstractContextManager[Any] = nullcontext()
@@ -104,23 +114,29 @@ def guided_info_nce(
         (query, context), (positive_key, _) = wide(query), wide(positive_key)
         negative_keys = None if negative_keys is None else wide(negative_keys)[0]
     index = torch.arange(offset, offset + n, device=query.device)
+    row_ids = index if key_ids is None else key_ids[index]
     problem = Problem(
-        query, positive_key, t, index, row_ids=index, normalize=normalize, guides=guides[:2], ceiling=ceiling
-    )
+        query, positive_key, t, index, row_ids=row_ids, key_ids=key_ids, normalize=normalize, guides=guides[:2],
+        ceiling=ceiling,
+    )  # fmt: skip
     if contrast_queries:
-        problem = _with_negatives(problem, query, guides[0], index)
+        problem = _with_negatives(problem, query, guides[0], row_ids)
     if negative_keys is not None and negative_keys.dim() == 2:
-        problem = _with_negatives(problem, negative_keys, guides[2], None)
+        problem = _with_negatives(problem, negative_keys, guides[2], negative_ids)
     elif negative_keys is not None:
-        ids = None if guides[2] is None else _paired_ids(guides[0], guides[2], ceiling, index)
-        problem = _with_negatives(problem, negative_keys, None, ids)
+        if guides[2] is not None:
+            limit = options.workspace_limit or default_limit(query.device.type)
+            rejected = _rejected(guides[0], guides[2], ceiling, limit)
+            other = (row_ids ^ 1)[:, None].expand_as(rejected) if negative_ids is None else negative_ids
+            negative_ids = torch.where(rejected, row_ids[:, None], other)
+        problem = _with_negatives(problem, negative_keys, None, negative_ids)
     with context:
         if not contrast_keys:
             return reduced(problem, options, reduction, symmetric=False)
         own = slice(offset, offset + n)
         keys = Problem(
-            positive_key[own], positive_key, t, torch.full_like(index, -1), row_ids=index,
-            key_ids=torch.arange(m, device=query.device), normalize=normalize,
+            positive_key[own], positive_key, t, torch.full_like(index, -1), row_ids=row_ids,
+            key_ids=torch.arange(m, device=query.device) if key_ids is None else key_ids, normalize=normalize,
             guides=(guides[1][own], guides[1]), ceiling=ceiling,
         )  # fmt: skip
         return reduced_mean(_joined(problem, keys, options), reduction)
@@ -141,20 +157,29 @@ def _with_negatives(problem: Problem, keys: Tensor, guide: Tensor | None, ids: T
     )
 
 
-def _paired_ids(query: Tensor, negatives: Tensor, ceiling: Tensor, index: Tensor) -> Tensor:
-    """(N, H) ids of queries' own negatives: their row's id for those that are left out, else another."""
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        x, y = unit(query, True, ceiling.dtype), unit(negatives, True, ceiling.dtype)
-        left_out = torch.bmm(y, x[:, :, None])[..., 0] > ceiling[:, None]
-    return index[:, None] + 1 - left_out.long()
+@torch.no_grad()
+def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> Tensor:
+    """(N, H) which of queries' own negatives are left out, within `limit` bytes."""
+    n, h, d = negatives.shape
+    rejected = torch.empty((n, h), dtype=torch.bool, device=query.device)
+    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # a copy, its norms' squares, unit rows
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            x, y = unit(query[rows], True, ceiling.dtype), unit(negatives[rows], True, ceiling.dtype)
+            rejected[rows] = torch.bmm(y, x[:, :, None])[..., 0] > ceiling[rows, None]
+    return rejected
 
 
 @torch.no_grad()
 def _ceiling(query: Tensor, key: Tensor, margin: float, strategy: str, dtype: torch.dtype) -> Tensor:
+    """(N,) and what the rounding of a cosine and of itself in another order of its sum may differ by."""
     with torch.autocast(query.device.type, enabled=False):
         positive = dots(unit(query, True, dtype), unit(key, True, dtype))
     allowed = margin * positive.abs() if strategy == "relative" else margin
-    return (positive + allowed + 8 * torch.finfo(dtype).eps).contiguous()  # a cosine and itself may round apart
+    tf32 = dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    eps = 2.0**-13 if tf32 else torch.finfo(dtype).eps
+    return (positive + allowed + eps * max(8, query.shape[1] // 64)).contiguous()
 
 
 def _guides(
@@ -174,15 +199,17 @@ def _guides(
     if guide_query is None and guide_key is None and guide_negatives is None:
         if not normalize:
             raise ValueError("a margin is of cosines: without normalize pass guide_query and guide_key")
-        return query.detach(), key.detach(), None if negatives is None or spare else negatives.detach()
+        dtype = contrast.compute_dtype([query])
+        rows = [contrast.cast(x.detach(), dtype)[0] for x in (query, key)]
+        return rows[0], rows[1], None if negatives is None or spare else contrast.cast(negatives.detach(), dtype)[0]
     wanted = {"guide_query": (guide_query, query), "guide_key": (guide_key, key)}
     if negatives is not None and not spare:
         wanted["guide_negatives"] = (guide_negatives, negatives)
-    rows: list[Tensor] = []
+    rows = []
     for name, (guide, like) in wanted.items():
         if guide is None:
             raise ValueError(f"a guide needs {', '.join(wanted)}: {name} is missing")
-        validation.embeddings(name, guide, like.dim(), f"{(*like.shape[:-1], 'D')}".replace("'", ""))
+        validation.embeddings(name, guide, like.dim(), "(N, H, D')" if like.dim() == 3 else "(N, D')")
         if guide.shape[:-1] != like.shape[:-1]:
             raise ValueError(
                 f"{name} must have shape {tuple(like.shape[:-1])} but for its last dimension, got {tuple(guide.shape)}"

@@ -43,12 +43,12 @@ def nt_xent(
 
     Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
     """
-    if more_views == () and backend != "reference":
+    views = validation.views(view_a, view_b, more_views)
+    if len(views) == 2 and backend != "reference":
         problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
         return reduced(problem, options, reduction, symmetric=False)
     validation.one_of("reduction", reduction, validation.REDUCTIONS)
     validation.one_of("backend", backend, validation.BACKENDS)
-    views = validation.views(view_a, view_b, more_views)
     rows, t = rows_of(views, temperature)
     if backend == "reference":
         return reference.nt_xent(view_a, view_b, t, reduction, more_views=views[2:], normalize=normalize)

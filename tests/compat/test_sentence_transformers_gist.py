@@ -15,33 +15,14 @@ from side_by_side import assert_same, error_of, refuse_fallback
 from torch import nn
 
 originals = library("sentence_transformers.sentence_transformer.losses")
-transformers = library("transformers")
+
+from drop_ins import Given  # noqa: E402
 
 from fused_infonce.compat import common  # noqa: E402
 from fused_infonce.compat import sentence_transformers as drop_in  # noqa: E402
 
 PLAIN, CACHED = "GISTEmbedLoss", "CachedGISTEmbedLoss"
 both_classes = pytest.mark.parametrize("name", [PLAIN, CACHED])
-
-
-class Given(nn.Sequential):
-    """A model of which the losses see these embeddings."""
-
-    max_seq_length = 8
-
-    def __init__(self, key):
-        super().__init__(nn.Identity())
-        self.key = key
-        self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer())
-
-    def forward(self, features):
-        return features | {"sentence_embedding": features[self.key]}
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models
-
-    return Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
 
 
 def both(name, **options):
@@ -152,6 +133,16 @@ def test_what_cannot_be_fused_is_the_originals_own():
         loss.similarity_fct = nn.PairwiseDistance()
         loss.sim_matrix = lambda x, y: 0.5 * F.cosine_similarity(x[:, None], y[None], dim=-1)
     with pytest.warns(UserWarning, match="GISTEmbedLoss runs the original's own code here.*similarity_fct"):
+        got = call(ours, guides, **columns)
+    assert torch.equal(got, call(theirs, guides, **columns))
+
+
+def test_a_negative_margin_is_the_originals_own():
+    """There an anchor may then be its own negative."""
+    common.say_once.cache_clear()
+    columns, guides = columns_of(6, 8, 5, 3, torch.float32, {"margin": -0.5, "margin_strategy": "absolute"})
+    ours, theirs = both(PLAIN, margin=-0.5)
+    with pytest.warns(UserWarning, match="margin must not be negative"):
         got = call(ours, guides, **columns)
     assert torch.equal(got, call(theirs, guides, **columns))
 
