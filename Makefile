@@ -34,14 +34,15 @@ demo-temperature: $(VENV)/.installed-demo ## the same at several temperatures
 # The tests see the installed layout, ahead of the editable install and of the repository itself.
 # Whatever measures time or memory runs alone, first; the rest runs in $(JOBS) processes.
 TEST := PYTHONPATH=$(SITE) TRITON_INTERPRET=1 $(BIN)/pytest --timeout 600 --benchmark-disable
-test: lint ## ruff, mypy and all tests that need no GPU
-	@failed=0; \
-	$(TEST) -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \
-	OMP_NUM_THREADS=1 $(TEST) -m "not serial" -n $(JOBS) --dist worksteal --durations 10 $(PYTEST_ARGS) || failed=1; \
+PHASES = failed=0; \
+	$(1) -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \
+	OMP_NUM_THREADS=1 $(1) -m "not serial" -n $(JOBS) --dist worksteal --durations 10 $(PYTEST_ARGS) || failed=1; \
 	exit $$failed
+test: lint $(VENV)/.peers ## ruff, mypy and all tests that need no GPU
+	@$(call PHASES,$(TEST))
 
-test-compat: $(VENV)/.libraries $(VENV)/.site ## every drop-in against the library that it replaces, at the versions of constraints.txt
-	FUSED_INFONCE_COMPAT=1 $(TEST) tests/compat $(PYTEST_ARGS)
+test-compat: $(VENV)/.libraries $(VENV)/.peers $(VENV)/.site ## every drop-in against its library, at the versions of constraints.txt
+	@$(call PHASES,FUSED_INFONCE_COMPAT=1 $(TEST) tests/compat)
 
 lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
 	$(BIN)/ruff check .
@@ -97,14 +98,13 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $@
 
-# Only their losses are used, and these need nothing of what the packages depend on.
-$(VENV)/.peers: constraints.txt | $(VENV)/.installed-bench
+# Only their losses are used, and these need nothing of what the packages depend on, or of FlagEmbedding little.
+$(VENV)/.peers: constraints.txt | $(VENV)/.made
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly
 	touch $@
 
-# Of these, too, only the losses are used.
 $(VENV)/.libraries: constraints.txt | $(VENV)/.installed-compat-trainers
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly FlagEmbedding
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps FlagEmbedding
 	touch $@
 
 # A plain install, as from a wheel; build/ would keep modules that are gone.
