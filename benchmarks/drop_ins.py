@@ -187,8 +187,12 @@ MATCHES = [
 
 
 def inputs(match: Match, seed: int) -> tuple[Any, ...]:
+    """Normal rows; where the second tensor is like the first, its rows are positives: a guide must not toss a coin."""
     generator = torch.Generator().manual_seed(seed)
-    return *(torch.randn(s, generator=generator).requires_grad_() for s in match.shapes), *match.rest()
+    rows = [torch.randn(shape, generator=generator) for shape in match.shapes]
+    if len(rows) > 1 and rows[0].shape == rows[1].shape:
+        rows[1] += rows[0]
+    return *(x.requires_grad_() for x in rows), *match.rest()
 
 
 def step(loss: Loss, given: tuple[Any, ...]) -> list[Tensor]:
