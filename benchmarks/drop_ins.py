@@ -187,10 +187,10 @@ MATCHES = [
 
 
 def inputs(match: Match, seed: int) -> tuple[Any, ...]:
-    """Normal rows; where the second tensor is like the first, its rows are positives: a guide must not toss a coin."""
+    """Normal rows, and positives that are alike where a guide judges them, which must not toss a coin."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(shape, generator=generator) for shape in match.shapes]
-    if len(rows) > 1 and rows[0].shape == rows[1].shape:
+    if match.loss == "GISTEmbedLoss":
         rows[1] += rows[0]
     return *(x.requires_grad_() for x in rows), *match.rest()
 
