@@ -25,21 +25,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import sentence_transformers
 import torch
-from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer import losses as original
-from sentence_transformers.util import (
-    SimilarityFunction,
-    all_gather_with_grad,
-    batch_to_device,
-    cos_sim,
-    dot_score,
-    get_rank,
-    pytorch_cos_sim,
-)
 from torch import Tensor, nn
 
+try:
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+    from sentence_transformers.sentence_transformer import losses as original
+    from sentence_transformers.util import (
+        SimilarityFunction,
+        all_gather_with_grad,
+        batch_to_device,
+        cos_sim,
+        dot_score,
+        get_rank,
+        pytorch_cos_sim,
+    )
+except ImportError as error:
+    found = sentence_transformers.__version__
+    raise ImportError(f"this drop-in is for sentence-transformers 6.2, found {found}: {error}") from error
+
 from ..functional import guided_info_nce, multiple_negatives
+from ..problem import accumulator
 from .common import said, say_once
 
 __all__ = [
@@ -221,7 +228,7 @@ def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
     value = multiple_negatives(
         query,
         documents,
-        1 / loss.scale,
+        _temperature(loss.scale, query),
         directions=loss.directions,
         partition=loss.partition_mode,
         hardness=loss.hardness_mode,
@@ -231,6 +238,11 @@ def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
         normalize=normalize,
     )
     return value.to(_loss_dtype(query, loss.scale))
+
+
+def _temperature(scale: Any, rows: Tensor) -> Any:
+    """1 / scale, in the dtype of the statistics where it is a tensor."""
+    return 1 / (scale.to(accumulator(rows.dtype)) if isinstance(scale, Tensor) else scale)
 
 
 def _is_cosine(similarity: Any) -> bool:

@@ -53,7 +53,7 @@ class SupConLoss(nn.Module):
 
         Args:
             features: (N, V, ...), V views of N samples.
-            labels: N labels of any dtype and device; samples with one label are positives. Not with a mask.
+            labels: a tensor of N labels of any dtype and device; samples with one label are positives. Not with a mask.
             mask: (N, N) weights of sample j as a positive of sample i, on any device. Without both, the views of a
                 sample are its positives.
 

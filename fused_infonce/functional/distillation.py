@@ -47,7 +47,8 @@ def distilled_info_nce(
         hard_i = -log( exp(s_i,y) / sum_l exp(s_il) )
 
     where z_ij = cos(teacher_query_i, teacher_key_j) / t'_i, or teacher_scores_ij / t'_i. "kl_div" subtracts the
-    entropy of T_i from soft_i, which leaves its gradient as it is. The teacher, its temperature included, gets no
+    entropy of T_i from soft_i, which leaves its gradient as it is; where the pair i, i has little of T_i's mass, a
+    small divergence has the absolute error of a logit, eps / t. The teacher, its temperature included, gets no
     gradient.
 
     Args:

@@ -40,7 +40,7 @@ both_classes = pytest.mark.parametrize("name", [PLAIN, CACHED])
 def test_random_configurations(name, part, monkeypatch):
     refuse_fallback(monkeypatch, drop_in)
     options = {"mini_batch_size": 7} if name == CACHED else {}
-    for seed in range(60 * part, 60 * part + 60):
+    for seed in range(90 * part, 90 * part + 90):
         torch.manual_seed(seed)
         assert_same_in(configuration(seed), name, **options)
 
@@ -77,6 +77,17 @@ def test_a_scale_that_learns(shape, hardness, monkeypatch):
     for dtype in (torch.float32, torch.float64):
         inputs = columns_of(9, 16, 3, dtype) | {"logit_scale": torch.full(shape, 14.0, dtype=dtype)}
         assert_same(*(partial(scaled, loss) for loss in losses), inputs, 1 / 14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [torch.float32, torch.float64])
+def test_a_scale_of_another_dtype(dtype, rows, monkeypatch):
+    """Its value as it is, its inverse not rounded to its dtype."""
+    refuse_fallback(monkeypatch, drop_in)
+    columns = columns_of(9, 16, 3, rows)
+    ours, theirs = (call(loss, **columns) for loss in both(PLAIN, scale=torch.tensor(30.0, dtype=dtype)))
+    assert ours.dtype == theirs.dtype
+    assert error(ours, theirs) <= (1e-5 if rows == torch.float32 else 1e-12)
 
 
 def test_columns_of_different_dtypes(monkeypatch):

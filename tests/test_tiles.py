@@ -1,0 +1,33 @@
+"""The tile table, and where the kernels say that they cannot run."""
+
+import pytest
+import torch
+
+backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is not installed")
+
+
+def test_every_architecture_has_a_tile():
+    from fused_infonce import tiles
+
+    for arch in (*tiles.TABLE, *tiles.PARENT):
+        for dtype in tiles.CLASSES:
+            for d in (1, 16, 17, 128, 200, 512, 513, 4096):
+                for kernel in ("statistics", "columns", "coefficients", "gradient"):
+                    if kernel == "gradient" and d > tiles.STREAMING_MAX_D[dtype] and arch != tiles.INTERPRETER:
+                        with pytest.raises(ValueError, match="no tile for gradient"):
+                            tiles.tile(arch, kernel, dtype, d)
+                        continue
+                    tile = tiles.tile(arch, kernel, dtype, d)
+                    assert min(tile.block_m, tile.block_n, tile.block_d) >= 16
+                    assert kernel != "gradient" or d <= tile.block_d < 2 * max(d, 16)
+
+
+def test_unavailable_says_why(monkeypatch):
+    from fused_infonce import launch
+
+    assert "int64" in backend.unavailable(torch.zeros(1).long())
+    assert "meta" in backend.unavailable(torch.zeros(1, device="meta"))
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert backend.unavailable(torch.zeros(1)) is None
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert "cpu" in backend.unavailable(torch.zeros(1))
