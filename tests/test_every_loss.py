@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 
@@ -104,12 +105,13 @@ def test_compiled_equals_eager(name, backend):
 @every_loss
 def test_under_autocast_the_loss_is_float32_and_gradients_are_the_inputs(name):
     module, inputs = make(name)
-    plain = module(*inputs)
-    module, _ = make(name)
+    if name == "MoCoLoss":
+        module.queue.copy_(module.queue.bfloat16())
+    rounded = copy.deepcopy(module)(*(x.detach().bfloat16().float() if x.requires_grad else x for x in inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = module(*inputs)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, plain, rtol=3e-2, atol=1e-2)
+    torch.testing.assert_close(value, rounded, rtol=3e-4, atol=1e-6)  # what is not a product sees them unrounded
     for x, gradient in zip((x for x in inputs if x.requires_grad), gradients(value, module, inputs), strict=False):
         assert gradient.dtype == x.dtype
         assert gradient.isfinite().all()
