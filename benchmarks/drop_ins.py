@@ -33,7 +33,7 @@ Loss = Callable[..., Any]
 class Match(NamedTuple):
     """One call, of a library's loss and of ours."""
 
-    library: str
+    package: str
     loss: str
     call: str
     make: Callable[[], tuple[Loss, Loss]]  # ours, theirs
@@ -203,7 +203,7 @@ def step(loss: Loss, given: tuple[Any, ...]) -> list[Tensor]:
 
 def play(match: Match) -> list[dict[str, object]]:
     """One CSV row each."""
-    losses = dict(zip(("fused_infonce", match.library), match.make(), strict=True))
+    losses = dict(zip(("fused_infonce", match.package), match.make(), strict=True))
     peaks, results = {}, []
     for name, loss in losses.items():
         given = inputs(match, 0)
@@ -213,7 +213,7 @@ def play(match: Match) -> list[dict[str, object]]:
     for ours, theirs in zip(*results, strict=True):
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if not error <= 1e-3:
-            raise AssertionError(f"{match.library} {match.loss}: the results differ by {error:.1e}")
+            raise AssertionError(f"{match.package} {match.loss}: the results differ by {error:.1e}")
     times: dict[str, list[float]] = {name: [] for name in losses}
     for seed in range(match.rounds):
         for name, loss in losses.items():
@@ -224,7 +224,7 @@ def play(match: Match) -> list[dict[str, object]]:
     about = {k: v for k, v in contest.provenance(CPU).items() if k in FIELDS}
     return [
         {
-            **about, "library": match.library, "loss": match.loss, "call": match.call, "contestant": name,
+            **about, "library": match.package, "loss": match.loss, "call": match.call, "contestant": name,
             "median_ms": f"{np.median(t):.4g}", "p20_ms": f"{np.percentile(t, 20):.4g}",
             "p80_ms": f"{np.percentile(t, 80):.4g}", "peak_extra_mib": f"{peaks[name] / 2**20:.1f}",
         }
@@ -238,12 +238,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a library")
     options = parser.parse_args()
     for match in MATCHES:
-        if options.only not in match.library:
+        if options.only not in match.package:
             continue
         try:
             results = play(match)
         except ImportError as why:
-            print(f"{match.library} is left out: {why}")
+            print(f"{match.package} is left out: {why}")
             continue
         for row in results:
             print(*(f"{row[name]!s:>24}" for name in ("loss", "call", "contestant", "median_ms", "peak_extra_mib")))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE, both_backends, cases, error
+from libraries import library
 from peers import without_package
 
 from fused_infonce import ClipLoss, clip_loss
@@ -60,10 +61,7 @@ def test_gradcheck_and_dense(backend, normalize, reduction, scale):
 @pytest.fixture
 def original():
     """open_clip's loss, without its models, which need torchvision."""
-    try:
-        return without_package("open_clip.loss").ClipLoss()
-    except ImportError as why:
-        pytest.skip(f"open_clip's loss cannot be imported: {why}")
+    return library("open_clip.loss", without_package).ClipLoss()
 
 
 @pytest.mark.parametrize("seed", range(20))
