@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import contrast, validation
+from .. import contrast, reference_variants, validation
 from ..contrast import Options
 from ..gather import add_rows, take_rows
-from ..problem import Problem, accumulator
+from ..problem import Problem, Statistics, accumulator
 from ..reference import unit_rows
 from ..row_loss import infonce
 
@@ -32,11 +33,9 @@ def reduced(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """InfoNCE of a problem. Smoothing adds eps (pos_i - mean of the allowed logits) to a row's loss."""
-    # columns may be a problem apart, and smoothing is one: gradients of several parts, in 16 bits, are rounded once
     context: AbstractContextManager[Any] = nullcontext()
     if label_smoothing or (symmetric and not problem.columns):
-        (query, context), (key, _), *negatives = (wide(x) for x in problem.inputs)
-        problem = replace(problem, query=query, key=key, negatives=tuple(x for x, _ in negatives))
+        problem, context = widened(problem)
     with context:
         return _reduced(problem, options, reduction, symmetric, weight, label_smoothing)
 
@@ -46,7 +45,7 @@ def _reduced(
 ) -> Tensor:
     apart = symmetric and not problem.columns
     if reduction == "none" or apart or (weight is not None and weight.requires_grad):
-        rows = _row_losses(problem, options, symmetric)
+        rows = mean_of([infonce(x.neg - x.pos) for x in directions(problem, options, symmetric)])
         rows = rows + label_smoothing * _pull(problem, symmetric) if label_smoothing else rows
         return reduced_rows(rows, problem, reduction, weight)
     loss = at_once(problem, options, reduction, "infonce", weight)
@@ -98,16 +97,58 @@ def row_weights(problem: Problem, reduction: str, weight: Tensor | None) -> tupl
     return weight / torch.where(empty, 1, total), empty
 
 
-def _row_losses(problem: Problem, options: Options, symmetric: bool) -> Tensor:
-    """(N,) InfoNCE of every query, or its mean with that of every query's key."""
-    stats = contrast.statistics(problem, options)
-    rows = infonce(stats.neg - stats.pos)
-    if not symmetric:
-        return rows
-    column_neg = stats.column_neg
-    if column_neg is None:  # explicit negatives replaced the in-batch ones in the rows: the columns are a problem apart
-        column_neg = contrast.statistics(columns_of(problem), options).neg
-    return (rows + infonce(column_neg - stats.pos)) / 2
+class Direction(NamedTuple):
+    """Rows of a problem with their statistics, (N,) each."""
+
+    problem: Problem
+    pos: Tensor
+    neg: Tensor
+
+
+def directions(problem: Problem, options: Options, symmetric: bool) -> list[Direction]:
+    """The queries against the keys, and with `symmetric` the keys against the queries: a problem apart where explicit
+    negatives replaced the in-batch ones in the rows."""
+    stats = statistics(problem, options)
+    found = [Direction(problem, stats.pos, stats.neg)]
+    if symmetric:
+        columns, neg = columns_of(problem), stats.column_neg
+        found.append(Direction(columns, stats.pos, statistics(columns, options).neg if neg is None else neg))
+    return found
+
+
+def statistics(problem: Problem, options: Options) -> Statistics:
+    if options.backend == "reference":
+        return reference_variants.statistics(problem)
+    return contrast.statistics(problem, options)
+
+
+def composed(
+    problem: Problem,
+    options: Options,
+    reduction: str,
+    symmetric: bool,
+    weight: Tensor | None,
+    loss_of: Callable[[Direction], Tensor],
+) -> Tensor:
+    """Any loss of the rows' statistics, or with `symmetric` its mean with that of the columns, reduced as `info_nce`
+    does."""
+    context: AbstractContextManager[Any] = nullcontext()
+    if symmetric and not problem.columns:
+        problem, context = widened(problem)
+    with context:
+        rows = mean_of([loss_of(direction) for direction in directions(problem, options, symmetric)])
+    return reduced_rows(rows, problem, reduction, weight)
+
+
+def mean_of(losses: Sequence[Tensor]) -> Tensor:
+    """Of one direction or two."""
+    return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
+
+
+def widened(problem: Problem) -> tuple[Problem, AbstractContextManager[Any]]:
+    """Where problems share rows: over rows whose 16-bit gradients are added in float32 and rounded once; see `wide`."""
+    (query, context), (key, _), *negatives = (wide(x) for x in problem.inputs)
+    return replace(problem, query=query, key=key, negatives=tuple(x for x, _ in negatives)), context
 
 
 def columns_of(problem: Problem) -> Problem:

@@ -12,9 +12,9 @@ from .. import validation
 from ..contrast import Options
 from ..problem import Problem
 from ..row_loss import infonce
+from .compose import Direction, composed
 from .pairs import members
 from .problems import of_keys, of_views
-from .rowwise import Direction, composed
 
 
 def debiased_info_nce(

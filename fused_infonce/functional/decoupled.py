@@ -11,9 +11,8 @@ from .. import validation
 from ..contrast import Options
 from ..problem import Problem, accumulator
 from ..row_loss import decoupled
-from .compose import at_once, dots, unit
+from .compose import Direction, at_once, composed, dots, unit
 from .problems import of_keys, of_views
-from .rowwise import Direction, composed
 
 
 def decoupled_info_nce(

@@ -12,8 +12,7 @@ from .. import contrast, validation
 from ..contrast import Options
 from ..problem import KEY, Problem, Statistics, Upstream, accumulator
 from ..row_loss import infonce
-from .compose import call_options, dots, reduced_rows, unit, wide
-from .rowwise import directions
+from .compose import call_options, directions, dots, reduced_rows, unit, wide
 
 OBJECTIVES = ("cross_entropy", "kl_div")
 
