@@ -27,11 +27,12 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     same = problem.self_similar
     stacked = problem.query if same else torch.cat([problem.query, problem.key])  # as many keys: there are no targets
     rows = Rows(stacked, True, None, problem.acc_dtype)
-    x, y = (rows.unit, rows.unit) if same else rows.unit.chunk(2)
+    n = len(problem.query)
+    x, y = (rows.unit, rows.unit) if same else (rows.unit[:n], rows.unit[n:])
     inv_t = 1 / problem.temperature.item()
-    e = rows.unit.new_empty(x.shape[0], y.shape[0]).addmm_(x, y.T, beta=0, alpha=LOG2E * inv_t)
-    own, target = e.diagonal(), None if problem.target is None else problem.target[:, None]
-    pos = own.clone() if target is None else e.gather(1, target)[:, 0]
+    e = x.new_empty(n, n).addmm_(x, y.T, beta=0, alpha=LOG2E * inv_t)
+    own, target = e.diagonal(), None if problem.target is None else problem.target.unsqueeze(1)
+    pos = own.clone() if target is None else e.gather(1, target).squeeze(1)
     own.fill_(-torch.inf)
     if target is not None:
         e.scatter_(1, target, -torch.inf)
@@ -40,21 +41,22 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     margins = [torch.sub(total.log(), pos, alpha=LN2) for total in sums]  # neg - pos
     losses = [loss_of(margin) for margin in margins]
     share = weight.item() / len(margins)
-    loss = (losses[0] if len(losses) == 1 else losses[0] + losses[1]).sum() * share
+    loss = (losses[0] if len(losses) == 1 else losses[0] + losses[1]).sum().mul_(share)
     if not any(wanted):
         return OnePass(loss, [None, None], None)
 
     slopes = [slope_of(margin) for margin in margins]
     factors = [slope / total for slope, total in zip(slopes, sums, strict=True)]  # more than one row, so no sum is 0
     both = same or problem.columns
-    e.mul_(factors[0][:, None] + factors[-1] if both else factors[0][:, None])
+    factor = factors[0].unsqueeze(1)
+    e.mul_(factor + factors[-1] if both else factor)
     v = slopes[0] + slopes[1] if problem.columns else slopes[0]
-    if target is None:
+    if problem.target is None:
         torch.neg(v, out=own)
     else:
-        e.scatter_(1, target, (v[:, None] + v[:, None].gather(0, target)).neg_())
-    grad, scale = rows.unit.new_empty(rows.unit.shape), share * inv_t
-    sides = (grad,) if same else grad.chunk(2)
+        e.scatter_(1, target, (v + v.index_select(0, problem.target)).neg_().unsqueeze(1))
+    grad, scale = torch.empty_like(rows.unit), share * inv_t
+    sides = (grad,) if same else (grad[:n], grad[n:])
     if wanted[0] or wanted[-1]:
         sides[0].addmm_(e, y, beta=0, alpha=scale)
     if wanted[1]:

@@ -21,7 +21,7 @@ class Rows:
         self.scale: Tensor | None = None
         self.unit = x
         if normalize:
-            self.norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS)
+            self.norm = torch.linalg.vector_norm(x, 2, -1, True).clamp_min_(EPS)
             self.unit = x / self.norm
         elif scale is not None:
             self.scale = scale.to(acc)[..., None]
@@ -39,7 +39,7 @@ class Rows:
         """The gradient of x from that of the unit rows, in place: `(g - (g . unit) unit) / norm`; 0 for zero rows."""
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
-        grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit)[..., None], value=-1)
+        grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit).unsqueeze(-1), value=-1)
         return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
 
 
