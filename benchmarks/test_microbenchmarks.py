@@ -28,6 +28,7 @@ SIZES = {
     "cuda": [(1024, 256), (8192, 768), (32768, 768)],
 }
 DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
+SIXTEEN = {"cpu": [(1024, 256), (8192, 768)], "cuda": []}  # bfloat16, one direction, beside those dtypes
 LONG = 8192  # from here on fewer rounds
 LIMIT = 540  # seconds
 RATE = 110e9  # FLOP/s of float32 matmuls on 2 cores, to begin with; then what the session's own cases say
@@ -52,6 +53,7 @@ def cases(device: str) -> list[Case]:
         for direction in ("one", "symmetric", "self")
         for mode in modes(device, n, d)
     ]
+    chosen += [case("one", n, d, "bfloat16", "fwd_bwd") for n, d in SIXTEEN[device]]
     largest = max(rows(case) for case in chosen)
 
     def cost(case: Case) -> float:
