@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import launch, tiles
-from .launch import LOG2E, Excluded, Own, Partners, Side
+from . import launch, launch_rows, tiles
+from .launch import LOG2E, Excluded, Side
+from .launch_rows import Own, Partners
 from .plan import PRODUCT_SHARE, Plan
-from .problem import EPS, KEY, OnePass, Problem, Statistics, Upstream
+from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
 
 FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 4 below overflow
@@ -61,46 +64,62 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def prepare(problem: Problem, at_eps: float) -> Work:
-    """`at_eps`: the inverse norm of rows whose norm is at most EPS."""
+def prepare(
+    problem: Problem,
+    statistics: Statistics | None = None,
+    upstream: Upstream | None = None,
+    positives: bool = False,
+) -> tuple[Work, Tensor | None]:
+    """And the logits of the `positives`; for gradients with the statistics and their upstream."""
+    t, target = problem.temperature, contiguous(problem.target)
+    rows = [launch.contiguous_rows(x) for x in problem.inputs]
+    scales = [contiguous(problem.scale(index)) for index in range(len(rows))]
 
-    def side(index: int, ids: Tensor | None) -> Side:
-        rows = launch.contiguous_rows(problem.inputs[index])
-        inverse = launch.inverse_norms(rows, at_eps) if problem.normalize else contiguous(problem.scale(index))
-        guide = problem.guide(index)
-        if guide is None:
-            return Side(rows, inverse, contiguous(ids))
-        guide = launch.contiguous_rows(guide)
-        norms, ceiling = launch.inverse_norms(guide, 0.0), problem.ceiling if index == 0 else None
-        return Side(rows, inverse, contiguous(ids), guide=guide, guide_inverse=norms, ceiling=contiguous(ceiling))
+    def side(index: int, ids: Tensor | None, t: Tensor | None = None, **wanted: Any) -> tuple[Side, Tensor | None]:
+        ready, pos = launch_rows.side(rows[index], contiguous(ids), scales[index], problem.normalize, t, **wanted)
+        return with_guide(ready, problem, index), pos
 
-    scale = (LOG2E / problem.temperature).expand(len(problem.query)).contiguous()
-    query = replace(side(0, problem.row_ids), scale=scale)
-    key = replace(side(1, problem.key_ids), scale=scale if problem.columns else None)
+    def given(statistic: str, slope: str) -> dict[str, Tensor | None]:
+        return {"neg": getattr(statistics, statistic, None), "u": getattr(upstream, slope, None)}
+
+    wanted = (rows[KEY], scales[KEY], target) if positives else None
+    query, pos = side(0, problem.row_ids, t, positive=wanted, **given("neg", "neg"))
+    if problem.self_similar:  # in a backward C + C^T serves both sides at once
+        key = replace(query, ids=contiguous(problem.key_ids), scale=query.scale if upstream else None)
+    elif problem.columns:
+        key, _ = side(KEY, problem.key_ids, t, **given("column_neg", "column_neg"))
+    else:
+        key, _ = side(KEY, problem.key_ids)
     shared, own = [], []
-    for index, (rows, ids) in enumerate(zip(problem.negatives, problem.negative_ids, strict=True), start=2):
-        if rows.dim() == 2:
-            shared.append((index, side(index, ids)))
+    for index, ids in enumerate(problem.negative_ids, start=2):
+        if rows[index].dim() == 2:
+            shared.append((index, side(index, ids)[0]))
         else:
-            rows, scales = launch.contiguous_rows(rows), contiguous(problem.scale(index))
-            own.append(
-                (index, launch.own_negatives(query.rows, rows, problem.normalize, scales, contiguous(ids), at_eps))
-            )
-    return Work(problem, contiguous(problem.target), query, key, shared, own)
+            keys, scale = rows[index], scales[index]
+            own.append((index, launch_rows.own_negatives(query.rows, keys, problem.normalize, scale, contiguous(ids))))
+    return Work(problem, target, query, key, shared, own), pos
+
+
+def with_guide(side: Side, problem: Problem, index: int) -> Side:
+    guide = problem.guide(index)
+    if guide is None:
+        return side
+    guide = launch.contiguous_rows(guide)
+    norms, ceiling = launch_rows.inverse_norms(guide, 0.0), problem.ceiling if index == 0 else None
+    return replace(side, guide=guide, guide_inverse=norms, ceiling=contiguous(ceiling))
 
 
 def statistics(problem: Problem, plan: Plan) -> Statistics:
     with torch.cuda.device_of(problem.query):
-        work = prepare(problem, at_eps=1 / EPS)
+        work, pos = prepare(problem, positives=True)
         query, n = work.query, len(work.query)
-        temperature = problem.temperature.expand(n).contiguous()
-        pos = launch.positives(query, work.key, temperature, work.target)
+        assert pos is not None
         columns = (torch.empty_like(pos), torch.empty_like(pos)) if problem.columns else None
         states = [
             launch.row_states(query, keys, excluded, columns if index == KEY else None, plan.limit)
             for index, keys, excluded in work.segments
         ]
-        states += [launch.own_states(query, own) for _, own in work.own]
+        states += [launch_rows.own_states(query, own) for _, own in work.own]
         neg, mean = launch.merged(states[0] if len(states) == 1 else torch.cat([pos.new_empty((0, 3, n)), *states]))
         if columns is None:
             return Statistics(pos, neg, mean)
@@ -111,7 +130,8 @@ def gradients(
     problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
     with torch.cuda.device_of(problem.query):
-        work, unscale = weigh(prepare(problem, at_eps=0.0), statistics, upstream)
+        work, _ = prepare(problem, statistics, upstream)
+        work, unscale = in_float16_range(work)
         fits = problem.query.shape[1] <= tiles.STREAMING_MAX_D[problem.query.dtype] and problem.ceiling is None
         accumulate = streaming if plan.name == "streaming" and fits else workspace
         accumulators = accumulate(work, plan, [dtype is not None for dtype in dtypes])
@@ -124,14 +144,17 @@ def finished(
     v: Tensor,
     unscale: Tensor | None,
     dtypes: Sequence[torch.dtype | None],
+    factor: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """From the sums over the tiles to gradients: rows' own negatives, positives, projection, cast."""
+    """From the sums over the tiles, those of queries times a factor, to gradients: rows' own negatives, positives,
+    projection, cast."""
     grads = own_gradients(work, accumulators, unscale, dtypes)
     partners = positive_partners(work, v, dtypes)
     for index, side in {0: work.query, KEY: work.key, **dict(work.shared)}.items():
         if (dtype := dtypes[index]) is not None:
             g, project = accumulators.get(index), work.problem.normalize
-            grads[index] = launch.finish(g, side, project, partners.get(index), unscale, dtype)
+            f = factor if index == 0 else None
+            grads[index] = launch_rows.finish(g, side, project, partners.get(index), unscale, dtype, f)
     return [grads.get(index) for index in range(len(dtypes))]
 
 
@@ -144,79 +167,75 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
     """
     loss_of, slope_of = LOSSES[kind]
     with torch.cuda.device_of(problem.query):
-        work = prepare(problem, at_eps=1 / EPS)
+        work, pos = prepare(problem, positives=True)
         query, n, t = work.query, len(work.query), problem.temperature
-        pos = launch.positives(query, work.key, t.expand(n).contiguous(), work.target)
-        own_states = [launch.own_states(query, own) for _, own in work.own]
+        assert pos is not None
+        own_states = [launch_rows.own_states(query, own) for _, own in work.own]
         segments = list(work.segments)
         blocks = [query.rows.new_empty((plan.rows, aligned(len(keys), query.rows))) for _, keys, _ in segments]
         dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
-        accumulators = zero_accumulators(work, dtypes)
-        neg, mean, u = (torch.empty_like(pos) for _ in range(3))
-        live = launch.without_zero_rows(query.inverse)
+        accumulators: dict[int, Tensor] = {}
+        neg, mean, exp_minus_neg, u, factor = (torch.empty_like(pos) for _ in range(5))
+        losses = []
         for rows in slices(n, plan.rows):
             size = rows.stop - rows.start
             chunk = [(block[:size, : len(s[1])], *s) for block, s in zip(blocks, segments, strict=True)]
             states = [launch.write_exponentials(c, query, keys, rows, excluded) for c, _, keys, excluded in chunk]
             states += [state[:, :, rows] for state in own_states]
-            neg[rows], mean[rows] = launch.merged(torch.cat(states))
-            w, rows_t = (x if len(x) == 1 else x[rows] for x in (weight, t))
-            u[rows] = (w * slope_of(neg[rows] - pos[rows])).masked_fill(w == 0, 0)
-            f = u[rows] / rows_t * torch.exp(-neg[rows]).masked_fill(neg[rows] == -torch.inf, 0)
-            f = (f if live is None else f * live[rows])[:, None]
-            scaled = (query.rows[rows] * f).to(query.rows.dtype)
+            merged = states[0] if len(states) == 1 else torch.cat(states)
+            launch.merge(merged, 0, len(merged), neg[rows], mean[rows], exp_minus_neg[rows])
+            margin, w = neg[rows] - pos[rows], weight if len(weight) == 1 else weight[rows]
+            losses.append(only_weighted(loss_of(margin) * w, w))
+            torch.mul(slope_of(margin), w, out=u[rows])
+            only_weighted(u[rows], w)
+            rows_t = t if len(t) == 1 else t[rows]
+            scaled = launch_rows.scaled_rows(query, rows, u[rows], exp_minus_neg[rows], rows_t, factor[rows])
             for c, index, keys, _ in chunk:
                 if wanted[0]:
-                    add_product(accumulators[0][0, rows], c, keys.rows, plan.limit)
+                    add_product(accumulators, 0, query, rows, c, keys.rows, plan.limit)
                 if wanted[index]:
-                    add_product(accumulators[index][0], c.T, scaled, plan.limit)
-            if wanted[0]:
-                accumulators[0][0, rows] *= f
+                    add_product(accumulators, index, keys, slice(0, len(keys)), c.T, scaled, plan.limit)
 
-        loss = (weight * loss_of(neg - pos)).masked_fill(weight == 0, 0).sum()
+        if own_states:  # what their negatives add to the queries' gradient has no such factor
+            if 0 in accumulators:
+                accumulators[0] *= factor[:, None]
+            work = replace(work, query=replace(query, neg=neg * LOG2E, weight=u / t))
+        loss = (losses[0] if len(losses) == 1 else torch.cat([pos.new_empty(0), *losses])).sum()
         dt = (u * (pos - mean)) / t if wanted[-1] else None
-        work = replace(
-            work,
-            query=replace(query, inverse=live, neg=neg * LOG2E, weight=u / t),
-            key=replace(work.key, inverse=launch.without_zero_rows(work.key.inverse)),
-            shared=[(i, replace(s, inverse=launch.without_zero_rows(s.inverse))) for i, s in work.shared],
-            own=[(i, own._replace(inverse=launch.without_zero_rows(own.inverse))) for i, own in work.own],
-        )
-        return OnePass(loss, finished(work, accumulators, -u, None, dtypes), dt)
+        return OnePass(loss, finished(work, accumulators, -u, None, dtypes, None if own_states else factor), dt)
 
 
-def weigh(work: Work, statistics: Statistics, upstream: Upstream) -> tuple[Work, Tensor | None]:
-    """The sides with their statistics and u / t, scaled by a power of two for float16; and what undoes the scaling."""
-    t, query, key = work.problem.temperature, work.query, work.key
-    query = replace(query, neg=statistics.neg * LOG2E, weight=upstream.neg / t)
-    if statistics.column_neg is not None and upstream.column_neg is not None:
-        key = replace(key, neg=statistics.column_neg * LOG2E, weight=upstream.column_neg / t)
-    if work.problem.self_similar:  # C + C^T serves both sides at once
-        key = replace(key, scale=query.scale, neg=query.neg, weight=query.weight)
-    unscale = None
-    if query.rows.dtype == torch.float16 and len(query):
-        scale = float16_scale(query, [keys for _, keys, _ in replace(work, key=key).segments])
-        query, key = (replace(s, weight=None if s.weight is None else s.weight * scale) for s in (query, key))
-        unscale = 1 / scale
-    return replace(work, query=query, key=key), unscale
+def only_weighted(values: Tensor, weight: Tensor) -> Tensor:
+    """With 0, in place, for rows of weight 0, which count for nothing even where they are NaN."""
+    return values if len(weight) == 1 else values.masked_fill_(weight == 0, 0)
+
+
+def in_float16_range(work: Work) -> tuple[Work, Tensor | None]:
+    """With the weights scaled by a power of two for float16; and what undoes the scaling."""
+    query, key = work.query, work.key
+    if query.rows.dtype != torch.float16 or not len(query):
+        return work, None
+    scale = float16_scale(query, [keys for _, keys, _ in work.segments])
+    query, key = (replace(s, weight=None if s.weight is None else s.weight * scale) for s in (query, key))
+    return replace(work, query=query, key=key), 1 / scale
 
 
 def float16_scale(query: Side, segments: Sequence[Side]) -> Tensor:
     """The power of two that brings a bound on |C| to at most 2^FLOAT16_ROOM; p <= 1 in every coefficient."""
 
-    def largest(inverse: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    def largest(side: Side, weight: Tensor | None = None) -> Tensor:
         """max |inverse weight|, either of which may be absent: 1."""
         values = one
-        for factor in (inverse, weight):
+        for factor in (launch_rows.without_zero_rows(side.inverse, side.zero_row), weight):
             values = values if factor is None else values * factor
         return values.abs().amax()
 
     one = query.rows.new_ones((), dtype=torch.float32)
     bound = torch.zeros_like(one)
     for keys in segments:
-        part = largest(query.inverse, query.weight) * largest(keys.inverse)
+        part = largest(query, query.weight) * largest(keys)
         if keys.weight is not None:
-            part = part + largest(query.inverse) * largest(keys.inverse, keys.weight)
+            part = part + largest(query) * largest(keys, keys.weight)
         bound = torch.maximum(bound, part)
     exponent = (FLOAT16_ROOM - torch.frexp(bound).exponent).clamp(-100, 100)
     return torch.where(torch.isfinite(bound) & (bound > 0), torch.exp2(exponent.float()), 1.0)
@@ -251,7 +270,7 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     segments = [segment for segment in work.segments if n and (wanted[0] or wanted[segment[0]])]
     if not segments:
         return {}
-    accumulators = zero_accumulators(work, wanted)
+    accumulators: dict[int, Tensor] = {}
     block_rows, block_cols = min(plan.rows, n), min(plan.cols, max(len(keys) for _, keys, _ in segments))
     block = query.rows.new_empty((block_rows, aligned(block_cols, query.rows)))
     for index, keys, excluded in segments:
@@ -263,18 +282,11 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
                 c = block[: rows.stop - rows.start, : cols.stop - cols.start]
                 launch.write_coefficients(c, query, keys, rows, cols, excluded)
                 if wanted[0]:
-                    add_product(accumulators[0][0, rows], c, keys.rows[cols], plan.limit)
+                    add_product(accumulators, 0, query, rows, c, keys.rows[cols], plan.limit)
                 other = 0 if symmetric else index
                 if wanted[other] and not (symmetric and cols.start == rows.start):
-                    add_product(accumulators[other][0, cols], c.T, query.rows[rows], plan.limit)
+                    add_product(accumulators, other, keys, cols, c.T, query.rows[rows], plan.limit)
     return accumulators
-
-
-def zero_accumulators(work: Work, wanted: Sequence[object]) -> dict[int, Tensor]:
-    """index -> (1, rows, D) zeros for what tile passes add to."""
-    sides = {0: work.query, **{index: keys for index, keys, _ in work.segments}}
-    acc = work.problem.acc_dtype
-    return {i: side.rows.new_zeros((1, *side.rows.shape), dtype=acc) for i, side in sides.items() if wanted[i]}
 
 
 def slices(size: int, step: int) -> list[slice]:
@@ -287,17 +299,45 @@ def aligned(cols: int, like: Tensor) -> int:
     return cols if cols < 16 * lane else -(-cols // lane) * lane
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, limit: int) -> None:
-    """out += a @ b, accumulated in the dtype of `out`; what a product cannot add in place takes a share of `limit`."""
-    if a.dtype == out.dtype:
+@cache
+def adds_in_place(device: torch.device) -> bool:
+    """Whether this PyTorch adds 16-bit products to float32 where it lies: asked by doing so, older ones refuse."""
+    out, x = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    try:
+        torch.addmm(out, x, x, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
+
+
+def add_product(
+    accumulators: dict[int, Tensor], index: int, side: Side, rows: slice, a: Tensor, b: Tensor, limit: int
+) -> None:
+    """accumulators[index], (1, n, D), += a @ b in some rows, accumulated in their dtype, from zeros at first.
+
+    What a product cannot add in place takes a share of `limit`; a first product of all rows is the accumulator itself.
+    """
+    like, acc = side.rows, accumulator(side.rows.dtype)
+    narrow = a.dtype != acc
+    native = not narrow or (a.is_cuda and not torch.version.hip)  # a library product in the accumulator's dtype
+    if index not in accumulators:
+        if native and rows == slice(0, len(like)):
+            accumulators[index] = (torch.mm(a, b, out_dtype=acc) if narrow else torch.mm(a, b))[None]
+            return
+        accumulators[index] = like.new_zeros((1, *like.shape), dtype=acc)
+    out = accumulators[index][0, rows]
+    if not narrow:
         out.addmm_(a, b)
         return
+    if native and adds_in_place(out.device):
+        torch.addmm(out, a, b, out_dtype=acc, out=out)
+        return
     most = max(limit // PRODUCT_SHARE // (out.element_size() * out.shape[1]), 1)
-    for rows in slices(len(out), most):
-        if a.is_cuda and not torch.version.hip:
-            out[rows].add_(torch.mm(a[rows], b, out_dtype=out.dtype))
+    for part in slices(len(out), most):
+        if native:
+            out[part].add_(torch.mm(a[part], b, out_dtype=acc))
         else:
-            out[rows].addmm_(a[rows].to(out.dtype), b.to(out.dtype))
+            out[part].addmm_(a[part].to(acc), b.to(acc))
 
 
 def own_gradients(
@@ -311,33 +351,24 @@ def own_gradients(
         accumulate = 0 in accumulators
         if dtypes[0] is not None and not accumulate:
             accumulators[0] = work.query.rows.new_empty((1, *work.query.rows.shape), dtype=work.problem.acc_dtype)
-        grads[index] = launch.own_gradient(
+        grads[index] = launch_rows.own_gradient(
             accumulators.get(0), work.query, own, work.problem.normalize, unscale, dtypes[index], accumulate
         )
     return grads
 
 
 def positive_partners(work: Work, v: Tensor, dtypes: Sequence[torch.dtype | None]) -> dict[int, Partners]:
-    """index -> the positives of queries (0) and keys (1), with weights v_i / t_i a_i b_y; 0 without a valid target."""
-    query, key, target = work.query, work.key, work.target
+    """index -> the positives of queries (0) and keys (1), with what weighs them: v_i / t_i a_i b_y."""
+    query, key, target, t = work.query, work.key, work.target, work.problem.temperature
     n, m = len(query), len(key)
     if n == 0 or m == 0:
         return {}
-    weight = v / work.problem.temperature
-    if query.inverse is not None:
-        weight = weight * query.inverse
-    index = torch.arange(n, device=v.device) if target is None else target
-    valid = (index >= 0) & (index < m)
-    if key.inverse is not None:
-        weight = weight * key.inverse[index.clamp(0, m - 1)]
-    weight = torch.where(valid, weight, 0.0)
-    if work.problem.self_similar and dtypes[KEY] is None:  # its target's target is the row itself
-        weight = weight + weight[index]
-    partners = {0: Partners(key.rows, weight, target)}
+    mutual = work.problem.self_similar and dtypes[KEY] is None  # its target's target is the row itself
+    partners = {0: Partners(key.rows, key.inverse, v, t, target, mutual=mutual)}
     if target is None:
-        partners[1] = Partners(query.rows, weight)
-    elif dtypes[1] is not None:  # queries by target, in their order: a sum over them never depends on timing
+        partners[KEY] = Partners(query.rows, query.inverse, v, t)
+    elif dtypes[KEY] is not None:  # queries by target, in their order: a sum over them never depends on timing
         sorted_target, order = torch.sort(target, stable=True)
         starts = torch.searchsorted(sorted_target, torch.arange(m + 1, device=v.device))
-        partners[1] = Partners(query.rows, weight, order, starts)
+        partners[KEY] = Partners(query.rows, query.inverse, v, t, order, starts)
     return partners

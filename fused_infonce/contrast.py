@@ -181,6 +181,7 @@ class _Statistics(torch.autograd.Function):
         with products(inputs[0].device.type):
             statistics = run_statistics(problem, plan)
         ctx.plan = plan
+        ctx.set_materialize_grads(False)  # of mean, which has none: each would be a kernel
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
         ctx.save_for_backward(*problem.tensors(), *statistics)
         ctx.mark_non_differentiable(*(x for x in (statistics.mean, statistics.column_mean) if x is not None))
@@ -191,9 +192,8 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         *tensors, pos, neg, mean, column_neg, column_mean = ctx.saved_tensors
         problem, statistics = ctx.problem.with_tensors(tensors), Statistics(pos, neg, mean, column_neg, column_mean)
-        v, u, _, *columns = upstream
-        u, v = u.contiguous(), v.contiguous()
-        column_u = None if column_neg is None else columns[0].contiguous()
+        v, u = (_given(x, pos) for x in upstream[:2])
+        column_u = None if column_neg is None else _given(upstream[3], pos)
         with products(problem.query.device.type):
             grads = run_gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
         dt = None
@@ -201,6 +201,11 @@ class _Statistics(torch.autograd.Function):
             total = u * mean + v * pos if column_u is None else u * mean + v * pos + column_u * column_mean
             dt = _reduce_like(-total / problem.temperature, problem.temperature)
         return None, None, dt, *_unscale(problem, grads)
+
+
+def _given(slope: Tensor | None, like: Tensor) -> Tensor:
+    """An upstream gradient, contiguous; zeros for what took no part in the loss."""
+    return torch.zeros_like(like) if slope is None else slope.contiguous()
 
 
 class _OnePass(torch.autograd.Function):

@@ -51,12 +51,12 @@ def onepass(problem: Problem, kind: str, weight: Tensor, wanted: Sequence[bool])
     factor = factors[0].unsqueeze(1)
     e.mul_(factor + factors[-1] if both else factor)
     v = slopes[0] + slopes[1] if problem.columns else slopes[0]
-    if problem.target is None:
+    if target is None or problem.target is None:
         torch.neg(v, out=own)
     else:
         e.scatter_(1, target, (v + v.index_select(0, problem.target)).neg_().unsqueeze(1))
     grad, scale = torch.empty_like(rows.unit), share * inv_t
-    sides = (grad,) if same else (grad[:n], grad[n:])
+    sides = [grad] if same else [grad[:n], grad[n:]]
     if wanted[0] or wanted[-1]:
         sides[0].addmm_(e, y, beta=0, alpha=scale)
     if wanted[1]:

@@ -1,4 +1,4 @@
-"""One function per kernel: allocate what it returns, choose its tile, launch it."""
+"""One function per kernel that works on tiles: allocate what it returns, choose its tile, launch it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .kernels.finish import finish_kernel
 from .kernels.gradient import coefficients_kernel, gradient_kernel
-from .kernels.norms import inverse_norms_kernel
-from .kernels.own import own_dots_kernel, own_gradient_kernel, own_statistics_kernel
-from .kernels.positive import positives_kernel
 from .kernels.statistics import merge_kernel, statistics_kernel
-from .problem import EPS, accumulator
+from .problem import accumulator
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -26,6 +22,8 @@ except ImportError:  # an old triton
     TensorDescriptor = None
 
 LOG2E = math.log2(math.e)
+WAVES = 5  # of programs of a statistics pass over a device, whose parts of a row cost little: an estimate
+MOST_PARTS = 64  # one program merges all parts of its rows, one after the other: an estimate
 INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
 
@@ -42,6 +40,7 @@ class Side:
     guide: Tensor | None = None  # (n, D'), the guide's rows, the last dimension contiguous
     guide_inverse: Tensor | None = None
     ceiling: Tensor | None = None  # of the guide's cosines, for queries
+    zero_row: float = math.inf  # an inverse norm from which on a row counts as zero: its gradient is 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,15 +57,6 @@ class Excluded(NamedTuple):
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
         return {"T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal}
-
-
-class Own(NamedTuple):
-    """Negatives (N, H, D) of one row each, with their dot products and inverse norms or scales, (N, H)."""
-
-    rows: Tensor
-    dots: Tensor
-    inverse: Tensor | None
-    ids: Tensor | None
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
@@ -94,7 +84,7 @@ def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def id_pointers(x: Side, y: Side | Own) -> tuple[Tensor | None, Tensor | None]:
+def id_pointers(x: Side, y: Any) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if x.ids is None or y.ids is None else (x.ids, y.ids)
 
 
@@ -147,50 +137,29 @@ def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def columns_per_program(row_blocks: int, columns: int, block_n: int, device: torch.device) -> int:
-    """Whole blocks of columns for one program, few enough that all programs together fill the device."""
-    blocks = triton.cdiv(columns, block_n)
-    parts = min(max(tiles.processors(device) // max(row_blocks, 1), 1), max(blocks, 1))
-    return max(triton.cdiv(blocks, parts), 1) * block_n
+def columns_per_program(row_blocks: int, columns: int, block_n: int, device: torch.device, waves: int = 1) -> int:
+    """Whole blocks of columns for one program, few enough that all programs together fill the device.
+
+    With `waves` so often, that what is left of the last one matters little; but not in more than MOST_PARTS then.
+    """
+    blocks, row_blocks, fill = triton.cdiv(columns, block_n), max(row_blocks, 1), tiles.processors(device)
+    parts = max(fill // row_blocks, min(triton.cdiv((waves - 1) * fill, row_blocks), MOST_PARTS), 1)
+    return max(triton.cdiv(blocks, min(parts, max(blocks, 1))), 1) * block_n
 
 
-def inverse_norms(x: Tensor, at_eps: float) -> Tensor:
-    """1 / max(|x_i|, EPS); `at_eps` is its value for rows with a norm up to EPS."""
-    a = vector(x, len(x))
-    block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
-    run(
-        inverse_norms_kernel, (triton.cdiv(len(x), block_m),),
-        X_ptr=x, A_ptr=a, size_x=len(x), D=x.shape[1], stride_xm=x.stride(0), eps=EPS, at_eps=at_eps,
-        ACC=acc_of(x), BLOCK_M=block_m, BLOCK_D=block_d,
-    )  # fmt: skip
-    return a
-
-
-def without_zero_rows(inverse: Tensor | None) -> Tensor | None:
-    """Inverse norms as gradients take them: 0 for a row whose norm is at most EPS."""
-    return None if inverse is None else inverse.masked_fill(inverse >= 1 / EPS, 0)
-
-
-def positives(query: Side, key: Side, temperature: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) logits of the targets; `temperature` is (N,)."""
-    q, k = query.rows, key.rows
-    pos = vector(q, len(q))
-    block_m, block_d = tiles.row_tile(tiles.architecture(q.device), q.shape[1])
-    run(
-        positives_kernel, (triton.cdiv(len(q), block_m),),
-        Q_ptr=q, K_ptr=k, A_ptr=query.inverse, B_ptr=key.inverse, TEMPERATURE_ptr=temperature, T_ptr=target,
-        POS_ptr=pos, size_q=len(q), size_k=len(k), D=q.shape[1], stride_qm=q.stride(0), stride_kn=k.stride(0),
-        ACC=acc_of(q), BLOCK_M=block_m, BLOCK_D=block_d,
-    )  # fmt: skip
-    return pos
-
-
-def merge(states: Tensor, first: int, slots: int, neg: Tensor | None = None, mean: Tensor | None = None) -> None:
-    """Merges slots first to slots - 1 of (slots, 3, n) states into `neg` and `mean`, or without them into slot 0."""
+def merge(
+    states: Tensor,
+    first: int,
+    slots: int,
+    neg: Tensor | None = None,
+    mean: Tensor | None = None,
+    exp_minus_neg: Tensor | None = None,
+) -> None:
+    """Merges slots first to slots - 1 of (slots, 3, n) states into `neg`, `mean` and more, or without into slot 0."""
     size, block_m = states.shape[2], 256
     run(
         merge_kernel, (triton.cdiv(size, block_m),),
-        S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, first=first, slots=slots, size=size,
+        S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, E_ptr=exp_minus_neg, first=first, slots=slots, size=size,
         ACC=acc_of(states), BLOCK_M=block_m,
     )  # fmt: skip
 
@@ -213,7 +182,7 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
     step = blocks
     if columns is not None:
         step = max(1, min(blocks, limit // 2 // (3 * m * columns[0].element_size()) - 1))  # the rest is for row states
-    split = columns_per_program(step, m, tile.block_n, x.rows.device)
+    split = columns_per_program(step, m, tile.block_n, x.rows.device, WAVES)
     states = x.rows.new_empty((triton.cdiv(m, split), 3, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states.new_empty((step + 1, 3, m))
     for start in range(0, blocks, max(step, 1)):
@@ -245,7 +214,8 @@ def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x
     run(
         gradient_kernel, (triton.cdiv(len(x), tile.block_m), len(g)),
         NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, G_ptr=g, size_x=len(x), size_y=len(y),
-        split=split, ACCUMULATE=accumulate, **pair_arguments(tile, x, y), **excluded.arguments(x, y, of_x),
+        split=split, zero_row=x.zero_row, ACCUMULATE=accumulate, **pair_arguments(tile, x, y),
+        **excluded.arguments(x, y, of_x),
     )  # fmt: skip
 
 
@@ -257,7 +227,7 @@ def write_coefficients(
     run(
         coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
         NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states, row_start=rows.start,
-        row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0), zero_row=1 / EPS,
+        row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0), zero_row=x.zero_row,
         **pair_arguments(tile, x, y), **excluded.arguments(x, y), **guide_arguments(x, y),
     )  # fmt: skip
 
@@ -268,87 +238,3 @@ def write_exponentials(c: Tensor, x: Side, y: Side, rows: slice, excluded: Exclu
     states = c.new_empty((blocks, 3, len(c)), dtype=accumulator(c.dtype))
     write_coefficients(c, x, y, rows, slice(0, len(y)), excluded, states)
     return states.sum(0, keepdim=True)  # every maximum is 0
-
-
-class Partners(NamedTuple):
-    """What the positives add to each row of one side: see `positive_part` in kernels/finish.py."""
-
-    rows: Tensor
-    weight: Tensor
-    indices: Tensor | None = None
-    starts: Tensor | None = None
-
-
-def finish(
-    g: Tensor | None, x: Side, project: bool, partners: Partners | None, unscale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The gradient of x in `dtype` from accumulators g (slots, n, D); None: zeros."""
-    n, d = x.rows.shape
-    in_place = g is not None and len(g) == 1 and g.dtype == dtype  # a program reads and writes rows of its own
-    dx = g[0] if in_place and g is not None else torch.empty((n, d), dtype=dtype, device=x.rows.device)
-    z, weight, indices, starts = partners or (None, None, None, None)
-    block_m, block_d, block_e = tiles.finish_tile(tiles.architecture(x.rows.device), d, gather=starts is not None)
-    run(
-        finish_kernel, (triton.cdiv(n, block_m),),
-        G_ptr=g, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, W_ptr=weight, T_ptr=indices, STARTS_ptr=starts,
-        UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else len(g), size_x=n,
-        size_z=0 if z is None else len(z), D=d, stride_xm=x.rows.stride(0), stride_zn=0 if z is None else z.stride(0),
-        PROJECT=project, EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e,
-    )  # fmt: skip
-    return dx
-
-
-def own_negatives(
-    q: Tensor, k: Tensor, normalize: bool, scale: Tensor | None, ids: Tensor | None, at_eps: float
-) -> Own:
-    """Dot products and inverse norms of (N, H, D) negatives, from one reading of them."""
-    n, h, d = k.shape
-    dots = vector(q, n * h)
-    inverse = vector(q, n * h) if normalize else scale
-    block_m, block_h, block_d = tiles.own_tile(tiles.architecture(q.device), h, d)
-    run(
-        own_dots_kernel, (triton.cdiv(n, block_m), triton.cdiv(h, block_h)),
-        Q_ptr=q, K_ptr=k, D_ptr=dots, B_ptr=inverse, size_q=n, H=h, D=d,
-        stride_qm=q.stride(0), stride_km=k.stride(0), stride_kh=k.stride(1), eps=EPS, at_eps=at_eps,
-        NORMALIZE=normalize, ACC=acc_of(q), BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
-    )  # fmt: skip
-    return Own(k, dots, inverse, ids)
-
-
-def own_states(x: Side, own: Own) -> Tensor:
-    """(1, 3, N) states of the rows of x over their own negatives."""
-    n, h, d = own.rows.shape
-    states = own.dots.new_empty((1, 3, n))
-    x_ids, own_ids = id_pointers(x, own)
-    block_m, block_h, _ = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
-    run(
-        own_statistics_kernel, (triton.cdiv(n, block_m),),
-        D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, QI_ptr=x_ids, KI_ptr=own_ids,
-        ROWS_ptr=states, size_q=n, H=h, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_H=block_h,
-    )  # fmt: skip
-    return states
-
-
-def own_gradient(
-    g: Tensor | None,
-    x: Side,
-    own: Own,
-    normalize: bool,
-    unscale: Tensor | None,
-    dtype: torch.dtype | None,
-    accumulate: bool,
-) -> Tensor | None:
-    """The gradient of rows' own negatives in `dtype`, adding to g (slots, N, D) what they give the rows of x."""
-    n, h, d = own.rows.shape
-    dk = None if dtype is None else torch.empty((n, h, d), dtype=dtype, device=own.rows.device)
-    x_ids, own_ids = id_pointers(x, own)
-    block_m, block_h, block_d = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
-    run(
-        own_gradient_kernel, (triton.cdiv(n, block_m), triton.cdiv(d, block_d)),
-        Q_ptr=x.rows, K_ptr=own.rows, D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, N_ptr=x.neg,
-        U_ptr=x.weight, UNSCALE_ptr=unscale, QI_ptr=x_ids, KI_ptr=own_ids, G_ptr=g, DK_ptr=dk, size_q=n, H=h, D=d,
-        stride_qm=x.rows.stride(0), stride_km=own.rows.stride(0), stride_kh=own.rows.stride(1),
-        NORMALIZE=normalize, ACCUMULATE=accumulate, EMULATE=INTERPRETED, ACC=acc_of(x.rows),
-        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
-    )  # fmt: skip
-    return dk

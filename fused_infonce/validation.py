@@ -118,7 +118,7 @@ def temperature(value: Any, rows: int, dtype: torch.dtype, device: torch.device)
             positive_float("temperature", value.item())
         elif not (good := (value > 0) & value.isfinite()).all():
             raise ValueError(f"temperature must be positive and finite, got {value[~good].flatten()[0].item()}")
-    flat = value.reshape(-1).to(dtype)
+    flat = value.reshape(-1).to(dtype).contiguous()
     if value.device != device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
         return torch.ones(1, dtype=dtype, device=device) * flat[0]
     return flat if values_are_free(value) else torch.where((flat > 0) & flat.isfinite(), flat, torch.nan)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .statistics import store_state
-from .tile import cast, dot, load_tile, load_vector, negatives, raw_dots
+from .tile import cast, dot, live, load_tile, load_vector, negatives, raw_dots
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def gradient_kernel(
     stride_xm,
     stride_yn,
     split,
+    zero_row: tl.constexpr,
     TARGET: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -83,7 +84,7 @@ def gradient_kernel(
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
+    a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     sx, nx, ux = direction(SX_ptr, NX_ptr, UX_ptr, offs_m, size_x, ACC)
     x = load_tile(X_ptr, start_m, stride_xm, size_x, 0, D, BLOCK_M, BLOCK_D, TMA)
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -91,7 +92,7 @@ def gradient_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA)
         d = dot(x, tl.trans(y), tl.zeros((BLOCK_M, BLOCK_N), ACC), DOT)
-        b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
+        b = live(load_vector(B_ptr, offs_n, size_y, 1.0, ACC), zero_row)
         sy, ny, uy = direction(SY_ptr, NY_ptr, UY_ptr, offs_n, size_y, ACC)
         # A row that counts as zero has coefficients of 0, whatever its exponential.
         valid_m = (offs_m < size_x) & (a != 0.0)
@@ -163,8 +164,8 @@ def coefficients_kernel(
     """The block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
 
     With ROWS, before the rows' statistics are known: b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and
-    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, 3, rows). b_j >= zero_row is that
-    of a zero row, which counts in the states only.
+    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, 3, rows). A zero row counts in
+    the states only.
     """
     row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
     pid_m = tl.program_id(0) % row_blocks
@@ -199,7 +200,8 @@ def coefficients_kernel(
     sy, ny, uy = direction(SY_ptr, NY_ptr, UY_ptr, offs_n, col_end, ACC)
     valid_m = offs_m < row_end
     valid_n = offs_n < col_end
-    if ROWS_ptr is None:  # here zero rows have an inverse of 0
+    if ROWS_ptr is None:
+        a, b = live(a, zero_row), live(b, zero_row)
         valid_m = valid_m & (a != 0.0)
         valid_n = valid_n & (b != 0.0)
     keep = negatives(
@@ -224,7 +226,7 @@ def coefficients_kernel(
     else:
         s = tl.where(keep, d * ((a * sx)[:, None] * b[None, :]), 0.0)
         p = tl.where(keep, tl.exp2(s), 0.0)
-        c = p * tl.where(b < zero_row, b, 0.0)[None, :]
+        c = p * live(b, zero_row)[None, :]
         zero = tl.zeros((BLOCK_M,), ACC)
         store_state(ROWS_ptr, pid_n, rows, row_end - row_start, zero, tl.sum(p, 1), tl.sum(p * s, 1))
     ptrs = C_ptr + rows.to(tl.int64)[:, None] * stride_cm + cols[None, :]

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .gradient import direction, term
-from .norms import inverse_norm
+from .rows import inverse_norm
 from .statistics import FLOOR, store_state, update
-from .tile import cast, load_rows, load_vector
+from .tile import cast, live, load_rows, load_vector
 
 
 @triton.jit
@@ -123,6 +123,7 @@ def own_gradient_kernel(
     stride_qm,
     stride_km,
     stride_kh,
+    zero_row: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -134,13 +135,14 @@ def own_gradient_kernel(
     """g_i (+)= sum_h C_ih k_ih and dk_ih = unscale C_ih (q_i - b_ih^2 d_ih k_ih), for BLOCK_D of the row length."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    a = load_vector(A_ptr, offs_m, size_q, 1.0, ACC)
+    a = live(load_vector(A_ptr, offs_m, size_q, 1.0, ACC), zero_row)
     s, n, u = direction(S_ptr, N_ptr, U_ptr, offs_m, size_q, ACC)
     q = load_rows(Q_ptr, offs_m, stride_qm, size_q, offs_d, D).to(ACC)
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start_h in range(0, H, BLOCK_H):
         offs_h = start_h + tl.arange(0, BLOCK_H)
         d, b, keep = load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        b = live(b, zero_row)
         keep = keep & (b != 0.0) & (a != 0.0)[:, None]
         c = tl.where(keep, term(d, a[:, None], s[:, None], n[:, None], u[:, None], b), 0.0)
         ptrs, inside = cube(K_ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_km, stride_kh)

@@ -145,10 +145,10 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "slots"])
-def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, first, slots, size, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
+def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, E_ptr, first, slots, size, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
     """Merges slots first, first + 1, ... into slot 0, or with NEG into natural-log statistics.
 
-    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits.
+    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. E: e^-neg, there 0.
     """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.full((BLOCK_M,), FLOOR, ACC)
@@ -173,3 +173,5 @@ def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, first, slots, size, ACC: tl.constexpr
         neg = tl.where(mean == mean, neg, float("nan"))
         tl.store(NEG_ptr + offs, neg, mask=offs < size)
         tl.store(MEAN_ptr + offs, mean, mask=offs < size)
+        if E_ptr is not None:
+            tl.store(E_ptr + offs, tl.where(empty, 0.0, tl.exp2(-m) / total), mask=offs < size)

@@ -18,6 +18,12 @@ def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def live(inverse, zero_row: tl.constexpr):
+    """Inverse norms as gradients take them: 0 for a row that counts as zero, `zero_row` or more. NaN stays."""
+    return tl.where(inverse >= zero_row, 0.0, inverse)
+
+
+@triton.jit
 def load_rows(ptr, offs, stride, size, offs_d, D):
     """(len(offs), len(offs_d)) of a matrix whose last dimension is contiguous; 0 outside."""
     ptrs = ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :]

@@ -1,0 +1,129 @@
+"""What each row needs by itself, and what its softmax makes of it: everything of a side that is not a tile."""
+
+import triton
+import triton.language as tl
+
+from .tile import cast, live, load_rows, load_vector
+
+
+@triton.jit
+def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
+    """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN."""
+    norm = tl.sqrt(square)
+    small = norm <= eps
+    return tl.where(small, at_eps, 1.0 / tl.where(small, 1.0, norm))
+
+
+@triton.jit
+def side_kernel(
+    X_ptr,
+    A_ptr,
+    TEMPERATURE_ptr,
+    S_ptr,
+    NEG_ptr,
+    N_ptr,
+    U_ptr,
+    W_ptr,
+    Y_ptr,
+    B_ptr,
+    T_ptr,
+    POS_ptr,
+    size_x,
+    size_y,
+    D,
+    stride_xm,
+    stride_yn,
+    stride_t,
+    eps: tl.constexpr,
+    at_eps: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """a_i = 1 / max(|x_i|, eps), and what else is asked for:
+
+    S     s_i = log2(e) / t_i
+    N     n_i = log2(e) neg_i
+    W     w_i = u_i / t_i
+    POS   pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
+
+    Without NORMALIZE a and b are given, or 1.
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = offs_m < size_x
+    square = tl.zeros((BLOCK_M,), ACC)
+    dots = tl.zeros((BLOCK_M,), ACC)
+    square_y = tl.zeros((BLOCK_M,), ACC)
+    target = offs_m.to(tl.int64)
+    if T_ptr is not None:
+        target = tl.load(T_ptr + offs_m, mask=inside, other=-1)
+    valid = (target >= 0) & (target < size_y)
+    row = tl.where(valid, target, size_y)
+    if NORMALIZE or (POS_ptr is not None):
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
+            square += tl.sum(x * x, 1)
+            if POS_ptr is not None:
+                y = load_rows(Y_ptr, row, stride_yn, size_y, offs_d, D).to(ACC)
+                dots += tl.sum(x * y, 1)
+                square_y += tl.sum(y * y, 1)
+    if NORMALIZE:
+        a = inverse_norm(square, eps, at_eps)
+        tl.store(A_ptr + offs_m, a, mask=inside)
+    else:
+        a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if TEMPERATURE_ptr is not None:
+        t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
+        if S_ptr is not None:
+            tl.store(S_ptr + offs_m, tl.full(t.shape, LOG2E, ACC) / t, mask=inside)
+        if N_ptr is not None:
+            tl.store(N_ptr + offs_m, tl.load(NEG_ptr + offs_m, mask=inside, other=0.0) * LOG2E, mask=inside)
+        if W_ptr is not None:
+            tl.store(W_ptr + offs_m, tl.load(U_ptr + offs_m, mask=inside, other=0.0) / t, mask=inside)
+        if POS_ptr is not None:
+            if NORMALIZE:
+                b = inverse_norm(square_y, eps, at_eps)
+            else:
+                b = load_vector(B_ptr, row, size_y, 1.0, ACC)
+            pos = dots * a * b / t
+            pos += pos - pos  # an infinite logit is never legitimate: NaN
+            pos = tl.where(valid, pos, tl.where(target == -1, 0.0, float("nan")))
+            tl.store(POS_ptr + offs_m, pos, mask=inside)
+
+
+@triton.jit
+def scale_kernel(
+    X_ptr,
+    A_ptr,
+    U_ptr,
+    E_ptr,
+    TEMPERATURE_ptr,
+    F_ptr,
+    OUT_ptr,
+    size_x,
+    D,
+    stride_xm,
+    stride_t,
+    zero_row: tl.constexpr,
+    EMULATE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """f_i = a_i u_i e^(-neg_i) / t_i, which makes coefficients of exponentials b_j e^(s_ij); and the rows f_i x_i."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = offs_m < size_x
+    t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
+    u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
+    e = tl.load(E_ptr + offs_m, mask=inside, other=0.0)
+    f = u / t * e * live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
+    tl.store(F_ptr + offs_m, f, mask=inside)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
+        ptrs = OUT_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
+        scaled = cast(f[:, None] * x, OUT_ptr.dtype.element_ty, EMULATE)
+        tl.store(ptrs, scaled, mask=inside[:, None] & (offs_d[None, :] < D))
