@@ -329,7 +329,7 @@ def add_product(
     if not narrow:
         out.addmm_(a, b)
         return
-    if native and adds_in_place(out.device):
+    if adds_in_place(out.device):
         torch.addmm(out, a, b, out_dtype=acc, out=out)
         return
     most = max(limit // PRODUCT_SHARE // (out.element_size() * out.shape[1]), 1)

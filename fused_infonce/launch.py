@@ -137,14 +137,16 @@ def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def columns_per_program(row_blocks: int, columns: int, block_n: int, device: torch.device, waves: int = 1) -> int:
-    """Whole blocks of columns for one program, few enough that all programs together fill the device.
+def columns_per_program(
+    row_blocks: int, columns: int, block_n: int, device: torch.device, most: int, waves: int = 1
+) -> int:
+    """Whole blocks of columns for one program, in at most `most` parts, so that all programs together fill the device.
 
     With `waves` so often, that what is left of the last one matters little; but not in more than MOST_PARTS then.
     """
     blocks, row_blocks, fill = triton.cdiv(columns, block_n), max(row_blocks, 1), tiles.processors(device)
-    parts = max(fill // row_blocks, min(triton.cdiv((waves - 1) * fill, row_blocks), MOST_PARTS), 1)
-    return max(triton.cdiv(blocks, min(parts, max(blocks, 1))), 1) * block_n
+    parts = max(fill // row_blocks, min(triton.cdiv((waves - 1) * fill, row_blocks), MOST_PARTS))
+    return max(triton.cdiv(blocks, max(min(parts, most, blocks), 1)), 1) * block_n
 
 
 def merge(
@@ -174,15 +176,16 @@ def merged(states: Tensor) -> tuple[Tensor, Tensor]:
 def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tensor] | None, limit: int) -> Tensor:
     """(slots, 3, N) states of the rows of x over y. `columns`: where (neg, mean) of y over x are written.
 
-    Column states take a slot for each block of rows, hence as many launches as keep them within `limit` bytes.
+    Row states take a slot for each part of the columns, as many as half of `limit` bytes hold; column states one for
+    each block of rows, hence as many launches as keep them within the other half.
     """
     n, m = len(x), len(y)
     tile = tile_of("statistics" if columns is None else "columns", x, y)
     blocks = triton.cdiv(n, tile.block_m)
-    step = blocks
+    step, state = blocks, 3 * accumulator(x.rows.dtype).itemsize
     if columns is not None:
-        step = max(1, min(blocks, limit // 2 // (3 * m * columns[0].element_size()) - 1))  # the rest is for row states
-    split = columns_per_program(step, m, tile.block_n, x.rows.device, WAVES)
+        step = max(1, min(blocks, limit // 2 // (state * max(m, 1)) - 1))
+    split = columns_per_program(step, m, tile.block_n, x.rows.device, limit // 2 // (state * max(n, 1)), WAVES)
     states = x.rows.new_empty((triton.cdiv(m, split), 3, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states.new_empty((step + 1, 3, m))
     for start in range(0, blocks, max(step, 1)):
@@ -202,9 +205,9 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
 def gradient_slots(x: Side, y: Side, widest: int, limit: int) -> int:
     """Into how many partial sums a streaming gradient is split, so that few rows too fill the device."""
     tile = tile_of("gradient", x, y)
-    split = columns_per_program(triton.cdiv(len(x), tile.block_m), widest, tile.block_n, x.rows.device)
     extra = limit // max(x.rows.numel() * accumulator(x.rows.dtype).itemsize, 1)
-    return max(1, min(triton.cdiv(widest, split), 1 + extra))
+    split = columns_per_program(triton.cdiv(len(x), tile.block_m), widest, tile.block_n, x.rows.device, 1 + extra)
+    return max(1, triton.cdiv(widest, split))
 
 
 def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x: bool, accumulate: bool) -> None:

@@ -12,6 +12,7 @@ MIB = 2**20
 DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other devices: OTHER_LIMIT
 OTHER_LIMIT = 256 * MIB
 LIMIT_VARIABLE = "FUSED_INFONCE_WORKSPACE_LIMIT"
+LEAST_LIMIT = 2**16  # that the variable may set: a number of MiB taken for one of bytes would run for ever
 ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at its full rate
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
 CPU_BLOCK = 2**21  # scores: 8 MiB in fp32, so that the elementwise passes stay in the last-level cache
@@ -57,9 +58,10 @@ class Plan:
         return self.name in ("onepass", "dense")
 
     def __str__(self) -> str:
+        limit = f"{self.limit / MIB:.0f} MiB" if self.limit >= MIB else f"{self.limit} bytes"
         return (
             f"{self.name} on the {self.backend} backend, because {self.reason}: {self.flops:g} N M D FLOPs in all, "
-            f"blocks of {self.rows} x {self.cols}, at most {self.limit / MIB:.0f} MiB of workspace"
+            f"blocks of {self.rows} x {self.cols}, at most {limit} of workspace"
         )
 
 
@@ -68,8 +70,8 @@ def default_limit(device: str) -> int:
     setting = os.environ.get(LIMIT_VARIABLE)
     if setting is None:
         return DEFAULT_LIMIT.get(device, OTHER_LIMIT)
-    if not setting.isdecimal() or int(setting) == 0:
-        raise ValueError(f"{LIMIT_VARIABLE} must be a positive number of bytes, got {setting!r}")
+    if not setting.isdecimal() or int(setting) < LEAST_LIMIT:
+        raise ValueError(f"{LIMIT_VARIABLE} must be a number of bytes, {LEAST_LIMIT} or more, got {setting!r}")
     return int(setting)
 
 

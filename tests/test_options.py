@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, FACTORS, both_backends, cases, error, evaluate, make_call, on, two, valid
 
-from fused_infonce import FusedInfoNCELoss, contrast, info_nce, plan, reference
+from fused_infonce import FusedInfoNCELoss, contrast, explain, info_nce, plan, reference
 
 
 def by_hand(
@@ -308,3 +308,17 @@ def test_workspace_limit_does_not_change_the_loss(backend, limit):
     want = evaluate(info_nce, inputs, backend=backend)
     got = evaluate(info_nce, inputs, backend=backend, workspace_limit=limit)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-16)
+
+
+def test_workspace_limit_of_the_environment(monkeypatch):
+    inputs = torch.randn(2, 3000, 8)
+    monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", str(2**20))
+    plan = explain(*inputs)
+    assert plan == explain(*inputs, workspace_limit=2**20)
+    assert "at most 1 MiB" in str(plan)
+    assert plan != explain(*inputs, workspace_limit=2**26)
+    assert "at most 5000 bytes" in str(explain(*inputs, workspace_limit=5000))
+    for wrong in ("0", "-1", "256", "64M", ""):
+        monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", wrong)
+        with pytest.raises(ValueError, match="FUSED_INFONCE_WORKSPACE_LIMIT must be a number of bytes"):
+            info_nce(*inputs)
