@@ -3,18 +3,22 @@
     python benchmarks/gpu_bench.py [--record results/gpu.csv] [--minutes 7.5]
     python benchmarks/gpu_bench.py --list                      the cases in their order, without a GPU
 
-First our results are checked against float64: if they are wrong, nothing is timed. Then, case by case, every contestant
-is checked against ours and timed: medians of `triton.testing.do_bench`, or of three passes that take long. Who runs out
-of memory, fails or disagrees is recorded as such, with no figures. Time's end is final even in the midst of a case.
+Before the first case of a direction and dtype our results are checked against float64: where they are wrong, no such
+case is timed, and the exit status is 1. Then, case by case, every contestant is checked against ours and timed: medians
+of `triton.testing.do_bench`, or of three passes that take long. Who runs out of memory, fails or disagrees is recorded
+as such, with no figures. A row is recorded as soon as it is known; time's end is final even in the midst of a case.
+A failure that the GPU's context does not survive ends its case; a fresh process goes on with the next one, without the
+peer that failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from typing import Any
 import contest
 import torch
 from contest import FLOOR, Contest
-from contestants import OURS, Case
+from contestants import COMPILED, OURS, Case
 from peers import TEMPERATURE
 from torch import Tensor
 from tqdm import tqdm
@@ -31,15 +35,22 @@ from fused_infonce import info_nce, nt_xent
 
 WIDTHS = (64, 128, 256, 512, 768, 1024, 2048, 4096)
 DIRECTIONS = ("one", "symmetric", "self")
-COMPILED = "dense compiled"  # compiling takes longer than measuring: at few cases only
 ALL_ROWS = 1 << 18  # beyond, only ours, the floor and the dense loss, which then says that it cannot
 GATE = ((1000, 100), (2048, 768), (4096, 128))  # rows and widths at which we are checked first
-BOUNDS = {"bfloat16": (1e-5, 5e-3), "float16": (1e-5, 5e-3), "float32": (1e-5, 1e-5)}  # of loss and gradients
+BOUNDS = {  # of loss and both gradients
+    "bfloat16": (1e-5, 5e-3, 5e-3),
+    "float16": (1e-5, 5e-3, 5e-3),
+    "float32": (1e-5, 1e-5, 1e-5),
+}
 SLOW = 0.1  # seconds: such a pass is timed three times and no more
 
 
 class OutOfTime(BaseException):
     """No `except Exception` stops it."""
+
+
+class Broken(BaseException):
+    """The GPU's context is: nothing more can be run in this process. The argument is who was running."""
 
 
 def case(n: int, d: int, dtype: str = "bfloat16", direction: str = "one", mode: str = "fwd_bwd") -> Case:
@@ -51,7 +62,7 @@ def case(n: int, d: int, dtype: str = "bfloat16", direction: str = "one", mode: 
 def cases() -> list[Case]:
     """In the order of what they say, so that a short run is still worth something."""
     two = DIRECTIONS[1:]
-    chosen = [case(n, 768) for n in (16384, 65536, 8192, 32768, 2048, 131072, 512)]
+    chosen = [case(n, 768) for n in (16384, 65536, 8192, 32768, 2048, 512, 131072)]
     chosen += [case(16384, 768, direction=direction) for direction in two]
     chosen += [case(16384, d) for d in WIDTHS if d != 768]
     chosen += [case(8192, 768, dtype) for dtype in ("float16", "float32")]
@@ -66,29 +77,34 @@ def cases() -> list[Case]:
     return chosen
 
 
-def taking_part(case: Case, names: list[str]) -> list[str]:
+def taking_part(this: Case, names: list[str]) -> list[str]:
     """Who is asked to run this case."""
-    rows = case.n * (2 if case.direction == "self" else 1)
-    common = case.d == 768 and case.dtype == "bfloat16" and case.mode == "fwd_bwd"
-    if rows > ALL_ROWS:
+    if this.n * (2 if this.direction == "self" else 1) > ALL_ROWS:
         return [name for name in names if name in (OURS, "dense")]
-    return [name for name in names if name != COMPILED or (common and rows in (8192, 16384))]
+    compiled = this in [case(8192, 768, direction=direction) for direction in ("one", "symmetric")]
+    return [name for name in names if name != COMPILED or compiled]
 
 
-def gate(device: torch.device) -> list[str]:
+def kind(this: Case) -> str:
+    """Of cases that are checked together."""
+    return f"{this.direction}-{this.dtype}"
+
+
+def gate(direction: str, dtype: str, device: torch.device) -> list[str]:
     """What is wrong with our loss and gradients, against the dense loss in float64 on the same inputs."""
     complaints = []
-    for direction in DIRECTIONS:
-        for n, d in GATE:
-            for dtype, bounds in BOUNDS.items():
-                this = case(n, d, dtype, direction)
-                rows = this.inputs(device, seed=7)
-                exact = [x.detach().double().requires_grad_() for x in rows]
-                ours, truth = evaluate(direction, rows, "auto"), evaluate(direction, exact, "reference")
-                for value, want, bound in zip(ours, truth, (bounds[0], bounds[1], bounds[1]), strict=True):
-                    error = (torch.linalg.vector_norm(value - want) / torch.linalg.vector_norm(want)).item()
-                    if not error <= bound:
-                        complaints.append(f"{this}: off by {error:.1e}, more than {bound:.0e}")
+    for n, d in GATE:
+        this = case(n, d, dtype, direction)
+        try:
+            rows = this.inputs(device, seed=7)
+            exact = [x.detach().double().requires_grad_() for x in rows]
+            ours, truth = evaluate(direction, rows, "auto"), evaluate(direction, exact, "reference")
+            for value, want, bound in zip(ours, truth, BOUNDS[dtype], strict=True):
+                error = (torch.linalg.vector_norm(value - want) / torch.linalg.vector_norm(want)).item()
+                if not error <= bound:
+                    complaints.append(f"{this}: off by {error:.1e}, more than {bound:.0e}")
+        except Exception as error:
+            complaints.append(f"{this}: {why(error)}")
     return complaints
 
 
@@ -101,35 +117,30 @@ def evaluate(direction: str, rows: Any, backend: str) -> list[Tensor]:
     return [x.detach().double() for x in (loss, *torch.autograd.grad(loss * 1024, rows))]
 
 
-def measure(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of a case; of who cannot run it, one that says so in place of a time."""
+def measure(case: Case, device: torch.device, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """The row of each contestant as soon as it is known; of who cannot run, one that says so in place of a time."""
     run = Contest(case, device)
-    run.losses = {name: run.losses[name] for name in taking_part(case, list(run.losses))}
-    if COMPILED in run.losses:
+    names = [name for name in [FLOOR, *taking_part(case, list(run.losses))] if name not in without]
+    if COMPILED in names:
         torch._dynamo.reset()
-    absent: dict[str, str] = {}
     times: dict[str, list[float]] = {}
-    try:
-        mine = run.result(OURS)
-    except Exception as error:
-        return [failed(run, OURS, why(error))]
+    mine: list[Tensor] = []
     query, key = case.inputs(device, seed=1)
-    for name in [OURS, FLOOR, *(name for name in run.losses if name != OURS)]:
+    for name in names:
         try:  # each on its own: what cannot run must not take the others with it
+            if name == OURS:
+                mine = run.result(OURS)
             if name not in (OURS, FLOOR) and (wrong := run.disagreement(name, mine)):
-                absent[name] = f"disagrees: {wrong}"
+                row = failed(run, name, f"disagrees: {wrong}")
             else:
                 times[name] = timed(run, name, query, key)
+                row = run.row(name, times[name], times.get(FLOOR, []))
         except Exception as error:  # whatever a peer raises
-            absent[name] = why(error)
-        if name in absent:
-            clean(device)
-    rows = []
-    if OURS in times and FLOOR in times:
-        ours = times.pop(OURS)
-        run.times = times
-        rows = run.rows(ours)
-    return [*rows, *(failed(run, name, reason) for name, reason in absent.items())]
+            row = failed(run, name, why(error))
+        yield row
+        clean(device, name)
+        if name == OURS and not mine:
+            return  # nothing to check the others against
 
 
 def timed(run: Contest, name: str, query: Tensor, key: Tensor) -> list[float]:
@@ -163,11 +174,14 @@ def failed(run: Contest, name: str, reason: str) -> dict[str, Any]:
     return {**run.about(name), "median_ms": reason.split(":")[0]}
 
 
-def clean(device: torch.device) -> None:
-    """After a failure. Raises if it was one that a GPU's context does not survive."""
+def clean(device: torch.device, name: str) -> None:
+    """After each contestant, so that what it leaves is no matter of the next."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise Broken(name) from error
 
 
 @contextmanager
@@ -186,29 +200,47 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def run_all(chosen: list[Case], device: torch.device, minutes: float, record: Path | None) -> bool:
-    """Whether everything of ours that was run is right."""
-    right, done = True, 0
+def run_all(
+    chosen: list[Case], device: torch.device, minutes: float, record: Path | None, first: int = 0,
+    without: Collection[str] = (), wrong: Collection[str] = (),
+) -> bool:  # fmt: skip
+    """Whether all of ours that was run is right. The cases before number `first` have been checked and timed.
+
+    `without`: contestants that are left out. `wrong`: the cases, and kinds of cases, that ours is known to fail.
+    """
+    end, done, wrong = time.monotonic() + 60 * minutes, first, list(wrong)
+    checked = {kind(this) for this in chosen[:first]}
     try:
         with time_limit(60 * minutes):
-            if complaints := gate(device):
-                print("our results are wrong, so nothing is timed:", *complaints, sep="\n  ", file=sys.stderr)
-                return False
-            for this in tqdm(chosen):
-                rows = measure(this, device)
-                for row in rows:
-                    if "floor_ratio" in row:
+            for this in tqdm(chosen[first:]):
+                if kind(this) not in (*checked, *wrong):
+                    checked.add(kind(this))
+                    if complaints := gate(this.direction, this.dtype, device):
+                        wrong.append(kind(this))
+                        print(f"ours is wrong, so no {kind(this)} is timed:", *complaints, sep="\n  ", file=sys.stderr)
+                    clean(device, OURS)
+                for row in () if kind(this) in wrong else measure(this, device, without):
+                    if record:
+                        contest.append(record, [row])
+                    if "p20_ms" in row:
                         figures = f"{row['median_ms']:>10} ms  {row['floor_ratio']:>7} x floor"
                         tqdm.write(f"{this!s:45} {row['contestant']:24} {figures}")
                     elif row["contestant"] == OURS:
-                        right = False
-                if record:
-                    contest.append(record, rows)
+                        wrong.append(str(this))
                 done += 1
-                clean(device)
     except OutOfTime:
         print("no time left for", *chosen[done:], sep="\n  ", file=sys.stderr)
-    return right
+    except Broken as broken:
+        left_out = {*without, *broken.args} - {OURS}
+        go_on(chosen[done], (end - time.monotonic()) / 60, record, left_out, wrong)
+    return not wrong
+
+
+def go_on(after: Case, minutes: float, record: Path | None, without: Collection[str], wrong: Collection[str]) -> None:
+    """In a fresh process in place of this one, whose exit status is then that of the whole run."""
+    arguments = ["--record", str(record or ""), "--minutes", f"{max(minutes, 0):.3f}", "--after", str(after)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, __file__, *arguments, "--without", *without, "--wrong", *wrong])
 
 
 def main() -> None:
@@ -216,13 +248,19 @@ def main() -> None:
     parser.add_argument("--record", help="append the results to this CSV file, relative to benchmarks/")
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--list", action="store_true", help="print the cases and time nothing")
+    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contestants that are left out")
+    names = [str(this) for this in cases()]
+    parser.add_argument("--after", choices=names, metavar="CASE", help="go on after this case; what it checks is right")
+    parser.add_argument("--wrong", nargs="*", default=[], metavar="CASE", help="what of ours is: the exit status is 1")
     args = parser.parse_args()
     if args.list:
-        return print(*cases(), sep="\n")
+        return print(*names, sep="\n")
     if not torch.cuda.is_available():
         parser.exit(2, "the suite needs a GPU and torch sees none; --list prints the cases without one\n")
     record = Path(__file__).parent / args.record if args.record else None
-    sys.exit(not run_all(cases(), torch.device("cuda"), args.minutes, record))
+    first = names.index(args.after) + 1 if args.after else 0
+    right = run_all(cases(), torch.device("cuda"), args.minutes, record, first, args.without, args.wrong)
+    sys.exit(not right)
 
 
 if __name__ == "__main__":

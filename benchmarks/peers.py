@@ -108,8 +108,11 @@ def inf_cl() -> Loss:
     from inf_cl import cal_flash_loss
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
+        d = query.shape[1]
+        if d % 256 and d & (d - 1):
+            raise ValueError(f"inf-cl needs D to be a power of two or a multiple of 256, got {d}")
         query, key = unit(query, key)
-        return cal_flash_loss(query, key, scale=1 / TEMPERATURE)
+        return cal_flash_loss(query, key, scale=1 / TEMPERATURE, head_dim=min(256, d)).mean()
 
     return loss
 
@@ -152,8 +155,8 @@ def available(direction: str, device: str) -> dict[str, Loss]:
             continue
         try:
             found[name] = make()
-        except (ImportError, AttributeError) as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+        except Exception as error:  # whatever importing a peer raises
+            print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
     return found
 
 

@@ -16,7 +16,7 @@ import contest
 import pytest
 import torch
 from contest import Contest
-from contestants import Case
+from contestants import COMPILED, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH = 384  # of the sweep over N that the plots are drawn from
@@ -102,7 +102,7 @@ def test_loss(benchmark, case: Case, request: pytest.FixtureRequest) -> None:
     if DEVICE.type == "cpu" and not at_leisure and not CLOCK.enough(case):
         pytest.skip(f"no time left within {LIMIT} s")
     start = time.monotonic()
-    run = Contest(case, DEVICE)
+    run = Contest(case, DEVICE, without=(COMPILED,))
     run.agree()
     benchmark.group = str(case)
     benchmark.pedantic(run.ours, setup=run.round, rounds=rounds(case, at_leisure), warmup_rounds=int(rows(case) < LONG))

@@ -1,11 +1,12 @@
 """The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
 
-import csv
 import sys
 import time
+import types
 
 import contest
 import gpu_bench
+import peers
 import plot
 import pytest
 import roofline
@@ -70,8 +71,6 @@ class TestPlot:
         assert [plot.total_rows(row) for row in found["self"]["floor"]] == [1024, 2048, 4096]
 
     def test_every_contestant_has_a_colour_of_its_own(self):
-        import peers
-
         names = {OURS, "floor"} | {name for of_one in peers.PEERS.values() for name in of_one}
         assert names == set(plot.COLOURS)
         assert len(set(plot.COLOURS.values())) == len(names)
@@ -178,92 +177,63 @@ def test_without_a_gpu(module, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 50
 
 
-class TestGpuSuite:
-    def test_cases(self):
-        cases = gpu_bench.cases()
-        assert len(cases) == len(set(cases))
-        rows = {case.n for case in cases}
-        assert min(rows) <= 512
-        assert max(rows) == 1 << 20
-        assert {case.d for case in cases} == set(gpu_bench.WIDTHS)
-        asked = {(d, t, "fwd_bwd") for d in gpu_bench.DIRECTIONS for t in ("bfloat16", "float16", "float32")}
-        asked |= {(d, "bfloat16", "fwd") for d in gpu_bench.DIRECTIONS}
-        assert {(case.direction, case.dtype, case.mode) for case in cases} == asked
-        assert {case.direction for case in cases[:10]} == set(gpu_bench.DIRECTIONS)
+def test_provenance_without_programs(monkeypatch, tmp_path):
+    provenance = contest.provenance.__wrapped__
+    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance(CPU)["commit"] == "abc"
+    monkeypatch.delenv("FUSED_INFONCE_COMMIT")
+    assert provenance(CPU)["commit"] == ""
+    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
+    monkeypatch.setattr(contest, "_output", lambda *_: "what git says")
+    assert provenance(CPU)["commit"] == "what git says"
 
-    def test_who_takes_part(self):
-        names = [OURS, "dense", "dense compiled", "lightly"]
-        assert gpu_bench.taking_part(gpu_bench.case(8192, 768, direction="self"), names) == names
-        assert "dense compiled" not in gpu_bench.taking_part(gpu_bench.case(8192, 128), names)
-        assert gpu_bench.taking_part(gpu_bench.case(1 << 20, 256), names) == [OURS, "dense"]
 
-    def test_nothing_is_timed_where_ours_is_wrong(self, monkeypatch, capsys):
-        monkeypatch.setattr(gpu_bench, "GATE", ((48, 32),))
-        monkeypatch.setattr(gpu_bench, "measure", lambda *_: pytest.fail("timed"))
-        assert gpu_bench.gate(CPU) == []
-        right = gpu_bench.nt_xent
-        off = {"auto": 1.02, "reference": 1.0}
-        monkeypatch.setattr(gpu_bench, "nt_xent", lambda *a, backend: off[backend] * right(*a, backend=backend))
-        assert len(gpu_bench.gate(CPU)) == 9  # the loss and two gradients in three dtypes
-        assert not gpu_bench.run_all(gpu_bench.cases(), CPU, 1, None)
-        assert "our results are wrong" in capsys.readouterr().err
+class TestPeers:
+    def test_one_that_cannot_be_loaded_is_named(self, monkeypatch, capsys):
+        def make():
+            raise OSError("no such library")
 
-    @pytest.fixture
-    def contestants(self, monkeypatch):
-        """Ours, and peers that are right, wrong, out of memory and broken."""
+        monkeypatch.setitem(peers.PEERS, "one", {"bad": ("cpu", make), "dense": ("cpu", lambda: peers.dense)})
+        assert peers.available.__wrapped__("one", "cpu") == {"dense": peers.dense}
+        assert "bad is left out: OSError: no such library" in capsys.readouterr().err
 
-        def raises(error):
-            def loss(query, key):
-                raise error
+    def test_inf_cl(self, monkeypatch):
+        """With a stand-in that has the signature, the shapes and the default of version 1.2.1."""
 
-            return loss
+        def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):
+            q, k = (x.view(len(x), -1, head_dim).flatten(1) for x in (q, k))
+            logits = scale * q @ k.T
+            return logits.logsumexp(1) - logits.diagonal()
 
-        def raise_late():
-            raise torch.OutOfMemoryError("only when it is timed")
-
-        def losses(case, device):
-            right = gpu_bench.info_nce
-            return {
-                OURS: lambda q, k: right(q, k, temperature=0.05),
-                "right": lambda q, k: right(q, k, temperature=0.05),
-                "wrong": lambda q, k: right(q, k, temperature=0.06),
-                "late": lambda q, k: right(q, k, temperature=0.05),
-                "large": raises(torch.OutOfMemoryError("tried to allocate")),
-                "broken": raises(ValueError("no\nsuch thing")),
-            }
-
-        monkeypatch.setattr(contest.contestants, "losses", losses)
-        monkeypatch.setattr(gpu_bench, "timed", lambda run, name, *_: raise_late() if name == "late" else [0.002] * 3)
-        monkeypatch.setattr(gpu_bench, "GATE", ((16, 8),))
-
-    def test_who_cannot_run_is_recorded(self, contestants, tmp_path):
-        case = Case("one", 24, 24, 16, "float32", "fwd_bwd")
-        record = tmp_path / "gpu.csv"
-        assert gpu_bench.run_all([case], CPU, 1, record)
-        with record.open() as file:
-            found = {row["contestant"]: row["median_ms"] for row in csv.DictReader(file)}
-        assert found == {
-            **dict.fromkeys(("floor", OURS, "right"), "2"),
-            "wrong": "disagrees", "broken": "failed", "large": "out of memory", "late": "out of memory",
-        }  # fmt: skip
-
-    def test_it_stops_by_itself(self, contestants, monkeypatch, capsys):
-        cases = [Case("one", n, n, 16, "float32", "fwd") for n in (16, 24)]
-
-        def measure(case, device):
-            if case == cases[1]:
-                time.sleep(60)
-            return []
-
-        monkeypatch.setattr(gpu_bench, "measure", measure)
-        monkeypatch.setattr(gpu_bench, "GATE", ())
-        start = time.monotonic()
-        assert gpu_bench.run_all(cases, CPU, 2 / 60, None)
-        assert time.monotonic() - start < 30
-        assert f"no time left for\n  {cases[1]}\n" in capsys.readouterr().err
+        monkeypatch.setitem(sys.modules, "inf_cl", types.SimpleNamespace(cal_flash_loss=cal_flash_loss))
+        loss = peers.inf_cl()
+        for d in (64, 256, 512, 768):
+            query, key = torch.randn(2, 5, d)
+            torch.testing.assert_close(loss(query, key), peers.dense(query, key))
+        with pytest.raises(ValueError, match="power of two or a multiple of 256, got 96"):
+            loss(*torch.randn(2, 5, 96))
 
 
 class TestMicrobenchmarks:
+    def test_who_raises_is_left_out_and_who_disagrees_fails(self, monkeypatch, capsys):
+        def raises(query, key):
+            raise ValueError("no such thing")
+
+        def losses(case, device):
+            return {OURS: peers.dense, "bad": raises, "dense": lambda q, k: scale[0] * peers.dense(q, k)}
+
+        scale = [1.0]
+        monkeypatch.setattr(contest.contestants, "losses", losses)
+        run = contest.Contest(Case("one", 8, 8, 16, "float32", "fwd"), CPU)
+        run.agree()
+        run.round()
+        assert {row["contestant"] for row in run.rows([1.0])} == {OURS, "floor", "dense"}
+        assert "bad raises ValueError: no such thing" in capsys.readouterr().err
+        scale[0] = 1.1
+        with pytest.raises(AssertionError, match="dense differs from ours"):
+            run.agree()
+
     def test_the_sweep(self):
         cases = micro.cases("cpu")
         assert len(cases) == len(set(cases))
