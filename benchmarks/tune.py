@@ -1,10 +1,15 @@
 """Times tile configurations around those of `fused_infonce/tiles.py` on a GPU, and proposes rows for its table.
 
+    python benchmarks/tune.py --kernel exponentials coefficients --dim 768 256   to begin with: what most calls launch
     python benchmarks/tune.py [--kernel gradient ...] [--dtype bfloat16 ...] [--dim 128 ...] [--record results/tune.csv]
-    python benchmarks/tune.py --list [--arch sm_90]            the candidates, without a GPU
+    python benchmarks/tune.py --list [--arch sm_90]                              the candidates, without a GPU
+
+The defaults, half a minute for each workload and width, end within about 15 minutes. "exponentials" are what the kernel
+"coefficients" writes before the rows' statistics are known; they share its rows of the table, not its registers.
 
 A candidate takes its place in the table and runs through the launchers as any call would. Its result must be that of
-the table's tile, but for rounding; the nearest candidates come first, so that a run out of time has tried them.
+the table's tile, but for rounding. It differs from that tile in two fields at most, loads through tensor descriptors
+not counted: on sm_90 these are 30 to 80 of up to 270. The nearest come first, so that a run out of time has tried them.
 """
 
 from __future__ import annotations
@@ -26,7 +31,14 @@ from tqdm import tqdm
 from fused_infonce import tiles
 from fused_infonce.tiles import Tile
 
-KERNELS = ("statistics", "columns", "gradient", "coefficients")
+WORKLOADS = {  # what is timed -> the kernel whose rows of the table it uses
+    "statistics": "statistics",
+    "columns": "columns",
+    "gradient": "gradient",
+    "coefficients": "coefficients",
+    "exponentials": "coefficients",
+}
+FIELDS_CHANGED = 2  # at most, by a candidate
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # what a program may use
 WARPS = (4, 8)
 MOST_STAGES = 5
@@ -41,7 +53,7 @@ Run = Callable[[], tuple[Tensor, ...]]
 
 
 def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]:
-    """Tiles around the table's, it first, then by how many fields differ. Every field of `Tile` is a dimension."""
+    """The table's tile and those that differ from it in few fields, the nearest first."""
     default = tiles.tile(arch, kernel, dtype, d)
     lanes = tiles.power_of_two(d)
     choices: dict[str, list[Any]] = {name: [value] for name, value in default._asdict().items()}
@@ -56,8 +68,14 @@ def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]
         if isinstance(value, bool):  # such as loads through tensor descriptors
             choices[name] = [value, not value]
     found = [Tile(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
+    found = [t for t in found if changed(t._replace(tma=default.tma), default) <= FIELDS_CHANGED]
     found = [t for t in found if t == default or (fits(t, arch, kernel, dtype, d) and takes(t, arch, kernel, dtype, d))]
-    return sorted(found, key=lambda t: sum(a != b for a, b in zip(t, default, strict=True)))
+    return sorted(found, key=lambda t: changed(t, default))
+
+
+def changed(tile: Tile, default: Tile) -> int:
+    """How many fields."""
+    return sum(a != b for a, b in zip(tile, default, strict=True))
 
 
 def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
@@ -82,25 +100,29 @@ def instead(tile: Tile, arch: str, kernel: str, dtype: torch.dtype) -> Iterator[
         yield
 
 
-def workload(kernel: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
-    """One launch of a kernel as a call of `info_nce` on (n, d) rows makes it; what it returns is compared."""
+def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
+    """One of WORKLOADS as a call of `info_nce` on (n, d) rows launches it; what it returns is compared."""
     from fused_infonce import launch
     from fused_infonce.launch import LOG2E, Excluded, Side
 
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(2, n, d, device=device, generator=generator).to(dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.full((n,), LOG2E / 0.05, dtype=acc, device=device)
+    scale = torch.full((n,), LOG2E / 0.1, dtype=acc, device=device)  # exp(1 / 0.1) is a float16 number
     inverse = [1 / x.to(acc).norm(dim=1) for x in rows]
     x, y = (Side(r, a, scale=scale) for r, a in zip(rows, inverse, strict=True))
     excluded, limit = Excluded(diagonal=True), 256 * 2**20
-    if kernel in ("statistics", "columns"):
-        columns = None if kernel == "statistics" else (torch.empty_like(scale), torch.empty_like(scale))
+    if name in ("statistics", "columns"):
+        columns = None if name == "statistics" else (torch.empty_like(scale), torch.empty_like(scale))
         y = y if columns else Side(y.rows, y.inverse)
         return lambda: (launch.row_states(x, y, excluded, columns, limit), *(columns or ()))
+    c = torch.empty((min(n, 4096), n), dtype=dtype, device=device)
+    if name == "exponentials":
+        y = Side(y.rows, y.inverse)
+        return lambda: (c, launch.write_exponentials(c, x, y, slice(0, len(c)), excluded))
     neg, _ = launch.merged(launch.row_states(x, Side(y.rows, y.inverse), excluded, None, limit))
     x, y = Side(x.rows, x.inverse, None, scale, neg * LOG2E, scale / n), Side(y.rows, y.inverse)
-    if kernel == "gradient":
+    if name == "gradient":
         g = torch.empty((1, n, d), dtype=acc, device=device)
 
         def gradient() -> tuple[Tensor, ...]:
@@ -108,7 +130,6 @@ def workload(kernel: str, dtype: torch.dtype, n: int, d: int, device: torch.devi
             return (g,)
 
         return gradient
-    c = torch.empty((min(n, 4096), n), dtype=dtype, device=device)
 
     def coefficients() -> tuple[Tensor, ...]:
         launch.write_coefficients(c, x, y, slice(0, len(c)), slice(0, n), excluded)
@@ -117,12 +138,12 @@ def workload(kernel: str, dtype: torch.dtype, n: int, d: int, device: torch.devi
     return coefficients
 
 
-def result(kernel: str, run: Run) -> list[Tensor]:
+def result(name: str, run: Run) -> list[Tensor]:
     """What does not depend on the tile: the states of slots are merged first."""
     from fused_infonce import launch
 
     first, *rest = run()
-    merged = launch.merged(first.clone()) if kernel in ("statistics", "columns") else (first,)
+    merged = launch.merged(first.clone()) if name in ("statistics", "columns") else (first,)
     return [x.detach().clone() for x in (*merged, *rest)]
 
 
@@ -142,30 +163,30 @@ def measure(run: Run) -> float:
 
 
 def tune(
-    arch: str, kernel: str, dtype: torch.dtype, n: int, d: int, device: torch.device, until: float,
+    arch: str, name: str, dtype: torch.dtype, n: int, d: int, device: torch.device, until: float,
     timer: Callable[[Run], float] = measure,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One record a candidate, the table's tile first; those that there is no time for are left out."""
-    run = workload(kernel, dtype, n, d, device)
+    kernel, run = WORKLOADS[name], workload(name, dtype, n, d, device)
     chosen = candidates(arch, kernel, dtype, d)
-    want, default_ms = result(kernel, run), timer(run)
+    want, default_ms = result(name, run), timer(run)
     about = {
         "arch": arch,
-        "kernel": kernel,
+        "kernel": name,
         "dtype": str(dtype).split(".")[1],
         "n": n,
         "d": d,
         "default_ms": default_ms,
     }
     records = [{**about, "tile": chosen[0], "default": True, "outcome": "ok", "error": 0.0, "median_ms": default_ms}]
-    for tile in tqdm(chosen[1:], desc=f"{kernel} {about['dtype']} D={d}", leave=False):
+    for tile in tqdm(chosen[1:], desc=f"{name} {about['dtype']} D={d}", leave=False):
         if time.monotonic() > until:
-            tqdm.write(f"{kernel}, D = {d}: out of time after {len(records)} of {len(chosen)} candidates")
+            tqdm.write(f"{name}, D = {d}: out of time after {len(records)} of {len(chosen)} candidates")
             break
         record = {**about, "tile": tile, "default": False, "outcome": "ok", "error": "", "median_ms": ""}
         with instead(tile, arch, kernel, dtype):
             try:
-                record["error"] = error_of(result(kernel, run), want)
+                record["error"] = error_of(result(name, run), want)
                 if record["error"] <= BOUNDS[tiles.CLASSES[dtype]]:
                     record["median_ms"] = timer(run)
                 else:
@@ -207,13 +228,13 @@ def written(tile: Tile) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernel", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument(
         "--dtype", nargs="+", choices=["bfloat16", "float16", "float32", "float64"], default=["bfloat16"]
     )
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512, 768])
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--minutes", type=float, default=3, help="at most, for each kernel, dtype and width")
+    parser.add_argument("--minutes", type=float, default=0.5, help="at most, for each workload, dtype and width")
     parser.add_argument("--record", help="append every figure to this CSV file, relative to benchmarks/")
     parser.add_argument("--list", action="store_true", help="print the candidates and time nothing")
     parser.add_argument("--arch", choices=sorted(SHARED_KIB), help="with --list; else it is the GPU's")
@@ -226,29 +247,25 @@ def main() -> None:
     )
     if args.arch and args.arch != arch:
         parser.error(f"this GPU's rows are those of {arch}, not of {args.arch}")
-    for name in args.dtype:
-        dtype = getattr(torch, name)
-        for kernel in args.kernel:
-            widths = [d for d in args.dim if kernel != "gradient" or d <= tiles.STREAMING_MAX_D[dtype]]
-            found = {}
-            for d in widths:
-                if args.list:
-                    listed = candidates(arch, kernel, dtype, d)
-                    print(f"{arch} {kernel} {name} D = {d}: {len(listed)} candidates, the first is the table's")
-                    print("\n".join(f"    {written(tile)}" for tile in listed))
-                    continue
-                records = tune(arch, kernel, dtype, args.rows, d, device, time.monotonic() + 60 * args.minutes)
-                winner = best(records)
-                found[d] = winner["tile"]
-                speed = winner["default_ms"] / winner["median_ms"]
-                tqdm.write(
-                    f"{kernel} {name} D = {d}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's"
-                )
-                if args.record:
-                    rows = [{**contest.provenance(device), **r, "tile": written(r["tile"])} for r in records]
-                    contest.append(Path(__file__).parent / args.record, rows, FIELDS)
-            if found:
-                print(f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(found, kernel)}}}}},')
+    for name, dtype in itertools.product(args.kernel, [getattr(torch, dtype) for dtype in args.dtype]):
+        kernel, found, about = WORKLOADS[name], {}, f"{name} {str(dtype).split('.')[1]}"
+        for d in [d for d in args.dim if kernel != "gradient" or d <= tiles.STREAMING_MAX_D[dtype]]:
+            if args.list:
+                listed = candidates(arch, kernel, dtype, d)
+                print(f"{arch} {about} D = {d}: {len(listed)} candidates, the first is the table's")
+                print("\n".join(f"    {written(tile)}" for tile in listed))
+                continue
+            records = tune(arch, name, dtype, args.rows, d, device, time.monotonic() + 60 * args.minutes)
+            winner = best(records)
+            found[d] = winner["tile"]
+            speed = winner["default_ms"] / winner["median_ms"]
+            tqdm.write(f"{about} D = {d}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's")
+            if args.record:
+                rows = [{**contest.provenance(device), **r, "tile": written(r["tile"])} for r in records]
+                contest.append(Path(__file__).parent / args.record, rows, FIELDS)
+        if found:
+            row = f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(found, kernel)}}}}},'
+            print(f"{row}  # by {name}")
 
 
 if __name__ == "__main__":

@@ -103,10 +103,10 @@ class TestRoofline:
 
 
 @pytest.mark.parametrize("arch", [*tune.SHARED_KIB])
-@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("kernel", sorted(set(tune.WORKLOADS.values())))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_tile_candidates(arch, kernel, dtype):
-    """Valid, without duplicates, the table's first, and each as the table would hand it out."""
+    """Valid, near the table's, which is the first, without duplicates, and each as the table would hand it out."""
     for d in (64, 100, 256, 512):
         found = tune.candidates(arch, kernel, dtype, d)
         assert found[0] == tiles.tile(arch, kernel, dtype, d)
@@ -117,6 +117,7 @@ def test_tile_candidates(arch, kernel, dtype):
             assert tile.block_d <= tiles.power_of_two(d)
             assert kernel != "gradient" or tile.block_d >= d
             assert tile.warps in (4, 8)
+            assert sum(a != b for a, b in zip(tile[:5], found[0][:5], strict=True)) <= 2
             assert 1 <= tile.stages <= tune.MOST_STAGES
             with tune.instead(tile, arch, kernel, dtype):
                 assert tiles.tile(arch, kernel, dtype, d) == tile
@@ -124,8 +125,8 @@ def test_tile_candidates(arch, kernel, dtype):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kernel", tune.KERNELS)
-def test_tuning_runs_the_launchers(kernel, triton_device):
+@pytest.mark.parametrize("name", tune.WORKLOADS)
+def test_tuning_runs_the_launchers(name, triton_device):
     """With a stopwatch that prefers the second candidate; every candidate must compute what the table's does."""
     pytest.importorskip("triton")
     times = iter([3.0, 1.0, *[2.0] * 1000])
@@ -136,9 +137,9 @@ def test_tuning_runs_the_launchers(kernel, triton_device):
         return next(times)
 
     with pytest.MonkeyPatch.context() as patch:
-        few = tune.candidates(arch, kernel, torch.float32, 40)[:8]
+        few = tune.candidates(arch, tune.WORKLOADS[name], torch.float32, 40)[:8]
         patch.setattr(tune, "candidates", lambda *_: few)
-        records = tune.tune(arch, kernel, torch.float32, 70, 40, device, time.monotonic() + 60, timer)
+        records = tune.tune(arch, name, torch.float32, 70, 40, device, time.monotonic() + 60, timer)
     assert [record["outcome"] for record in records] == ["ok"] * len(few)
     assert len({record["tile"] for record in records}) == len(few) == 8
     assert tune.best(records) is records[1]
@@ -162,6 +163,30 @@ def test_proposed_rows_are_those_of_the_table():
     assert text == "((128, Tile(128, 64, 64, 8, 2)), (None, Tile(128, 128, 64, 8, 3)),)"
     assert eval(text, {"Tile": tiles.Tile}) == ((128, small), (None, large))
     assert eval(tune.pasted({64: small}, "gradient"), {"Tile": tiles.Tile}) == ((64, small._replace(block_d=16)),)
+
+
+@pytest.mark.interpreter
+def test_exponentials_are_tuned_as_they_are_launched():
+    """Unshifted, and in 16 bits finite; the states are those of the rows, summed over the tiles."""
+    pytest.importorskip("triton")
+    c, states = tune.workload("exponentials", torch.float16, 33, 16, CPU)()
+    assert c.shape == (33, 33)
+    assert states.shape == (1, 3, 33)
+    assert c.isfinite().all()
+    exponentials = c.double().masked_fill(torch.eye(33, dtype=torch.bool), 0)
+    assert exponentials.gt(0).sum() == 33 * 32
+    assert states.isfinite().all()
+
+
+def test_proposals_for_a_workload_are_rows_of_its_kernel(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
+    record = {"tile": tiles.Tile(128, 64, 64, 8, 3), "outcome": "ok", "median_ms": 1.0, "default_ms": 1.0}
+    monkeypatch.setattr(tune, "tune", lambda *_: [record])
+    monkeypatch.setattr(sys, "argv", ["it", "--kernel", "exponentials", "--dim", "256"])
+    tune.main()
+    row = '"sm_90": {"coefficients": {"half": ((None, Tile(128, 64, 64, 8, 3)),)}},'
+    assert capsys.readouterr().out.splitlines()[-1] == f"{row}  # by exponentials"
 
 
 @pytest.mark.parametrize("module", [tune, gpu_bench], ids=lambda module: module.__name__)
