@@ -8,6 +8,10 @@ JOBS        ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 TUNE_ARGS   ?=
+GPU_JOBS    ?= 8
+GPU_TEST_ARGS  ?=
+GPU_BENCH_ARGS ?=
+RECORD      ?=
 
 BIN  := $(abspath $(VENV))/bin
 SITE := $(abspath $(VENV))/site
@@ -49,6 +53,7 @@ lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
 	cd $(SITE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fused_infonce
 
 bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machine's CPU, under 10 minutes
+	CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= \
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns median --record results/cpu.csv $(PYTEST_ARGS)
 
 plots: $(VENV)/.installed-bench ## draw time and memory against N from the recorded results, into docs/
@@ -65,15 +70,19 @@ gpu-site:
 	rm -rf $(GPU_SITE) && mkdir $(GPU_SITE)
 	cp -R fused_infonce $(GPU_SITE)/ && cp -R kernels $(GPU_SITE)/fused_infonce/
 
+# PYTEST_ARGS are for tests and microbenchmarks, GPU_TEST_ARGS for the tests alone, which run in $(GPU_JOBS) processes
+# where pytest-xdist is installed. RECORD, of one target at a time, is the CSV file to append to, absolute or relative to
+# benchmarks/. Without git, FUSED_INFONCE_COMMIT=... in the environment says which commit was measured.
+XDIST = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(GPU_JOBS) --dist=worksteal)
 gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
-	$(GPU_TEST) -m gpu $(PYTEST_ARGS)
-	$(GPU_TEST) benchmarks --benchmark-only --record results/gpu-micro.csv $(PYTEST_ARGS)
+	$(GPU_TEST) -m gpu $(XDIST) $(PYTEST_ARGS) $(GPU_TEST_ARGS)
+	$(GPU_TEST) benchmarks --benchmark-only --record $(or $(RECORD),results/gpu-micro.csv) $(PYTEST_ARGS)
 
 gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
-	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_bench.py --record results/gpu.csv
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_bench.py --record $(or $(RECORD),results/gpu.csv) $(GPU_BENCH_ARGS)
 
 tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.py (TUNE_ARGS="--dim 256 ...")
-	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/tune.py --record results/tune.csv $(TUNE_ARGS)
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/tune.py --record $(or $(RECORD),results/tune.csv) $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
 	$(BIN)/python tests/aot.py --all --record benchmarks/results/tiles.csv

@@ -1,8 +1,11 @@
 """The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
 
+import shutil
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import contest
 import gpu_bench
@@ -281,3 +284,16 @@ class TestMicrobenchmarks:
             assert now[0] <= micro.LIMIT
             assert "one-8192x8192x768-float32-fwd_bwd" in ran
             assert speed < 1 or "one-16384x16384x384-float32-fwd_bwd" in ran
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_passes_arguments_on():
+    pytest.importorskip("xdist")
+    given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv"]
+    command = ["make", "-n", "gpu", "gpu-bench", "tune", f"PYTHON={sys.executable}", *given]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    *_, tests, micro_line, suite, tuned = run.stdout.splitlines()
+    assert tests.split("'")[-1].split() == ["-m", "gpu", "--numprocesses=3", "--dist=worksteal", "-k", "some"]
+    assert micro_line.split("'")[-1].split() == ["benchmarks", "--benchmark-only", "--record", "/tmp/a.csv"]
+    assert suite.endswith("gpu_bench.py --record /tmp/a.csv --minutes 2")
+    assert tuned.split()[-2:] == ["--record", "/tmp/a.csv"]
