@@ -113,15 +113,15 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
     x, y = (Side(r, a, scale=scale) for r, a in zip(rows, inverse, strict=True))
     excluded, limit = Excluded(diagonal=True), 256 * 2**20
     if name in ("statistics", "columns"):
-        columns = None if name == "statistics" else (torch.empty_like(scale), torch.empty_like(scale))
+        columns = None if name == "statistics" else launch.softmax_statistics(scale)
         y = y if columns else Side(y.rows, y.inverse)
         return lambda: (launch.row_states(x, y, excluded, columns, limit), *(columns or ()))
     c = torch.empty((min(n, 4096), n), dtype=dtype, device=device)
     if name == "exponentials":
         y = Side(y.rows, y.inverse)
         return lambda: (c, launch.write_exponentials(c, x, y, slice(0, len(c)), excluded))
-    neg, _ = launch.merged(launch.row_states(x, Side(y.rows, y.inverse), excluded, None, limit))
-    x, y = Side(x.rows, x.inverse, None, scale, neg * LOG2E, scale / n), Side(y.rows, y.inverse)
+    _, _, (shift, r) = launch.merged(launch.row_states(x, Side(y.rows, y.inverse), excluded, None, limit))
+    x, y = Side(x.rows, x.inverse, None, scale, shift, r * scale / n), Side(y.rows, y.inverse)
     if name == "gradient":
         g = torch.empty((1, n, d), dtype=acc, device=device)
 

@@ -138,6 +138,12 @@ class Work:
     def buffer(self, cols: int) -> Tensor:
         return torch.empty(min(self.plan.rows, self.n) * cols, dtype=self.acc, device=self.device)
 
+    def probabilities(self, softmax: Tensor, u: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(shift, factor): u / t times a probability is 2^(score - shift) factor, without a shift where it fits."""
+        shift, r = softmax
+        factor = u * self.inv_t * r
+        return (shift, factor) if self.shift else (None, factor * torch.exp2(-shift))
+
     def column_scores(self, scores: Tensor, tile: Tile) -> Tensor:
         """s'_ij = s_ij t_i / t'_j: the same dot product at the temperature of key j's own row."""
         if isinstance(self.inv_t, float) or isinstance(tile.chunk.inv_t, float) or self.uniform:
@@ -224,25 +230,27 @@ def log_sum(state: State) -> Tensor:
     return state[1].log2() if state[0] is None else state[0] + state[1].log2()
 
 
-def finish(state: State | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(neg, mean); mean is 0 where the state holds none."""
+def finish(state: State | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(neg, mean, softmax); mean is 0 where the state holds none."""
+    zero = torch.zeros_like(like)
     if state is None:
-        return torch.full_like(like, -torch.inf), torch.zeros_like(like)
-    if len(state) == 2:
-        return log_sum(state) * LN2, torch.zeros_like(like)
-    mean = torch.where(state[1] == 0, 0, state[2] / state[1]) * LN2
-    return torch.where(mean.isnan(), torch.nan, log_sum(state) * LN2), mean
-
-
-def shift_of(log_sum: Tensor) -> Tensor:
-    """What turns a logit into the log of its probability when subtracted; +inf where there are no negatives."""
-    return log_sum.masked_fill(log_sum == -torch.inf, torch.inf)
+        return torch.full_like(like, -torch.inf), zero, torch.stack([zero, zero])
+    m, total, *products = state
+    none = total == 0
+    neg, r = log_sum(state) * LN2, total.reciprocal().masked_fill_(none, 0)
+    mean = zero
+    if products:
+        mean = (products[0] / total).masked_fill_(none, 0).mul_(LN2)
+        lost = mean.isnan()
+        neg, r = neg.masked_fill_(lost, torch.nan), r.masked_fill_(lost, torch.nan)
+    return neg, mean, torch.stack([zero if m is None else finite(m), r])
 
 
 def statistics(problem: Problem, plan: Plan) -> Statistics:
     work = Work(problem, plan, [None] * len(problem.inputs))
     first, second = work.buffers(2)
     pos, neg, mean = (torch.empty(work.n, dtype=work.acc, device=work.device) for _ in range(3))
+    softmax = torch.empty(2, work.n, dtype=work.acc, device=work.device)
     columns: dict[int, State | None] = {cols.start: None for cols in work.key.tiles()}
     for chunk in work.chunks():
         state = columns[chunk.rows.start] if work.triangular else None
@@ -257,12 +265,12 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
             if column:
                 columns[tile.cols.start] = merge(columns[tile.cols.start], column[0])
         pos[chunk.rows] = work.positives(chunk)
-        neg[chunk.rows], mean[chunk.rows] = finish(state, neg[chunk.rows])
+        neg[chunk.rows], mean[chunk.rows], softmax[:, chunk.rows] = finish(state, neg[chunk.rows])
     if not problem.columns:
-        return Statistics(pos, neg, mean)
+        return Statistics(pos, neg, mean, softmax)
     merged = [state for state in columns.values() if state is not None]
     whole = tuple(None if p[0] is None else torch.cat(p) for p in zip(*merged, strict=True)) if merged else None
-    return Statistics(pos, neg, mean, *finish(whole, neg))
+    return Statistics(pos, neg, mean, softmax, *finish(whole, neg))
 
 
 def gradients(
@@ -272,13 +280,10 @@ def gradients(
     work = Work(problem, plan, [None, dtypes[0], *dtypes[2:]] if triangular else dtypes)
     first, second = work.buffers(2)
     grad_query = torch.empty_like(problem.query, dtype=dtypes[0]) if dtypes[0] and not triangular else None
-    shift, u = shift_of(statistics.neg * LOG2E), upstream.neg * work.inv_t
+    shift, u = work.probabilities(statistics.softmax, upstream.neg)
     column_shift, column_u = shift, u  # where columns are rows too; else unused
-    if statistics.column_neg is not None and upstream.column_neg is not None:
-        column_shift, column_u = shift_of(statistics.column_neg * LOG2E), upstream.column_neg * work.inv_t
-    # 2^(s - shift) u + 2^(s - shift') u' = 2^s (factor + factor')
-    one_exponential = not work.shift and work.uniform
-    factor, column_factor = u * torch.exp2(-shift), column_u * torch.exp2(-column_shift)
+    if statistics.column_softmax is not None and upstream.column_neg is not None:
+        column_shift, column_u = work.probabilities(statistics.column_softmax, upstream.column_neg)
     for chunk in work.chunks():
         rows = chunk.rows
         grad = torch.zeros_like(chunk.queries.unit) if grad_query is not None else None
@@ -288,13 +293,15 @@ def gradients(
             scores, w = tile.scores(first), tile.shaped(second)
             tile.exclude(scores, -torch.inf)
             two_way = work.two_way(tile)
-            if two_way and one_exponential:
-                torch.add(factor[rows, None], column_factor[tile.cols], out=w).mul_(scores.exp2_())
+            if two_way and shift is None and work.uniform:  # one exponential for both directions
+                torch.add(u[rows, None], column_u[tile.cols], out=w).mul_(scores.exp2_())
             else:
-                torch.sub(scores, shift[rows, None], out=w).exp2_().mul_(u[rows, None])
+                shifted = scores if shift is None else torch.sub(scores, shift[rows, None], out=w)
+                torch.exp2(shifted, out=w).mul_(u[rows, None])
                 if two_way:
-                    e = work.column_scores(scores, tile).sub_(column_shift[tile.cols]).exp2_()
-                    w.addcmul_(e, column_u[tile.cols])
+                    e = work.column_scores(scores, tile)
+                    e = e if column_shift is None else e.sub_(column_shift[tile.cols])
+                    w.addcmul_(e.exp2_(), column_u[tile.cols])
             tile.add_gradients(w, grad)
         work.add_positives(chunk, upstream.pos[rows], grad)
         if grad_query is not None and grad is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import launch, launch_rows, tiles
-from .launch import LOG2E, Excluded, Side
+from .launch import Excluded, Side
 from .launch_rows import Own, Partners
 from .plan import PRODUCT_SHARE, Plan
 from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
@@ -79,15 +79,15 @@ def prepare(
         ready, pos = launch_rows.side(rows[index], contiguous(ids), scales[index], problem.normalize, t, **wanted)
         return with_guide(ready, problem, index), pos
 
-    def given(statistic: str, slope: str) -> dict[str, Tensor | None]:
-        return {"neg": getattr(statistics, statistic, None), "u": getattr(upstream, slope, None)}
+    def given(softmax: str, slope: str) -> dict[str, Tensor | None]:
+        return {"softmax": getattr(statistics, softmax, None), "u": getattr(upstream, slope, None)}
 
     wanted = (rows[KEY], scales[KEY], target) if positives else None
-    query, pos = side(0, problem.row_ids, t, positive=wanted, **given("neg", "neg"))
+    query, pos = side(0, problem.row_ids, t, positive=wanted, **given("softmax", "neg"))
     if problem.self_similar:  # in a backward C + C^T serves both sides at once
         key = replace(query, ids=contiguous(problem.key_ids), scale=query.scale if upstream else None)
     elif problem.columns:
-        key, _ = side(KEY, problem.key_ids, t, **given("column_neg", "column_neg"))
+        key, _ = side(KEY, problem.key_ids, t, **given("column_softmax", "column_neg"))
     else:
         key, _ = side(KEY, problem.key_ids)
     shared, own = [], []
@@ -114,16 +114,14 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
         work, pos = prepare(problem, positives=True)
         query, n = work.query, len(work.query)
         assert pos is not None
-        columns = (torch.empty_like(pos), torch.empty_like(pos)) if problem.columns else None
+        columns = launch.softmax_statistics(pos) if problem.columns else None
         states = [
             launch.row_states(query, keys, excluded, columns if index == KEY else None, plan.limit)
             for index, keys, excluded in work.segments
         ]
         states += [launch_rows.own_states(query, own) for _, own in work.own]
-        neg, mean = launch.merged(states[0] if len(states) == 1 else torch.cat([pos.new_empty((0, 3, n)), *states]))
-        if columns is None:
-            return Statistics(pos, neg, mean)
-        return Statistics(pos, neg, mean, *columns)
+        rows = launch.merged(states[0] if len(states) == 1 else torch.cat([pos.new_empty((0, 3, n)), *states]))
+        return Statistics(pos, *rows, *(columns or ()))
 
 
 def gradients(
@@ -175,7 +173,8 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
         blocks = [query.rows.new_empty((plan.rows, aligned(len(keys), query.rows))) for _, keys, _ in segments]
         dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
         accumulators: dict[int, Tensor] = {}
-        neg, mean, exp_minus_neg, u, factor = (torch.empty_like(pos) for _ in range(5))
+        neg, mean, softmax = launch.softmax_statistics(pos)
+        u, factor = torch.empty_like(pos), torch.empty_like(pos)
         losses = []
         for rows in slices(n, plan.rows):
             size = rows.stop - rows.start
@@ -183,13 +182,13 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
             states = [launch.write_exponentials(c, query, keys, rows, excluded) for c, _, keys, excluded in chunk]
             states += [state[:, :, rows] for state in own_states]
             merged = states[0] if len(states) == 1 else torch.cat(states)
-            launch.merge(merged, 0, len(merged), neg[rows], mean[rows], exp_minus_neg[rows])
+            launch.merge(merged, 0, len(merged), (neg[rows], mean[rows], softmax[:, rows]))
             margin, w = neg[rows] - pos[rows], weight if len(weight) == 1 else weight[rows]
             losses.append(only_weighted(loss_of(margin) * w, w))
             torch.mul(slope_of(margin), w, out=u[rows])
             only_weighted(u[rows], w)
             rows_t = t if len(t) == 1 else t[rows]
-            scaled = launch_rows.scaled_rows(query, rows, u[rows], exp_minus_neg[rows], rows_t, factor[rows])
+            scaled = launch_rows.scaled_rows(query, rows, u[rows], softmax[:, rows], rows_t, factor[rows])
             for c, index, keys, _ in chunk:
                 if wanted[0]:
                     add_product(accumulators, 0, query, rows, c, keys.rows, plan.limit)
@@ -199,7 +198,7 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
         if own_states:  # what their negatives add to the queries' gradient has no such factor
             if 0 in accumulators:
                 accumulators[0] *= factor[:, None]
-            work = replace(work, query=replace(query, neg=neg * LOG2E, weight=u / t))
+            work = replace(work, query=replace(query, shift=softmax[0], weight=u / t * softmax[1]))
         loss = (losses[0] if len(losses) == 1 else torch.cat([pos.new_empty(0), *losses])).sum()
         dt = (u * (pos - mean)) / t if wanted[-1] else None
         return OnePass(loss, finished(work, accumulators, -u, None, dtypes, None if own_states else factor), dt)

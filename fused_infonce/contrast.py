@@ -184,16 +184,18 @@ class _Statistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # of mean, which has none: each would be a kernel
         ctx.problem = problem.with_tensors([None] * len(problem.tensors()))
         ctx.save_for_backward(*problem.tensors(), *statistics)
-        ctx.mark_non_differentiable(*(x for x in (statistics.mean, statistics.column_mean) if x is not None))
+        aside = (statistics.mean, statistics.softmax, statistics.column_mean, statistics.column_softmax)
+        ctx.mark_non_differentiable(*(x for x in aside if x is not None))
         return tuple(statistics)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        *tensors, pos, neg, mean, column_neg, column_mean = ctx.saved_tensors
-        problem, statistics = ctx.problem.with_tensors(tensors), Statistics(pos, neg, mean, column_neg, column_mean)
+        *tensors, pos, neg, mean, softmax, column_neg, column_mean, column_softmax = ctx.saved_tensors
+        problem = ctx.problem.with_tensors(tensors)
+        statistics = Statistics(pos, neg, mean, softmax, column_neg, column_mean, column_softmax)
         v, u = (_given(x, pos) for x in upstream[:2])
-        column_u = None if column_neg is None else _given(upstream[3], pos)
+        column_u = None if column_neg is None else _given(upstream[4], pos)
         with products(problem.query.device.type):
             grads = run_gradients(problem, ctx.plan, statistics, Upstream(u, v, column_u), ctx.dtypes)
         dt = None
@@ -250,7 +252,7 @@ def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor 
 def run_statistics(problem: Problem, plan: Plan) -> Statistics:
     if not torch.compiler.is_compiling():
         return ops.module(plan.backend).statistics(problem, plan)
-    present = [True] * 3 + [problem.columns] * 2
+    present = [True] * 4 + [problem.columns] * 3
     return ops.statistics_of(ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan)), present))
 
 

@@ -24,6 +24,7 @@ except ImportError:  # an old triton
 LOG2E = math.log2(math.e)
 WAVES = 5  # of programs of a statistics pass over a device, whose parts of a row cost little: an estimate
 MOST_PARTS = 64  # one program merges all parts of its rows, one after the other: an estimate
+SoftmaxStatistics = tuple[Tensor, Tensor, Tensor]  # neg, mean and softmax of `Statistics`
 INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
 
@@ -35,8 +36,8 @@ class Side:
     inverse: Tensor | None  # inverse norms or scales; None: 1
     ids: Tensor | None = None
     scale: Tensor | None = None  # log2(e) / t
-    neg: Tensor | None = None  # log2(e) neg
-    weight: Tensor | None = None  # u / t; None: this side's statistics have no gradient
+    shift: Tensor | None = None  # m and, in the weight, r of `Statistics.softmax`
+    weight: Tensor | None = None  # u r / t; None: this side's statistics have no gradient
     guide: Tensor | None = None  # (n, D'), the guide's rows, the last dimension contiguous
     guide_inverse: Tensor | None = None
     ceiling: Tensor | None = None  # of the guide's cosines, for queries
@@ -149,32 +150,32 @@ def columns_per_program(
     return max(triton.cdiv(blocks, max(min(parts, most, blocks), 1)), 1) * block_n
 
 
-def merge(
-    states: Tensor,
-    first: int,
-    slots: int,
-    neg: Tensor | None = None,
-    mean: Tensor | None = None,
-    exp_minus_neg: Tensor | None = None,
-) -> None:
-    """Merges slots first to slots - 1 of (slots, 3, n) states into `neg`, `mean` and more, or without into slot 0."""
+def softmax_statistics(like: Tensor) -> SoftmaxStatistics:
+    """Of (N,) rows, to be filled."""
+    return torch.empty_like(like), torch.empty_like(like), like.new_empty(2, len(like))
+
+
+def merge(states: Tensor, first: int, slots: int, into: SoftmaxStatistics | None = None) -> None:
+    """Merges slots first to slots - 1 of (slots, 3, n) states, without `into` into slot 0."""
     size, block_m = states.shape[2], 256
+    neg, mean, softmax = into or (None, None, None)
     run(
         merge_kernel, (triton.cdiv(size, block_m),),
-        S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, E_ptr=exp_minus_neg, first=first, slots=slots, size=size,
+        S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, SOFTMAX_ptr=softmax, first=first, slots=slots, size=size,
+        stride_s=0 if softmax is None else softmax.stride(0),
         ACC=acc_of(states), BLOCK_M=block_m,
     )  # fmt: skip
 
 
-def merged(states: Tensor) -> tuple[Tensor, Tensor]:
-    """(neg, mean), in natural logarithms, of all slots."""
-    neg, mean = vector(states, states.shape[2]), vector(states, states.shape[2])
-    merge(states, 0, len(states), neg, mean)
-    return neg, mean
+def merged(states: Tensor) -> SoftmaxStatistics:
+    """Of all slots."""
+    into = softmax_statistics(vector(states, states.shape[2]))
+    merge(states, 0, len(states), into)
+    return into
 
 
-def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tensor] | None, limit: int) -> Tensor:
-    """(slots, 3, N) states of the rows of x over y. `columns`: where (neg, mean) of y over x are written.
+def row_states(x: Side, y: Side, excluded: Excluded, columns: SoftmaxStatistics | None, limit: int) -> Tensor:
+    """(slots, 3, N) states of the rows of x over y. `columns`: where those of y over x are written, merged.
 
     Row states take a slot for each part of the columns, as many as half of `limit` bytes hold; column states one for
     each block of rows, hence as many launches as keep them within the other half.
@@ -198,7 +199,7 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: tuple[Tensor, Tens
         )  # fmt: skip
         if columns is not None and slots is not None:
             last = start + count == blocks
-            merge(slots, 0 if start else 1, count + 1, *(columns if last else ()))
+            merge(slots, 0 if start else 1, count + 1, columns if last else None)
     return states
 
 
@@ -216,7 +217,7 @@ def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x
     split = triton.cdiv(triton.cdiv(len(y), tile.block_n), len(g)) * tile.block_n
     run(
         gradient_kernel, (triton.cdiv(len(x), tile.block_m), len(g)),
-        NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, G_ptr=g, size_x=len(x), size_y=len(y),
+        NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift, UY_ptr=y.weight, G_ptr=g, size_x=len(x), size_y=len(y),
         split=split, zero_row=x.zero_row, ACCUMULATE=accumulate, **pair_arguments(tile, x, y),
         **excluded.arguments(x, y, of_x),
     )  # fmt: skip
@@ -229,8 +230,9 @@ def write_coefficients(
     tile = tile_of("coefficients", x, y)
     run(
         coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
-        NX_ptr=x.neg, UX_ptr=x.weight, NY_ptr=y.neg, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states, row_start=rows.start,
-        row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0), zero_row=x.zero_row,
+        NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states,
+        row_start=rows.start, row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0),
+        zero_row=x.zero_row,
         **pair_arguments(tile, x, y), **excluded.arguments(x, y), **guide_arguments(x, y),
     )  # fmt: skip
 

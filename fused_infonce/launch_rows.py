@@ -47,28 +47,29 @@ def side(
     normalize: bool,
     temperature: Tensor | None = None,
     *,
-    neg: Tensor | None = None,
+    softmax: Tensor | None = None,
     u: Tensor | None = None,
     positive: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Side, Tensor | None]:
-    """The rows x made ready for tile passes, with a `temperature` for a direction of which they are the rows, and
-    their gradients from neg and u. `positive`: (rows, scales, target) of the keys, for the (N,) logits of the targets.
+    """The rows x made ready for tile passes; with a `temperature` for a direction of which they are the rows, with
+    softmax and u for its gradients. `positive`: (rows, scales, target) of the keys, for the (N,) logits of the targets.
     """
     inverse = vector(x, len(x)) if normalize else scales
     scale = None if temperature is None else vector(x, len(x))
-    neg2, weight = (None if v is None else torch.empty_like(v) for v in (neg, u))
+    shift, r = (None, None) if softmax is None else softmax
+    weight = None if u is None else torch.empty_like(u)
     pos = None if positive is None else vector(x, len(x))
     if normalize or temperature is not None:
         y, y_scales, target = positive or (None, None, None)
         _side(
-            x, inverse, normalize, 1 / EPS, temperature, S_ptr=scale, NEG_ptr=neg, N_ptr=neg2, U_ptr=u, W_ptr=weight,
-            Y_ptr=y, B_ptr=y_scales, T_ptr=target, POS_ptr=pos,
+            x, inverse, normalize, 1 / EPS, temperature, S_ptr=scale, U_ptr=u, R_ptr=r, W_ptr=weight, Y_ptr=y,
+            B_ptr=y_scales, T_ptr=target, POS_ptr=pos,
         )  # fmt: skip
     zero_row = 1 / EPS if normalize else math.inf
-    return Side(x, inverse, ids, scale, neg2, weight, zero_row=zero_row), pos
+    return Side(x, inverse, ids, scale, shift, weight, zero_row=zero_row), pos
 
 
-SIDE = dict.fromkeys(("S_ptr", "NEG_ptr", "N_ptr", "U_ptr", "W_ptr", "Y_ptr", "B_ptr", "T_ptr", "POS_ptr"))
+SIDE = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "Y_ptr", "B_ptr", "T_ptr", "POS_ptr"))
 
 
 def _side(
@@ -85,17 +86,18 @@ def _side(
 
 
 def scaled_rows(
-    x: Side, rows: slice, u: Tensor, exp_minus_neg: Tensor, temperature: Tensor, factor: Tensor
+    x: Side, rows: slice, u: Tensor, softmax: Tensor, temperature: Tensor, factor: Tensor
 ) -> Tensor:
-    """Some rows times their factors a_i u_i e^(-neg_i) / t_i, which are written to `factor`."""
+    """Some rows times their factors a_i u_i 2^-m_i r_i / t_i, which are written to `factor`."""
     part = x.rows[rows]
     out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
     block_m, block_d = tiles.row_tile(tiles.architecture(part.device), part.shape[1])
     run(
         scale_kernel, (triton.cdiv(len(part), block_m),),
-        X_ptr=part, A_ptr=None if x.inverse is None else x.inverse[rows], U_ptr=u, E_ptr=exp_minus_neg, F_ptr=factor,
-        OUT_ptr=out, size_x=len(part), D=part.shape[1], stride_xm=part.stride(0), zero_row=x.zero_row,
-        EMULATE=INTERPRETED, ACC=acc_of(part), BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(temperature),
+        X_ptr=part, A_ptr=None if x.inverse is None else x.inverse[rows], U_ptr=u, M_ptr=softmax[0],
+        R_ptr=softmax[1], F_ptr=factor, OUT_ptr=out, size_x=len(part), D=part.shape[1], stride_xm=part.stride(0),
+        zero_row=x.zero_row, EMULATE=INTERPRETED, ACC=acc_of(part), BLOCK_M=block_m, BLOCK_D=block_d,
+        **temperature_arguments(temperature),
     )  # fmt: skip
     return out
 
@@ -190,7 +192,7 @@ def own_gradient(
     block_m, block_h, block_d = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
     run(
         own_gradient_kernel, (triton.cdiv(n, block_m), triton.cdiv(d, block_d)),
-        Q_ptr=x.rows, K_ptr=own.rows, D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, N_ptr=x.neg,
+        Q_ptr=x.rows, K_ptr=own.rows, D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, N_ptr=x.shift,
         U_ptr=x.weight, UNSCALE_ptr=unscale, QI_ptr=x_ids, KI_ptr=own_ids, G_ptr=g, DK_ptr=dk, size_q=n, H=h, D=d,
         stride_qm=x.rows.stride(0), stride_km=own.rows.stride(0), stride_kh=own.rows.stride(1),
         zero_row=own.zero_row, NORMALIZE=normalize, ACCUMULATE=accumulate, EMULATE=INTERPRETED, ACC=acc_of(x.rows),

@@ -44,8 +44,7 @@ def _plan(name: str, sizes: Sequence[int]) -> Plan:
 
 
 def statistics_of(tensors: Sequence[Any]) -> Statistics:
-    pos, neg, mean, column_neg, column_mean = tensors
-    return Statistics(pos, neg, mean, column_neg, column_mean)
+    return Statistics(*tensors)
 
 
 def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -69,8 +68,9 @@ def _(
     tensors: Sequence[Tensor | None], flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     problem = _problem(tensors, flags)
-    rows = [problem.temperature.new_empty(problem.query.shape[0]) for _ in range(5 if problem.columns else 3)]
-    return _or_empty([*rows, *([] if problem.columns else [None, None])], problem.temperature)
+    n, like = problem.query.shape[0], problem.temperature
+    shapes = [(n,), (n,), (n,), (2, n), *([(n,), (n,), (2, n)] if problem.columns else [])]
+    return _or_empty([*(like.new_empty(shape) for shape in shapes), *[None] * (7 - len(shapes))], like)
 
 
 @library.custom_op("fused_infonce::gradients", mutates_args=())

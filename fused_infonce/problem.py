@@ -129,17 +129,21 @@ class Statistics(NamedTuple):
     pos_i  = s_{i, y_i}, 0 where the row has no target (-1), NaN where the target is out of range
     neg_i  = log sum_j exp s_ij over the row's negatives in all segments; -inf where there are none
     mean_i = sum_j exp(s_ij - neg_i) s_ij; 0 where there are none. Not differentiable
-    column_neg_j, column_mean_j: the same over the queries i != j for key j, with the temperature of
+    softmax = (m, r), (2, N), of logits in base 2: exp(s_ij - neg_i) = 2^(s_ij - m_i) r_i, where a large neg_i has lost
+        digits that m_i has; m is 0 where every exponential fits. Not differentiable
+    column_neg_j, column_mean_j, column_softmax_j: the same over the queries i != j for key j, with the temperature of
     row j; None unless `columns`.
 
-    A logit that is not finite makes neg and mean NaN (for -inf too: it is never legitimate).
+    A logit that is not finite makes all but pos NaN (for -inf too: it is never legitimate).
     """
 
     pos: Tensor
     neg: Tensor
     mean: Tensor
+    softmax: Tensor
     column_neg: Tensor | None = None
     column_mean: Tensor | None = None
+    column_softmax: Tensor | None = None
 
 
 class Upstream(NamedTuple):

@@ -10,7 +10,7 @@ from .reference import unit_rows
 
 
 def statistics(problem: Problem) -> Statistics:
-    """As `contrast.statistics`, but for `mean`, which is NaN."""
+    """As `contrast.statistics`, but for `mean` and `softmax`, which are NaN."""
     p, acc = problem, problem.temperature.dtype
     query, key, *negatives = (unit_rows(x) if p.normalize else x for x in p.inputs)
     n, m, device = len(query), len(key), query.device
@@ -32,11 +32,11 @@ def statistics(problem: Problem) -> Statistics:
         same = torch.zeros_like(scores[-1], dtype=torch.bool)
         masks.append(same if ids is None or p.row_ids is None else p.row_ids[:, None] == ids)
     neg = log_sum(torch.cat(scores, 1), torch.cat(masks, 1)).to(acc)
-    mean = torch.full_like(neg, torch.nan)
+    mean, softmax = torch.full_like(neg, torch.nan), neg.new_full((2, n), torch.nan)
     if not p.columns:
-        return Statistics(pos.to(acc), neg, mean)
+        return Statistics(pos.to(acc), neg, mean, softmax)
     column_neg = log_sum((cosine / t.T).T, left_out.T).to(acc)  # column j has the temperature of row j
-    return Statistics(pos.to(acc), neg, mean, column_neg, mean)
+    return Statistics(pos.to(acc), neg, mean, softmax, column_neg, mean, softmax)
 
 
 def log_sum(scores: Tensor, left_out: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 C_ij = a_i b_j (ux_i 2^(z_ij sx_i - nx_i) + uy_j 2^(z_ij sy_j - ny_j)),  z_ij = a_i b_j (x_i . y_j)
 
-with sx = log2(e) / t, nx = neg log2(e), ux = u / t of the rows and likewise of the columns; either direction may be
-absent (no UX or no UY), and C is 0 for pairs that are not negatives.
+with sx = log2(e) / t, nx = m, ux = u r / t of the rows (m, r: `Statistics.softmax`) and likewise of the columns; either
+direction may be absent (no UX or no UY), and C is 0 for pairs that are not negatives.
 """
 
 import triton

@@ -20,9 +20,8 @@ def side_kernel(
     A_ptr,
     TEMPERATURE_ptr,
     S_ptr,
-    NEG_ptr,
-    N_ptr,
     U_ptr,
+    R_ptr,
     W_ptr,
     Y_ptr,
     B_ptr,
@@ -44,8 +43,7 @@ def side_kernel(
     """a_i = 1 / max(|x_i|, eps), and what else is asked for:
 
     S     s_i = log2(e) / t_i
-    N     n_i = log2(e) neg_i
-    W     w_i = u_i / t_i
+    W     w_i = u_i r_i / t_i
     POS   pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
 
     Without NORMALIZE a and b are given, or 1.
@@ -79,10 +77,9 @@ def side_kernel(
         t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
         if S_ptr is not None:
             tl.store(S_ptr + offs_m, tl.full(t.shape, LOG2E, ACC) / t, mask=inside)
-        if N_ptr is not None:
-            tl.store(N_ptr + offs_m, tl.load(NEG_ptr + offs_m, mask=inside, other=0.0) * LOG2E, mask=inside)
         if W_ptr is not None:
-            tl.store(W_ptr + offs_m, tl.load(U_ptr + offs_m, mask=inside, other=0.0) / t, mask=inside)
+            u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
+            tl.store(W_ptr + offs_m, u / t * tl.load(R_ptr + offs_m, mask=inside, other=0.0), mask=inside)
         if POS_ptr is not None:
             if NORMALIZE:
                 b = inverse_norm(square_y, eps, at_eps)
@@ -99,7 +96,8 @@ def scale_kernel(
     X_ptr,
     A_ptr,
     U_ptr,
-    E_ptr,
+    M_ptr,
+    R_ptr,
     TEMPERATURE_ptr,
     F_ptr,
     OUT_ptr,
@@ -113,12 +111,12 @@ def scale_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """f_i = a_i u_i e^(-neg_i) / t_i, which makes coefficients of exponentials b_j e^(s_ij); and the rows f_i x_i."""
+    """f_i = a_i u_i 2^-m_i r_i / t_i, which makes coefficients of exponentials b_j e^(s_ij); and the rows f_i x_i."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < size_x
     t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
     u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
-    e = tl.load(E_ptr + offs_m, mask=inside, other=0.0)
+    e = tl.exp2(-tl.load(M_ptr + offs_m, mask=inside, other=0.0)) * tl.load(R_ptr + offs_m, mask=inside, other=0.0)
     f = u / t * e * live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     tl.store(F_ptr + offs_m, f, mask=inside)
     for start_d in range(0, D, BLOCK_D):

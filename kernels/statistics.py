@@ -145,10 +145,22 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "slots"])
-def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, E_ptr, first, slots, size, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Merges slots first, first + 1, ... into slot 0, or with NEG into natural-log statistics.
+def merge_kernel(
+    S_ptr,
+    NEG_ptr,
+    MEAN_ptr,
+    SOFTMAX_ptr,
+    first,
+    slots,
+    size,
+    stride_s,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Merges slots first, first + 1, ... into slot 0, or with NEG into statistics.
 
-    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. E: e^-neg, there 0.
+    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. SOFTMAX (2, size): m and r with
+    e^(s - neg) = 2^(s log2(e) - m) r, there 0.
     """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.full((BLOCK_M,), FLOOR, ACC)
@@ -173,5 +185,6 @@ def merge_kernel(S_ptr, NEG_ptr, MEAN_ptr, E_ptr, first, slots, size, ACC: tl.co
         neg = tl.where(mean == mean, neg, float("nan"))
         tl.store(NEG_ptr + offs, neg, mask=offs < size)
         tl.store(MEAN_ptr + offs, mean, mask=offs < size)
-        if E_ptr is not None:
-            tl.store(E_ptr + offs, tl.where(empty, 0.0, tl.exp2(-m) / total), mask=offs < size)
+        r = tl.where(mean == mean, tl.where(empty, 0.0, 1.0 / total), float("nan"))
+        tl.store(SOFTMAX_ptr + offs, tl.where(empty, 0.0, m), mask=offs < size)
+        tl.store(SOFTMAX_ptr + stride_s + offs, r, mask=offs < size)

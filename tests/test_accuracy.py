@@ -17,6 +17,7 @@ from helpers import (
     error,
     evaluate,
     on,
+    oracle,
     stretch,
     watch_plans,
 )  # fmt: skip
@@ -126,6 +127,22 @@ def test_norms_far_from_one(backend, dtype, norm):
     scaled = inputs | {name: (inputs[name] * norm) for name in ("query", "positive_key")}
     check(backend, scaled)
     check(backend, scaled | {"temperature": torch.tensor(max(norm**2, 1.0) / 10)}, normalize=False)
+
+
+@cases(option=["default", "symmetric", "none"], norm=[8.0, 30.0], kind=["loose", "cone_90"])
+def test_large_logits(backend, option, norm, kind, monkeypatch):
+    """Dot products of long rows, logits of 640 to 9000: what float32 scores cost cannot be avoided, but a logsumexp of
+    that size has lost digits that a softmax needs."""
+    monkeypatch.setattr(plan, "DENSE", 0)
+    options = {"default": {}, "symmetric": {"symmetric": True}, "none": {"reduction": "none"}}[option]
+    inputs = inputs_of(backend, kind, torch.float32, 0.1, normalize=False)
+    inputs |= {name: (inputs[name] * norm) for name in ("query", "positive_key")}
+    weights = torch.rand(len(inputs["query"])) if option == "none" else None
+    _, want = oracle(inputs, weights, normalize=False, **options)
+    _, dense = evaluate(reference.info_nce, inputs, weights, normalize=False, **options)
+    _, got = evaluate(info_nce, on(DEVICE[backend], inputs), weights, backend=backend, normalize=False, **options)
+    for name in ("query", "positive_key"):
+        assert error(got[name], want[name]) <= 2 * error(dense[name], want[name]) + 1e-6, name
 
 
 @both_backends

@@ -99,10 +99,10 @@ def test_states_stay_within_the_limit(rows, columns, limit, watch, monkeypatch):
     monkeypatch.setattr(tiles, "processors", lambda _: 132)
     monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
     x = torch.empty(rows, 64, dtype=torch.bfloat16, device="meta")
-    neg = torch.empty(rows, device="meta") if columns else None
+    of_columns = launch.softmax_statistics(torch.empty(rows, device="meta")) if columns else None
     side = launch.Side(x, None)
     with watch:
-        launch.row_states(side, side, launch.Excluded(), None if neg is None else (neg, neg), limit)
+        launch.row_states(side, side, launch.Excluded(), of_columns, limit)
     least = (3 if columns else 1) * 12 * rows  # one slot of row states, two of columns': nothing can be done in less
     assert watch.bytes <= max(limit, least)
 

@@ -103,7 +103,7 @@ def test_operators_pass_opcheck(columns: bool) -> None:
     torch.library.opcheck(ops.statistics, flat)
     stats = ops.statistics(*flat)
     upstream = [torch.randn(N), torch.randn(N), torch.randn(N) if columns else None]
-    present = ops.none_if_empty(stats, [True] * 3 + [columns] * 2)
+    present = ops.none_if_empty(stats, [True] * 4 + [columns] * 3)
     codes = [ops.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
     torch.library.opcheck(ops.gradients, (*flat, present, upstream, codes))
     if not columns:

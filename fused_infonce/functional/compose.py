@@ -103,16 +103,19 @@ class Direction(NamedTuple):
     problem: Problem
     pos: Tensor
     neg: Tensor
+    softmax: Tensor  # (2, N), without a gradient
 
 
 def directions(problem: Problem, options: Options, symmetric: bool) -> list[Direction]:
     """The queries against the keys, and with `symmetric` the keys against the queries: a problem apart where explicit
     negatives replaced the in-batch ones in the rows."""
     stats = statistics(problem, options)
-    found = [Direction(problem, stats.pos, stats.neg)]
+    found = [Direction(problem, stats.pos, stats.neg, stats.softmax)]
     if symmetric:
-        columns, neg = columns_of(problem), stats.column_neg
-        found.append(Direction(columns, stats.pos, statistics(columns, options).neg if neg is None else neg))
+        columns, neg, softmax = columns_of(problem), stats.column_neg, stats.column_softmax
+        if neg is None or softmax is None:
+            _, neg, _, softmax, *_ = statistics(columns, options)
+        found.append(Direction(columns, stats.pos, neg, softmax))
     return found
 
 

@@ -163,9 +163,9 @@ def _of_embeddings(
     with torch.no_grad():
         both = directions(problem, options, problem.columns)
     found = []
-    for (p, pos, neg), y in zip(both, keys, strict=True):
+    for (p, pos, neg, softmax), y in zip(both, keys, strict=True):
         others = torch.sigmoid(neg - pos)
-        mixtures = _Mixtures.apply(replace(p, columns=False), options, neg, others, y)
+        mixtures = _Mixtures.apply(replace(p, columns=False), options, softmax, others, y)
         own, mixture = mixtures.split([p.key.shape[1], y.shape[1]], dim=1)
         mean = dots(p.query, own.detach()) / t
         found.append(SoftTargets(others, mixture, _cross_entropy(infonce(neg - pos), pos, others, mean)))
@@ -182,33 +182,33 @@ class _Mixtures(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, options: Options, neg: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, problem: Problem, options: Options, softmax: Tensor, weight: Tensor, y: Tensor) -> Tensor:
         ctx.problem, ctx.options = problem.with_tensors([None] * len(problem.tensors())), options
-        ctx.save_for_backward(*problem.tensors(), neg, weight)
-        return _gradients(problem, y.new_zeros(len(neg), y.shape[1]), y, options, neg, weight, of=0)
+        ctx.save_for_backward(*problem.tensors(), softmax, weight)
+        return _gradients(problem, y.new_zeros(len(weight), y.shape[1]), y, options, softmax, weight, of=0)
 
     @staticmethod
     @contrast.differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        *tensors, neg, weight = ctx.saved_tensors
+        *tensors, softmax, weight = ctx.saved_tensors
         problem = ctx.problem.with_tensors(tensors)
         first = problem.key.shape[1]
         g = upstream[:, first:]
-        grad = _gradients(problem, g, g.new_zeros(len(problem.key), g.shape[1]), ctx.options, neg, weight, of=KEY)
+        grad = _gradients(problem, g, g.new_zeros(len(problem.key), g.shape[1]), ctx.options, softmax, weight, of=KEY)
         return None, None, None, None, grad[:, first:]
 
 
 def _gradients(
-    problem: Problem, left: Tensor, right: Tensor, options: Options, neg: Tensor, weight: Tensor, of: int
+    problem: Problem, left: Tensor, right: Tensor, options: Options, softmax: Tensor, weight: Tensor, of: int
 ) -> Tensor:
     """Of `sum_i t_i weight_i neg_i` with respect to [query | left], if `of` is 0, or [key | right]."""
-    with contrast.products(neg.device.type):
+    with contrast.products(softmax.device.type):
         query, key = torch.cat([problem.query, left], 1), torch.cat([problem.key, right], 1)
         problem = replace(problem, query=query, key=key)
         plan = contrast.make_plan(problem, options, reduced=False)
-        zero, dtypes = torch.zeros_like(neg), [neg.dtype if i == of else None for i in (0, KEY)]
+        zero, dtypes = torch.zeros_like(weight), [weight.dtype if i == of else None for i in (0, KEY)]
         upstream = Upstream(weight * problem.temperature, zero)
-        grad = contrast.run_gradients(problem, plan, Statistics(zero, neg, zero), upstream, dtypes)[of]
+        grad = contrast.run_gradients(problem, plan, Statistics(zero, zero, zero, softmax), upstream, dtypes)[of]
     assert grad is not None
     return grad
 
