@@ -1,12 +1,14 @@
 """Time of each GPU plan by arithmetic: an estimate, nothing is measured.
 
-    python benchmarks/roofline.py [--tflops 790] [--tbps 4.3] [--l2 60] [--rows 16384 65536] [--dims 64 128 ...]
+    python benchmarks/roofline.py [--tflops 790] [--tbps 4.3] [--texps 3.7] [--l2 60] [--rows 16384 ...] [--dims 64 ...]
 
-Forward with backward, N = M, 16-bit inputs. A plan is a sequence of kernels; each takes the longer of its FLOPs over
-the peak and its bytes over the bandwidth. Bytes are: inputs read once by every kernel that takes them; coefficient
-blocks written once and read by each product, unless a block fits the L2 cache; float32 gradients, per product written,
-read back, and added (read and written), as `mm(out_dtype=)` does it. Not counted: exponentials, launches, rows of tiles
-read again from L2, and that no kernel reaches its peak: an accumulator in registers least of all as D grows.
+Forward with backward, N = M, 16-bit inputs. A plan is a sequence of kernels; each takes the longest of its FLOPs over
+the peak, its bytes over the bandwidth and its exponentials over their rate (16 a clock on each of 132 processors of
+compute capability 9.0, at 1.755 GHz), as if they overlapped perfectly. Bytes are: inputs read once by every kernel that
+takes them; coefficient blocks written once and read by each product, unless a block fits the L2 cache; float32
+gradients, per product read and written, which is what a PyTorch that adds in place does; with --apart four times, as an
+older one. Not counted: launches, rows of tiles read again from L2, other elementwise work, and that no kernel reaches
+its peak: an accumulator in registers least of all as D grows.
 """
 
 from __future__ import annotations
@@ -37,15 +39,18 @@ class Gpu:
     flops: float  # a second
     bandwidth: float  # bytes a second
     l2: float  # bytes
+    exps: float = 3.7e12  # a second
+    passes: int = 2  # over float32 gradients, a product that is added to them
 
 
 @dataclass(frozen=True)
 class Kernel:
     flops: float
     bytes: float
+    exps: float = 0
 
     def seconds(self, gpu: Gpu) -> float:
-        return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth)
+        return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth, self.exps / gpu.exps)
 
 
 def chosen(call: str, n: int, d: int) -> Plan:
@@ -61,20 +66,22 @@ def steps(size: int, step: int) -> list[int]:
 
 
 def statistics(n: int, d: int) -> Kernel:
-    return Kernel(2 * n * n * d, 2 * n * d * ITEM)
+    return Kernel(2 * n * n * d, 2 * n * d * ITEM, n * n)
 
 
-def product(rows: int, inner: int, d: int, in_memory: bool) -> Kernel:
+def product(rows: int, inner: int, d: int, in_memory: bool, passes: int) -> Kernel:
     """Of a (rows, inner) block with (inner, D), added to float32."""
     block = rows * inner * ITEM if in_memory else 0
-    return Kernel(2 * rows * inner * d, block + inner * d * ITEM + 4 * rows * d * ACC)
+    return Kernel(2 * rows * inner * d, block + inner * d * ITEM + passes * rows * d * ACC)
 
 
 def block(rows: int, cols: int, d: int, gpu: Gpu, products: int = 2) -> list[Kernel]:
     """A block of coefficients or exponentials, and its products with the keys and with the queries."""
     in_memory = rows * cols * ITEM > gpu.l2
-    write = Kernel(2 * rows * cols * d, (rows + cols) * d * ITEM + (rows * cols * ITEM if in_memory else 0))
-    return [write, product(rows, cols, d, in_memory), product(cols, rows, d, in_memory)][: 1 + products]
+    written = rows * cols * ITEM if in_memory else 0
+    write = Kernel(2 * rows * cols * d, (rows + cols) * d * ITEM + written, rows * cols)
+    sides = ((rows, cols), (cols, rows))[:products]
+    return [write, *(product(*side, d, in_memory, gpu.passes) for side in sides)]
 
 
 def finish(n: int, d: int, sides: int) -> Kernel:
@@ -84,7 +91,7 @@ def finish(n: int, d: int, sides: int) -> Kernel:
 
 def kernels(plan: str, n: int, d: int, gpu: Gpu) -> list[Kernel] | None:
     """None where the plan cannot run."""
-    streamed = Kernel(4 * n * n * d, 2 * n * d * ITEM + n * d * ACC)
+    streamed = Kernel(4 * n * n * d, 2 * n * d * ITEM + n * d * ACC, n * n)
     if plan in ("streaming", "streaming self"):
         sides = 2 if plan == "streaming" else 1
         return [statistics(n, d), *[streamed] * sides, finish(n, d, sides)] if d <= STREAMING_MOST else None
@@ -161,11 +168,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflops", type=float, default=790, help="of dense 16-bit matmuls; default: H200")
     parser.add_argument("--tbps", type=float, default=4.3, help="memory bandwidth, TB/s")
+    parser.add_argument("--texps", type=float, default=3.7, help="exponentials, 10^12 a second")
+    parser.add_argument("--apart", action="store_true", help="products are not added where they lie")
     parser.add_argument("--l2", type=float, default=60, help="MB; blocks up to this size never leave the cache")
     parser.add_argument("--rows", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256, 512, 768, 1024, 2048, 4096])
     args = parser.parse_args()
-    gpu = Gpu(args.tflops * 1e12, args.tbps * 1e12, args.l2 * 1e6)
+    gpu = Gpu(args.tflops * 1e12, args.tbps * 1e12, args.l2 * 1e6, args.texps * 1e12, 4 if args.apart else 2)
     print(
         f"Every figure is an estimate by arithmetic for {args.tflops:g} TFLOP/s, {args.tbps:g} TB/s and {args.l2:g} MB"
     )

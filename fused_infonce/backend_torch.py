@@ -145,10 +145,10 @@ class Work:
         return (shift, factor) if self.shift else (None, factor * torch.exp2(-shift))
 
     def column_scores(self, scores: Tensor, tile: Tile) -> Tensor:
-        """s'_ij = s_ij t_i / t'_j: the same dot product at the temperature of key j's own row."""
+        """s'_ij = s_ij t_i / t'_j, the same dot product at the temperature of key j's own row, in place of s_ij."""
         if isinstance(self.inv_t, float) or isinstance(tile.chunk.inv_t, float) or self.uniform:
             return scores
-        return scores / tile.chunk.inv_t[:, None] * self.inv_t[tile.cols]
+        return scores.div_(tile.chunk.inv_t[:, None]).mul_(self.inv_t[tile.cols])
 
     def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
         """(m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""

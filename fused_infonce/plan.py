@@ -13,6 +13,7 @@ DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other d
 OTHER_LIMIT = 256 * MIB
 LIMIT_VARIABLE = "FUSED_INFONCE_WORKSPACE_LIMIT"
 LEAST_LIMIT = 2**16  # that the variable may set: a number of MiB taken for one of bytes would run for ever
+# Of the CPU's thresholds DENSE_SELF has its runs in results/cpu.csv and notes.md; the others were tried, not recorded.
 ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at its full rate
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
 CPU_BLOCK = 2**21  # scores: 8 MiB in fp32, so that the elementwise passes stay in the last-level cache
@@ -20,10 +21,10 @@ DENSE = 2**18  # scores up to which a call costs more than its arithmetic
 DENSE_SELF = 2**22  # of self-similarity, where blocks on the diagonal waste half of their scores: 2048 rows
 TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
 TRIANGULAR_SIDE = 4096  # of a block on a GPU: an estimate, not yet measured
-STREAMING_DIM = 256  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
+STREAMING_DIM = 128  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
-PRODUCT_SHARE = 4  # this part of the limit is for library products, which cannot add to float32 in place
-GPU_ONEPASS_ROWS = 1024  # with fewer rows in a chunk library products lose their rate: an estimate, not yet measured
+PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
+GPU_ONEPASS_ROWS = 512  # with fewer in a chunk, adding to the keys' gradients costs too much: an estimate, not measured
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
 WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
 
@@ -187,8 +188,10 @@ def _few(call: Call) -> int:
 
 
 def _chunk(call: Call) -> int:
-    """Rows whose scores against every column fit the limit, or a third of it where a guide has as many."""
-    return call.limit // (3 if call.guided else 1) // (call.acc_itemsize * max(call.m, 1))
+    """Rows whose scores against every column fit the limit, with a mask of a byte each where pairs are left out by ids,
+    or with a guide's scores and what is made of them."""
+    bytes_each = 3 * call.acc_itemsize if call.guided else call.acc_itemsize + (not call.plain)
+    return call.limit // (bytes_each * max(call.m, 1))
 
 
 def _gpu_chunk(call: Call) -> int:

@@ -93,11 +93,17 @@ class TestRoofline:
             assert plan.flops <= flops <= plan.flops + diagonal
 
     def test_bytes_take_time(self):
-        ample = roofline.Gpu(790e12, 1e30, 60e6)
+        ample = roofline.Gpu(790e12, 1e30, 60e6, 1e30)
         assert roofline.seconds("workspace", 16384, 64, self.GPU) > 2 * roofline.seconds("workspace", 16384, 64, ample)
         assert roofline.seconds("workspace", 16384, 64, ample) == pytest.approx(
             8 / 6 * roofline.floor(16384, 64, ample)
         )
+
+    def test_exponentials_take_time(self):
+        """At D = 64 they are what bounds a pass over the scores: 2 D / 790 ps against 1 / 3.7."""
+        bare = roofline.Gpu(790e12, 4.3e12, 60e6, 1e30)
+        times = [roofline.seconds("streaming", 16384, 64, gpu) for gpu in (bare, self.GPU)]
+        assert times[0] < times[1] < 2 * times[0]
 
     def test_table(self):
         lines = roofline.table([16384], [64, 1024], self.GPU)

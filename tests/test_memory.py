@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_infonce import info_nce
+from fused_infonce import info_nce, nt_xent
 
 pytestmark = pytest.mark.serial
 MIB = 2**20
@@ -40,17 +40,17 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-def leaves(n, m, d):
-    return [torch.randn(size, d).requires_grad_() for size in (n, m)]
+def leaves(n, m, d, dtype=torch.float32):
+    return [torch.randn(size, d).to(dtype).requires_grad_() for size in (n, m)]
 
 
-def measure(n, m, d, **options):
-    """(peak of a forward and backward, bytes of inputs)."""
-    query, key = leaves(n, m, d)
+def measure(n, m, d, loss_of=info_nce, dtype=torch.float32, **options):
+    """(peak of a forward and backward, bytes of inputs, in float32)."""
+    query, key = leaves(n, m, d, dtype)
     if n != m:
         options["target"] = torch.randint(m, (n,))
     with PeakMemory() as memory:
-        loss = info_nce(query, key, **options)
+        loss = loss_of(query, key, **options)
         loss.backward(torch.ones_like(loss))
     del loss
     assert query.grad.any()
@@ -97,9 +97,29 @@ def test_peak_of_a_call(n, m, options):
     assert memory.peak <= n * m * 4 / 2
 
 
+def test_peak_of_16_bit_inputs():
+    """Theirs are the rows as the logits see them and the gradients in float32, and the returned ones in 16."""
+    memory, inputs = measure(16384, 16384, 64, dtype=torch.bfloat16)
+    assert memory.peak <= 64 * MIB + PER_INPUT * inputs
+
+
+def test_peak_of_self_similarity():
+    """Two views are put into one first."""
+    memory, inputs = measure(16384, 16384, 64, loss_of=nt_xent)
+    assert memory.peak <= 64 * MIB + (PER_INPUT + 1) * inputs
+
+
 @pytest.mark.parametrize("limit", [MIB // 4, MIB, 4 * MIB])
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"symmetric": True}, {"reduction": "none"}, {"ids": True}, {"per_row": True, "symmetric": True}],
+    ids=str,
+)  # fmt: skip
 def test_workspace_limit(limit, options):
+    options = dict(options)
+    if options.pop("ids", False):
+        options["key_ids"] = torch.arange(2048) // 2
+    if options.pop("per_row", False):
+        options["temperature"] = torch.full((2048,), 0.1)
     memory, inputs = measure(2048, 2048, 32, workspace_limit=limit, **options)
     assert memory.peak <= limit + PER_INPUT * inputs
 
