@@ -21,7 +21,7 @@ COMPILED = "dense compiled"  # which takes longer to compile than to measure: fo
 class Case:
     """One line of a benchmark: N queries against M keys of width D; "self" has N rows in each of two views."""
 
-    direction: str  # "one", "symmetric" or "self"
+    direction: str  # "one", "symmetric", "self", or "rows": one, whose rows are reduced by the caller
     n: int
     m: int
     d: int
@@ -45,6 +45,7 @@ def losses(case: Case, device: torch.device) -> dict[str, Loss]:
         "one": lambda q, k: info_nce(q, k, temperature=TEMPERATURE),
         "symmetric": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, symmetric=True),
         "self": lambda a, b: nt_xent(a, b, TEMPERATURE),
+        "rows": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, reduction="none").mean(),
     }
     return {OURS: ours[case.direction], **peers.available(case.direction, device.type)}
 

@@ -36,6 +36,11 @@ def dense(query: Tensor, key: Tensor) -> Tensor:
     return F.cross_entropy(query @ key.T / TEMPERATURE, labels(query))
 
 
+def dense_rows(query: Tensor, key: Tensor) -> Tensor:
+    query, key = unit(query, key)
+    return F.cross_entropy(query @ key.T / TEMPERATURE, labels(query), reduction="none").mean()
+
+
 def dense_symmetric(query: Tensor, key: Tensor) -> Tensor:
     query, key = unit(query, key)
     logits = query @ key.T / TEMPERATURE
@@ -132,6 +137,7 @@ PEERS: dict[str, dict[str, tuple[str, Callable[[], Loss]]]] = {
         "cut-cross-entropy": ("cuda", cut_cross_entropy),
         "inf-cl": ("cuda", inf_cl),
     },
+    "rows": {"dense": ("cpu cuda", lambda: dense_rows)},
     "symmetric": {
         "dense": ("cpu cuda", lambda: dense_symmetric),
         "dense compiled": ("cuda", compiled(dense_symmetric)),

@@ -29,10 +29,11 @@ SIZES = {
 }
 DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 SIXTEEN = {"cpu": [(1024, 256), (8192, 768)], "cuda": []}  # bfloat16, one direction, beside those dtypes
+ROWS = {"cpu": [(64, 128), (1024, 256), (8192, 768)], "cuda": []}  # reduction="none", in the first of those dtypes
 LONG = 8192  # from here on fewer rounds
 LIMIT = 540  # seconds
 RATE = 110e9  # FLOP/s of float32 matmuls on 2 cores, to begin with; then what the session's own cases say
-RATIOS = {"one": 6.6, "symmetric": 9.0, "self": 6.3}  # all contestants together, in multiples of the floor
+RATIOS = {"one": 6.6, "symmetric": 9.0, "self": 6.3, "rows": 3.9}  # all contestants together, in multiples of the floor
 
 
 def case(direction: str, n: int, d: int, dtype: str, mode: str) -> Case:
@@ -54,6 +55,7 @@ def cases(device: str) -> list[Case]:
         for mode in modes(device, n, d)
     ]
     chosen += [case("one", n, d, "bfloat16", "fwd_bwd") for n, d in SIXTEEN[device]]
+    chosen += [case("rows", n, d, DTYPES[device][0], "fwd_bwd") for n, d in ROWS[device]]
     largest = max(rows(case) for case in chosen)
 
     def cost(case: Case) -> float:

@@ -177,8 +177,8 @@ def workspace_limit(value: Any) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"workspace_limit must be a number of bytes or None, got {type(value).__name__}")
-    if value <= 0:
-        raise ValueError(f"workspace_limit must be positive, got {value}")
+    if not 0 < value < 2**63:
+        raise ValueError(f"workspace_limit must be positive and below 2**63, got {value}")
     return value
 
 
