@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch, launch_rows, tiles
 from .launch import Excluded, Side
-from .launch_rows import Own, Partners
+from .launch_rows import Own, Partners, part_of
 from .plan import PRODUCT_SHARE, Plan
 from .problem import KEY, OnePass, Problem, Statistics, Upstream, accumulator
 from .row_loss import LOSSES
@@ -39,7 +39,7 @@ def unavailable(tensor: Tensor) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Work:
     """A problem made ready: its sides as a tile pass reads them."""
 
@@ -173,40 +173,45 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
         blocks = [query.rows.new_empty((plan.rows, aligned(len(keys), query.rows))) for _, keys, _ in segments]
         dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
         accumulators: dict[int, Tensor] = {}
-        neg, mean, softmax = launch.softmax_statistics(pos)
-        u, factor = torch.empty_like(pos), torch.empty_like(pos)
-        losses = []
+        losses, slopes, factors, means, softmaxes = [], [], [], [], []
         for rows in slices(n, plan.rows):
             size = rows.stop - rows.start
             chunk = [(block[:size, : len(s[1])], *s) for block, s in zip(blocks, segments, strict=True)]
             states = [launch.write_exponentials(c, query, keys, rows, excluded) for c, _, keys, excluded in chunk]
             states += [state[:, :, rows] for state in own_states]
-            merged = states[0] if len(states) == 1 else torch.cat(states)
-            launch.merge(merged, 0, len(merged), (neg[rows], mean[rows], softmax[:, rows]))
-            margin, w = neg[rows] - pos[rows], weight if len(weight) == 1 else weight[rows]
-            losses.append(only_weighted(loss_of(margin) * w, w))
-            torch.mul(slope_of(margin), w, out=u[rows])
-            only_weighted(u[rows], w)
-            rows_t = t if len(t) == 1 else t[rows]
-            scaled = launch_rows.scaled_rows(query, rows, u[rows], softmax[:, rows], rows_t, factor[rows])
+            neg, mean, softmax = launch.merged(states[0] if len(states) == 1 else torch.cat(states))
+            rows_pos, w, rows_t = (part_of(x, rows) for x in (pos, weight, t))
+            margin = neg - rows_pos
+            u = only_weighted(slope_of(margin) * w, w)
+            factor, scaled = launch_rows.scaled_rows(query, rows, u, softmax, rows_t)
             for c, index, keys, _ in chunk:
                 if wanted[0]:
                     add_product(accumulators, 0, query, rows, c, keys.rows, plan.limit)
                 if wanted[index]:
                     add_product(accumulators, index, keys, slice(0, len(keys)), c.T, scaled, plan.limit)
+            losses.append(only_weighted(loss_of(margin) * w, w))
+            for found, x in zip((slopes, factors, means, softmaxes), (u, factor, mean, softmax), strict=True):
+                found.append(x)
 
+        u, factor = joined(slopes, pos), joined(factors, pos)
         if own_states:  # what their negatives add to the queries' gradient has no such factor
             if 0 in accumulators:
                 accumulators[0] *= factor[:, None]
-            work = replace(work, query=replace(query, shift=softmax[0], weight=u / t * softmax[1]))
-        loss = (losses[0] if len(losses) == 1 else torch.cat([pos.new_empty(0), *losses])).sum()
-        dt = (u * (pos - mean)) / t if wanted[-1] else None
-        return OnePass(loss, finished(work, accumulators, -u, None, dtypes, None if own_states else factor), dt)
+            m, r = joined(softmaxes, pos.new_empty(2, 0), dim=1)
+            work = replace(work, query=replace(query, shift=m.contiguous(), weight=u / t * r))
+        dt = (u * (pos - joined(means, pos))) / t if wanted[-1] else None
+        grads = finished(work, accumulators, -u, None, dtypes, None if own_states else factor)
+        return OnePass(joined(losses, pos).sum(), grads, dt)
+
+
+def joined(parts: list[Tensor], none: Tensor, dim: int = 0) -> Tensor:
+    """Of chunks of rows; `none` where there are no rows."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else none
 
 
 def only_weighted(values: Tensor, weight: Tensor) -> Tensor:
     """With 0, in place, for rows of weight 0, which count for nothing even where they are NaN."""
-    return values if len(weight) == 1 else values.masked_fill_(weight == 0, 0)
+    return values if weight.shape[0] == 1 else values.masked_fill_(weight == 0, 0)
 
 
 def in_float16_range(work: Work) -> tuple[Work, Tensor | None]:
@@ -320,7 +325,7 @@ def add_product(
     narrow = a.dtype != acc
     native = not narrow or (a.is_cuda and not torch.version.hip)  # a library product in the accumulator's dtype
     if index not in accumulators:
-        if native and rows == slice(0, len(like)):
+        if native and rows == slice(0, like.shape[0]):
             accumulators[index] = (torch.mm(a, b, out_dtype=acc) if narrow else torch.mm(a, b))[None]
             return
         accumulators[index] = like.new_zeros((1, *like.shape), dtype=acc)

@@ -28,7 +28,7 @@ SoftmaxStatistics = tuple[Tensor, Tensor, Tensor]  # neg, mean and softmax of `S
 INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Side:
     """Rows of one side of a tile pass. Vectors are contiguous, one value a row, in the accumulator dtype."""
 
@@ -44,7 +44,7 @@ class Side:
     zero_row: float = math.inf  # an inverse norm from which on a row counts as zero: its gradient is 0
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.rows.shape[0]  # len of a tensor takes three times as long
 
 
 class Excluded(NamedTuple):
@@ -58,6 +58,11 @@ class Excluded(NamedTuple):
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
         return {"T_ptr": self.target, "XI_ptr": x_ids, "YI_ptr": y_ids, "TARGET": target, "DIAGONAL": self.diagonal}
+
+
+def cdiv(a: int, b: int) -> int:
+    """That of Triton takes microseconds outside of kernels."""
+    return -(-a // b)
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
@@ -145,14 +150,14 @@ def columns_per_program(
 
     With `waves` so often, that what is left of the last one matters little; but not in more than MOST_PARTS then.
     """
-    blocks, row_blocks, fill = triton.cdiv(columns, block_n), max(row_blocks, 1), tiles.processors(device)
-    parts = max(fill // row_blocks, min(triton.cdiv((waves - 1) * fill, row_blocks), MOST_PARTS))
-    return max(triton.cdiv(blocks, max(min(parts, most, blocks), 1)), 1) * block_n
+    blocks, row_blocks, fill = cdiv(columns, block_n), max(row_blocks, 1), tiles.processors(device)
+    parts = max(fill // row_blocks, min(cdiv((waves - 1) * fill, row_blocks), MOST_PARTS))
+    return max(cdiv(blocks, max(min(parts, most, blocks), 1)), 1) * block_n
 
 
 def softmax_statistics(like: Tensor) -> SoftmaxStatistics:
     """Of (N,) rows, to be filled."""
-    return torch.empty_like(like), torch.empty_like(like), like.new_empty(2, len(like))
+    return torch.empty_like(like), torch.empty_like(like), like.new_empty(2, like.shape[0])
 
 
 def merge(states: Tensor, first: int, slots: int, into: SoftmaxStatistics | None = None) -> None:
@@ -160,7 +165,7 @@ def merge(states: Tensor, first: int, slots: int, into: SoftmaxStatistics | None
     size, block_m = states.shape[2], 256
     neg, mean, softmax = into or (None, None, None)
     run(
-        merge_kernel, (triton.cdiv(size, block_m),),
+        merge_kernel, (cdiv(size, block_m),),
         S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, SOFTMAX_ptr=softmax, first=first, slots=slots, size=size,
         stride_s=0 if softmax is None else softmax.stride(0),
         ACC=acc_of(states), BLOCK_M=block_m,
@@ -170,7 +175,7 @@ def merge(states: Tensor, first: int, slots: int, into: SoftmaxStatistics | None
 def merged(states: Tensor) -> SoftmaxStatistics:
     """Of all slots."""
     into = softmax_statistics(vector(states, states.shape[2]))
-    merge(states, 0, len(states), into)
+    merge(states, 0, states.shape[0], into)
     return into
 
 
@@ -182,17 +187,17 @@ def row_states(x: Side, y: Side, excluded: Excluded, columns: SoftmaxStatistics 
     """
     n, m = len(x), len(y)
     tile = tile_of("statistics" if columns is None else "columns", x, y)
-    blocks = triton.cdiv(n, tile.block_m)
+    blocks = cdiv(n, tile.block_m)
     step, state = blocks, 3 * accumulator(x.rows.dtype).itemsize
     if columns is not None:
         step = max(1, min(blocks, limit // 2 // (state * max(m, 1)) - 1))
     split = columns_per_program(step, m, tile.block_n, x.rows.device, limit // 2 // (state * max(n, 1)), WAVES)
-    states = x.rows.new_empty((triton.cdiv(m, split), 3, n), dtype=accumulator(x.rows.dtype))
+    states = x.rows.new_empty((cdiv(m, split), 3, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states.new_empty((step + 1, 3, m))
     for start in range(0, blocks, max(step, 1)):
         count = min(step, blocks - start)
         run(
-            statistics_kernel, (count, len(states)),
+            statistics_kernel, (count, states.shape[0]),
             ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m, split=split,
             HOIST=x.rows.shape[1] <= tile.block_d, **pair_arguments(tile, x, y), **excluded.arguments(x, y),
             **guide_arguments(x, y),
@@ -207,16 +212,16 @@ def gradient_slots(x: Side, y: Side, widest: int, limit: int) -> int:
     """Into how many partial sums a streaming gradient is split, so that few rows too fill the device."""
     tile = tile_of("gradient", x, y)
     extra = limit // max(x.rows.numel() * accumulator(x.rows.dtype).itemsize, 1)
-    split = columns_per_program(triton.cdiv(len(x), tile.block_m), widest, tile.block_n, x.rows.device, 1 + extra)
-    return max(1, triton.cdiv(widest, split))
+    split = columns_per_program(cdiv(len(x), tile.block_m), widest, tile.block_n, x.rows.device, 1 + extra)
+    return max(1, cdiv(widest, split))
 
 
 def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x: bool, accumulate: bool) -> None:
     """g (slots, N, D) (+)= C y, summed over the slots; of_x: whether x are the queries."""
     tile = tile_of("gradient", x, y)
-    split = triton.cdiv(triton.cdiv(len(y), tile.block_n), len(g)) * tile.block_n
+    split = cdiv(cdiv(len(y), tile.block_n), g.shape[0]) * tile.block_n
     run(
-        gradient_kernel, (triton.cdiv(len(x), tile.block_m), len(g)),
+        gradient_kernel, (cdiv(len(x), tile.block_m), g.shape[0]),
         NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift, UY_ptr=y.weight, G_ptr=g, size_x=len(x), size_y=len(y),
         split=split, zero_row=x.zero_row, ACCUMULATE=accumulate, **pair_arguments(tile, x, y),
         **excluded.arguments(x, y, of_x),
@@ -224,12 +229,17 @@ def add_streaming_gradient(g: Tensor, x: Side, y: Side, excluded: Excluded, of_x
 
 
 def write_coefficients(
-    c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded, states: Tensor | None = None
+    c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded
 ) -> None:
-    """c = C[rows, cols] in the dtype of c; with `states`, (blocks of columns, 3, rows), what is known before them."""
-    tile = tile_of("coefficients", x, y)
+    """c = C[rows, cols] in the dtype of c."""
+    _coefficients(c, x, y, rows, cols, excluded, tile_of("coefficients", x, y), None)
+
+
+def _coefficients(
+    c: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded, tile: tiles.Tile, states: Tensor | None
+) -> None:
     run(
-        coefficients_kernel, (triton.cdiv(c.shape[0], tile.block_m) * triton.cdiv(c.shape[1], tile.block_n),),
+        coefficients_kernel, (cdiv(c.shape[0], tile.block_m) * cdiv(c.shape[1], tile.block_n),),
         NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift, UY_ptr=y.weight, C_ptr=c, ROWS_ptr=states,
         row_start=rows.start, row_end=rows.stop, col_start=cols.start, col_end=cols.stop, stride_cm=c.stride(0),
         zero_row=x.zero_row,
@@ -239,7 +249,7 @@ def write_coefficients(
 
 def write_exponentials(c: Tensor, x: Side, y: Side, rows: slice, excluded: Excluded) -> Tensor:
     """c_ij = b_j exp(s_ij), unshifted, of some rows against all of y; and the rows' (1, 3, n) states."""
-    blocks = triton.cdiv(len(y), tile_of("coefficients", x, y).block_n)
-    states = c.new_empty((blocks, 3, len(c)), dtype=accumulator(c.dtype))
-    write_coefficients(c, x, y, rows, slice(0, len(y)), excluded, states)
+    tile = tile_of("coefficients", x, y)
+    states = c.new_empty((cdiv(len(y), tile.block_n), 3, c.shape[0]), dtype=accumulator(c.dtype))
+    _coefficients(c, x, y, rows, slice(0, len(y)), excluded, tile, states)
     return states.sum(0, keepdim=True)  # every maximum is 0

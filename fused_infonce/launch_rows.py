@@ -7,14 +7,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tiles
 from .kernels.finish import finish_kernel
 from .kernels.own import own_dots_kernel, own_gradient_kernel, own_statistics_kernel
 from .kernels.rows import scale_kernel, side_kernel
-from .launch import INTERPRETED, Side, acc_of, id_pointers, run, vector
+from .launch import INTERPRETED, Side, acc_of, cdiv, id_pointers, run, vector
 from .problem import EPS
 
 
@@ -30,12 +29,12 @@ class Own(NamedTuple):
 
 def temperature_arguments(temperature: Tensor | None) -> dict[str, Any]:
     """(1,) for all rows or (N,)."""
-    return {"TEMPERATURE_ptr": temperature, "stride_t": 0 if temperature is None or len(temperature) == 1 else 1}
+    return {"TEMPERATURE_ptr": temperature, "stride_t": 0 if temperature is None or temperature.shape[0] == 1 else 1}
 
 
 def inverse_norms(x: Tensor, at_eps: float) -> Tensor:
     """1 / max(|x_i|, EPS); `at_eps` is its value for rows with a norm up to EPS."""
-    a = vector(x, len(x))
+    a = vector(x, x.shape[0])
     _side(x, a, True, at_eps)
     return a
 
@@ -54,11 +53,11 @@ def side(
     """The rows x made ready for tile passes; with a `temperature` for a direction of which they are the rows, with
     softmax and u for its gradients. `positive`: (rows, scales, target) of the keys, for the (N,) logits of the targets.
     """
-    inverse = vector(x, len(x)) if normalize else scales
-    scale = None if temperature is None else vector(x, len(x))
+    inverse = vector(x, x.shape[0]) if normalize else scales
+    scale = None if temperature is None else vector(x, x.shape[0])
     shift, r = (None, None) if softmax is None else softmax
     weight = None if u is None else torch.empty_like(u)
-    pos = None if positive is None else vector(x, len(x))
+    pos = None if positive is None else vector(x, x.shape[0])
     if normalize or temperature is not None:
         y, y_scales, target = positive or (None, None, None)
         _side(
@@ -78,28 +77,31 @@ def _side(
     y = wanted.get("Y_ptr")
     block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
     run(
-        side_kernel, (triton.cdiv(len(x), block_m),),
-        X_ptr=x, A_ptr=inverse, size_x=len(x), size_y=0 if y is None else len(y), D=x.shape[1], stride_xm=x.stride(0),
-        stride_yn=0 if y is None else y.stride(0), eps=EPS, at_eps=at_eps, NORMALIZE=normalize, ACC=acc_of(x),
-        BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(t), **SIDE | wanted,
+        side_kernel, (cdiv(x.shape[0], block_m),),
+        X_ptr=x, A_ptr=inverse, size_x=x.shape[0], size_y=0 if y is None else y.shape[0], D=x.shape[1],
+        stride_xm=x.stride(0), stride_yn=0 if y is None else y.stride(0), eps=EPS, at_eps=at_eps, NORMALIZE=normalize,
+        ACC=acc_of(x), BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(t), **SIDE | wanted,
     )  # fmt: skip
 
 
-def scaled_rows(
-    x: Side, rows: slice, u: Tensor, softmax: Tensor, temperature: Tensor, factor: Tensor
-) -> Tensor:
-    """Some rows times their factors a_i u_i 2^-m_i r_i / t_i, which are written to `factor`."""
-    part = x.rows[rows]
-    out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+def scaled_rows(x: Side, rows: slice, u: Tensor, softmax: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """(factors, some rows times them): a_i u_i 2^-m_i r_i / t_i."""
+    part, inverse = (v if v is None else part_of(v, rows) for v in (x.rows, x.inverse))
+    assert part is not None
+    out, factor, (m, r) = torch.empty(part.shape, dtype=part.dtype, device=part.device), torch.empty_like(u), softmax
     block_m, block_d = tiles.row_tile(tiles.architecture(part.device), part.shape[1])
     run(
-        scale_kernel, (triton.cdiv(len(part), block_m),),
-        X_ptr=part, A_ptr=None if x.inverse is None else x.inverse[rows], U_ptr=u, M_ptr=softmax[0],
-        R_ptr=softmax[1], F_ptr=factor, OUT_ptr=out, size_x=len(part), D=part.shape[1], stride_xm=part.stride(0),
-        zero_row=x.zero_row, EMULATE=INTERPRETED, ACC=acc_of(part), BLOCK_M=block_m, BLOCK_D=block_d,
-        **temperature_arguments(temperature),
+        scale_kernel, (cdiv(part.shape[0], block_m),),
+        X_ptr=part, A_ptr=inverse, U_ptr=u, M_ptr=m, R_ptr=r, F_ptr=factor, OUT_ptr=out, size_x=part.shape[0],
+        D=part.shape[1], stride_xm=part.stride(0), zero_row=x.zero_row, EMULATE=INTERPRETED, ACC=acc_of(part),
+        BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(temperature),
     )  # fmt: skip
-    return out
+    return factor, out
+
+
+def part_of(x: Tensor, rows: slice) -> Tensor:
+    """Those rows of x (N, ...), or x itself where they are all or it has one for all."""
+    return x if x.shape[0] == 1 or rows.stop - rows.start == x.shape[0] else x[rows]
 
 
 def without_zero_rows(inverse: Tensor | None, zero_row: float) -> Tensor | None:
@@ -130,17 +132,18 @@ def finish(
 ) -> Tensor:
     """The gradient of x in `dtype` from accumulators g (slots, n, D), times a factor a row; None: zeros."""
     n, d = x.rows.shape
-    in_place = g is not None and len(g) == 1 and g.dtype == dtype  # a program reads and writes rows of its own
+    in_place = g is not None and g.shape[0] == 1 and g.dtype == dtype  # a program reads and writes rows of its own
     dx = g[0] if in_place and g is not None else torch.empty((n, d), dtype=dtype, device=x.rows.device)
     z, inverse, v, t, indices, starts, mutual = partners or (None, None, None, None, None, None, False)
     block_m, block_d, block_e = tiles.finish_tile(tiles.architecture(x.rows.device), d, gather=starts is not None)
     run(
-        finish_kernel, (triton.cdiv(n, block_m),),
+        finish_kernel, (cdiv(n, block_m),),
         G_ptr=g, F_ptr=factor, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, B_ptr=inverse, V_ptr=v, T_ptr=indices,
-        STARTS_ptr=starts, UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else len(g), size_x=n,
-        size_z=0 if z is None else len(z), D=d, stride_xm=x.rows.stride(0), stride_zn=0 if z is None else z.stride(0),
-        zero_row=x.zero_row, MUTUAL=mutual, PROJECT=project, EMULATE=INTERPRETED, ACC=acc_of(x.rows),
-        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, **temperature_arguments(t),
+        STARTS_ptr=starts, UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else g.shape[0], size_x=n,
+        size_z=0 if z is None else z.shape[0], D=d, stride_xm=x.rows.stride(0),
+        stride_zn=0 if z is None else z.stride(0), zero_row=x.zero_row, MUTUAL=mutual, PROJECT=project,
+        EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e,
+        **temperature_arguments(t),
     )  # fmt: skip
     return dx
 
@@ -154,7 +157,7 @@ def own_negatives(
     inverse = vector(q, n * h) if normalize else scale
     block_m, block_h, block_d = tiles.own_tile(tiles.architecture(q.device), h, d)
     run(
-        own_dots_kernel, (triton.cdiv(n, block_m), triton.cdiv(h, block_h)),
+        own_dots_kernel, (cdiv(n, block_m), cdiv(h, block_h)),
         Q_ptr=q, K_ptr=k, D_ptr=dots, B_ptr=inverse, size_q=n, H=h, D=d,
         stride_qm=q.stride(0), stride_km=k.stride(0), stride_kh=k.stride(1), eps=EPS, at_eps=1 / EPS,
         NORMALIZE=normalize, ACC=acc_of(q), BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
@@ -169,7 +172,7 @@ def own_states(x: Side, own: Own) -> Tensor:
     x_ids, own_ids = id_pointers(x, own)
     block_m, block_h, _ = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
     run(
-        own_statistics_kernel, (triton.cdiv(n, block_m),),
+        own_statistics_kernel, (cdiv(n, block_m),),
         D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, QI_ptr=x_ids, KI_ptr=own_ids,
         ROWS_ptr=states, size_q=n, H=h, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_H=block_h,
     )  # fmt: skip
@@ -191,7 +194,7 @@ def own_gradient(
     x_ids, own_ids = id_pointers(x, own)
     block_m, block_h, block_d = tiles.own_tile(tiles.architecture(x.rows.device), h, d)
     run(
-        own_gradient_kernel, (triton.cdiv(n, block_m), triton.cdiv(d, block_d)),
+        own_gradient_kernel, (cdiv(n, block_m), cdiv(d, block_d)),
         Q_ptr=x.rows, K_ptr=own.rows, D_ptr=own.dots, B_ptr=own.inverse, A_ptr=x.inverse, S_ptr=x.scale, N_ptr=x.shift,
         U_ptr=x.weight, UNSCALE_ptr=unscale, QI_ptr=x_ids, KI_ptr=own_ids, G_ptr=g, DK_ptr=dk, size_q=n, H=h, D=d,
         stride_qm=x.rows.stride(0), stride_km=own.rows.stride(0), stride_kh=own.rows.stride(1),

@@ -12,7 +12,7 @@ from fused_infonce import info_nce, nt_xent, tiles
 
 backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is not installed", exc_type=ImportError)
 launch, launch_rows = backend.launch, backend.launch_rows
-VIEWS = {"view", "expand", "slice", "select", "t", "transpose", "unsqueeze", "detach", "alias", "_unsafe_view"}
+VIEWS = {"view", "expand", "slice", "select", "t", "transpose", "permute", "unsqueeze", "detach", "alias", "unbind"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}
 OTHER = {"fill_"}  # of a fresh allocation with NaN, by conftest
 
