@@ -70,7 +70,7 @@ def prepare(
     upstream: Upstream | None = None,
     positives: bool = False,
 ) -> tuple[Work, Tensor | None]:
-    """And the logits of the `positives`; for gradients with the statistics and their upstream."""
+    """The problem made ready, for gradients with statistics and their upstream; and with `positives` their logits."""
     t, target = problem.temperature, contiguous(problem.target)
     rows = [launch.contiguous_rows(x) for x in problem.inputs]
     scales = [contiguous(problem.scale(index)) for index in range(len(rows))]
