@@ -80,8 +80,7 @@ def dense(problem: Problem) -> tuple[list[Tensor], Statistics]:
 
 def natural(softmax: Tensor) -> Tensor:
     """neg, as its two parts have it."""
-    m, r = softmax
-    return torch.where(r == 0, -math.inf, (m - torch.log2(r)) * math.log(2))
+    return torch.where(softmax[1] == 0, -math.inf, (softmax[0] - torch.log2(softmax[1])) * math.log(2))
 
 
 def upstream_of(problem: Problem) -> Upstream:
