@@ -330,7 +330,7 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
 
     def loss_and_slope(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         loss, u = loss_of(x).mul_(w), slope_of(x).mul_(w)
-        if w.shape[0] > 1:
+        if not w.shape[0] == 1 < x.shape[0]:  # one weight of many rows is not 0
             loss, u = (y.masked_fill(w == 0, 0) for y in (loss, u))
         return loss, u
 

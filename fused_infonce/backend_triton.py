@@ -178,7 +178,7 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
             size = rows.stop - rows.start
             chunk = [(block[:size, : len(s[1])], *s) for block, s in zip(blocks, segments, strict=True)]
             states = [launch.write_exponentials(c, query, keys, rows, excluded) for c, _, keys, excluded in chunk]
-            states += [state[:, :, rows] for state in own_states]
+            states += [state[:, :, rows].contiguous() for state in own_states]
             neg, mean, softmax = launch.merged(states[0] if len(states) == 1 else torch.cat(states))
             rows_pos, w, rows_t = (part_of(x, rows) for x in (pos, weight, t))
             margin = neg - rows_pos
@@ -211,7 +211,8 @@ def joined(parts: list[Tensor], none: Tensor, dim: int = 0) -> Tensor:
 
 def only_weighted(values: Tensor, weight: Tensor) -> Tensor:
     """With 0, in place, for rows of weight 0, which count for nothing even where they are NaN."""
-    return values if weight.shape[0] == 1 else values.masked_fill_(weight == 0, 0)
+    of_all = weight.shape[0] == 1 < values.shape[0]  # then it is not 0
+    return values if of_all else values.masked_fill_(weight == 0, 0)
 
 
 def in_float16_range(work: Work) -> tuple[Work, Tensor | None]:

@@ -325,4 +325,5 @@ def reduced_loss(problem: Problem, options: Options, kind: str, weight: Tensor) 
 def weighted_sum(rows: Tensor, weight: Tensor) -> Tensor:
     """`sum_i weight_i rows_i`, weight (1,) or (N,); a row of weight 0 counts for nothing."""
     rows = weight * rows
-    return (rows if weight.shape[0] == 1 else torch.where(weight == 0, 0, rows)).sum()
+    of_all = weight.shape[0] == 1 < rows.shape[0]  # then it is not 0
+    return (rows if of_all else torch.where(weight == 0, 0, rows)).sum()

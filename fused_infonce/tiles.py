@@ -115,7 +115,16 @@ CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single
 # Where tiles can be loaded through tensor descriptors; FUSED_INFONCE_TMA=0 or 1 overrules the table. No float32: its
 # gradient, without tensor cores, then spills 3 to 8 KB a thread on sm_90. No float64: Triton tests no such descriptors.
 HAS_TMA = {INTERPRETER: tuple(CLASSES.values()), "sm_90": ("half",), "sm_100": ("half",)}
-FORCE_TMA = None if (setting := os.environ.get("FUSED_INFONCE_TMA")) is None else setting == "1"
+
+
+def forced_tma() -> bool | None:
+    setting = os.environ.get("FUSED_INFONCE_TMA")
+    if setting not in (None, "0", "1"):
+        raise ValueError(f"FUSED_INFONCE_TMA must be 0 or 1, got {setting!r}")
+    return None if setting is None else setting == "1"
+
+
+FORCE_TMA = forced_tma()
 
 
 # A streaming gradient keeps whole rows of accumulators in registers: up to this length.

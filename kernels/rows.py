@@ -7,11 +7,32 @@ from .tile import cast, live, load_rows, load_vector
 
 
 @triton.jit
+def divided(x, y):
+    """`x / y` to the nearest: a GPU's own quotient of float32 is off by up to 2 units, in all rows alike."""
+    if x.dtype == tl.float32:
+        quotient = tl.div_rn(x, y)
+    else:
+        quotient = x / y
+    return quotient
+
+
+@triton.jit
+def root(x):
+    """The square root to the nearest."""
+    if x.dtype == tl.float32:
+        y = tl.sqrt_rn(x)
+    else:
+        y = tl.sqrt(x)
+    return y
+
+
+@triton.jit
 def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
     """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN."""
-    norm = tl.sqrt(square)
+    norm = root(square)
     small = norm <= eps
-    return tl.where(small, at_eps, 1.0 / tl.where(small, 1.0, norm))
+    one = tl.full(norm.shape, 1.0, norm.dtype)
+    return tl.where(small, at_eps, divided(one, tl.where(small, one, norm)))
 
 
 @triton.jit
@@ -76,7 +97,7 @@ def side_kernel(
     if TEMPERATURE_ptr is not None:
         t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
         if S_ptr is not None:
-            tl.store(S_ptr + offs_m, tl.full(t.shape, LOG2E, ACC) / t, mask=inside)
+            tl.store(S_ptr + offs_m, divided(tl.full(t.shape, LOG2E, ACC), t), mask=inside)
         if W_ptr is not None:
             u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
             tl.store(W_ptr + offs_m, u / t * tl.load(R_ptr + offs_m, mask=inside, other=0.0), mask=inside)
@@ -85,7 +106,7 @@ def side_kernel(
                 b = inverse_norm(square_y, eps, at_eps)
             else:
                 b = load_vector(B_ptr, row, size_y, 1.0, ACC)
-            pos = dots * a * b / t
+            pos = divided(dots * a * b, t)
             pos += pos - pos  # an infinite logit is never legitimate: NaN
             pos = tl.where(valid, pos, tl.where(target == -1, 0.0, float("nan")))
             tl.store(POS_ptr + offs_m, pos, mask=inside)

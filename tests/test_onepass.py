@@ -13,6 +13,7 @@ OPTIONS = {
     "in batch": {},
     "unpaired": {"negatives": (13, D)},
     "paired": {"negatives": (N, H, D), "negative_mode": "paired", "in_batch_negatives": True},
+    "only paired": {"negatives": (N, H, D), "negative_mode": "paired"},
     "target": {"target": torch.where(torch.arange(N) % 4 == 0, -100, torch.arange(N) * 7 % N)},
     "ids": {"key_ids": torch.arange(N) % 5},
 }
@@ -49,7 +50,8 @@ def test_bounds(backend: str, name: str, temperature: float, dtype: torch.dtype)
         inputs.append(torch.randn(shape))
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    limit = 16 * (N + 64 + H + 13) * max(dtype.itemsize, 4 if backend == "torch" else 2)
+    columns = 40 * H if name == "only paired" else 16 * (N + 64 + H + 13)
+    limit = columns * max(dtype.itemsize, 4 if backend == "torch" else 2)
     options |= {"temperature": temperature}
     assert explain(*inputs, **options, backend=backend, workspace_limit=limit).name == "onepass"
     loss = info_nce(*inputs, **options, backend=backend, workspace_limit=limit)
@@ -139,3 +141,14 @@ def test_temperature_gradient_per_row() -> None:
     (truth,) = torch.autograd.grad(reference.info_nce(query, key, temperature=t), t)
     assert result.inputs == [None, None]
     assert relative(result.temperature, truth) <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_row_that_counts_for_nothing_may_be_nan(backend: str, n: int, reduction: str) -> None:
+    """One row of weight 0 is not one weight for all rows."""
+    query, key = torch.full((n, D), torch.nan, requires_grad=True), torch.randn(3, D, requires_grad=True)
+    target = torch.full((n,), -100)
+    loss = info_nce(query, key, target=target, reduction=reduction, backend=backend)
+    assert loss.isnan() if reduction == "mean" else (loss == 0).all()

@@ -175,3 +175,9 @@ def test_the_environment_overrules_the_table(setting, want, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert want is module.FORCE_TMA
+
+
+def test_the_environment_says_0_or_1(monkeypatch):
+    monkeypatch.setenv("FUSED_INFONCE_TMA", "true")
+    with pytest.raises(ValueError, match="FUSED_INFONCE_TMA must be 0 or 1, got 'true'"):
+        tiles.forced_tma()
