@@ -256,7 +256,7 @@ def test_where_the_sum_equals_its_correction_the_bound_holds():
     assert debiased.negatives(problem).tolist() == [2]
     for value in (0.0, 5e-324, 1e-310, -1e-310, -1.0, -800.0):
         pos, neg = x.clone().requires_grad_(), torch.tensor([value], dtype=torch.float64, requires_grad=True)
-        rows = debiased._losses(debiased.Direction(problem, pos, neg), half)
+        rows = debiased._losses(debiased.Direction(problem, pos, neg, torch.stack([x, x])), half)
         assert rows.item() == pytest.approx(math.log1p(2 * math.exp(-2)), rel=1e-14)
         dpos, dneg = torch.autograd.grad(rows.sum(), (pos, neg))
         assert dneg == 0

@@ -192,9 +192,9 @@ def test_duplicated_targets(backend, dtype):
 
 CHUNKS = {  # n, m, workspace limit -> plan, blocks of rows, of columns
     "onepass, one chunk": (300, 100, None, "onepass", 1, 1),
-    "onepass, chunks of rows": (600, 100, 256 * 100 * 4, "onepass", 3, 1),
+    "onepass, chunks of rows": (600, 100, 256 * 100 * 5, "onepass", 3, 1),  # a score and the byte of a mask
     "onepass, tiles of columns": (270, 2100, None, "onepass", 1, 2),
-    "onepass, both": (520, 4100, 260 * 4100 * 4, "onepass", 2, 3),
+    "onepass, both": (520, 4100, 260 * 4100 * 5, "onepass", 2, 3),
     "workspace, columns": (300, 2000, 300 * 400 * 16, "workspace", 1, 5),
     "workspace, both": (130, 30, 50 * 16, "workspace", 3, 30),
 }
