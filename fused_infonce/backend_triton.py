@@ -173,7 +173,7 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
         blocks = [query.rows.new_empty((plan.rows, aligned(len(keys), query.rows))) for _, keys, _ in segments]
         dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
         accumulators: dict[int, Tensor] = {}
-        losses, slopes, factors, means, softmaxes = [], [], [], [], []
+        found: list[tuple[Tensor, ...]] = []
         for rows in slices(n, plan.rows):
             size = rows.stop - rows.start
             chunk = [(block[:size, : len(s[1])], *s) for block, s in zip(blocks, segments, strict=True)]
@@ -189,10 +189,9 @@ def onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Seq
                     add_product(accumulators, 0, query, rows, c, keys.rows, plan.limit)
                 if wanted[index]:
                     add_product(accumulators, index, keys, slice(0, len(keys)), c.T, scaled, plan.limit)
-            losses.append(only_weighted(loss_of(margin) * w, w))
-            for found, x in zip((slopes, factors, means, softmaxes), (u, factor, mean, softmax), strict=True):
-                found.append(x)
+            found.append((only_weighted(loss_of(margin) * w, w), u, factor, mean, softmax))
 
+        losses, slopes, factors, means, softmaxes = ([part[i] for part in found] for i in range(5))
         u, factor = joined(slopes, pos), joined(factors, pos)
         if own_states:  # what their negatives add to the queries' gradient has no such factor
             if 0 in accumulators:
