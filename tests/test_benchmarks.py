@@ -296,7 +296,7 @@ class TestMicrobenchmarks:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_passes_arguments_on():
     pytest.importorskip("xdist")
-    given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv"]
+    given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv", "PYTEST_ARGS="]
     command = ["make", "-n", "gpu", "gpu-bench", "tune", f"PYTHON={sys.executable}", *given]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of a make around it
     root = Path(__file__).parents[1]
