@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_infonce import info_nce, reference
+from fused_infonce import info_nce
+from fused_infonce.backends import reference
 
 NOISE = {"tight": 0.14, "medium": 0.75, "loose": 2.0}
 SETTINGS = [(0.05, "tight"), (0.02, "tight"), (0.02, "medium"), (0.01, "loose"), (0.07, "loose"), (0.1, "cone")]

@@ -20,7 +20,8 @@ import triton
 from contestants import OURS, Case, losses
 from triton.backends.compiler import GPUTarget
 
-from fused_infonce import backend_triton, contrast, tiles
+from fused_infonce import contrast
+from fused_infonce.backends.triton import backend, tiles
 
 DIRECTIONS = {"one": "one direction", "symmetric": "both directions", "self": "self-similarity"}
 TARGET = GPUTarget("cuda", 90, 32)
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 16])
     args = parser.parse_args()
-    if backend_triton.launch.INTERPRETED:
+    if backend.launch.INTERPRETED:
         parser.exit(2, "unset TRITON_INTERPRET: interpreted kernels are not launched\n")
     triton.runtime.driver.set_active(NoDevice())
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from fused_infonce.plan import GPU_ONEPASS_DIM, STREAMING_DIM, Plan, choose, default_limit
+from fused_infonce.backends.plan import GPU_ONEPASS_DIM, STREAMING_DIM, Plan, choose, default_limit
 
 ITEM, ACC = 2, 4  # bytes of an input and of an accumulator
 STREAMING_MOST = 512  # the longest rows that a streaming gradient holds: tiles.STREAMING_MAX_D

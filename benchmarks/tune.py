@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fused_infonce import tiles
-from fused_infonce.tiles import Tile
+from fused_infonce.backends.triton import tiles
+from fused_infonce.backends.triton.tiles import Tile
 
 WORKLOADS = {  # what is timed -> the kernel whose rows of the table it uses
     "statistics": "statistics",
@@ -102,8 +102,8 @@ def instead(tile: Tile, arch: str, kernel: str, dtype: torch.dtype) -> Iterator[
 
 def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
     """One of WORKLOADS as a call of `info_nce` on (n, d) rows launches it; what it returns is compared."""
-    from fused_infonce import launch
-    from fused_infonce.launch import LOG2E, Excluded, Side
+    from fused_infonce.backends.triton import launch
+    from fused_infonce.backends.triton.launch import LOG2E, Excluded, Side
 
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(2, n, d, device=device, generator=generator).to(dtype)
@@ -140,7 +140,7 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
 
 def result(name: str, run: Run) -> list[Tensor]:
     """What does not depend on the tile: the states of slots are merged first."""
-    from fused_infonce import launch
+    from fused_infonce.backends.triton import launch
 
     first, *rest = run()
     merged = launch.merged(first.clone()) if name in ("statistics", "columns") else (first,)

@@ -17,11 +17,18 @@ from .functional import (
     sup_con,
     von_mises_fisher_weight,
 )
-from .losses import FusedInfoNCELoss, NTXentLoss, SupConLoss
-from .matryoshka import MatryoshkaLoss
-from .ranking import MultipleNegativesLoss
-from .retrieval import ClipLoss, GroupedInfoNCELoss, GuidedInfoNCELoss, MoCoLoss
-from .variants import DCLLoss, DebiasedLoss, DistillationLoss
+from .losses.clip import ClipLoss
+from .losses.debiased import DebiasedLoss
+from .losses.decoupled import DCLLoss
+from .losses.distilled import DistillationLoss
+from .losses.grouped import GroupedInfoNCELoss
+from .losses.guided import GuidedInfoNCELoss
+from .losses.info_nce import FusedInfoNCELoss
+from .losses.moco import MoCoLoss
+from .losses.multiple_negatives import MultipleNegativesLoss
+from .losses.nt_xent import NTXentLoss
+from .losses.sup_con import SupConLoss
+from .wrappers.matryoshka import MatryoshkaLoss
 
 __all__ = [
     "ClipLoss",

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
-from .plan import Plan, choose, default_limit
-from .problem import EXPONENT_ROOM, KEY, OnePass, Problem, Statistics, Upstream, accumulator
-from .row_loss import LOSSES
+from .backends import operators
+from .backends.contract import EXPONENT_ROOM, KEY, OnePass, Problem, Statistics, Upstream, accumulator
+from .backends.plan import Plan, choose, default_limit
+from .backends.row_losses import LOSSES
 
 LN2 = math.log(2)
 
@@ -48,10 +48,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str:
 
 def _unavailable(tensor: Tensor) -> str:
     try:
-        from . import backend_triton
+        from .backends import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return backend_triton.unavailable(tensor) or ""
+    return triton.unavailable(tensor) or ""
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
@@ -251,26 +251,29 @@ def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor 
 
 def run_statistics(problem: Problem, plan: Plan) -> Statistics:
     if not torch.compiler.is_compiling():
-        return ops.module(plan.backend).statistics(problem, plan)
+        return operators.module(plan.backend).statistics(problem, plan)
     present = [True] * 4 + [problem.columns] * 3
-    return ops.statistics_of(ops.none_if_empty(ops.statistics(*ops.flatten(problem, plan)), present))
+    return operators.statistics_of(
+        operators.none_if_empty(operators.statistics(*operators.flatten(problem, plan)), present)
+    )
 
 
 def run_gradients(
     problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[Any]
 ) -> list[Tensor | None]:
     if not torch.compiler.is_compiling():
-        return ops.module(plan.backend).gradients(problem, plan, statistics, upstream, dtypes)
-    codes = [ops.DTYPES.index(dtype) for dtype in dtypes]
-    flat = ops.flatten(problem, plan)
-    return ops.none_if_empty(ops.gradients(*flat, list(statistics), list(upstream), codes), codes)
+        return operators.module(plan.backend).gradients(problem, plan, statistics, upstream, dtypes)
+    codes = [operators.DTYPES.index(dtype) for dtype in dtypes]
+    flat = operators.flatten(problem, plan)
+    found = operators.gradients(*flat, list(statistics), list(upstream), codes)
+    return operators.none_if_empty(found, codes)
 
 
 def run_onepass(problem: Problem, plan: Plan, kind: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
     if not torch.compiler.is_compiling():
-        return ops.module(plan.backend).onepass(problem, plan, kind, weight, wanted)
-    loss, dt, *grads = ops.onepass(*ops.flatten(problem, plan), kind, weight, wanted)
-    return OnePass(loss, ops.none_if_empty(grads, wanted[:-1]), dt if wanted[-1] else None)
+        return operators.module(plan.backend).onepass(problem, plan, kind, weight, wanted)
+    loss, dt, *grads = operators.onepass(*operators.flatten(problem, plan), kind, weight, wanted)
+    return OnePass(loss, operators.none_if_empty(grads, wanted[:-1]), dt if wanted[-1] else None)
 
 
 def _apart(problem: Problem) -> Sequence[Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import reduce, unit_rows
+from .backends.reference import reduce, unit_rows
 
 
 def multiple_negatives(

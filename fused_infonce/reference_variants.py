@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Problem, Statistics
-from .reference import unit_rows
+from .backends.contract import Problem, Statistics
+from .backends.reference import unit_rows
 
 
 def statistics(problem: Problem) -> Statistics:

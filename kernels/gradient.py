@@ -34,9 +34,7 @@ def term(d, inverse, s, n, u, other, CLAMP: tl.constexpr = False):
 
 
 @triton.jit
-def coefficients(
-    d, keep, a, sx, nx, ux, b, sy, ny, uy, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, CLAMP: tl.constexpr
-):
+def coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, CLAMP: tl.constexpr):
     if HAS_X:
         c = term(d, a[:, None], sx[:, None], nx[:, None], ux[:, None], b[None, :], CLAMP)
         if HAS_Y:

@@ -30,9 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_infonce import backend_triton, tiles
-from fused_infonce.plan import Plan
-from fused_infonce.problem import Problem, Upstream, accumulator
+from fused_infonce.backends.contract import Problem, Upstream, accumulator
+from fused_infonce.backends.plan import Plan
+from fused_infonce.backends.triton import backend, tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce" / "tiles.py"]
@@ -130,12 +130,12 @@ def launches(case: Case) -> list[Launch]:
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
             plan = Plan(name, 512, 512, 1 << 28, 0, "")
-            statistics = backend_triton.statistics(problem, plan)
+            statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
-            backend_triton.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
+            backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
         if not problem.columns:
             plan = Plan("onepass", 512, 512, 1 << 28, 0, "")
-            backend_triton.onepass(problem, plan, "infonce", u, [True] * (len(problem.inputs) + 1))
+            backend.onepass(problem, plan, "infonce", u, [True] * (len(problem.inputs) + 1))
     finally:
         triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA = saved
     return recorded

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_infonce import contrast, info_nce, plan, reference
-from fused_infonce.plan import Plan
+from fused_infonce import contrast, info_nce
+from fused_infonce.backends import plan, reference
+from fused_infonce.backends.plan import Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as in conftest
 COMPILED = torch.cuda.is_available() and not INTERPRETED

@@ -22,7 +22,8 @@ from helpers import (
     watch_plans,
 )  # fmt: skip
 
-from fused_infonce import info_nce, plan, reference
+from fused_infonce import info_nce
+from fused_infonce.backends import plan, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURES = [0.01, 0.02, 0.05, 0.2, 1.0]

@@ -19,7 +19,7 @@ import torch
 import tune
 from contestants import OURS, Case
 
-from fused_infonce import tiles
+from fused_infonce.backends.triton import tiles
 
 CPU = torch.device("cpu")
 ROW = {

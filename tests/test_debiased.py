@@ -22,9 +22,10 @@ from helpers import (
 )
 from row_lists import reduce, rows_of, rows_of_views
 
-from fused_infonce import DebiasedLoss, debiased_info_nce, debiased_nt_xent, info_nce, nt_xent, plan
+from fused_infonce import DebiasedLoss, debiased_info_nce, debiased_nt_xent, info_nce, nt_xent
+from fused_infonce.backends import plan
+from fused_infonce.backends.contract import Problem
 from fused_infonce.functional import compose, debiased
-from fused_infonce.problem import Problem
 
 N = 6
 

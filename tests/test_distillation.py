@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from helpers import DEVICE, both_backends, bounds, cases, embeddings, error
 from test_memory import MIB, PeakMemory
 
-from fused_infonce import DistillationLoss, distilled_info_nce, info_nce, plan
+from fused_infonce import DistillationLoss, distilled_info_nce, info_nce
+from fused_infonce.backends import plan
 
 N, M, D, E = 6, 5, 4, 3
 

@@ -59,8 +59,10 @@ CALLS = {
     "MoCoLoss": (lambda **o: MoCoLoss(D, 20, **o), lambda: (rows(N), torch.randn(N, D))),
     "MultipleNegativesLoss": (
         lambda **o: MultipleNegativesLoss(
-            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"), hardness="all_negatives",
-            hardness_strength=2.0, **o,
+            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+            hardness="all_negatives",
+            hardness_strength=2.0,
+            **o,
         ),
         lambda: (rows(N), rows(2, N)),
     ),

@@ -65,7 +65,7 @@ def test_accuracy_of_each_plan(dtype, plan, kind, t, monkeypatch):
 @pytest.mark.parametrize(("n", "d"), [(1, 64), (17, 8), (1111, 24), (1111, 128), (1111, 320)])
 def test_tensor_descriptors(dtype, plan, n, d, monkeypatch):
     """Tiles that reach past the ends of the tensors, loaded by TMA."""
-    tiles = pytest.importorskip("fused_infonce.tiles")
+    tiles = pytest.importorskip("fused_infonce.backends.triton.tiles")
     if tiles.architecture(torch.device("cuda")) not in tiles.HAS_TMA:
         pytest.skip("this GPU does not load through tensor descriptors")
     monkeypatch.setattr(tiles, "FORCE_TMA", True)

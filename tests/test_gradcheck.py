@@ -16,7 +16,8 @@ from helpers import (
 )
 from torch.autograd import gradcheck, gradgradcheck
 
-from fused_infonce import FusedInfoNCELoss, info_nce, plan
+from fused_infonce import FusedInfoNCELoss, info_nce
+from fused_infonce.backends import plan
 
 PLANS = ["default", "one block", "several blocks", "other"]
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, both_backends, cases, error
 
-from fused_infonce import GroupedInfoNCELoss, grouped_info_nce, plan
+from fused_infonce import GroupedInfoNCELoss, grouped_info_nce
+from fused_infonce.backends import plan
 from fused_infonce.functional import compose, grouped
 
 N, G, D = 4, 3, 5

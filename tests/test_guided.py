@@ -154,9 +154,7 @@ def test_bounds(backend, dtype, t, own, everything):
     grads = torch.autograd.grad(want, exact)
     scale = loss_scale(dtype, grads)
     leaves = [x.to(DEVICE[backend]).requires_grad_() for x in rows]
-    got = guided_info_nce(
-        *leaves, **{k: g.to(DEVICE[backend]) for k, g in guide.items()}, **options, backend=backend
-    )
+    got = guided_info_nce(*leaves, **{k: g.to(DEVICE[backend]) for k, g in guide.items()}, **options, backend=backend)
     loss_bound, gradient_bound = bounds(dtype, t, n)
     assert error(got, want) <= loss_bound
     for a, b in zip(torch.autograd.grad(got * scale, leaves), grads, strict=True):

@@ -14,10 +14,12 @@ import torch
 from helpers import DEVICE, TRITON, embeddings, error, stretch
 from torch import Tensor
 
-from fused_infonce.plan import Plan
-from fused_infonce.problem import EPS, Problem, Statistics, Upstream, accumulator
+from fused_infonce.backends.contract import EPS, Problem, Statistics, Upstream, accumulator
+from fused_infonce.backends.plan import Plan
 
-backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is not installed", exc_type=ImportError)
+backend = pytest.importorskip(
+    "fused_infonce.backends.triton.backend", reason="triton is not installed", exc_type=ImportError
+)
 pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
 
 LIMIT = 1 << 20
@@ -390,7 +392,7 @@ def test_inputs_are_left_alone(plan):
 
 def test_streaming_splits_few_rows_over_programs():
     """Partial sums in several slots, no more of them than the limit allows, give the same gradient."""
-    from fused_infonce import launch
+    from fused_infonce.backends.triton import launch
 
     problem = make(17, 200, 20)
     side = launch.Side(problem.query, None)

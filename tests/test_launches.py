@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from helpers import DEVICE, TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce import info_nce, nt_xent, tiles
+from fused_infonce import info_nce, nt_xent
+from fused_infonce.backends.triton import tiles
 
-backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is not installed", exc_type=ImportError)
+backend = pytest.importorskip(
+    "fused_infonce.backends.triton.backend", reason="triton is not installed", exc_type=ImportError
+)
 launch, launch_rows = backend.launch, backend.launch_rows
 VIEWS = {"view", "expand", "slice", "select", "t", "transpose", "permute", "unsqueeze", "detach", "alias", "unbind"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}

@@ -7,7 +7,8 @@ import torch
 from helpers import bounds, mix, unit
 from test_memory import MIB, PeakMemory
 
-from fused_infonce import NTXentLoss, nt_xent, plan, reference
+from fused_infonce import NTXentLoss, nt_xent
+from fused_infonce.backends import plan, reference
 
 
 def relative(value: torch.Tensor, truth: torch.Tensor) -> float:

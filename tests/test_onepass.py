@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import watch_plans
 
-from fused_infonce import explain, info_nce, nt_xent, plan, reference
+from fused_infonce import explain, info_nce, nt_xent
+from fused_infonce.backends import plan, reference
 
 N, D, H = 45, 24, 3
 OPTIONS = {
@@ -129,15 +130,15 @@ def test_gradcheck_in_pytorch(plan_name: str, reduction: str, case: str, learnab
 @pytest.mark.interpreter
 def test_temperature_gradient_per_row() -> None:
     """A host temperature has no gradient, so on the Triton backend this is the launcher's own promise."""
-    from fused_infonce import backend_triton
-    from fused_infonce.problem import Problem
+    from fused_infonce.backends.contract import Problem
+    from fused_infonce.backends.triton import backend
 
     query, key = (torch.randn(9, 6, dtype=torch.float64) for _ in range(2))
     t = torch.linspace(0.1, 0.3, 9, dtype=torch.float64).requires_grad_()
     chosen = plan.Plan("onepass", 4, 9, 2**20, 6, "", "triton")
     weight = torch.full((1,), 1 / 9, dtype=torch.float64)
     problem = Problem(query, key, t.detach())
-    result = backend_triton.onepass(problem, chosen, "infonce", weight, [False, False, True])
+    result = backend.onepass(problem, chosen, "infonce", weight, [False, False, True])
     (truth,) = torch.autograd.grad(reference.info_nce(query, key, temperature=t), t)
     assert result.inputs == [None, None]
     assert relative(result.temperature, truth) <= 1e-12

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_memory import MIB, PeakMemory
 
-from fused_infonce.functional.pairs import equal_pairs, members, pair_margins, sums
+from fused_infonce.compose.positives import equal_pairs, members, pair_margins, sums
 
 
 def dense(neg, x, y, rows, keys):

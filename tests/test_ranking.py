@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers import DEVICE, TRITON, both_backends, cases
 from ranking_calls import JOINT, KINDS, SOFTMAXES, D, N, arguments, call, dense, run
 
-from fused_infonce import MultipleNegativesLoss, contrast, multiple_negatives, plan
+from fused_infonce import MultipleNegativesLoss, contrast, multiple_negatives
+from fused_infonce.backends import plan
 
 
 @cases(

@@ -21,7 +21,7 @@ from helpers import (
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fused_infonce import plan
+from fused_infonce.backends import plan
 
 SIZES = [1, 2, 15, 16, 17, 33, 127, 129]
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of the same sums

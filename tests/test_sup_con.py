@@ -11,7 +11,8 @@ from helpers import DEVICE, INTERPRETED, PAIRS, both_backends, bounds, cases, er
 from test_memory import MIB, PeakMemory
 from torch import Tensor
 
-from fused_infonce import SupConLoss, nt_xent, reference, sup_con
+from fused_infonce import SupConLoss, nt_xent, sup_con
+from fused_infonce.backends import reference
 
 N, D = 6, 5
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1])  # 2 is a singleton

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is not installed")
+backend = pytest.importorskip("fused_infonce.backends.triton.backend", reason="triton is not installed")
 
 
 def test_every_architecture_has_a_tile():
-    from fused_infonce import tiles
+    from fused_infonce.backends.triton import tiles
 
     for arch in (*tiles.TABLE, *tiles.PARENT):
         for dtype in tiles.CLASSES:
@@ -23,7 +23,7 @@ def test_every_architecture_has_a_tile():
 
 
 def test_unavailable_says_why(monkeypatch):
-    from fused_infonce import launch
+    from fused_infonce.backends.triton import launch
 
     assert "int64" in backend.unavailable(torch.zeros(1).long())
     assert "meta" in backend.unavailable(torch.zeros(1, device="meta"))

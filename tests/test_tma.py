@@ -11,10 +11,12 @@ import torch
 from test_kernels import LIMIT, PLANS, both_plans, check, make, upstream_of, with_segments
 from torch import Tensor
 
-from fused_infonce.plan import Plan
-from fused_infonce.problem import Problem
+from fused_infonce.backends.contract import Problem
+from fused_infonce.backends.plan import Plan
 
-backend = pytest.importorskip("fused_infonce.backend_triton", reason="triton is not installed", exc_type=ImportError)
+backend = pytest.importorskip(
+    "fused_infonce.backends.triton.backend", reason="triton is not installed", exc_type=ImportError
+)
 launch, tiles = backend.launch, backend.tiles
 version = tuple(map(int, launch.triton.__version__.split(".")[:2]))
 pytestmark = [  # for a GPU: tests/test_gpu.py
@@ -171,7 +173,7 @@ def test_the_environment_overrules_the_table(setting, want, monkeypatch):
     """Read once, at import."""
     name = "FUSED_INFONCE_TMA"
     monkeypatch.delenv(name, raising=False) if setting is None else monkeypatch.setenv(name, setting)
-    spec = importlib.util.find_spec("fused_infonce.tiles")
+    spec = importlib.util.find_spec("fused_infonce.backends.triton.tiles")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert want is module.FORCE_TMA

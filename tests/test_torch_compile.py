@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_infonce import FusedInfoNCELoss, NTXentLoss, contrast, info_nce, ops, plan
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, contrast, info_nce
+from fused_infonce.backends import operators, plan
+from fused_infonce.backends.contract import Problem
 from fused_infonce.contrast import Options
-from fused_infonce.problem import Problem
 
 N, D, H = 33, 16, 3
 
@@ -99,17 +100,17 @@ def test_operators_pass_opcheck(columns: bool) -> None:
         columns=columns,
     )
     plan = contrast.make_plan(problem, Options("torch"), reduced=False)
-    flat = ops.flatten(problem, plan)
-    torch.library.opcheck(ops.statistics, flat)
-    stats = ops.statistics(*flat)
+    flat = operators.flatten(problem, plan)
+    torch.library.opcheck(operators.statistics, flat)
+    stats = operators.statistics(*flat)
     upstream = [torch.randn(N), torch.randn(N), torch.randn(N) if columns else None]
-    present = ops.none_if_empty(stats, [True] * 4 + [columns] * 3)
-    codes = [ops.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
-    torch.library.opcheck(ops.gradients, (*flat, present, upstream, codes))
+    present = operators.none_if_empty(stats, [True] * 4 + [columns] * 3)
+    codes = [operators.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
+    torch.library.opcheck(operators.gradients, (*flat, present, upstream, codes))
     if not columns:
         weight = torch.full((1,), 1 / N)
         wanted = [True, False, True, True, True]
-        torch.library.opcheck(ops.onepass, (*flat, "infonce", weight, wanted))
+        torch.library.opcheck(operators.onepass, (*flat, "infonce", weight, wanted))
 
 
 @pytest.mark.parametrize("name", ["dense", "onepass"])
@@ -120,6 +121,8 @@ def test_one_pass_operator_passes_opcheck(name: str, columns: bool, monkeypatch:
     problem = Problem(*inputs, torch.tensor([0.1]), columns=columns)
     chosen = contrast.make_plan(problem, Options("torch", logit_bound=10.0), reduced=True)
     assert chosen.name == name
-    flat = ops.flatten(problem.with_tensors([None if x is None else x.detach() for x in problem.tensors()]), chosen)
+    flat = operators.flatten(
+        problem.with_tensors([None if x is None else x.detach() for x in problem.tensors()]), chosen
+    )
     for wanted in ([True, False, True], [True, True, False]):
-        torch.library.opcheck(ops.onepass, (*flat, "infonce", torch.full((1,), 1 / N), wanted))
+        torch.library.opcheck(operators.onepass, (*flat, "infonce", torch.full((1,), 1 / N), wanted))

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import validation
+from .. import checks
+from ..backends.contract import accumulator
 from ..functional import grouped_info_nce
-from ..problem import accumulator
 from .common import say_once
 
 if TYPE_CHECKING:
@@ -149,16 +149,16 @@ def _unlike_dot_products(
     if not (isinstance(q_reps, Tensor) and isinstance(p_reps, Tensor) and q_reps.dim() == p_reps.dim() == 2):
         return "the representations are not (rows, components)"
     kinds = [(x.dtype, x.device, x.shape[1]) for x in (q_reps, p_reps)]
-    if kinds[0] != kinds[1] or q_reps.dtype not in validation.FLOATS:
+    if kinds[0] != kinds[1] or q_reps.dtype not in checks.FLOATS:
         return "queries and passages differ in dtype, device or components"
     if not len(q_reps) or not len(p_reps) or len(p_reps) % len(q_reps):
         return "the passages are not as many for every query"
     t = model.temperature
     if isinstance(t, Tensor):
-        usable = t.dim() == 0 and t.dtype in validation.FLOATS and t.device in (q_reps.device, torch.device("cpu"))
+        usable = t.dim() == 0 and t.dtype in checks.FLOATS and t.device in (q_reps.device, torch.device("cpu"))
     else:
         usable = isinstance(t, numbers.Real) and not isinstance(t, bool)
-        usable = usable and validation.SMALLEST < t < 1 / validation.SMALLEST
+        usable = usable and checks.SMALLEST < t < 1 / checks.SMALLEST
     return "" if usable else f"the temperature {t!r} is not a positive number"
 
 

@@ -19,9 +19,9 @@ from lightly.loss import ntx_ent_loss as original
 from lightly.utils import dist
 from torch import Tensor
 
-from .. import contrast, validation
+from .. import checks, contrast
+from ..compose.reduction import wide
 from ..functional import info_nce, nt_xent
-from ..functional.compose import wide
 from .common import loss_dtype, one_number, said, say_once
 
 __all__ = ["NTXentLoss"]
@@ -53,7 +53,7 @@ class NTXentLoss(original.NTXentLoss):
         Then, where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the memory bank.
         """
         try:
-            validation.views(out0, out1, ())
+            checks.views(out0, out1, ())
             one_number("temperature", self.temperature)
             loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
         except (TypeError, ValueError) as why:

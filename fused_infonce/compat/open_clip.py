@@ -17,7 +17,7 @@ from open_clip import loss as original
 from torch import Tensor
 
 from ..functional import clip_loss, info_nce
-from ..functional.clip import bias_of, temperature_of
+from ..losses.clip import bias_of, temperature_of
 from .common import loss_dtype, one_number, said, say_once
 
 __all__ = ["ClipLoss"]

@@ -36,12 +36,12 @@ from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from .. import contrast, validation
+from .. import checks, contrast
+from ..backends.contract import Problem
+from ..backends.row_losses import infonce
+from ..compose.positives import equal_pairs, members, pair_margins
+from ..compose.reduction import call_options, class_sums, dots, unit, wide
 from ..contrast import Options
-from ..functional.compose import call_options, class_sums, dots, unit, wide
-from ..functional.pairs import equal_pairs, members, pair_margins
-from ..problem import Problem
-from ..row_loss import infonce
 from .common import one_number, said, say_once
 
 SIMILARITIES = (distances.CosineSimilarity, distances.DotProductSimilarity)
@@ -102,7 +102,7 @@ class _Fused:
         keys = rows if ref_emb is embeddings else wide(ref_emb)[0]
         if keys is ref_emb and not ref_emb.requires_grad:  # a memory, which may be overwritten before the backward
             keys = keys.clone()
-        t = validation.temperature(self.temperature, 1, rows.dtype, rows.device)
+        t = checks.temperature(self.temperature, 1, rows.dtype, rows.device)
         options = call_options(self.backend, self.workspace_limit, self.temperature, normalize)
         twins = found.twins and keys is rows  # then half of the symmetric matrix will do
         problem = Problem(rows, keys, t, normalize=normalize, self_similar=twins)
@@ -118,11 +118,11 @@ class _Fused:
         if type(self.distance) not in SIMILARITIES or self.distance.p != 2 or self.distance.power != 1:
             return "the distance is not CosineSimilarity or DotProductSimilarity with p=2 and power=1"
         try:
-            validation.embeddings("embeddings", embeddings, 2, "(N, D)")
-            validation.embeddings("ref_emb", ref_emb, 2, "(M, D)")
-            validation.same_kind({"embeddings": embeddings, "ref_emb": ref_emb})
+            checks.embeddings("embeddings", embeddings, 2, "(N, D)")
+            checks.embeddings("ref_emb", ref_emb, 2, "(M, D)")
+            checks.same_kind({"embeddings": embeddings, "ref_emb": ref_emb})
             one_number("temperature", self.temperature)
-            validation.temperature(self.temperature, 1, embeddings.dtype, embeddings.device)
+            checks.temperature(self.temperature, 1, embeddings.dtype, embeddings.device)
         except (TypeError, ValueError) as error:
             return said(error)
         return "" if ref_emb.shape[1] == embeddings.shape[1] else "ref_emb must have as many components as embeddings"

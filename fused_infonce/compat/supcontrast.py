@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import INTEGERS
 from ..functional import sup_con
-from ..validation import INTEGERS
 
 __all__ = ["SupConLoss"]
 

@@ -14,7 +14,8 @@ from libraries import library
 from peers import without_package
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce import contrast, plan
+from fused_infonce import contrast
+from fused_infonce.backends import plan
 from fused_infonce.compat import common
 from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
 

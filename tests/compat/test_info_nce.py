@@ -64,9 +64,7 @@ def test_equals_the_original(seed, monkeypatch):
 def test_names_order_and_defaults():
     for ours, theirs in ((drop_in.info_nce, original.info_nce), (drop_in.InfoNCE, original.InfoNCE),
                          (drop_in.InfoNCE.forward, original.InfoNCE.forward)):  # fmt: skip
-        a, b = (
-            [(p.name, p.default, p.kind) for p in inspect.signature(x).parameters.values()] for x in (ours, theirs)
-        )
+        a, b = ([(p.name, p.default, p.kind) for p in inspect.signature(x).parameters.values()] for x in (ours, theirs))
         assert a == b
     assert isinstance(drop_in.InfoNCE(), original.InfoNCE)
     assert type(drop_in.InfoNCE()).__name__ == "InfoNCE"

@@ -1,0 +1,1 @@
+"""The primitive on a device: one contract, and a folder for each backend."""

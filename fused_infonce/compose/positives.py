@@ -1,0 +1,79 @@
+"""Pairs of rows and keys: those of equal ids, and the logits of some, without the N x M matrix of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.plan import default_limit
+from ..contrast import differentiable_once
+
+
+def members(row_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(M,) the keys sorted by id, and for each row where those of its id begin among them and how many they are, (N,).
+
+    Keys of one id keep their order.
+    """
+    ordered, order = torch.sort(key_ids, stable=True)
+    first, end = (torch.searchsorted(ordered, row_ids, right=right) for right in (False, True))
+    return order, first, end - first
+
+
+def equal_pairs(row_ids: Tensor, key_ids: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The P pairs of a row and a key of one id, by row, then by key: their rows and their keys, (P,) int64 each.
+
+    own: (N,) a key that makes no pair with row i; -1 for none.
+    """
+    order, first, count = members(row_ids, key_ids)
+    rows = torch.arange(len(row_ids), device=row_ids.device).repeat_interleave(count)
+    start = count.cumsum(0) - count  # of a row's pairs
+    keys = order[torch.arange(len(rows), device=rows.device) + (first - start)[rows]]
+    if own is None:
+        return rows, keys
+    others = keys != own[rows]
+    return rows[others], keys[others]
+
+
+def pair_margins(
+    neg: Tensor, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, workspace_limit: int | None = None
+) -> Tensor:
+    """(P,) `neg_i - x_i . y_j` of the pairs (i, j), differentiable in neg (N,), x (N, D) and y (M, D).
+
+    Beyond vectors of P only parts of the P rows are gathered, within the limit. Gradients are added in one order.
+    """
+    return _Margins.apply(neg, x, y, rows, keys, workspace_limit or default_limit(x.device.type))
+
+
+class _Margins(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, neg: Tensor, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, limit: int) -> Tensor:
+        ctx.save_for_backward(x, y, rows, keys)
+        margins = neg[rows]
+        step = max(1, limit // max(3 * x.shape[1] * x.element_size(), 1))  # rows, keys and their products
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            margins[part] -= torch.linalg.vecdot(x[rows[part]], y[keys[part]])
+        return margins
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        x, y, rows, keys = ctx.saved_tensors
+        grad_neg = grad_x = grad_y = None
+        if ctx.needs_input_grad[0]:
+            grad_neg = sums(rows, len(x), torch.zeros_like(keys), upstream, x.new_ones(1, 1))[:, 0]
+        if ctx.needs_input_grad[1]:
+            grad_x = sums(rows, len(x), keys, -upstream, y)
+        if ctx.needs_input_grad[2]:
+            grad_y = sums(keys, len(y), rows, -upstream, x)
+        return grad_neg, grad_x, grad_y, None, None, None
+
+
+def sums(place: Tensor, count: int, index: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """(count, D): at each place the sum of `weight_k rows[index_k]` over the k of that place. None is copied."""
+    ordered, order = torch.sort(place, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(count, device=place.device))
+    return F.embedding_bag(index[order], rows, first, mode="sum", per_sample_weights=weight[order])

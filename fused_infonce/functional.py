@@ -1,0 +1,31 @@
+"""One function per loss: validate, call the primitive, compose in O(N), reduce."""
+
+from .losses.clip import clip_loss
+from .losses.debiased import debiased_info_nce, debiased_nt_xent
+from .losses.decoupled import decoupled_info_nce, decoupled_nt_xent, von_mises_fisher_weight
+from .losses.distilled import distilled_info_nce
+from .losses.grouped import grouped_info_nce
+from .losses.guided import guided_info_nce
+from .losses.info_nce import explain, info_nce
+from .losses.moco import moco_loss
+from .losses.multiple_negatives import multiple_negatives
+from .losses.nt_xent import nt_xent
+from .losses.sup_con import sup_con
+
+__all__ = [
+    "clip_loss",
+    "debiased_info_nce",
+    "debiased_nt_xent",
+    "decoupled_info_nce",
+    "decoupled_nt_xent",
+    "distilled_info_nce",
+    "explain",
+    "grouped_info_nce",
+    "guided_info_nce",
+    "info_nce",
+    "moco_loss",
+    "multiple_negatives",
+    "nt_xent",
+    "sup_con",
+    "von_mises_fisher_weight",
+]

@@ -1,0 +1,243 @@
+"""Debiased contrastive loss: InfoNCE whose negatives are corrected for the false ones among them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.contract import Problem
+from ..backends.row_losses import infonce
+from ..compose.arguments import of_keys, of_views
+from ..compose.positives import members
+from ..compose.reduction import Direction, composed
+from ..contrast import Options
+from .base import PairLoss
+
+
+def debiased_info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    tau_plus: float | Tensor = 0.1,
+    symmetric: bool = False,
+    normalize: bool = True,
+    in_batch_negatives: bool | None = None,
+    ignore_index: int = -100,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """Debiased contrastive loss between queries and keys, where each negative is a positive with probability tau+.
+
+        loss_i = -log( exp(s_i,y) / (exp(s_i,y) + G_i) ),    s_ij = cos(q_i, k_j) / t_i
+        G_i = max( (sum_j exp(s_ij) - n_i tau+_i exp(s_i,y)) / (1 - tau+_i),  n_i exp(-1 / t_i) )
+
+    over the n_i negatives j of row i. The second term is the least that n_i exponentials of unit rows sum to. With
+    tau+ = 0 this is `info_nce`.
+
+    Everything is computed from logarithms, at any temperature. Where the difference nearly cancels, the loss is as
+    sensitive to the embeddings as its formula is: rounding errors are larger by sum_j exp(s_ij) / ((1 - tau+_i) G_i).
+
+    Args:
+        tau_plus: tau+, the probability that a negative is of the query's class: a number in [0, 1), or an (N,) floating
+            tensor of one per row, which gets no gradient. With `symmetric` row i's is that of key i too. Values of
+            tensors are checked on a CPU; on a GPU a bad one gives NaN.
+        normalize: True. Without it exp(-1 / t_i) is no bound, and False is a ValueError.
+        All others: as in `info_nce`. `temperature` has a gradient through exp(-1 / t_i) too.
+
+    Returns and raises: as `info_nce`.
+
+    Reference: Chuang et al. 2020, arXiv:2007.00224. `debiased_nt_xent` is its form for two views.
+    """
+    problem, options = of_keys(
+        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
+        normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
+        query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
+        workspace_limit=workspace_limit,
+    )  # fmt: skip
+    weight = checks.row_weight(weight, problem.temperature, query)
+    return _reduced(problem, options, reduction, symmetric, weight, tau_plus)
+
+
+def debiased_nt_xent(
+    view_a: Tensor,
+    view_b: Tensor,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    *,
+    tau_plus: float | Tensor = 0.1,
+    normalize: bool = True,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """Debiased contrastive loss of two views: NT-Xent whose negatives are corrected for the false ones among them.
+
+        loss_i = -log( exp(s_ip) / (exp(s_ip) + G_i) ),    s_ij = cos(z_i, z_j) / t_i
+        G_i = max( (sum_j exp(s_ij) - n tau+_i exp(s_ip)) / (1 - tau+_i),  n exp(-1 / t_i) )
+
+    where z are the 2 N rows of both views, p is the other view of i's sample and j the n = 2 N - 2 rows of other
+    samples. The values are those of the authors' code, whose outputs are unit rows.
+
+    Args:
+        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
+        temperature: as in `info_nce`; per row it has (2 N,) values, those of `view_a` first.
+        reduction: "mean" over the 2 N rows, "sum", or "none": (2 N,), the rows of `view_a` first.
+        tau_plus: as in `debiased_info_nce`; per row it has (2 N,) values.
+        normalize: as in `debiased_info_nce`.
+        backend, workspace_limit: as in `info_nce`.
+
+    Returns and raises: as `info_nce`.
+
+    References: Chuang et al. 2020, arXiv:2007.00224; https://github.com/chingyaoc/DCL.
+    """
+    problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
+    return _reduced(problem, options, reduction, False, None, tau_plus)
+
+
+def _reduced(
+    problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, tau_plus: Any
+) -> Tensor:
+    if not problem.normalize:
+        raise ValueError("the bound n exp(-1 / t) is of unit rows: normalize must be True, got False")
+    tau = _tau_plus(tau_plus, problem)
+    return composed(problem, options, reduction, symmetric, weight, partial(_losses, tau=tau))
+
+
+def _losses(rows: Direction, tau: Tensor) -> Tensor:
+    """(N,) `log(1 + G exp(-pos))`, from `x = neg - pos` and tau+, (1,) or (N,).
+
+        log(G exp(-pos)) = max( x + log(1 - exp(y)) - log(1 - tau+),  log n - 1 / t - pos ),  y = log(n tau+) - x
+
+    the first part -inf unless y < 0.
+    """
+    t, x = rows.problem.temperature, rows.neg - rows.pos
+    none = x == -torch.inf  # no negatives
+    x = x.masked_fill(none, 0)
+    n = negatives(rows.problem).clamp(min=1).to(x.dtype)
+    y = torch.log(n * tau) - x
+    over = y > -torch.finfo(y.dtype).tiny  # false of NaN, which stays; of a smaller -y the slope 1 / y is infinite
+    log1mexp = torch.log(-torch.expm1(y.masked_fill(over, -1)))
+    estimate = (x + log1mexp - torch.log1p(-tau)).masked_fill(over, -torch.inf)
+    floor = torch.log(n) - 1 / t - rows.pos
+    return infonce(torch.clamp(estimate, min=floor)).masked_fill(none, 0)
+
+
+def negatives(problem: Problem) -> Tensor:
+    """(N,) how many negatives each row has, in O((N + M) log M)."""
+    p, device = problem, problem.query.device
+    n, m = len(p.query), len(p.key)
+    count = torch.zeros(n, dtype=torch.int64, device=device)
+    if p.in_batch:
+        kept = torch.arange(n, device=device) if p.target is None else p.target
+        there = (kept >= 0) & (kept < m)
+        count = count + m - there.long() - int(p.self_similar)
+        if p.row_ids is not None and p.key_ids is not None and m:
+            counted_already = there & (p.key_ids[kept.clamp(0, m - 1)] == p.row_ids)
+            count = count - members(p.row_ids, p.key_ids)[2] + counted_already.long()
+    for keys, ids in zip(p.negatives, p.negative_ids, strict=True):
+        count = count + keys.shape[-2]
+        if ids is not None and p.row_ids is not None:
+            same = members(p.row_ids, ids)[2] if ids.dim() == 1 else (ids == p.row_ids[:, None]).sum(1)
+            count = count - same
+    return count
+
+
+def prior(value: Any) -> float:
+    number = checks.real("tau_plus", value)
+    if not 0 <= number < 1:
+        raise ValueError(f"tau_plus must be in [0, 1), got {value}")
+    return number
+
+
+def _tau_plus(value: Any, problem: Problem) -> Tensor:
+    """(1,) or (N,), checked, in the dtype of the statistics; elsewhere than on a CPU bad values of tensors are NaN."""
+    t, n, device = problem.temperature, len(problem.query), problem.query.device
+    if not isinstance(value, Tensor):
+        return t.new_full((1,), prior(value))
+    if value.dtype not in checks.FLOATS:
+        raise TypeError(f"tau_plus must be a number or a floating tensor of shape ({n},), got {value.dtype}")
+    if value.shape != (n,):
+        raise ValueError(f"tau_plus must be a number or have shape ({n},), got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"tau_plus must be on {device} as the embeddings are, got {value.device}")
+    if value.requires_grad:
+        raise ValueError("tau_plus must not require a gradient: it has none")
+    good = (value >= 0) & (value < 1)
+    if not checks.values_are_free(value):
+        return torch.where(good, value, torch.nan).to(t.dtype)
+    if not good.all():
+        raise ValueError(f"tau_plus must be in [0, 1), got {value[~good][0].item()}")
+    return value.to(t.dtype)
+
+
+class DebiasedLoss(PairLoss):
+    """Debiased contrastive loss; see `debiased_nt_xent` and `debiased_info_nce`.
+
+    Args:
+        tau_plus: as in those functions.
+        negatives: "views" (the two inputs are views of a batch, and the rows of both views of other samples are the
+            negatives) or "keys" (queries against keys, as in `info_nce`).
+        symmetric, negative_mode, in_batch_negatives: as in `info_nce`, with negatives="keys".
+        temperature, reduction, backend, workspace_limit: as in those functions.
+
+    Example:
+        >>> loss = DebiasedLoss(temperature=0.5, tau_plus=0.1)
+        >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
+    """
+
+    shown = ("temperature", "tau_plus", "negatives", "reduction")
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        reduction: str = "mean",
+        *,
+        tau_plus: float = 0.1,
+        negatives: str = "views",
+        symmetric: bool = False,
+        negative_mode: str = "unpaired",
+        in_batch_negatives: bool | None = None,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__(
+            temperature, reduction, negatives, symmetric, negative_mode, in_batch_negatives, True, backend,
+            workspace_limit,
+        )  # fmt: skip
+        self.tau_plus = prior(tau_plus)
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        tau_plus: Tensor | None = None,
+        target: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of two views, or of queries and keys; `tau_plus` per row replaces the module's for this call. All
+        but it and the first two are of keys."""
+        rows = {
+            "target": target, "query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids,
+            "weight": weight,
+        }  # fmt: skip
+        return self.between(
+            debiased_nt_xent, debiased_info_nce, query, positive_key, negative_keys, rows,
+            tau_plus=self.tau_plus if tau_plus is None else tau_plus,
+        )  # fmt: skip

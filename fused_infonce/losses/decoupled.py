@@ -1,0 +1,227 @@
+"""Decoupled contrastive loss: InfoNCE without the positive in the denominator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.contract import Problem, accumulator
+from ..backends.row_losses import decoupled
+from ..compose.arguments import of_keys, of_views
+from ..compose.reduction import Direction, at_once, composed, dots, unit
+from ..contrast import Options
+from .base import PairLoss
+
+
+def decoupled_info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    positive_weight: Tensor | None = None,
+    symmetric: bool = False,
+    normalize: bool = True,
+    in_batch_negatives: bool | None = None,
+    ignore_index: int = -100,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """Decoupled contrastive loss (DCL) between queries and keys: the positive is not among what it is compared with.
+
+        loss_i = log( sum_j exp(s_ij) ) - w_i s_i,y,    s_ij = cos(q_i, k_j) / t_i
+
+    over the negatives j of row i alone, so that a pair that is already alike keeps its gradient. A row without
+    negatives has loss 0 and no gradient.
+
+    Args:
+        positive_weight: (N,) w, finite; gradients flow to it. None: 1. See `von_mises_fisher_weight` for DCLW's. With
+            `symmetric` it holds in both directions.
+        All others: as in `info_nce`.
+
+    Returns and raises: as `info_nce`; the loss may be negative.
+
+    Reference: Yeh et al. 2022, arXiv:2110.06848. `decoupled_nt_xent` is its form for two views.
+    """
+    problem, options = of_keys(
+        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
+        normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
+        query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
+        workspace_limit=workspace_limit,
+    )  # fmt: skip
+    weight = checks.row_weight(weight, problem.temperature, query)
+    return _reduced(problem, options, reduction, symmetric, weight, positive_weight)
+
+
+def decoupled_nt_xent(
+    view_a: Tensor,
+    view_b: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    *,
+    positive_weight: Tensor | None = None,
+    normalize: bool = True,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """Decoupled contrastive loss (DCL) of two views: NT-Xent without the positive in the denominator.
+
+        loss_i = log( sum_j exp(s_ij) ) - w_i s_ip,    s_ij = cos(z_i, z_j) / t_i
+
+    where z are the 2 N rows of both views, p is the other view of i's sample and j the 2 (N - 1) rows of other samples.
+    The values are those of lightly's `DCLLoss`, and with `von_mises_fisher_weight` of its `DCLWLoss`. A sample alone
+    has loss 0 and no gradient, where theirs is -inf.
+
+    Args:
+        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
+        temperature: as in `info_nce`; per row it has (2 N,) values, those of `view_a` first.
+        reduction: "mean" over the 2 N rows, "sum", or "none": (2 N,), the rows of `view_a` first.
+        positive_weight: (2 N,) w, finite, of the rows of `view_a` first; gradients flow to it. None: 1.
+        normalize, backend, workspace_limit: as in `info_nce`.
+
+    Returns and raises: as `info_nce`; the loss may be negative.
+
+    References: Yeh et al. 2022, arXiv:2110.06848 (equation 6); https://github.com/lightly-ai/lightly (DCLLoss).
+    """
+    problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
+    return _reduced(problem, options, reduction, False, None, positive_weight)
+
+
+@torch.no_grad()
+def von_mises_fisher_weight(
+    query: Tensor, positive_key: Tensor, sigma: float = 0.5, *, normalize: bool = True
+) -> Tensor:
+    """(N,) weights of the positives in DCLW, the decoupled loss that counts pairs more the less they are alike.
+
+        w_i = 2 - N exp(c_i / sigma) / sum_j exp(c_j / sigma),    c_i = cos(q_i, k_i)
+
+    They are the same in both directions; those of two views are `von_mises_fisher_weight(a, b).repeat(2)`. Their mean
+    is 1, and they have no gradient.
+
+    Args:
+        query, positive_key: (N, D) each; dtypes as in `info_nce`.
+        sigma: a positive number.
+        normalize: divide every row by max(norm, 1e-12) first.
+
+    Returns: float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes, devices, values. TypeError: types, dtypes.
+
+    Reference: Yeh et al. 2022, arXiv:2110.06848 (section 3.2).
+    """
+    query, positive_key = checks.views(query, positive_key, ())
+    sigma = checks.positive_float("sigma", sigma)
+    acc = accumulator(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        cosine = dots(unit(query, normalize, acc), unit(positive_key, normalize, acc))
+        return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
+
+
+def _reduced(
+    problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, positive_weight: Any
+) -> Tensor:
+    scale = _positive_weight(positive_weight, problem)
+
+    def loss_of(rows: Direction) -> Tensor:
+        return decoupled(rows.neg - (rows.pos if scale is None else scale * rows.pos))
+
+    fused = scale is None and options.backend != "reference" and problem.columns == symmetric
+    if fused and reduction != "none" and not (weight is not None and weight.requires_grad):
+        return at_once(problem, options, reduction, "dcl", weight)
+    return composed(problem, options, reduction, symmetric, weight, loss_of)
+
+
+def _positive_weight(value: Any, problem: Problem) -> Tensor | None:
+    """Checked, in the dtype of the statistics; elsewhere than on a CPU what is not finite stays and gives NaN."""
+    if value is None:
+        return None
+    n, device = len(problem.query), problem.query.device
+    if not isinstance(value, Tensor) or value.dtype not in checks.FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"positive_weight must be a floating tensor of shape ({n},), got {kind}")
+    if value.shape != (n,):
+        raise ValueError(f"positive_weight must have shape ({n},), got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"positive_weight must be on {device} as the embeddings are, got {value.device}")
+    if checks.values_are_free(value) and not (good := value.isfinite()).all():
+        raise ValueError(f"positive_weight must be finite, got {value[~good][0].item()}")
+    return value.to(problem.temperature.dtype)
+
+
+class DCLLoss(PairLoss):
+    """Decoupled contrastive loss; see `decoupled_nt_xent` and `decoupled_info_nce`.
+
+    Args:
+        sigma: weigh the positives by `von_mises_fisher_weight` (DCLW, where it is 0.5). None: no weights.
+        negatives: "views" (the two inputs are views of a batch, and the rows of both views of other samples are the
+            negatives) or "keys" (queries against keys, as in `info_nce`).
+        symmetric, negative_mode, in_batch_negatives: as in `info_nce`, with negatives="keys".
+        temperature, reduction, normalize, backend, workspace_limit: as in those functions.
+
+    Example:
+        >>> loss = DCLLoss(temperature=0.1)
+        >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
+    """
+
+    shown = ("temperature", "sigma", "negatives", "reduction")
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        *,
+        sigma: float | None = None,
+        negatives: str = "views",
+        symmetric: bool = False,
+        negative_mode: str = "unpaired",
+        in_batch_negatives: bool | None = None,
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__(
+            temperature, reduction, negatives, symmetric, negative_mode, in_batch_negatives, normalize, backend,
+            workspace_limit,
+        )  # fmt: skip
+        self.sigma = None if sigma is None else checks.positive_float("sigma", sigma)
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        positive_weight: Tensor | None = None,
+        target: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of two views, or of queries and keys; all but the first two and `positive_weight` are of keys."""
+        if self.sigma is not None:
+            if positive_weight is not None or target is not None:
+                what = "target" if positive_weight is None else "positive_weight"
+                raise ValueError(f"sigma weighs row i by its likeness to key i: it cannot be used with {what}")
+            positive_weight = von_mises_fisher_weight(query, positive_key, self.sigma, normalize=self.normalize)
+            if self.negatives == "views":
+                positive_weight = positive_weight.repeat(2)
+        rows = {
+            "target": target, "query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids,
+            "weight": weight,
+        }  # fmt: skip
+        return self.between(
+            decoupled_nt_xent, decoupled_info_nce, query, positive_key, negative_keys, rows,
+            positive_weight=positive_weight,
+        )  # fmt: skip

@@ -1,0 +1,255 @@
+"""InfoNCE over groups of a positive and its hard negatives, as retrievers are trained, and its distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, contrast
+from ..backends import reference
+from ..backends.contract import Problem, accumulator
+from ..backends.row_losses import infonce
+from ..compose.reduction import call_options, reduced_mean, unit
+from .base import WithTemperature
+from .info_nce import info_nce
+
+DISTILLATIONS = ("kl_div", "m3_kd_loss")
+
+
+def grouped_info_nce(
+    query: Tensor,
+    passages: Tensor,
+    group_size: int,
+    *,
+    temperature: float | Tensor = 0.02,
+    normalize: bool = True,
+    in_batch_negatives: bool = True,
+    target: Tensor | None = None,
+    offset: int = 0,
+    reduction: str = "mean",
+    teacher_scores: Tensor | None = None,
+    distillation: str | None = None,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """InfoNCE over groups: query i's own passages are rows `offset + i G + k`: its positive, k = 0, and hard negatives.
+
+        loss_i = -log( exp(s_i,y) / sum_j exp(s_ij) ),    s_ij = cos(q_i, p_j) / t_i,  y = offset + i G
+
+    over all passages j, or without `in_batch_negatives` over the query's own group. With teacher scores T and
+    p_ik = exp(T_ik) / sum_l exp(T_il), k and l in the group:
+
+        "kl_div"      loss_i - sum_k p_ik log( exp(s_ik) / sum_l exp(s_il) )
+        "m3_kd_loss"  -sum_k p_ik log( exp(s_ik) / (sum_{l >= k} exp(s_il) + sum_{j outside the group} exp(s_ij)) )
+
+    which are FlagEmbedding's losses of these names: the first adds to the plain loss, the second replaces it.
+
+    Args:
+        query: (N, D), float16, bfloat16, float32 or float64.
+        passages: (M G, D) in M >= N groups of `group_size` rows; M > N where they were gathered from other processes.
+        group_size: G, the positive included.
+        temperature: as in `info_nce`.
+        normalize: as in `info_nce`.
+        in_batch_negatives: whether the passages of other groups are negatives too. Without them G must be 2 or more.
+        target: (N,) integer rows of `passages`, each query's positive in place of `offset + i G`; the others are its
+            negatives, and -100 leaves the query out. Needs in-batch negatives, no `offset` and no distillation.
+        offset: the row where the first query's group begins, a multiple of G: `rank * N * G` of gathered passages.
+        reduction: "mean", "sum" or "none" (one value per query).
+        teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
+        distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
+        backend, workspace_limit: as in `info_nce`. Without in-batch negatives passages are not copied; a distillation
+            holds the (N, G, D) own passages once in float32.
+
+    Returns: as `info_nce`.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
+
+    References: FlagEmbedding (Xiao et al. 2023, arXiv:2309.07597), BGE-M3 (Chen et al. 2024, arXiv:2402.03216);
+    tevatron and GradCache have this layout and loss.
+    """
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    checks.one_of("backend", backend, checks.BACKENDS)
+    _check_embeddings(query, passages)
+    _check_groups(query, passages, group_size, offset, target, in_batch_negatives)
+    _check_distillation(query, group_size, target, in_batch_negatives, teacher_scores, distillation)
+    n = len(query)
+    t = checks.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), query.device)
+    options = call_options(backend, workspace_limit, temperature, normalize)
+    # (N, G, D), a view; unused with a target
+    own = None if target is not None else passages[offset : offset + n * group_size].unflatten(0, (n, group_size))
+
+    contrastive: Tensor | None = None
+    if distillation != "m3_kd_loss":
+        shared: dict[str, Any] = {
+            "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
+            "workspace_limit": workspace_limit,
+        }  # fmt: skip
+        if own is not None and not in_batch_negatives:
+            contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared)
+        else:
+            if target is None:
+                target = torch.arange(n, device=query.device) * group_size + offset
+            contrastive = info_nce(query, passages, target=target, **shared)
+    if own is None or distillation is None or teacher_scores is None:
+        assert contrastive is not None
+        return contrastive
+
+    if backend == "reference":
+        rows = reference.distillation(
+            query, passages, group_size, t, teacher_scores.detach(), distillation, normalize=normalize, offset=offset
+        )
+    else:
+        weight = torch.softmax(teacher_scores.detach().to(t.dtype), dim=1)
+        scores = _own_scores(query, own, t, normalize)
+        if distillation == "kl_div":
+            rows = -(weight * torch.log_softmax(scores, dim=1)).sum(1)
+        else:
+            first = offset // group_size
+            groups = torch.arange(-first, len(passages) // group_size - first, device=query.device)
+            problem = Problem(
+                query=query,
+                key=passages,
+                temperature=t,
+                target=torch.full((n,), -1, device=query.device),
+                row_ids=torch.arange(n, device=query.device),
+                key_ids=groups.repeat_interleave(group_size, output_size=len(passages)),
+                normalize=normalize,
+            )
+            rows = _falling_groups(contrast.statistics(problem, options).neg, scores, weight)
+    loss = reduced_mean(rows, reduction)
+    return loss if contrastive is None else contrastive + loss
+
+
+def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tensor:
+    """(N, G): the logits of each query's own group, in the dtype of the statistics whatever autocast says."""
+    with torch.autocast(query.device.type, enabled=False):
+        q, p = unit(query, normalize, t.dtype), unit(own, normalize, t.dtype)
+        return torch.bmm(p, q[:, :, None])[..., 0] / t[:, None]
+
+
+def _falling_groups(outside: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
+    """`sum_k weight_ik log(1 + exp(x_ik))` with x_ik = log(exp(outside_i) + sum_{l > k} exp(s_il)) - s_ik."""
+    # of a single group nothing is outside: in the gradient of logsumexp -inf - -inf would be NaN
+    later = outside[:, None].clamp_min(-1e30)
+    terms = []
+    for k in range(scores.shape[1] - 1, -1, -1):
+        terms.append(weight[:, k] * infonce(torch.logsumexp(later, dim=1) - scores[:, k]))
+        later = torch.cat([later, scores[:, k, None]], dim=1)
+    return torch.stack(terms).sum(0)
+
+
+def _check_embeddings(query: Any, passages: Any) -> None:
+    checks.embeddings("query", query, 2, "(N, D)")
+    checks.embeddings("passages", passages, 2, "(M * group_size, D)")
+    checks.same_kind({"query": query, "passages": passages})
+    if passages.shape[1] != query.shape[1]:
+        raise ValueError(f"passages must have {query.shape[1]} components as query has, got {passages.shape[1]}")
+
+
+def _check_groups(
+    query: Tensor, passages: Tensor, group_size: Any, offset: Any, target: Any, in_batch_negatives: bool
+) -> None:
+    n, rows = len(query), len(passages)
+    checks.whole("group_size", group_size, 1)
+    checks.whole("offset", offset, 0)
+    if rows % group_size:
+        raise ValueError(f"passages must have a multiple of group_size={group_size} rows, got {rows}")
+    if offset % group_size:
+        raise ValueError(f"offset must be a multiple of group_size={group_size}, got {offset}")
+    if not in_batch_negatives and group_size == 1:
+        raise ValueError("in_batch_negatives=False leaves no negatives in groups of one: group_size must be above 1")
+    if target is not None:
+        if not in_batch_negatives:
+            raise ValueError("target says which passage is the positive among all: it needs in_batch_negatives=True")
+        if offset:
+            raise ValueError(f"target replaces offset: pass one of them, got offset={offset}")
+        checks.target(target, n, rows, -100, query.device)
+    elif offset + n * group_size > rows:
+        raise ValueError(
+            f"passages must have {offset + n * group_size} rows or more, offset={offset} and {n} groups of "
+            f"{group_size}, got {rows}"
+        )
+
+
+def _check_distillation(
+    query: Tensor, group_size: int, target: Any, in_batch_negatives: bool, teacher_scores: Any, distillation: Any
+) -> None:
+    if distillation is None:
+        if teacher_scores is not None:
+            raise ValueError(f"teacher_scores need a distillation: one of {', '.join(map(repr, DISTILLATIONS))}")
+        return
+    checks.one_of("distillation", distillation, DISTILLATIONS)
+    if teacher_scores is None:
+        raise ValueError(f"distillation={distillation!r} needs teacher_scores")
+    if target is not None:
+        raise ValueError("target cannot be used with a distillation: teacher_scores are of the groups from offset on")
+    if distillation == "m3_kd_loss" and not in_batch_negatives:
+        raise ValueError("distillation='m3_kd_loss' compares with all passages: it needs in_batch_negatives=True")
+    checks.embeddings("teacher_scores", teacher_scores, 2, "(N, group_size)")
+    if tuple(teacher_scores.shape) != (len(query), group_size):
+        raise ValueError(
+            f"teacher_scores must have shape {(len(query), group_size)}, got {tuple(teacher_scores.shape)}"
+        )
+    if teacher_scores.device != query.device:
+        raise ValueError(f"teacher_scores must be on {query.device} as query is, got {teacher_scores.device}")
+
+
+class GroupedInfoNCELoss(WithTemperature):
+    """InfoNCE over groups of a positive and its hard negatives; see `grouped_info_nce`.
+
+    Args:
+        group_size: passages a query, the positive included.
+        temperature, normalize, in_batch_negatives, reduction, distillation, backend, workspace_limit: as in
+            `grouped_info_nce`.
+
+    Example:
+        >>> loss = GroupedInfoNCELoss(group_size=8)
+        >>> query, passages = torch.randn(32, 128, requires_grad=True), torch.randn(32 * 8, 128)
+        >>> loss(query, passages).backward()
+    """
+
+    shown = ("group_size", "temperature", "in_batch_negatives", "reduction", "distillation")
+
+    def __init__(
+        self,
+        group_size: int,
+        *,
+        temperature: float | Tensor = 0.02,
+        normalize: bool = True,
+        in_batch_negatives: bool = True,
+        reduction: str = "mean",
+        distillation: str | None = None,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        if distillation is not None:
+            checks.one_of("distillation", distillation, DISTILLATIONS)
+        self.group_size = checks.whole("group_size", group_size, 1)
+        self.in_batch_negatives = in_batch_negatives
+        self.distillation = distillation
+
+    def forward(
+        self,
+        query: Tensor,
+        passages: Tensor,
+        teacher_scores: Tensor | None = None,
+        *,
+        target: Tensor | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        return grouped_info_nce(
+            query,
+            passages,
+            self.group_size,
+            temperature=self.temperature,
+            in_batch_negatives=self.in_batch_negatives,
+            target=target,
+            offset=offset,
+            teacher_scores=teacher_scores,
+            distillation=self.distillation,
+            **self.options,
+        )

@@ -1,0 +1,308 @@
+"""InfoNCE without suspected false negatives: those that a guide finds more similar to the query than its positive."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, contrast
+from ..backends import reference
+from ..backends.contract import Problem, accumulator
+from ..backends.plan import default_limit
+from ..backends.row_losses import infonce
+from ..compose.reduction import call_options, dots, log_add, reduced, reduced_mean, unit, wide
+from ..contrast import Options
+from .base import WithTemperature
+
+MARGINS = ("absolute", "relative")
+
+
+def guided_info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.01,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    guide_query: Tensor | None = None,
+    guide_key: Tensor | None = None,
+    guide_negatives: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    margin: float = 0.0,
+    margin_strategy: str = "absolute",
+    spare_negatives: bool = False,
+    contrast_queries: bool = False,
+    contrast_keys: bool = False,
+    offset: int = 0,
+    normalize: bool = True,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """InfoNCE over the negatives that a guide does not take for positives.
+
+        loss_i = -log( exp(s_i,y) / (exp(s_i,y) + sum_j exp(s_ij)) ),    s_ij = cos(q_i, k_j) / t_i,  y = offset + i
+
+    over the negatives j with g_ij <= c_i, where g are the cosines of the guide's embeddings and
+
+        "absolute"   c_i = g_i,y + margin                "relative"   c_i = g_i,y + margin |g_i,y|
+
+    The guide's N x M scores are never held either. Cosines that equal c_i but for their rounding are kept: a duplicate
+    of the positive is not left out at a margin of 0, only at a negative one, or by its id.
+
+    Args:
+        query: (N, D), float16, bfloat16, float32 or float64.
+        positive_key: (M, D), row `offset + i` the positive of query i; M > N where they were gathered from other
+            processes.
+        negative_keys, negative_mode: explicit negatives besides the in-batch ones: (M', D), "unpaired", shared by all
+            queries, or (N, H, D), "paired", each query's own.
+        temperature, reduction: as in `info_nce`; per row it is that of the query and its positive.
+        guide_query, guide_key, guide_negatives: (N, D'), (M, D') and, as `negative_keys` but for its last dimension,
+            embeddings of the same texts from a guide model, all of one D' and dtype; float64 exactly if `query` is.
+            They get no gradient; a NaN among them leaves nothing out. On a GPU 16 bits are far faster than 32. None:
+            the embeddings themselves are the guide, as they are now and as the products see them; needs `normalize`.
+        key_ids, negative_ids: (M,) and, as `negative_keys` without its last dimension, integer ids. A negative with the
+            id of the row's positive is left out, with `contrast_queries` also a query whose positive has it.
+        margin: a number; below 0 negatives are left out that are somewhat less similar than the positive.
+        margin_strategy: "absolute" or "relative".
+        spare_negatives: `negative_keys` are never left out.
+        contrast_queries: the other queries are negatives of a query too, where the guide lets them.
+        contrast_keys: cos(k_y, k_j) / t_i, of the positive with other keys j, are logits of negatives too, where
+            g(k_y, k_j) <= c_i.
+        offset: the row of the first query's positive.
+        normalize: divide every row by max(norm, 1e-12) first. The guide's rows always are.
+        backend, workspace_limit: as in `info_nce`.
+
+    Returns: as `info_nce`.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
+
+    References: GISTEmbed (Solatorio 2024, arXiv:2402.16829), which has `contrast_queries` and `contrast_keys`; with its
+    own embeddings as the guide and a margin of 0.1, Qwen3-Embedding (Zhang et al. 2025, arXiv:2506.05176).
+    """
+    checks.one_of("margin_strategy", margin_strategy, MARGINS)
+    checks.info_nce(  # a target of its own, as far as it is concerned
+        query, positive_key, negative_keys, reduction, negative_mode, symmetric=False, in_batch_negatives=True,
+        target=offset, backend=backend,
+    )  # fmt: skip
+    n, m = len(query), len(positive_key)
+    if checks.whole("offset", offset, 0) + n > m:
+        raise ValueError(f"positive_key must have {offset + n} rows or more, offset={offset} and {n} queries, got {m}")
+    margin = checks.finite("margin", margin)
+    _, key_ids, negative_ids = checks.all_ids(
+        None, key_ids, negative_ids, query, positive_key, negative_keys, keys_are_negatives=True
+    )
+    guides = _guides(
+        query, positive_key, negative_keys, guide_query, guide_key, guide_negatives, normalize, spare_negatives
+    )
+    acc = accumulator(contrast.compute_dtype([query]))
+    t = checks.temperature(temperature, n, acc, query.device)
+    options = call_options(backend, workspace_limit, temperature, normalize)
+    ceiling = _ceiling(guides[0], guides[1][offset : offset + n], margin, margin_strategy, acc)
+    if backend == "reference":
+        return reference.guided_info_nce(
+            query, positive_key, negative_keys, t, reduction, guides=guides, ceiling=ceiling, key_ids=key_ids,
+            negative_ids=negative_ids,
+            contrast_queries=contrast_queries, contrast_keys=contrast_keys, offset=offset, normalize=normalize,
+        )  # fmt: skip
+    context: AbstractContextManager[Any] = nullcontext()
+    if contrast_queries or contrast_keys:  # rows that take part twice have their 16-bit gradients added in float32
+        (query, context), (positive_key, _) = wide(query), wide(positive_key)
+        negative_keys = None if negative_keys is None else wide(negative_keys)[0]
+    index = torch.arange(offset, offset + n, device=query.device)
+    row_ids = index if key_ids is None else key_ids[index]
+    problem = Problem(
+        query, positive_key, t, index, row_ids=row_ids, key_ids=key_ids, normalize=normalize, guides=guides[:2],
+        ceiling=ceiling,
+    )  # fmt: skip
+    if contrast_queries:
+        problem = _with_negatives(problem, query, guides[0], row_ids)
+    if negative_keys is not None and negative_keys.dim() == 2:
+        problem = _with_negatives(problem, negative_keys, guides[2], negative_ids)
+    elif negative_keys is not None:
+        if guides[2] is not None:
+            limit = options.workspace_limit or default_limit(query.device.type)
+            rejected = _rejected(guides[0], guides[2], ceiling, limit)
+            other = (row_ids ^ 1)[:, None].expand_as(rejected) if negative_ids is None else negative_ids
+            negative_ids = torch.where(rejected, row_ids[:, None], other)
+        problem = _with_negatives(problem, negative_keys, None, negative_ids)
+    with context:
+        if not contrast_keys:
+            return reduced(problem, options, reduction, symmetric=False)
+        own = slice(offset, offset + n)
+        keys = Problem(
+            positive_key[own], positive_key, t, torch.full_like(index, -1), row_ids=row_ids,
+            key_ids=torch.arange(m, device=query.device) if key_ids is None else key_ids, normalize=normalize,
+            guides=(guides[1][own], guides[1]), ceiling=ceiling,
+        )  # fmt: skip
+        return reduced_mean(_joined(problem, keys, options), reduction)
+
+
+def _joined(problem: Problem, others: Problem, options: Options) -> Tensor:
+    """(N,) losses of a problem whose rows have the negatives of `others` too."""
+    stats = contrast.statistics(problem, options)
+    return infonce(log_add(stats.neg, contrast.statistics(others, options).neg) - stats.pos)
+
+
+def _with_negatives(problem: Problem, keys: Tensor, guide: Tensor | None, ids: Tensor | None) -> Problem:
+    return replace(
+        problem,
+        negatives=(*problem.negatives, keys),
+        negative_ids=(*problem.negative_ids, ids),
+        guides=(*problem.guides, guide),
+    )
+
+
+@torch.no_grad()
+def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> Tensor:
+    """(N, H) which of queries' own negatives are left out, within `limit` bytes."""
+    n, h, d = negatives.shape
+    rejected = torch.empty((n, h), dtype=torch.bool, device=query.device)
+    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # a copy, its norms' squares, unit rows
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            x, y = unit(query[rows], True, ceiling.dtype), unit(negatives[rows], True, ceiling.dtype)
+            rejected[rows] = torch.bmm(y, x[:, :, None])[..., 0] > ceiling[rows, None]
+    return rejected
+
+
+@torch.no_grad()
+def _ceiling(query: Tensor, key: Tensor, margin: float, strategy: str, dtype: torch.dtype) -> Tensor:
+    """(N,) and what the rounding of a cosine and of itself in another order of its sum may differ by."""
+    with torch.autocast(query.device.type, enabled=False):
+        positive = dots(unit(query, True, dtype), unit(key, True, dtype))
+    allowed = margin * positive.abs() if strategy == "relative" else margin
+    tf32 = dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    eps = 2.0**-13 if tf32 else torch.finfo(dtype).eps
+    return (positive + allowed + eps * max(8, query.shape[1] // 64)).contiguous()
+
+
+def _guides(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    guide_query: Any,
+    guide_key: Any,
+    guide_negatives: Any,
+    normalize: bool,
+    spare: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The guide's embeddings of queries, keys and the negatives that it may leave out, checked and detached."""
+    if guide_negatives is not None and (negatives is None or spare):
+        why = "spare_negatives=True" if spare else "no negative_keys were given"
+        raise ValueError(f"guide_negatives have no effect: {why}")
+    if guide_query is None and guide_key is None and guide_negatives is None:
+        if not normalize:
+            raise ValueError("a margin is of cosines: without normalize pass guide_query and guide_key")
+        dtype = contrast.compute_dtype([query])
+        rows = [contrast.cast(x.detach(), dtype)[0] for x in (query, key)]
+        return rows[0], rows[1], None if negatives is None or spare else contrast.cast(negatives.detach(), dtype)[0]
+    wanted = {"guide_query": (guide_query, query), "guide_key": (guide_key, key)}
+    if negatives is not None and not spare:
+        wanted["guide_negatives"] = (guide_negatives, negatives)
+    rows = []
+    for name, (guide, like) in wanted.items():
+        if guide is None:
+            raise ValueError(f"a guide needs {', '.join(wanted)}: {name} is missing")
+        checks.embeddings(name, guide, like.dim(), "(N, H, D')" if like.dim() == 3 else "(N, D')")
+        if guide.shape[:-1] != like.shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {tuple(like.shape[:-1])} but for its last dimension, got {tuple(guide.shape)}"
+            )
+        if guide.shape[-1] != guide_query.shape[-1]:
+            raise ValueError(
+                f"{name} must have {guide_query.shape[-1]} components as guide_query has, got {guide.shape[-1]}"
+            )
+        if guide.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} as query is, got {guide.device}")
+        if guide.dtype != guide_query.dtype or accumulator(guide.dtype) != accumulator(query.dtype):
+            raise TypeError(
+                f"{name} must be of one dtype with guide_query, and float64 exactly if query is, got {guide.dtype} "
+                f"with {guide_query.dtype} and {query.dtype}"
+            )
+        rows.append(guide.detach())
+    return rows[0], rows[1], rows[2] if len(rows) == 3 else None
+
+
+class GuidedInfoNCELoss(WithTemperature):
+    """InfoNCE without the negatives that a guide takes for positives; see `guided_info_nce`.
+
+    Args:
+        temperature, margin, margin_strategy, spare_negatives, contrast_queries, contrast_keys, reduction,
+            negative_mode, normalize, backend, workspace_limit: as in `guided_info_nce`.
+
+    Example:
+        >>> loss = GuidedInfoNCELoss(temperature=0.02, margin=0.1)  # the embeddings are their own guide
+        >>> query, key = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+        >>> loss(query, key).backward()
+    """
+
+    shown = (
+        "temperature", "negative_mode", "margin", "margin_strategy", "spare_negatives", "contrast_queries",
+        "contrast_keys", "reduction",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.01,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        margin: float = 0.0,
+        margin_strategy: str = "absolute",
+        spare_negatives: bool = False,
+        contrast_queries: bool = False,
+        contrast_keys: bool = False,
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        checks.one_of("negative_mode", negative_mode, checks.NEGATIVE_MODES)
+        checks.one_of("margin_strategy", margin_strategy, MARGINS)
+        self.negative_mode = negative_mode
+        self.margin = checks.finite("margin", margin)
+        self.margin_strategy = margin_strategy
+        self.spare_negatives = spare_negatives
+        self.contrast_queries = contrast_queries
+        self.contrast_keys = contrast_keys
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        guide_query: Tensor | None = None,
+        guide_key: Tensor | None = None,
+        guide_negatives: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        return guided_info_nce(
+            query,
+            positive_key,
+            negative_keys,
+            self.temperature,
+            negative_mode=self.negative_mode,
+            guide_query=guide_query,
+            guide_key=guide_key,
+            guide_negatives=guide_negatives,
+            key_ids=key_ids,
+            negative_ids=negative_ids,
+            margin=self.margin,
+            margin_strategy=self.margin_strategy,
+            spare_negatives=self.spare_negatives,
+            contrast_queries=self.contrast_queries,
+            contrast_keys=self.contrast_keys,
+            offset=offset,
+            **self.options,
+        )

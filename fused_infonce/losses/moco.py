@@ -1,0 +1,166 @@
+"""MoCo's loss, against a queue of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks
+from .base import WithTemperature
+from .info_nce import explain, info_nce
+
+
+def moco_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = 0.07,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    backend: str = "auto",
+    workspace_limit: int | None = None,
+) -> Tensor:
+    """MoCo's loss: each query against its key and a queue of the keys of earlier batches, which are the negatives.
+
+        loss_i = -log( exp(s_i) / (exp(s_i) + sum_j exp(s_ij)) )
+        s_i = cos(q_i, k_i) / t,  s_ij = cos(q_i, queue_j) / t
+
+    Key and queue get no gradient. The queue may be overwritten between this call and its backward: where the plan keeps
+    the negatives for the backward, it keeps a copy of them.
+
+    Args:
+        query: (N, D), float16, bfloat16, float32 or float64.
+        key: (N, D), row i the positive of query i; detached.
+        queue: (D, K), a negative a column; used without a copy where `queue.T` is contiguous.
+        temperature, reduction, backend, workspace_limit: as in `info_nce`.
+        normalize: divide every query, key and column of the queue by max(norm, 1e-12).
+
+    Returns: as `info_nce`.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
+
+    References: He et al. 2019, arXiv:1911.05722; https://github.com/facebookresearch/moco.
+    """
+    checks.embeddings("query", query, 2, "(N, D)")
+    checks.embeddings("key", key, 2, "(N, D)")
+    checks.embeddings("queue", queue, 2, "(D, K)")
+    checks.same_kind({"query": query, "key": key, "queue": queue})
+    if key.shape != query.shape:
+        raise ValueError(f"key must have shape {tuple(query.shape)} as query has, got {tuple(key.shape)}")
+    if queue.shape[0] != query.shape[1]:
+        raise ValueError(f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}")
+    negatives = queue.detach().T
+    options: dict[str, Any] = {
+        "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
+        "workspace_limit": workspace_limit,
+    }  # fmt: skip
+    checks.one_of("backend", backend, checks.BACKENDS)
+    if _kept(query, key.detach(), negatives, temperature, options):
+        negatives = negatives.clone()
+    return info_nce(query, key.detach(), negatives, **options)
+
+
+def _kept(query: Tensor, key: Tensor, negatives: Tensor, temperature: Any, options: dict[str, Any]) -> bool:
+    """Whether a backward will read the negatives."""
+    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (query, temperature)):
+        return False
+    return options["backend"] == "reference" or not explain(query, key, negatives, **options).one_pass
+
+
+class MoCoLoss(WithTemperature):
+    """MoCo's loss with its queue of negatives; see `moco_loss`.
+
+    The buffers are those of MoCo and part of the state dict: `queue` (dim, queue_size) float32, a negative a column,
+    random unit vectors at first, and `queue_ptr` (1,) int64, the column that is overwritten next. A column is
+    contiguous in memory, so that the queue is used without a copy. The queue must have the embeddings' dtype (use
+    `.to`) except under autocast. It gets no gradient, and the key is detached, as MoCo has it.
+
+    A batch need not divide the queue, as MoCo asserts: it wraps around, and of one larger than the queue the last
+    `queue_size` keys stay. With several processes each enqueues what it is given: gather the keys, and call
+    `loss(query, key, enqueue=False)` and `loss.enqueue(gathered)`.
+
+    Args:
+        dim: D, the components of an embedding.
+        queue_size: K.
+        temperature, reduction, normalize, backend, workspace_limit: as in `moco_loss`.
+
+    Example:
+        >>> loss = MoCoLoss(128, queue_size=4096)
+        >>> query, key = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+        >>> loss(query, key).backward()
+    """
+
+    queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        queue_size: int = 65536,
+        temperature: float | Tensor = 0.07,
+        *,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str = "auto",
+        workspace_limit: int | None = None,
+    ):
+        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        checks.whole("dim", dim, 1)
+        checks.whole("queue_size", queue_size, 1)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim, dtype=torch.float32)).T)
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_columns_contiguous)
+
+    def forward(self, query: Tensor, key: Tensor, *, enqueue: bool = True) -> Tensor:
+        """The loss of (N, D) queries, each against its own key and the queue.
+
+        Then, in training mode and with `enqueue`, the keys take the place of the oldest in the queue; a backward that
+        is still to come is not disturbed.
+        """
+        loss = moco_loss(
+            query,
+            key,
+            self.queue,
+            self.temperature,
+            **self.options,
+        )
+        if enqueue and self.training:
+            self.enqueue(key)
+        return loss
+
+    @torch.no_grad()
+    def enqueue(self, key: Tensor) -> None:
+        """Overwrite the oldest columns of the queue with these (B, D) keys, in place and without a synchronisation.
+
+        They become unit vectors with `normalize`; without it they are stored as they are, as the loss takes them.
+        """
+        checks.embeddings("key", key, 2, "(B, D)")
+        dim, size = self.queue.shape
+        if key.shape[1] != dim:
+            raise ValueError(f"key must have {dim} components as queue has, got {key.shape[1]}")
+        if key.device != self.queue.device:
+            raise ValueError(f"key must be on {self.queue.device} as queue is, got {key.device}")
+        count = len(key)
+        kept = key[max(count - size, 0) :]
+        if self.normalize:
+            wide = torch.promote_types(key.dtype, torch.float32)  # the norm of 16-bit rows needs more than their range
+            kept = F.normalize(kept.to(wide), dim=1)
+        last = self.queue_ptr + count
+        columns = (last + torch.arange(-len(kept), 0, device=key.device)) % size
+        self.queue.T.index_copy_(0, columns, kept.to(self.queue.dtype))
+        self.queue_ptr.copy_(last % size)
+
+    def extra_repr(self) -> str:
+        dim, size = self.queue.shape
+        return f"{dim}, queue_size={size}, {super().extra_repr()}"
+
+
+def _columns_contiguous(loss: nn.Module, _: Any) -> None:
+    """After `load_state_dict(assign=True)`, which takes over the memory layout of what was saved."""
+    if isinstance(loss, MoCoLoss) and not loss.queue.T.is_contiguous():
+        loss.queue = loss.queue.T.contiguous().T

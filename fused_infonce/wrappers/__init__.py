@@ -1,0 +1,1 @@
+"""Losses that take a loss as an argument."""
