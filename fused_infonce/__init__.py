@@ -1,5 +1,7 @@
 """Contrastive losses for PyTorch without the logits matrix: Triton kernels on a GPU, the same algorithm elsewhere."""
 
+from .backends.contract import RowStatistics, Statistics
+from .compose.statistics import statistics
 from .functional import (
     clip_loss,
     debiased_info_nce,
@@ -42,6 +44,8 @@ __all__ = [
     "MoCoLoss",
     "MultipleNegativesLoss",
     "NTXentLoss",
+    "RowStatistics",
+    "Statistics",
     "SupConLoss",
     "clip_loss",
     "debiased_info_nce",
@@ -56,7 +60,8 @@ __all__ = [
     "moco_loss",
     "multiple_negatives",
     "nt_xent",
+    "statistics",
     "sup_con",
     "von_mises_fisher_weight",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

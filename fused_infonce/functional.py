@@ -1,4 +1,4 @@
-"""One function per loss: validate, call the primitive, compose in O(N), reduce."""
+"""The losses as functions; each lives in a file of `losses` with its module."""
 
 from .losses.clip import clip_loss
 from .losses.debiased import debiased_info_nce, debiased_nt_xent

@@ -19,7 +19,7 @@ def positive_part(
     B_ptr,
     V_ptr,
     TEMPERATURE_ptr,
-    T_ptr,
+    TARGET_ptr,
     STARTS_ptr,
     a,
     offs_m,
@@ -43,8 +43,8 @@ def positive_part(
     inside = offs_m < size_x
     if STARTS_ptr is None:
         partner = offs_m.to(tl.int64)
-        if T_ptr is not None:
-            partner = tl.load(T_ptr + offs_m, mask=inside, other=-1)
+        if TARGET_ptr is not None:
+            partner = tl.load(TARGET_ptr + offs_m, mask=inside, other=-1)
         valid = inside & (partner >= 0) & (partner < size_z)
         partner = tl.where(valid, partner, size_z)
         w = pair_weight(V_ptr, TEMPERATURE_ptr, stride_t, offs_m, valid)
@@ -60,7 +60,7 @@ def positive_part(
         for first in range(0, tl.max(end - start, 0), BLOCK_E):
             offs_e = start[:, None] + first + tl.arange(0, BLOCK_E)[None, :]
             valid = offs_e < end[:, None]
-            partner = tl.load(T_ptr + offs_e, mask=valid, other=0)
+            partner = tl.load(TARGET_ptr + offs_e, mask=valid, other=0)
             w = pair_weight(V_ptr, TEMPERATURE_ptr, stride_t, partner, valid)
             w = w * a[:, None] * live(load_vector(B_ptr, partner, size_z, 1.0, ACC), zero_row)
             ptrs = (Z_ptr + partner * stride_zn)[:, :, None] + offs_d[None, None, :]
@@ -77,7 +77,7 @@ def finished_rows(
     B_ptr,
     V_ptr,
     TEMPERATURE_ptr,
-    T_ptr,
+    TARGET_ptr,
     STARTS_ptr,
     UNSCALE_ptr,
     a,
@@ -108,8 +108,8 @@ def finished_rows(
         g *= tl.load(UNSCALE_ptr)
     if Z_ptr is not None:
         g += positive_part(
-            Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, T_ptr, STARTS_ptr, a, offs_m, offs_d, size_x, size_z, D, stride_zn,
-            stride_t, zero_row, MUTUAL, ACC, BLOCK_E,
+            Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, a, offs_m, offs_d, size_x, size_z, D,
+            stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_E,
         )  # fmt: skip
     return g
 
@@ -124,7 +124,7 @@ def finish_kernel(
     B_ptr,
     V_ptr,
     TEMPERATURE_ptr,
-    T_ptr,
+    TARGET_ptr,
     STARTS_ptr,
     UNSCALE_ptr,
     DX_ptr,
@@ -152,8 +152,8 @@ def finish_kernel(
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             g = finished_rows(
-                G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, T_ptr, STARTS_ptr, UNSCALE_ptr, a, offs_m, offs_d,
-                slots, size_x, size_z, D, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M, BLOCK_D, BLOCK_E,
+                G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr, a, offs_m,
+                offs_d, slots, size_x, size_z, D, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
             radial += tl.sum(g * x, 1)
@@ -161,7 +161,7 @@ def finish_kernel(
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         g = finished_rows(
-            G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, T_ptr, STARTS_ptr, UNSCALE_ptr, a, offs_m, offs_d,
+            G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr, a, offs_m, offs_d,
             slots, size_x, size_z, D, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M, BLOCK_D, BLOCK_E,
         )  # fmt: skip
         if PROJECT:

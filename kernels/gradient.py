@@ -2,8 +2,8 @@
 
 C_ij = a_i b_j (ux_i 2^(z_ij sx_i - nx_i) + uy_j 2^(z_ij sy_j - ny_j)),  z_ij = a_i b_j (x_i . y_j)
 
-with sx = log2(e) / t, nx = m, ux = u r / t of the rows (m, r: `Statistics.softmax`) and likewise of the columns; either
-direction may be absent (no UX or no UY), and C is 0 for pairs that are not negatives.
+with sx = log2(e) / t, nx = m, ux = u r / t of the rows (m, r: `maximum` and `scale` of `RowStatistics`) and likewise of
+the columns; either direction may be absent (no UX or no UY), and C is 0 for pairs that are not negatives.
 """
 
 import triton
@@ -56,7 +56,7 @@ def gradient_kernel(
     SY_ptr,
     NY_ptr,
     UY_ptr,
-    T_ptr,
+    TARGET_ptr,
     XI_ptr,
     YI_ptr,
     G_ptr,
@@ -102,7 +102,7 @@ def gradient_kernel(
             offs_n,
             size_x,
             size_y,
-            T_ptr,
+            TARGET_ptr,
             XI_ptr,
             YI_ptr,
             None,
@@ -133,7 +133,7 @@ def coefficients_kernel(
     SY_ptr,
     NY_ptr,
     UY_ptr,
-    T_ptr,
+    TARGET_ptr,
     XI_ptr,
     YI_ptr,
     guide,
@@ -209,7 +209,7 @@ def coefficients_kernel(
         offs_n,
         row_end,
         col_end,
-        T_ptr,
+        TARGET_ptr,
         XI_ptr,
         YI_ptr,
         guide,

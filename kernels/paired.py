@@ -18,7 +18,7 @@ def cube(ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_m, stride_h):
 
 
 @triton.jit
-def load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl.constexpr):
+def load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl.constexpr):
     """(d, b, which are negatives) of a block: (BLOCK_M, BLOCK_H)."""
     keep = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * H + offs_h[None, :]
@@ -28,14 +28,14 @@ def load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl.co
     else:
         b = tl.load(B_ptr + offs, mask=keep, other=0.0)
     if QI_ptr is not None:
-        own_ids = tl.load(KI_ptr + offs, mask=keep, other=0)
+        paired_ids = tl.load(KI_ptr + offs, mask=keep, other=0)
         ids = tl.load(QI_ptr + offs_m, mask=offs_m < size_q, other=0)
-        keep = keep & (own_ids != ids[:, None])
+        keep = keep & (paired_ids != ids[:, None])
     return d, b, keep
 
 
 @triton.jit
-def own_dots_kernel(
+def paired_dots_kernel(
     Q_ptr,
     K_ptr,
     D_ptr,
@@ -74,7 +74,7 @@ def own_dots_kernel(
 
 
 @triton.jit
-def own_statistics_kernel(
+def paired_statistics_kernel(
     D_ptr,
     B_ptr,
     A_ptr,
@@ -97,13 +97,13 @@ def own_statistics_kernel(
     x = tl.zeros((BLOCK_M,), ACC)
     for start_h in range(0, H, BLOCK_H):
         offs_h = start_h + tl.arange(0, BLOCK_H)
-        d, b, keep = load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
         m, l, x = update(m, l, x, d * (a[:, None] * b) * s[:, None], keep, 1)
     store_state(ROWS_ptr, 0, offs_m, size_q, m, l, x)
 
 
 @triton.jit
-def own_gradient_kernel(
+def paired_gradient_kernel(
     Q_ptr,
     K_ptr,
     D_ptr,
@@ -141,7 +141,7 @@ def own_gradient_kernel(
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start_h in range(0, H, BLOCK_H):
         offs_h = start_h + tl.arange(0, BLOCK_H)
-        d, b, keep = load_own(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
         b = live(b, zero_row)
         keep = keep & (b != 0.0) & (a != 0.0)[:, None]
         c = tl.where(keep, term(d, a[:, None], s[:, None], n[:, None], u[:, None], b), 0.0)

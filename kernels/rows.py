@@ -28,8 +28,9 @@ def root(x):
 
 @triton.jit
 def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
-    """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN."""
+    """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN, a norm that overflows becomes it."""
     norm = root(square)
+    norm += norm - norm
     small = norm <= eps
     one = tl.full(norm.shape, 1.0, norm.dtype)
     return tl.where(small, at_eps, divided(one, tl.where(small, one, norm)))
@@ -46,7 +47,7 @@ def side_kernel(
     W_ptr,
     Y_ptr,
     B_ptr,
-    T_ptr,
+    TARGET_ptr,
     POS_ptr,
     size_x,
     size_y,
@@ -56,6 +57,7 @@ def side_kernel(
     stride_t,
     eps: tl.constexpr,
     at_eps: tl.constexpr,
+    log2e: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,8 +77,8 @@ def side_kernel(
     dots = tl.zeros((BLOCK_M,), ACC)
     square_y = tl.zeros((BLOCK_M,), ACC)
     target = offs_m.to(tl.int64)
-    if T_ptr is not None:
-        target = tl.load(T_ptr + offs_m, mask=inside, other=-1)
+    if TARGET_ptr is not None:
+        target = tl.load(TARGET_ptr + offs_m, mask=inside, other=-1)
     valid = (target >= 0) & (target < size_y)
     row = tl.where(valid, target, size_y)
     if NORMALIZE or (POS_ptr is not None):
@@ -93,11 +95,10 @@ def side_kernel(
         tl.store(A_ptr + offs_m, a, mask=inside)
     else:
         a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
-    LOG2E: tl.constexpr = 1.4426950408889634
     if TEMPERATURE_ptr is not None:
         t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
         if S_ptr is not None:
-            tl.store(S_ptr + offs_m, divided(tl.full(t.shape, LOG2E, ACC), t), mask=inside)
+            tl.store(S_ptr + offs_m, divided(tl.full(t.shape, log2e, ACC), t), mask=inside)
         if W_ptr is not None:
             u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
             tl.store(W_ptr + offs_m, u / t * tl.load(R_ptr + offs_m, mask=inside, other=0.0), mask=inside)

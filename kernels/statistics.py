@@ -1,7 +1,7 @@
 """Softmax statistics of rows, and of columns from the same dot products.
 
 A state is (m, l, x) in base 2: the maximum logit, sum 2^(s - m) and sum 2^(s - m) s. States of parts of a row lie
-in slots of a (slots, 3, size) buffer and are merged in slot order, so a result never depends on timing.
+in slots of a (slots, STATE_SLOTS, size) buffer and are merged in slot order, so a result never depends on timing.
 """
 
 import triton
@@ -11,6 +11,7 @@ from .tile import load_tile, load_vector, negatives, raw_dots
 
 # The logit of what is no negative. Finite: its 2^-inf = 0 times itself is 0, where a logit of -inf gives NaN.
 FLOOR = tl.constexpr(-(2.0**127))
+STATE_SLOTS = tl.constexpr(3)  # vectors of a state
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def update(m, l, x, s, keep, AXIS: tl.constexpr):
 
 @triton.jit
 def load_state(S_ptr, slot, offs, size):
-    ptrs = S_ptr + tl.cast(slot, tl.int64) * 3 * size + offs
+    ptrs = S_ptr + tl.cast(slot, tl.int64) * STATE_SLOTS * size + offs
     inside = offs < size
     m = tl.load(ptrs, mask=inside, other=FLOOR)
     l = tl.load(ptrs + size, mask=inside, other=0.0)
@@ -36,7 +37,7 @@ def load_state(S_ptr, slot, offs, size):
 
 @triton.jit
 def store_state(S_ptr, slot, offs, size, m, l, x):
-    ptrs = S_ptr + tl.cast(slot, tl.int64) * 3 * size + offs
+    ptrs = S_ptr + tl.cast(slot, tl.int64) * STATE_SLOTS * size + offs
     inside = offs < size
     tl.store(ptrs, m, mask=inside)
     tl.store(ptrs + size, l, mask=inside)
@@ -51,7 +52,7 @@ def statistics_kernel(
     B_ptr,
     SX_ptr,
     SY_ptr,
-    T_ptr,
+    TARGET_ptr,
     XI_ptr,
     YI_ptr,
     guide,
@@ -124,7 +125,7 @@ def statistics_kernel(
             offs_n,
             size_x,
             size_y,
-            T_ptr,
+            TARGET_ptr,
             XI_ptr,
             YI_ptr,
             guide,
@@ -149,18 +150,19 @@ def merge_kernel(
     S_ptr,
     NEG_ptr,
     MEAN_ptr,
-    SOFTMAX_ptr,
+    MAXIMUM_ptr,
+    SCALE_ptr,
     first,
     slots,
     size,
-    stride_s,
+    ln2: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Merges slots first, first + 1, ... into slot 0, or with NEG into statistics.
 
-    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. SOFTMAX (2, size): m and r with
-    e^(s - neg) = 2^(s log2(e) - m) r, there 0.
+    neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. MAXIMUM and SCALE are m and r
+    with e^(s - neg) = 2^(s log2(e) - m) r, and 0 there.
     """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.full((BLOCK_M,), FLOOR, ACC)
@@ -177,14 +179,13 @@ def merge_kernel(
     if NEG_ptr is None:
         store_state(S_ptr, 0, offs, size, m, l, x)
     else:
-        LN2: tl.constexpr = 0.6931471805599453
         empty = l == 0.0
         total = tl.where(empty, 1.0, l)
-        mean = x / total * LN2
-        neg = tl.where(empty, float("-inf"), m + tl.log2(total)) * LN2
+        mean = x / total * ln2
+        neg = tl.where(empty, float("-inf"), m + tl.log2(total)) * ln2
         neg = tl.where(mean == mean, neg, float("nan"))
         tl.store(NEG_ptr + offs, neg, mask=offs < size)
         tl.store(MEAN_ptr + offs, mean, mask=offs < size)
         r = tl.where(mean == mean, tl.where(empty, 0.0, 1.0 / total), float("nan"))
-        tl.store(SOFTMAX_ptr + offs, tl.where(empty, 0.0, m), mask=offs < size)
-        tl.store(SOFTMAX_ptr + stride_s + offs, r, mask=offs < size)
+        tl.store(MAXIMUM_ptr + offs, tl.where(empty, 0.0, m), mask=offs < size)
+        tl.store(SCALE_ptr + offs, r, mask=offs < size)

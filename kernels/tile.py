@@ -102,7 +102,7 @@ def negatives(
     offs_n,
     size_x,
     size_y,
-    T_ptr,
+    TARGET_ptr,
     XI_ptr,
     YI_ptr,
     guide,
@@ -123,10 +123,10 @@ def negatives(
         keep = keep & (offs_m[:, None] != offs_n[None, :])
     if TARGET != 0:
         if TARGET == 1:
-            target = tl.load(T_ptr + offs_m, mask=offs_m < size_x, other=-1)
+            target = tl.load(TARGET_ptr + offs_m, mask=offs_m < size_x, other=-1)
             keep = keep & (target[:, None] != offs_n[None, :])
         else:
-            target = tl.load(T_ptr + offs_n, mask=offs_n < size_y, other=-1)
+            target = tl.load(TARGET_ptr + offs_n, mask=offs_n < size_y, other=-1)
             keep = keep & (offs_m[:, None] != target[None, :])
     if XI_ptr is not None:
         x_ids = tl.load(XI_ptr + offs_m, mask=offs_m < size_x, other=0)

@@ -1,96 +1,127 @@
-"""What a backend is given and what it returns: the contract between `contrast` and the backends.
-
-A backend is a module with these functions (`backend_torch`, `backend_triton`):
-
-    statistics(problem, plan) -> Statistics
-    gradients(problem, plan, statistics, upstream, dtypes) -> list[Tensor | None]
-    onepass(problem, plan, kind, weight, wanted) -> OnePass, where `plan.choose` may return a plan that is `one_pass`
-
-`dtypes` is aligned with `problem.inputs`: the dtype in which that input's gradient is returned, or
-None where it is not needed and its work is skipped. The list returned is aligned with it.
-"""
+"""The contract between autograd and a backend: what a backend is given, what it returns, and what it must offer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .precision import accumulator
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
 EPS = 1e-12  # rows with a norm up to this are divided by it, as torch.nn.functional.normalize does
+LOG2E = math.log2(math.e)  # logits are held in base 2 on both backends, because exp2 is the cheaper exponential
+LN2 = math.log(2)
 
-# bits of range: 2^(a logit up to this), summed over a million columns, divided by a million rows, and its inverse stay
-# normal numbers of the accumulator and, on a GPU, of the products' dtype; float16 has no such range
-EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 90.0, torch.float32: 90.0, torch.float64: 900.0}
 
-KEY = 1  # its index in `Problem.inputs`: query, key, *negatives
+class KeySet(NamedTuple):
+    """One set of embeddings with everything that belongs to its rows. The queries are one too: see `Problem.swapped`.
+
+    rows: (M, D), shared by all queries, or (N, H, D), the H keys that only query i is scored against
+    ids: rows without their last dimension, int64; a negative whose id equals its query's is left out
+    guide: a guide's embeddings of the same rows, (M, D'); a negative that the guide finds closer to the query than
+        `Problem.ceiling` is left out. Of float64 exactly where the rows are. Not for (N, H, D)
+    scale: float32, rows without their last dimension; row i of the logits is `scale_i rows_i`. None: 1
+    """
+
+    rows: Tensor
+    ids: Tensor | None = None
+    guide: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class Temperature(NamedTuple):
+    """The temperature of a call, made once where the user's argument is checked.
+
+    values: (1,) for all rows or (N,) one a row, in the accumulator dtype, contiguous
+    lowest: the smallest of them, where reading it costs no synchronisation; else None
+    """
+
+    values: Tensor
+    lowest: float | None = None
+
+    @property
+    def shared(self) -> bool:
+        return self.values.shape[0] == 1
+
+    def cooler(self, strength: float) -> Temperature:
+        """Return the temperature t / (1 + strength t): its inverse is larger by `strength`."""
+        lowest = None if self.lowest is None else self.lowest / (1 + strength * self.lowest)
+        return Temperature(self.values / (1 + strength * self.values.detach()), lowest)
 
 
 @dataclass(eq=False)
 class Problem:
-    """One query set against its targets and one or more segments of negatives, in one dtype.
+    """One set of queries against their targets and one or more sets of keys, in one dtype.
 
-    `s_ij = a_i b_j (q_i . k_j) / t_i` with `a_i = 1 / max(|q_i|, EPS)`, `b_j = 1 / max(|k_j|, EPS)`;
-    without `normalize`, `a` and `b` are `scales` (1 where None).
+    `s_ij = a_i b_j (q_i . k_j) / t_i` with `a_i = 1 / max(|q_i|, EPS)` and `b_j = 1 / max(|k_j|, EPS)`; without
+    `normalize`, a and b are the sets' scales. Row i's negatives are the keys of all sets but its target and what ids,
+    guides and `self_similar` leave out.
     """
 
-    query: Tensor  # (N, D)
-    key: Tensor  # (M, D), holds every row's target
-    temperature: Tensor  # (1,) or (N,), accumulator dtype, contiguous
-    target: Tensor | None = None  # (N,) int64 into key; -1: none. None: row i's target is key i
-    negatives: tuple[Tensor, ...] = ()  # each (M', D), shared by all rows, or (N, H, D), a row's own
-    row_ids: Tensor | None = None  # (N,) int64; a negative whose id equals its row's is left out
-    key_ids: Tensor | None = None  # (M,) int64
-    negative_ids: tuple[Tensor | None, ...] = ()  # aligned with negatives: (M',) or (N, H) int64
-    in_batch: bool = True  # the keys that are not the row's target are its negatives
-    columns: bool = False  # also the statistics of key j against all queries; needs target None, N == M
+    query: KeySet  # (N, D)
+    keys: tuple[KeySet, ...]  # the first, (M, D), holds every row's target
+    temperature: Temperature
+    target: Tensor | None = None  # (N,) int64 into the first set; -1: none. None: row i's target is key i
+    ceiling: Tensor | None = None  # (N,) of the guide's cosines, accumulator dtype, contiguous; None: no guide
+    in_batch: bool = True  # the first set's keys that are not the row's target are its negatives
+    columns: bool = False  # also the statistics of key j of the first set against all queries: target None, N == M
     normalize: bool = True
-    # key is query, no row is its own negative, and the target of a row's target is the row; gradients of both sides
-    # are then returned as the query's
+    # The keys are the queries, no row is its own negative, and the target of a row's target is the row. Gradients of
+    # both sides are then returned as the query's
     self_similar: bool = False
-    scales: tuple[Tensor | None, ...] = ()  # aligned with inputs, or empty: see above; (N,), (M,), ...
-    # A guide's rows, aligned with inputs, or empty: a negative j of shared keys (M, D) that have guides is left out
-    # where cos(guide of i, guide of j) > ceiling_i. Of the accumulator dtype when that is float64, else narrower. No
-    # columns, no self_similar
-    guides: tuple[Tensor | None, ...] = ()
-    ceiling: Tensor | None = None  # (N,), accumulator dtype, contiguous
+
+    @property
+    def sets(self) -> tuple[KeySet, ...]:
+        """The queries and every set of keys: what gradients are aligned with."""
+        return (self.query, *self.keys)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        return (self.query, self.key, *self.negatives)
+        return tuple(rows for rows, *_ in self.sets)
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        """float64 for float64 inputs, else float32: of logits, statistics and accumulated gradients."""
-        return accumulator(self.query.dtype)
+        """Return the dtype of logits and accumulated gradients: float64 for float64 inputs, else float32."""
+        return accumulator(self.query.rows.dtype)
+
+    @property
+    def logit_bound(self) -> float:
+        """Return what no logit exceeds in size, as far as is known without reading a tensor."""
+        return 1 / self.temperature.lowest if self.normalize and self.temperature.lowest else math.inf
+
+    @property
+    def every_row_counts(self) -> bool:
+        """Return whether no row can be without a target."""
+        return self.target is None or self.self_similar
 
     @property
     def plain(self) -> bool:
-        """Nothing but normalised queries and keys, all of them negatives of each other but for the target."""
-        bare = len(self.negatives) == 0 and self.key_ids is None and (self.target is None or self.self_similar)
-        return bare and self.in_batch and self.normalize and self.ceiling is None
+        """Return whether all keys are negatives of all queries, but for the targets, which are on a diagonal."""
+        (_, ids, _, _), *others = self.keys
+        return not others and ids is None and self.every_row_counts and self.in_batch and self.ceiling is None
 
-    def scale(self, index: int) -> Tensor | None:
-        return self.scales[index] if self.scales else None
-
-    def guide(self, index: int) -> Tensor | None:
-        return self.guides[index] if self.guides else None
-
-    def ids(self, index: int) -> Tensor | None:
-        """Of the input with this index, 1 or more."""
-        return self.key_ids if index == KEY else self.negative_ids[index - 2]
+    def swapped(self) -> Problem:
+        """Return the problem of the keys against the queries: the direction that `columns` asks for."""
+        query, (key, *_) = self.query, self.keys
+        ids = query.ids if key.ids is not None else None
+        return Problem(key, (query._replace(ids=ids),), self.temperature, normalize=self.normalize)
 
     def tensors(self) -> list[Tensor | None]:
-        """Every tensor in it, in the order that `with_tensors` takes."""
-        none = [None] * len(self.inputs)
-        flat = [*self.inputs, self.temperature, self.target, self.row_ids, self.key_ids, *self.negative_ids]
-        return [*flat, self.ceiling, *(self.guides or none), *(self.scales or none)]
+        """Return every tensor of the problem, in the order that `with_tensors` takes."""
+        return [self.temperature.values, self.target, self.ceiling, *(x for s in self.sets for x in s)]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
-        """The same problem over other tensors."""
-        return Problem.of(tensors, *self.flags)
+        """Return the same problem over other tensors."""
+        problem = Problem.of(tensors, *self.flags)
+        problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
+        return problem
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -98,69 +129,102 @@ class Problem:
 
     @staticmethod
     def of(tensors: Sequence[Any], in_batch: bool, columns: bool, normalize: bool, self_similar: bool) -> Problem:
-        """From what `tensors` returns: 11 of a query and a key, 4 more with each set of negatives."""
-        extra = (len(tensors) - 11) // 4
-        query, key, *rest = tensors
-        temperature, target, row_ids, key_ids = rest[extra : extra + 4]
-        ceiling, *guides = rest[2 * extra + 4 : 3 * extra + 7]
-        scales = tuple(rest[3 * extra + 7 :])
+        """Return the problem that `tensors` and `flags` were taken from."""
+        temperature, target, ceiling, *rest = tensors
+        width = len(KeySet._fields)
+        query, *keys = (KeySet(*rest[i : i + width]) for i in range(0, len(rest), width))
         return Problem(
-            query=query,
-            key=key,
-            temperature=temperature,
-            target=target,
-            negatives=tuple(rest[:extra]),
-            row_ids=row_ids,
-            key_ids=key_ids,
-            negative_ids=tuple(rest[extra + 4 : 2 * extra + 4]),
-            in_batch=in_batch,
-            columns=columns,
-            normalize=normalize,
-            self_similar=self_similar,
-            scales=() if all(scale is None for scale in scales) else scales,
-            guides=() if ceiling is None else tuple(guides),
-            ceiling=ceiling,
+            query, tuple(keys), Temperature(temperature), target, ceiling, in_batch, columns, normalize, self_similar
         )
 
 
-class Statistics(NamedTuple):
-    """The `(N,)` vectors of `Problem`, in the accumulator dtype.
+class RowStatistics(NamedTuple):
+    """What the losses are made of, (N,) each in the accumulator dtype, of every row over its negatives in all sets.
 
-    pos_i  = s_{i, y_i}, 0 where the row has no target (-1), NaN where the target is out of range
-    neg_i  = log sum_j exp s_ij over the row's negatives in all segments; -inf where there are none
-    mean_i = sum_j exp(s_ij - neg_i) s_ij; 0 where there are none. Not differentiable
-    softmax = (m, r), (2, N), of logits in base 2: exp(s_ij - neg_i) = 2^(s_ij - m_i) r_i, where a large neg_i has lost
-        digits that m_i has; m is 0 where every exponential fits. Not differentiable
-    column_neg_j, column_mean_j, column_softmax_j: the same over the queries i != j for key j, with the temperature of
-    row j; None unless `columns`.
+    pos: the target's logit s_{i, y_i}; 0 where the row has no target (-1), NaN where the target is out of range
+    neg: log sum_j exp s_ij over the row's negatives; -inf where there are none
+    mean: sum_j exp(s_ij - neg_i) s_ij; 0 where there are none. No gradient flows through it
+    maximum, scale: m and r with exp(s_ij - neg_i) = 2^(s_ij log2(e) - m_i) r_i, where a large neg_i has lost digits
+        that m_i has. m is the largest logit in base 2, or 0 where every exponential fits. Both have no gradient
 
-    A logit that is not finite makes all but pos NaN (for -inf too: it is never legitimate).
+    A logit that is not finite makes all but pos NaN (-inf too: it is never legitimate).
     """
 
     pos: Tensor
     neg: Tensor
     mean: Tensor
-    softmax: Tensor
-    column_neg: Tensor | None = None
-    column_mean: Tensor | None = None
-    column_softmax: Tensor | None = None
+    maximum: Tensor
+    scale: Tensor
+
+
+class Statistics(NamedTuple):
+    """The statistics of the rows and, where `Problem.columns` asks for them, of the keys against the queries.
+
+    Column j has the target, the temperature and hence the `pos` of row j.
+    """
+
+    rows: RowStatistics
+    columns: RowStatistics | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor once, in the order that `of` takes: columns share the rows' `pos`."""
+        return [*self.rows, *(self.columns[1:] if self.columns else ())]
+
+    @staticmethod
+    def of(tensors: Iterable[Tensor]) -> Statistics:
+        flat = list(tensors)
+        width = len(RowStatistics._fields)
+        columns = RowStatistics(flat[0], *flat[width:]) if len(flat) > width else None
+        return Statistics(RowStatistics(*flat[:width]), columns)
 
 
 class Upstream(NamedTuple):
-    """dL/dneg, dL/dpos, dL/dcolumn_neg: `(N,)`, accumulator dtype, contiguous."""
+    """The derivatives dL/dpos, dL/dneg and dL/dneg of columns: (N,), accumulator dtype, contiguous."""
 
-    neg: Tensor
     pos: Tensor
+    neg: Tensor
     column_neg: Tensor | None = None
 
 
 class OnePass(NamedTuple):
-    """A reduced loss and its gradients: inputs' aligned with `Problem.inputs`, temperature's one a row."""
+    """A reduced loss with its gradients.
+
+    inputs: aligned with `Problem.inputs`, in the accumulator dtype; None where not wanted
+    logits: sum_j s_ij dL/ds_ij of each row, (N,), what the temperature's gradient is made of; None where not wanted
+    """
 
     loss: Tensor
     inputs: list[Tensor | None]
-    temperature: Tensor | None
+    logits: Tensor | None
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Backend(Protocol):
+    """What computes the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
+
+    `dtypes` and `wanted` are aligned with `Problem.inputs`: the dtype in which an input's gradient is returned, or
+    None where it is not needed and its work is skipped; `wanted` ends with the temperature.
+    """
+
+    differentiable: bool  # whether autograd sees through `statistics`, so that no Function is wrapped around it
+
+    def unavailable(self, tensor: Tensor) -> str:
+        """Return why the backend cannot run on such a tensor; "" if it can."""
+        ...
+
+    def statistics(self, problem: Problem, plan: Plan) -> Statistics: ...
+
+    def gradients(
+        self,
+        problem: Problem,
+        plan: Plan,
+        statistics: Statistics,
+        upstream: Upstream,
+        dtypes: Sequence[torch.dtype | None],
+    ) -> list[Tensor | None]: ...
+
+    def onepass(self, problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+        """Return `sum_i weight_i loss_i` and its gradients, for a plan that is `one_pass`.
+
+        loss: a name in `row_losses.ROW_LOSSES`. weight: (1,) or (N,); a row of weight 0 counts for nothing.
+        """
+        ...

@@ -1,152 +1,144 @@
-"""The backends as PyTorch operators: what `torch.compile` records in place of looking inside.
+"""A backend as PyTorch operators: what `torch.compile` records in place of looking inside.
 
-Outside a compiled function `contrast` calls the backends themselves, which costs less. An operator takes flat
-arguments; `flatten` makes them, and an absent result is an empty tensor.
+An operator takes flat arguments and returns tensors; `Recorded` puts a backend's own signatures around three of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from .contract import Problem, Statistics, Upstream, accumulator
+from .contract import OnePass, Problem, RowStatistics, Statistics, Upstream
 from .plan import Plan
+from .precision import accumulator
+from .registry import load
 
 DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Tensors = Sequence[Tensor | None]
 
 
-@cache
-def module(backend: str) -> ModuleType:
-    return import_module(f".{backend}", __package__)
+class Recorded:
+    """The backend of this name, called through operators."""
+
+    differentiable = False
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def unavailable(self, tensor: Tensor) -> str:
+        return load(self.name).unavailable(tensor)
+
+    def statistics(self, problem: Problem, plan: Plan) -> Statistics:
+        return Statistics.of(statistics(*flatten(problem, plan)))
+
+    def gradients(
+        self, problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream,
+        dtypes: Sequence[torch.dtype | None],
+    ) -> list[Tensor | None]:  # fmt: skip
+        codes = [DTYPES.index(dtype) for dtype in dtypes]
+        found = gradients(*flatten(problem, plan), statistics.tensors(), list(upstream), codes)
+        return _none_if_empty(found, codes)
+
+    def onepass(self, problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+        value, logits, *inputs = onepass(*flatten(problem, plan), loss, weight, wanted)
+        return OnePass(value, _none_if_empty(inputs, wanted[:-1]), logits if wanted[-1] else None)
 
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
-    return problem.tensors(), problem.flags, plan.backend, plan.name, _sizes(plan)
-
-
-def _sizes(plan: Plan) -> list[int]:
-    return [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded)]
-
-
-def _problem(tensors: Sequence[Tensor | None], flags: Sequence[bool]) -> Problem:
-    return Problem.of(tensors, *flags)
+    """Return what an operator takes for a problem and a plan."""
+    sizes = [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded), int(plan.full)]
+    return problem.tensors(), problem.flags, plan.backend, plan.name, sizes
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
-    rows, cols, limit, gradients, bounded = sizes
-    return Plan(name, rows, cols, limit, flops=0, reason="", gradients=bool(gradients), bounded=bool(bounded))
+    rows, cols, limit, gradients, bounded, full = sizes
+    return Plan(
+        name, rows, cols, limit, flops=0, reason="", gradients=bool(gradients), bounded=bool(bounded), full=bool(full)
+    )
 
 
-def statistics_of(tensors: Sequence[Any]) -> Statistics:
-    return Statistics(*tensors)
-
-
-def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+def _or_empty(tensors: Tensors, like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if x is None else x for x in tensors]
 
 
-def none_if_empty(tensors: Sequence[Tensor], present: Sequence[object]) -> list[Tensor | None]:
+def _none_if_empty(tensors: Sequence[Tensor], present: Sequence[object]) -> list[Tensor | None]:
     return [tensor if there else None for tensor, there in zip(tensors, present, strict=True)]
 
 
+def _apart(tensors: Tensors) -> list[Tensor | None]:
+    """Return tensors that are all of their memory: outputs of an operator must not share any."""
+    seen: set[int] = set()
+    apart: list[Tensor | None] = []
+    for x in tensors:
+        alone = x is None or (x.untyped_storage().nbytes() == x.nbytes and x.data_ptr() not in seen)
+        seen.add(0 if x is None else x.data_ptr())
+        apart.append(x if x is None or alone else x.clone())
+    return apart
+
+
 @library.custom_op("fused_infonce::statistics", mutates_args=())
-def statistics(
-    tensors: Sequence[Tensor | None], flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]
-) -> list[Tensor]:
-    problem = _problem(tensors, flags)
-    return _or_empty(module(backend).statistics(problem, _plan(plan, sizes)), problem.temperature)
+def statistics(tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]) -> list[Tensor]:
+    problem = Problem.of(tensors, *flags)
+    found = load(backend).statistics(problem, _plan(plan, sizes)).tensors()
+    return _or_empty(_apart(found), problem.temperature.values)
 
 
 @statistics.register_fake
-def _(
-    tensors: Sequence[Tensor | None], flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]
-) -> list[Tensor]:
-    problem = _problem(tensors, flags)
-    n, like = problem.query.shape[0], problem.temperature
-    shapes = [(n,), (n,), (n,), (2, n), *([(n,), (n,), (2, n)] if problem.columns else [])]
-    return _or_empty([*(like.new_empty(shape) for shape in shapes), *[None] * (7 - len(shapes))], like)
+def _(tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]) -> list[Tensor]:
+    problem = Problem.of(tensors, *flags)
+    width = len(RowStatistics._fields)
+    count = 2 * width - 1 if problem.columns else width
+    return [problem.temperature.values.new_empty(problem.query.rows.shape[0]) for _ in range(count)]
 
 
 @library.custom_op("fused_infonce::gradients", mutates_args=())
 def gradients(
-    tensors: Sequence[Tensor | None],
-    flags: Sequence[bool],
-    backend: str,
-    plan: str,
-    sizes: Sequence[int],
-    stats: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],
-    dtypes: Sequence[int],
-) -> list[Tensor]:
-    problem = _problem(tensors, flags)
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], stats: Sequence[Tensor],
+    upstream: Tensors, dtypes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem.of(tensors, *flags)
     wanted = [DTYPES[i] for i in dtypes]
     slopes: list[Any] = list(upstream)
-    grads = module(backend).gradients(problem, _plan(plan, sizes), statistics_of(stats), Upstream(*slopes), wanted)
-    return _or_empty(grads, problem.temperature)
+    found = Statistics.of(stats)
+    grads = load(backend).gradients(problem, _plan(plan, sizes), found, Upstream(*slopes), wanted)
+    return _or_empty(grads, problem.temperature.values)
 
 
 @gradients.register_fake
 def _(
-    tensors: Sequence[Tensor | None],
-    flags: Sequence[bool],
-    backend: str,
-    plan: str,
-    sizes: Sequence[int],
-    stats: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],
-    dtypes: Sequence[int],
-) -> list[Tensor]:
-    problem = _problem(tensors, flags)
-    return _like_inputs(problem, [DTYPES[i] for i in dtypes])
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], stats: Sequence[Tensor],
+    upstream: Tensors, dtypes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    return _like_inputs(Problem.of(tensors, *flags), [DTYPES[i] for i in dtypes])
 
 
 @library.custom_op("fused_infonce::onepass", mutates_args=())
 def onepass(
-    tensors: Sequence[Tensor | None],
-    flags: Sequence[bool],
-    backend: str,
-    plan: str,
-    sizes: Sequence[int],
-    kind: str,
-    weight: Tensor,
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], loss: str, weight: Tensor,
     wanted: Sequence[bool],
-) -> list[Tensor]:
-    problem = _problem(tensors, flags)
-    result = module(backend).onepass(problem, _plan(plan, sizes), kind, weight, wanted)
-    inputs = [None if x is None else x if _alone(x) else x.clone() for x in result.inputs]
-    return _or_empty([result.loss, result.temperature, *inputs], problem.temperature)
-
-
-def _alone(x: Tensor) -> bool:
-    """Whether it is all of its memory: outputs of an operator must not share any."""
-    return x.untyped_storage().nbytes() == x.nbytes
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem.of(tensors, *flags)
+    result = load(backend).onepass(problem, _plan(plan, sizes), loss, weight, wanted)
+    return _or_empty([result.loss, result.logits, *_apart(result.inputs)], problem.temperature.values)
 
 
 @onepass.register_fake
 def _(
-    tensors: Sequence[Tensor | None],
-    flags: Sequence[bool],
-    backend: str,
-    plan: str,
-    sizes: Sequence[int],
-    kind: str,
-    weight: Tensor,
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], loss: str, weight: Tensor,
     wanted: Sequence[bool],
-) -> list[Tensor]:
-    problem = _problem(tensors, flags)
-    acc, t = accumulator(problem.query.dtype), problem.temperature
-    grads = _like_inputs(problem, [acc if w else None for w in wanted[:-1]])
-    return [t.new_empty(()), t.new_empty(problem.query.shape[0] if wanted[-1] else 0), *grads]
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem.of(tensors, *flags)
+    query, t = problem.query.rows, problem.temperature.values
+    acc = accumulator(query.dtype)
+    grads = _like_inputs(problem, [acc if want else None for want in wanted[:-1]])
+    return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads]
 
 
 def _like_inputs(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:
     return [
-        problem.temperature.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
+        problem.temperature.values.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
         for x, dtype in zip(problem.inputs, dtypes, strict=True)
     ]

@@ -12,7 +12,7 @@ MIB = 2**20
 DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other devices: OTHER_LIMIT
 OTHER_LIMIT = 256 * MIB
 LIMIT_VARIABLE = "FUSED_INFONCE_WORKSPACE_LIMIT"
-LEAST_LIMIT = 2**16  # that the variable may set: a number of MiB taken for one of bytes would run for ever
+LEAST_LIMIT = 2**16  # a number of MiB taken for one of bytes would run for minutes
 # Of the CPU's thresholds DENSE_SELF has its runs in results/cpu.csv and notes.md; the others were tried, not recorded.
 ROWS = 1024  # rows of a chunk in PyTorch: enough for a library GEMM to run at its full rate
 ONEPASS_ROWS = 256  # with fewer rows a chunk, adding into the key gradients costs more than recomputing the scores
@@ -41,6 +41,7 @@ class Plan:
     flops: of forward and backward, as a multiple of N M D; three bare matmuls are 6
     gradients: whether any input needs one
     bounded: whether exp of every logit is known to fit the accumulator
+    full: whether mean and maximum are results, so that they are computed even where no gradient needs them
     """
 
     name: str
@@ -52,6 +53,7 @@ class Plan:
     backend: str = ""
     gradients: bool = True
     bounded: bool = False
+    full: bool = False
 
     @property
     def one_pass(self) -> bool:
@@ -66,14 +68,22 @@ class Plan:
         )
 
 
+def checked_limit(name: str, value: int | str | None) -> int | None:
+    """Return a number of bytes as it was given, as an argument or a variable of the environment; None if it was not."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number in (None, ""):
+        return None
+    if isinstance(number, bool) or not isinstance(number, (int, str)):
+        raise TypeError(f"{name} must be a number of bytes or None, got {type(value).__name__}")
+    if isinstance(number, str) or not LEAST_LIMIT <= number < 2**63:
+        raise ValueError(f"{name} must be a number of bytes, {LEAST_LIMIT} (64 KiB) or more, got {value!r}")
+    return number
+
+
 def default_limit(device: str) -> int:
-    """Bytes, from the environment if it says so."""
-    setting = os.environ.get(LIMIT_VARIABLE)
-    if setting is None:
-        return DEFAULT_LIMIT.get(device, OTHER_LIMIT)
-    if not setting.isdecimal() or int(setting) < LEAST_LIMIT:
-        raise ValueError(f"{LIMIT_VARIABLE} must be a number of bytes, {LEAST_LIMIT} or more, got {setting!r}")
-    return int(setting)
+    """Return the bytes of workspace on a device where the call does not say: from the environment, if it does."""
+    setting = checked_limit(LIMIT_VARIABLE, os.environ.get(LIMIT_VARIABLE))
+    return setting or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Call:
     self_similar: bool  # whether the keys are the queries
     reduced: bool  # whether the loss is a weighted sum of row losses known in closed form
     per_row: bool  # whether rows have temperatures of their own
-    plain: bool  # nothing but normalised queries and keys: no ids, targets (but in self-similarity), negatives apart
+    plain: bool  # nothing but queries and keys: no ids, weights, targets (but in self-similarity), negatives apart
     bounded: bool  # whether exp of every logit is known to fit the accumulator
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
@@ -140,10 +150,11 @@ TRITON: tuple[Rule, ...] = (
     ),
     ("workspace", lambda c: True, 8, "rows are long, or too few to fill the device"),
 )
+REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "it holds the dense matrices, whatever their size"),)
 TORCH: tuple[Rule, ...] = (
     (
         "dense",
-        lambda c: c.reduced and c.plain and c.bounded and not c.per_row and c.n * c.m <= _few(c),
+        lambda c: c.reduced and c.plain and not c.per_row and c.n * c.m <= _few(c),
         6,
         "so few scores cost less than the calls that would divide them",
     ),
@@ -163,39 +174,42 @@ TORCH: tuple[Rule, ...] = (
     ),
     ("workspace", lambda c: c.columns, 8, "both directions are asked for"),
     ("workspace", lambda c: c.reduced, 8, "a chunk of rows exceeds the limit"),
-    ("workspace", lambda c: True, 8, "the upstream gradient comes late"),
+    ("workspace", lambda c: True, 8, "the gradients depend on what is made of the rows' losses"),
 )
 
 
-def choose(**sizes: Any) -> Plan:
-    """The plan of one call, from the fields of `Call`."""
+def choose(full: bool = False, **sizes: Any) -> Plan:
+    """Return the plan of one call, from the fields of `Call`; full: as in `Plan`."""
     call = Call(**sizes)
-    rules, blocks = (TRITON, _triton_block) if call.backend == "triton" else (TORCH, _torch_block)
+    rules, blocks = RULES[call.backend]
     name, _, flops, reason = next(rule for rule in rules if rule[1](call))
     if name == "dense" and call.self_similar:
         flops = 4
     if not call.gradients:
         flops = 1 if name == "triangular" else 2
     rows, cols = blocks(name, call)
-    return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded)
+    return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full)
 
 
 def _few(call: Call) -> int:
-    """Scores that the dense plan may hold, twice; none where a row may have no negatives."""
+    """Return how many scores the dense plan may hold a few times; none where a row may have no negatives."""
     if call.device != "cpu" or call.n <= 1 + call.self_similar:
         return -1
-    return min(DENSE_SELF if call.self_similar else DENSE, call.limit // (2 * call.acc_itemsize))
+    matrices = 2 if call.bounded else 3
+    return min(DENSE_SELF if call.self_similar else DENSE, call.limit // (matrices * call.acc_itemsize))
 
 
 def _chunk(call: Call) -> int:
-    """Rows whose scores against every column fit the limit, with a mask of a byte each where pairs are left out by ids,
-    or with a guide's scores and what is made of them."""
+    """Return how many rows' scores against every column fit the limit.
+
+    Beside a score lies a mask's byte where pairs are left out by ids, or a guide's score and what is made of it.
+    """
     bytes_each = 3 * call.acc_itemsize if call.guided else call.acc_itemsize + (not call.plain)
     return call.limit // (bytes_each * max(call.m, 1))
 
 
 def _gpu_chunk(call: Call) -> int:
-    """The same on a GPU, in even chunks: a row's exponentials, and its states over blocks. 0 where too few."""
+    """Return the rows per chunk on a GPU whose exponentials and states fit; 0 if a chunk would be too short."""
     chunk = _even(call.n, call.room // (call.itemsize * call.m + 3 * 4 * -(-call.m // 64)))
     return chunk if chunk >= min(call.n, GPU_ONEPASS_ROWS) else 0
 
@@ -227,9 +241,16 @@ def _torch_block(name: str, call: Call) -> tuple[int, int]:
 
 
 def _even(n: int, most: int) -> int:
-    """A chunk size of at most `most` rows that splits n rows evenly, in whole tiles of 128 where it holds one."""
+    """Return a chunk of at most `most` rows that splits n rows evenly, in whole tiles of 128 where it holds one."""
     most = most if most < 128 else most // 128 * 128
     if most >= n or most < 1:
         return min(n, most)
     chunk = -(-n // -(-n // most))
     return chunk if chunk < 128 else min(most, -(-chunk // 128) * 128)
+
+
+def _whole(name: str, call: Call) -> tuple[int, int]:
+    return call.n, call.m
+
+
+RULES = {"triton": (TRITON, _triton_block), "torch": (TORCH, _torch_block), "reference": (REFERENCE, _whole)}

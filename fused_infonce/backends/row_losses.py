@@ -1,16 +1,27 @@
-"""Losses of one row, as functions of `x = neg - pos`; the derivative is dL/dneg = -dL/dpos."""
+"""Losses of one row as functions of `x = neg - pos`, their slopes, and the gradient of the temperature.
+
+The derivative of a row's loss is dL/dneg = -dL/dpos = slope(x).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contract import Temperature
+
+
+class RowLoss(NamedTuple):
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
 
 def infonce(x: Tensor) -> Tensor:
-    """`-log(exp(pos) / (exp(pos) + exp(neg))) = log(1 + exp(x))`: exact at both ends, where `lse - pos` is not.
+    """Compute `-log(exp(pos) / (exp(pos) + exp(neg))) = log(1 + exp(x))`: exact at both ends, as `lse - pos` is not.
 
     Above the threshold it is x itself, there to the last bit even in float64.
     """
@@ -18,7 +29,7 @@ def infonce(x: Tensor) -> Tensor:
 
 
 def decoupled(x: Tensor) -> Tensor:
-    """`-log(exp(pos) / exp(neg)) = x`; 0 of a row without negatives, where x is -inf."""
+    """Compute `-log(exp(pos) / exp(neg)) = x`; 0 for a row without negatives, where x is -inf."""
     return torch.where(x == -torch.inf, 0, x)
 
 
@@ -26,7 +37,23 @@ def decoupled_slope(x: Tensor) -> Tensor:
     return (x != -torch.inf).to(x.dtype)
 
 
-LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "infonce": (infonce, torch.sigmoid),
-    "dcl": (decoupled, decoupled_slope),
-}
+ROW_LOSSES = {"infonce": RowLoss(infonce, torch.sigmoid), "decoupled": RowLoss(decoupled, decoupled_slope)}
+
+
+def weighted(values: Tensor, weight: Tensor) -> Tensor:
+    """Return `weight_i values_i`, weight (1,) or (N,); a row of weight 0 counts for nothing, even where it is NaN."""
+    values = values * weight
+    of_all = weight.shape[0] == 1 < values.shape[0]  # then it is not 0
+    return values if of_all else values.masked_fill(weight == 0, 0)
+
+
+def loss_and_slope(loss: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted losses of rows and their derivatives with respect to x."""
+    value, slope = ROW_LOSSES[loss]
+    return weighted(value(x), weight), weighted(slope(x), weight)
+
+
+def temperature_gradient(logits: Tensor, temperature: Temperature) -> Tensor:
+    """Return `dL/dt_i = -(sum_j s_ij dL/ds_ij) / t_i` in the temperature's shape; logits: the sum of each row, (N,)."""
+    per_row = -logits / temperature.values
+    return per_row.sum(0, keepdim=True) if temperature.shared else per_row

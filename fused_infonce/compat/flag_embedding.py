@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..backends.contract import accumulator
+from ..backends.precision import accumulator
 from ..functional import grouped_info_nce
 from .common import say_once
 

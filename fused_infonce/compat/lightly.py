@@ -19,8 +19,8 @@ from lightly.loss import ntx_ent_loss as original
 from lightly.utils import dist
 from torch import Tensor
 
-from .. import checks, contrast
-from ..compose.reduction import wide
+from ..backends.precision import wide, without_autocast
+from ..compose.arguments import views
 from ..functional import info_nce, nt_xent
 from .common import loss_dtype, one_number, said, say_once
 
@@ -53,7 +53,7 @@ class NTXentLoss(original.NTXentLoss):
         Then, where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the memory bank.
         """
         try:
-            checks.views(out0, out1, ())
+            views(out0, out1, ())
             one_number("temperature", self.temperature)
             loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
         except (TypeError, ValueError) as why:
@@ -78,7 +78,7 @@ class NTXentLoss(original.NTXentLoss):
         gathered = self.gather_distributed and dist.world_size() > 1
         if not gathered and not isinstance(self.temperature, Tensor) and self.temperature > 0:
             return nt_xent(out0, out1, self.temperature)
-        with contrast.products(out0.device.type):  # autocast would refuse rows of its other 16-bit dtype
+        with without_autocast(out0.device.type):  # autocast would refuse rows of its other 16-bit dtype
             rows, products = wide(torch.cat([out0, out1]))
         n = len(rows)  # 2 N; of W processes the keys are (W 2 N, D), those of this one from rank 2 N on
         keys = torch.cat(dist.gather(rows.contiguous())) if gathered else rows

@@ -37,11 +37,13 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends.contract import Problem
+from ..backends import Options
+from ..backends.contract import KeySet, Problem
+from ..backends.precision import product_dtype, wide, without_autocast
 from ..backends.row_losses import infonce
+from ..compose.arguments import call_options
 from ..compose.positives import equal_pairs, members, pair_margins
-from ..compose.reduction import call_options, class_sums, dots, unit, wide
-from ..contrast import Options
+from ..compose.rows import class_sums, dots, unit
 from .common import one_number, said, say_once
 
 SIMILARITIES = (distances.CosineSimilarity, distances.DotProductSimilarity)
@@ -102,10 +104,10 @@ class _Fused:
         keys = rows if ref_emb is embeddings else wide(ref_emb)[0]
         if keys is ref_emb and not ref_emb.requires_grad:  # a memory, which may be overwritten before the backward
             keys = keys.clone()
-        t = checks.temperature(self.temperature, 1, rows.dtype, rows.device)
-        options = call_options(self.backend, self.workspace_limit, self.temperature, normalize)
+        t = checks.temperature(self.temperature, rows, rows.dtype)
+        options = call_options(self.backend, self.workspace_limit)
         twins = found.twins and keys is rows  # then half of the symmetric matrix will do
-        problem = Problem(rows, keys, t, normalize=normalize, self_similar=twins)
+        problem = Problem(KeySet(rows), (KeySet(keys),), t, normalize=normalize, self_similar=twins)
         with context:
             terms, indices, kind = self._terms(problem, found, options)
         terms = terms.to(_dtype(embeddings, self.temperature))
@@ -122,7 +124,7 @@ class _Fused:
             checks.embeddings("ref_emb", ref_emb, 2, "(M, D)")
             checks.same_kind({"embeddings": embeddings, "ref_emb": ref_emb})
             one_number("temperature", self.temperature)
-            checks.temperature(self.temperature, 1, embeddings.dtype, embeddings.device)
+            checks.temperature(self.temperature, embeddings, embeddings.dtype)
         except (TypeError, ValueError) as error:
             return said(error)
         return "" if ref_emb.shape[1] == embeddings.shape[1] else "ref_emb must have as many components as embeddings"
@@ -151,15 +153,13 @@ class NTXentLoss(_Fused, losses.NTXentLoss):
     def _terms(self, problem: Problem, labels: Labels, options: Options) -> tuple[Tensor, Any, str]:
         pairs = equal_pairs(labels.rows, labels.keys, labels.own)
         if problem.self_similar:
-            stats = contrast.statistics(replace(problem, target=pairs[1]), options)
+            stats = contrast.statistics(replace(problem, target=pairs[1]), options).rows
             return infonce(stats.neg - stats.pos), pairs, "pos_pair"
-        others = replace(
-            problem, target=torch.full_like(labels.rows, -1), row_ids=labels.rows, key_ids=labels.keys
-        )  # no target: all that are not of the row's label
-        neg = contrast.statistics(others, options).neg
-        with contrast.products(neg.device.type):
+        others = _with_ids(problem, torch.full_like(labels.rows, -1), labels.rows, labels.keys)
+        neg = contrast.statistics(others, options).rows.neg  # over all that are not of the row's label
+        with without_autocast(neg.device.type):
             x, y = _units(problem)
-            margins = pair_margins(neg, x / problem.temperature, y, *pairs, options.workspace_limit)
+            margins = pair_margins(neg, x / problem.temperature.values, y, *pairs, options.workspace_limit)
             return infonce(margins), pairs, "pos_pair"
 
 
@@ -183,15 +183,15 @@ class SupConLoss(_Fused, losses.SupConLoss):
         count = count - (own >= 0).long()
         index = torch.arange(len(own), device=own.device)
         if problem.self_similar:
-            stats = contrast.statistics(replace(problem, target=target), options)
+            stats = contrast.statistics(replace(problem, target=target), options).rows
             return infonce(stats.neg - stats.pos), index, "element"
         keys = torch.arange(len(order), device=own.device)
-        stats = contrast.statistics(replace(problem, target=target, row_ids=own, key_ids=keys), options)
-        with contrast.products(own.device.type):
+        stats = contrast.statistics(_with_ids(problem, target, own, keys), options).rows
+        with without_autocast(own.device.type):
             x, y = _units(problem)
             total, _ = class_sums(labels.keys, y, labels.rows)
             total = total - torch.where((own >= 0)[:, None], y[own.clamp(min=0)], 0)
-            mean = dots(x, total) / (problem.temperature * count.clamp(min=1))
+            mean = dots(x, total) / (problem.temperature.values * count.clamp(min=1))
             # lse over all others - mean, in two parts: of a single positive the second is 0 and the first exact
             terms = infonce(stats.neg - stats.pos) + torch.where(count == 1, 0, stats.pos - mean)
             return torch.where(count == 0, 0, terms), index, "element"
@@ -222,7 +222,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
 def _dtype(embeddings: Tensor, temperature: Any) -> torch.dtype:
     """That of the original's losses: of its products and its temperature."""
-    dtype, device = contrast.compute_dtype([embeddings]), embeddings.device.type
+    dtype, device = product_dtype(embeddings), embeddings.device.type
     if torch.is_autocast_enabled(device) and device != "cpu" and dtype != torch.float64:
         return torch.float32  # there autocast makes exponentials and sums in float32
     return torch.result_type(torch.empty(1, 1, dtype=dtype), temperature)
@@ -230,9 +230,15 @@ def _dtype(embeddings: Tensor, temperature: Any) -> torch.dtype:
 
 def _units(problem: Problem) -> tuple[Tensor, Tensor]:
     """Rows and keys as the logits see them."""
-    dtype = problem.temperature.dtype
-    x = unit(problem.query, problem.normalize, dtype)
-    return x, x if problem.key is problem.query else unit(problem.key, problem.normalize, dtype)
+    dtype = problem.temperature.values.dtype
+    query, key = problem.inputs
+    x = unit(query, problem.normalize, dtype)
+    return x, x if key is query else unit(key, problem.normalize, dtype)
+
+
+def _with_ids(problem: Problem, target: Tensor, row_ids: Tensor, key_ids: Tensor) -> Problem:
+    query, (key,) = problem.query, problem.keys
+    return replace(problem, query=query._replace(ids=row_ids), keys=(key._replace(ids=key_ids),), target=target)
 
 
 def _labels(labels: Any, indices_tuple: Any, ref_labels: Any) -> tuple[Labels | None, str]:

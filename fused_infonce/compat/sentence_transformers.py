@@ -45,7 +45,7 @@ except ImportError as error:
     found = sentence_transformers.__version__
     raise ImportError(f"this drop-in is for sentence-transformers 6.2, found {found}: {error}") from error
 
-from ..backends.contract import accumulator
+from ..backends.precision import accumulator
 from ..functional import guided_info_nce, multiple_negatives
 from .common import said, say_once
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import INTEGERS
+from .. import checks
 from ..functional import sup_con
 
 __all__ = ["SupConLoss"]
@@ -62,15 +62,15 @@ class SupConLoss(nn.Module):
         if isinstance(features, Tensor):
             labels = _classes(labels, features.device) if isinstance(labels, Tensor) else labels
             mask = mask.to(features.device) if isinstance(mask, Tensor) else mask
-        return sup_con(
-            features, labels, mask, self.temperature, self.contrast_mode, self.base_temperature, normalize=False
-        )
+        base = checks.positive_float("base_temperature", self.base_temperature)
+        loss = sup_con(features, labels, mask, self.temperature, self.contrast_mode, None, normalize=False)
+        return loss * (self.temperature / base)  # with a gradient through the factor, as the original's
 
 
 def _classes(labels: Tensor, device: torch.device) -> Tensor:
     """Integers that are equal where the labels are."""
     labels = labels.flatten().to(device)
-    if labels.dtype in INTEGERS:
+    if labels.dtype in checks.INTEGERS:
         return labels
     if not labels.is_floating_point():
         return labels.long()

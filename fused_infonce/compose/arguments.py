@@ -1,16 +1,32 @@
-"""What the losses ask of the primitive: their arguments, checked, as a `Problem`."""
+"""From a user's arguments, checked, to a `Problem` and the options of its call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .. import checks, contrast
-from ..backends.contract import Problem, accumulator
-from ..contrast import Options
-from .reduction import call_options
+from .. import checks
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.precision import statistics_dtype, without_autocast
+
+NegativeMode = Literal["unpaired", "paired"]
+NEGATIVE_MODES: tuple[NegativeMode, ...] = get_args(NegativeMode)
+
+
+def call_options(backend: BackendName, workspace_limit: int | None, reduction: Reduction = "mean") -> Options:
+    """Return the options that every loss takes, checked."""
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    checks.one_of("backend", backend, checks.BACKENDS)
+    return Options(backend, checks.workspace_limit(workspace_limit), reduction)
+
+
+def temperature_of(value: float | Tensor, rows: Tensor) -> Temperature:
+    """Return the temperature of these rows, checked, in the dtype of their statistics."""
+    return checks.temperature(value, rows, statistics_dtype(rows))
 
 
 def of_keys(
@@ -18,7 +34,6 @@ def of_keys(
     positive_key: Tensor,
     negative_keys: Tensor | None,
     temperature: float | Tensor,
-    reduction: str,
     negative_mode: str,
     *,
     symmetric: bool,
@@ -29,60 +44,134 @@ def of_keys(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
-    backend: str = "auto",
-    workspace_limit: int | None = None,
-) -> tuple[Problem, Options]:
-    """The arguments of `info_nce`, checked, as the primitive takes them."""
-    in_batch = checks.info_nce(
-        query, positive_key, negative_keys, reduction, negative_mode, symmetric, in_batch_negatives, target, backend
-    )
-    n, m, device = query.shape[0], positive_key.shape[0], query.device
-    ids = checks.all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric)
-    index = None if target is None else checks.target(target, n, m, ignore_index, device)
-    problem = Problem(
-        query=query,
-        key=positive_key,
-        temperature=checks.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), device),
-        target=index,
-        negatives=() if negative_keys is None else (negative_keys,),
-        row_ids=_row_ids(ids[0], ids[1], index),
-        key_ids=ids[1],
-        negative_ids=() if negative_keys is None else (ids[2],),
-        in_batch=in_batch,
-        columns=symmetric and in_batch,
-        normalize=normalize,
-    )
-    return problem, call_options(backend, workspace_limit, temperature, normalize)
+) -> Problem:
+    """Return the problem of queries against keys: the arguments of `info_nce`, checked."""
+    in_batch = _check_embeddings(
+        query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target
+    )  # fmt: skip
+    index = None if target is None else checks.target(target, query, positive_key.shape[0], ignore_index)
+    ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric)
+    keys = [KeySet(positive_key, ids[1])]
+    if negative_keys is not None:
+        keys.append(KeySet(negative_keys, ids[2]))
+    return Problem(
+        KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), temperature_of(temperature, query), index,
+        in_batch=in_batch, columns=symmetric, normalize=normalize,
+    )  # fmt: skip
 
 
 def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | None) -> Tensor | None:
-    """The id whose negatives a row does not want: its query's, or for lack of one its positive's."""
+    """Return the ids whose negatives the rows do not want: their queries', or for lack of these their positives'."""
     if query_ids is not None or key_ids is None or target is None:
         return key_ids if query_ids is None else query_ids
     return key_ids[target.clamp(0, len(key_ids) - 1)] if len(key_ids) else target
 
 
-def of_views(
-    view_a: Tensor,
-    view_b: Tensor,
-    temperature: float | Tensor,
-    reduction: str,
-    normalize: bool,
-    backend: str,
-    workspace_limit: int | None,
-) -> tuple[Problem, Options]:
-    """The rows of two views against those of all other samples, the other view of their own the positive."""
-    checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    checks.one_of("backend", backend, checks.BACKENDS)
-    rows, t = rows_of(checks.views(view_a, view_b, ()), temperature)
+def _check_embeddings(
+    query: Any,
+    positive_key: Any,
+    negative_keys: Any,
+    negative_mode: str,
+    symmetric: bool,
+    in_batch_negatives: bool | None,
+    target: Any,
+) -> bool:
+    """Check the modes and embeddings of `info_nce`; return whether in-batch keys are negatives."""
+    checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+    if negative_keys is None and target is None and in_batch_negatives is None and checks.alike(query, positive_key):
+        return True
+    key_embeddings(query, positive_key, negative_keys, negative_mode, targets=target is not None)
+    if symmetric and target is not None:
+        raise ValueError("symmetric=True pairs query i with key i: it cannot be used with target")
+    if in_batch_negatives is False and negative_keys is None:
+        raise ValueError("in_batch_negatives=False leaves no negatives: pass negative_keys")
+    return negative_keys is None if in_batch_negatives is None else bool(in_batch_negatives)
+
+
+def key_embeddings(query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, targets: bool) -> None:
+    """Check (N, D) queries, their keys and negatives; targets: whether keys need not be as many as queries."""
+    checks.embeddings("query", query, 2, "(N, D)")
+    checks.embeddings("positive_key", positive_key, 2, "(N, D)")
+    tensors = {"query": query, "positive_key": positive_key}
+    if negative_keys is not None:
+        paired = negative_mode == "paired"
+        given = negative_keys.dim() if isinstance(negative_keys, Tensor) else 0
+        if given == 5 - (3 if paired else 2):
+            other = "unpaired" if paired else "paired"
+            raise ValueError(
+                f"negative_keys must have {3 if paired else 2} dimensions with negative_mode={negative_mode!r}, got "
+                f"shape {tuple(negative_keys.shape)}: it is for negative_mode={other!r}"
+            )
+        checks.embeddings("negative_keys", negative_keys, 3 if paired else 2, "(N, H, D)" if paired else "(M, D)")
+        if paired and len(negative_keys) != len(query):
+            raise ValueError(f"paired negative_keys must have {len(query)} rows as query has, got {len(negative_keys)}")
+        tensors["negative_keys"] = negative_keys
+    if not targets and positive_key.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"positive_key must have {len(query)} rows as query has (or pass target), got {len(positive_key)}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] != query.shape[-1]:
+            raise ValueError(f"{name} must have {query.shape[-1]} components as query has, got {tensor.shape[-1]}")
+    checks.same_kind(tensors)
+
+
+def all_ids(
+    query_ids: Any,
+    key_ids: Any,
+    negative_ids: Any,
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    keys_are_negatives: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the ids of queries, keys and negatives, checked."""
+    if query_ids is None and key_ids is None and negative_ids is None:
+        return None, None, None
+    if query_ids is not None and key_ids is None and negative_ids is None:
+        raise ValueError("query_ids alone compare with nothing: pass key_ids or negative_ids too")
+    if negative_ids is not None and negative_keys is None:
+        raise ValueError("negative_ids are the ids of negative_keys, which were not given")
+    if negative_ids is not None and query_ids is None and key_ids is None:
+        raise ValueError("negative_ids alone compare with nothing: pass key_ids or query_ids too")
+    if key_ids is not None and negative_ids is None and not keys_are_negatives:
+        raise ValueError(
+            "key_ids have no effect where negative_keys replace the in-batch negatives without negative_ids"
+        )
+    return (
+        None if query_ids is None else checks.ids("query_ids", query_ids, (len(query),), query.device),
+        None if key_ids is None else checks.ids("key_ids", key_ids, (len(positive_key),), query.device),
+        None if negative_ids is None or negative_keys is None
+        else checks.ids("negative_ids", negative_ids, tuple(negative_keys.shape[:-1]), query.device),
+    )  # fmt: skip
+
+
+def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
+    """Return the problem of two views' rows against those of all other samples, the other view their positive."""
+    rows = stacked(views(view_a, view_b, ()))
     target = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
-    problem = Problem(rows, rows, t, target, normalize=normalize, self_similar=True)
-    return problem, call_options(backend, workspace_limit, temperature, normalize)
+    same = KeySet(rows)
+    return Problem(same, (same,), temperature_of(temperature, rows), target, normalize=normalize, self_similar=True)
 
 
-def rows_of(views: Sequence[Tensor], temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(V N, D) rows of all views, those of the first one first, and the temperature of each or all."""
-    with contrast.products(views[0].device.type):  # autocast would refuse rows of its other 16-bit dtype
-        rows = torch.cat(list(views))
-    acc = accumulator(contrast.compute_dtype([rows]))
-    return rows, checks.temperature(temperature, rows.shape[0], acc, rows.device)
+def stacked(views: Sequence[Tensor]) -> Tensor:
+    """Return the (V N, D) rows of all views, those of the first one first."""
+    with without_autocast(views[0].device.type):  # autocast would refuse rows of its other 16-bit dtype
+        return torch.cat(list(views))
+
+
+def views(view_a: Any, view_b: Any, more_views: Any) -> list[Tensor]:
+    """Return two or more views of a batch, (N, D) each, checked to be alike."""
+    if more_views == () and checks.alike(view_a, view_b):
+        return [view_a, view_b]
+    if isinstance(more_views, Tensor) or not isinstance(more_views, Sequence):
+        raise TypeError(f"more_views must be a sequence of tensors of shape (N, D), got {type(more_views).__name__}")
+    named = {"view_a": view_a, "view_b": view_b} | {f"more_views[{i}]": view for i, view in enumerate(more_views)}
+    if not all(checks.alike(view_a, view) for view in named.values()):
+        for name, view in named.items():
+            checks.embeddings(name, view, 2, "(N, D)")
+        checks.same_kind(named)
+        for name, view in named.items():
+            if view.shape != view_a.shape:
+                raise ValueError(f"{name} must have shape {tuple(view_a.shape)} as view_a has, got {tuple(view.shape)}")
+    return list(named.values())

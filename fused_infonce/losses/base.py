@@ -1,24 +1,59 @@
-"""The losses as modules: they hold options and parameters, and call `functional`."""
+"""What all losses are as modules: they hold options and a temperature, and their forward calls a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, contrast
+from ..backends import BackendName, Reduction
+from ..backends.plan import Plan
+from ..compose.arguments import NEGATIVE_MODES, NegativeMode
+from ..temperature.scale import HasTemperature, TemperatureLike
 
-NEGATIVES = ("views", "keys")
+Negatives = Literal["views", "keys"]
 
 
-class ContrastiveLoss(nn.Module):
-    """What every loss holds: the options that all functions take under these names."""
+class Plans(tuple[Plan, ...]):
+    """The plans of a call, one for each pass over scores; printed, a line each."""
 
-    shown: tuple[str, ...] = ("normalize", "reduction")  # in the representation
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
 
-    def __init__(self, reduction: str, normalize: bool, backend: str, workspace_limit: int | None):
-        super().__init__()
+
+class Explained(nn.Module):
+    """A module of which one may ask how a call would be computed."""
+
+    def explain(self, *args: Any, **kwargs: Any) -> Plans:
+        """Return how this very call would be computed, and why, without computing scores.
+
+        It takes the arguments of a call, and raises what the call would. Whether inputs require gradients matters.
+        """
+        with contrast.explaining() as plans:
+            self(*args, **kwargs)
+        return Plans(plans)
+
+
+class ContrastiveLoss(HasTemperature, Explained):
+    """The options that all losses hold; see `HasTemperature` for the first three.
+
+    Args:
+        reduction: "mean", "sum" or "none".
+        normalize: divide every row by its norm first.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 256 MiB elsewhere, or what the environment says.
+    """
+
+    shown: tuple[str, ...] = ()  # options that the representation always shows, after the temperature
+    hidden: dict[str, Any] = {"normalize": True, "backend": "auto", "workspace_limit": None}  # noqa: RUF012  # defaults
+
+    def __init__(
+        self, temperature: TemperatureLike, learnable_temperature: bool, max_logit_scale: float | None,
+        reduction: Reduction, normalize: bool, backend: BackendName, workspace_limit: int | None,
+    ):  # fmt: skip
+        super().__init__(temperature, learnable_temperature, max_logit_scale)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
         checks.one_of("backend", backend, checks.BACKENDS)
         self.reduction = reduction
@@ -28,6 +63,7 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
+        """The options that every function takes under these names."""
         return {
             "reduction": self.reduction,
             "normalize": self.normalize,
@@ -36,61 +72,48 @@ class ContrastiveLoss(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
+        shown = self.shown_temperature() | {name: getattr(self, name) for name in (*self.shown, "reduction")}
+        shown |= {name: getattr(self, name) for name, usual in self.hidden.items() if getattr(self, name) != usual}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-class WithTemperature(ContrastiveLoss):
-    """One whose `temperature`, a number or a tensor, may be assigned at any time."""
-
-    shown: tuple[str, ...] = ("temperature", "reduction")
-    temperature: float | Tensor
-
-    def __init__(
-        self, temperature: float | Tensor, reduction: str, normalize: bool, backend: str, workspace_limit: int | None
-    ):
-        super().__init__(reduction, normalize, backend, workspace_limit)
-        self.temperature = temperature
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "temperature":
-            value = value if isinstance(value, Tensor) else checks.positive_float(name, value)
-            self._parameters.pop(name, None)  # a Parameter of the user's gives way to what is assigned
-        super().__setattr__(name, value)
-
-
-class PairLoss(WithTemperature):
-    """What DCLLoss and DebiasedLoss share.
+class PairLoss(ContrastiveLoss):
+    """What DCLLoss and DebiasedLoss share: a loss of two views of a batch, or of queries and keys.
 
     Args:
         negatives: "views" (the two inputs are views of a batch, and the rows of both views of other samples are the
-            negatives) or "keys" (queries against keys, as in `functional.info_nce`).
-        symmetric, negative_mode, in_batch_negatives: as in `functional.info_nce`, with negatives="keys".
+            negatives) or "keys" (queries against keys, as in `info_nce`).
+        symmetric, negative_mode, in_batch_negatives, ignore_index: as in `info_nce`, with negatives="keys".
     """
 
     def __init__(
-        self, temperature: float | Tensor, reduction: str, negatives: str, symmetric: bool, negative_mode: str,
-        in_batch_negatives: bool | None, normalize: bool, backend: str, workspace_limit: int | None,
+        self, negatives: Negatives, symmetric: bool, negative_mode: NegativeMode, in_batch_negatives: bool | None,
+        ignore_index: int, **options: Any,
     ):  # fmt: skip
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
-        checks.one_of("negatives", negatives, NEGATIVES)
-        checks.one_of("negative_mode", negative_mode, checks.NEGATIVE_MODES)
-        if negatives == "views" and (symmetric or negative_mode != "unpaired" or in_batch_negatives is not None):
-            raise ValueError("symmetric, negative_mode and in_batch_negatives are options of negatives='keys'")
+        super().__init__(**options)
+        checks.one_of("negatives", negatives, get_args(Negatives))
+        checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+        own = (symmetric, negative_mode, in_batch_negatives, ignore_index)
+        if negatives == "views" and own != (False, "unpaired", None, -100):
+            raise ValueError(
+                "symmetric, negative_mode, in_batch_negatives and ignore_index are options of negatives='keys'"
+            )
         self.negatives = negatives
         self.symmetric = symmetric
         self.negative_mode = negative_mode
         self.in_batch_negatives = in_batch_negatives
+        self.ignore_index = ignore_index
 
     def between(
         self, views: Callable[..., Tensor], keys: Callable[..., Tensor], query: Tensor, positive_key: Tensor,
         negative_keys: Tensor | None, rows: dict[str, Tensor | None], **own: Any,
     ) -> Tensor:  # fmt: skip
-        """The one or the other function of these inputs; `rows` are those that only `keys` takes."""
+        """Return the one or the other function of these inputs; `rows` are those that only `keys` takes."""
         if self.negatives == "keys":
             return keys(
                 query, positive_key, negative_keys, self.temperature, symmetric=self.symmetric,
-                negative_mode=self.negative_mode, in_batch_negatives=self.in_batch_negatives, **rows, **own,
-                **self.options,
+                negative_mode=self.negative_mode, in_batch_negatives=self.in_batch_negatives,
+                ignore_index=self.ignore_index, **rows, **own, **self.options,
             )  # fmt: skip
         for name, value in {"negative_keys": negative_keys, **rows}.items():
             if value is not None:

@@ -1,4 +1,4 @@
-"""CLIP's loss."""
+"""CLIP's loss: images against texts, and texts against images."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, contrast
-from ..backends.contract import accumulator
+from .. import checks
+from ..backends import BackendName, Reduction
+from ..backends.contract import KeySet, Problem
+from ..backends.precision import statistics_dtype
+from ..compose.arguments import call_options
+from ..compose.reduction import reduced
+from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
-from .info_nce import info_nce
 
 
 def clip_loss(
@@ -20,8 +24,8 @@ def clip_loss(
     logit_bias: float | Tensor | None = None,
     *,
     normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """CLIP's loss, the mean of images against texts and of texts against images, without the N x N logits.
@@ -50,45 +54,30 @@ def clip_loss(
 
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
-    if not checks.alike(image_features, text_features):
-        checks.embeddings("image_features", image_features, 2, "(N, D)")
-        checks.embeddings("text_features", text_features, 2, "(N, D)")
-        checks.same_kind({"image_features": image_features, "text_features": text_features})
-        if image_features.shape != text_features.shape:
-            raise ValueError(
-                f"text_features must have shape {tuple(image_features.shape)} as image_features has, "
-                f"got {tuple(text_features.shape)}"
-            )
-    temperature = temperature_of(logit_scale, image_features)
+    problem = _pairs(image_features, text_features, logit_scale, normalize)
     bias = bias_of(logit_bias)
-    loss = info_nce(
-        image_features, text_features, temperature=temperature, reduction=reduction, symmetric=True,
-        normalize=normalize, backend=backend, workspace_limit=workspace_limit,
-    )  # fmt: skip
+    loss = reduced(problem, call_options(backend, workspace_limit, reduction), "infonce")
     return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
 
 
+def _pairs(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: bool) -> Problem:
+    if not checks.alike(image, text):
+        checks.embeddings("image_features", image, 2, "(N, D)")
+        checks.embeddings("text_features", text, 2, "(N, D)")
+        checks.same_kind({"image_features": image, "text_features": text})
+        if image.shape != text.shape:
+            raise ValueError(
+                f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
+            )
+    t = checks.temperature(temperature_of(logit_scale, image), image, statistics_dtype(image))
+    return Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
+
+
 def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
-    """1 / scale, in the dtype of the statistics where it is a tensor."""
+    """Return 1 / scale, checked, in the dtype of the statistics where it is a tensor."""
     if not isinstance(logit_scale, Tensor):
         return 1 / checks.positive_float("logit_scale", logit_scale)
-    n = len(features)
-    if logit_scale.dtype not in checks.FLOATS:
-        raise TypeError(f"logit_scale must be a number or a floating tensor, got {logit_scale.dtype}")
-    if logit_scale.numel() != 1 and tuple(logit_scale.shape) not in ((n,), (n, 1)):
-        raise ValueError(
-            f"logit_scale must be a number, a one-element tensor or one value per pair, shape ({n},) or ({n}, 1), "
-            f"got shape {tuple(logit_scale.shape)}"
-        )
-    if logit_scale.device != features.device and not (logit_scale.numel() == 1 and logit_scale.device.type == "cpu"):
-        raise ValueError(
-            f"logit_scale must be on {features.device} as image_features is, or one element on the CPU, "
-            f"got {logit_scale.device}"
-        )
-    good = (logit_scale > 0) & logit_scale.isfinite()
-    if checks.values_are_free(logit_scale) and not good.all():
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale[~good].flatten()[0].item()}")
-    return 1 / logit_scale.to(accumulator(contrast.compute_dtype([features])))
+    return 1 / checks.scale_tensor("logit_scale", logit_scale, features).to(statistics_dtype(features))
 
 
 def bias_of(logit_bias: Any) -> Tensor | None:
@@ -110,36 +99,56 @@ class ClipLoss(ContrastiveLoss):
     """CLIP's symmetric loss, called as open_clip's `ClipLoss`; see `clip_loss`.
 
     Args:
-        normalize, reduction, backend, workspace_limit: as in `clip_loss`.
+        normalize, reduction, backend, workspace_limit: as in `clip_loss`: alone among the losses, it takes rows as they
+            are unless `normalize`.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP's model does; the
+            loss is then called without a scale. Give `loss.parameters()` to the optimizer, without weight decay.
+        temperature: the starting point of a learnable temperature, by default CLIP's 0.07; or what a call without a
+            scale takes, as `HasTemperature` does.
+        max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
 
     Example:
         >>> loss = ClipLoss()
         >>> images = F.normalize(torch.randn(32, 128, requires_grad=True), dim=-1)
         >>> texts = F.normalize(torch.randn(32, 128), dim=-1)
         >>> loss(images, texts, logit_scale=torch.tensor(100.0)).backward()
+        >>> learned = ClipLoss(learnable_temperature=True, max_logit_scale=100)
+        >>> learned(images, texts).backward()
     """
+
+    hidden = ContrastiveLoss.hidden | {"normalize": False}
 
     def __init__(
         self,
         *,
+        temperature: TemperatureLike | None = None,
         normalize: bool = False,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(reduction, normalize, backend, workspace_limit)
+        super().__init__(
+            0.07 if temperature is None else temperature, learnable_temperature, max_logit_scale, reduction, normalize,
+            backend, workspace_limit,
+        )  # fmt: skip
+        self.given = temperature is not None or learnable_temperature
 
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
-        return clip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            **self.options,
-        )
+        """Return the loss; `logit_scale` is what multiplies the products, already exponentiated: CLIP's
+        `logit_scale.exp()`. None: 1 / temperature of this loss."""
+        if logit_scale is None:
+            if not self.given:
+                raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
+            logit_scale = 1 / self.temperature
+        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+
+    def shown_temperature(self) -> dict[str, Any]:
+        return super().shown_temperature() if self.given else {}

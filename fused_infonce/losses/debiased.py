@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.contract import Problem
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import Problem, RowStatistics
 from ..backends.row_losses import infonce
-from ..compose.arguments import of_keys, of_views
+from ..compose.arguments import NegativeMode, call_options, of_keys, of_views
 from ..compose.positives import members
-from ..compose.reduction import Direction, composed
-from ..contrast import Options
-from .base import PairLoss
+from ..compose.reduction import reduced
+from ..temperature.scale import TemperatureLike
+from .base import Negatives, PairLoss
 
 
 def debiased_info_nce(
@@ -23,8 +24,8 @@ def debiased_info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
     *,
     tau_plus: float | Tensor = 0.1,
     symmetric: bool = False,
@@ -36,7 +37,7 @@ def debiased_info_nce(
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     weight: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """Debiased contrastive loss between queries and keys, where each negative is a positive with probability tau+.
@@ -61,25 +62,25 @@ def debiased_info_nce(
 
     Reference: Chuang et al. 2020, arXiv:2007.00224. `debiased_nt_xent` is its form for two views.
     """
-    problem, options = of_keys(
-        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
-        normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
-        query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
-        workspace_limit=workspace_limit,
+    options = call_options(backend, workspace_limit, reduction)
+    problem = of_keys(
+        query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
+        in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
+        key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
-    weight = checks.row_weight(weight, problem.temperature, query)
-    return _reduced(problem, options, reduction, symmetric, weight, tau_plus)
+    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    return _reduced(problem, options, weight, tau_plus)
 
 
 def debiased_nt_xent(
     view_a: Tensor,
     view_b: Tensor,
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     tau_plus: float | Tensor = 0.1,
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """Debiased contrastive loss of two views: NT-Xent whose negatives are corrected for the false ones among them.
@@ -102,30 +103,28 @@ def debiased_nt_xent(
 
     References: Chuang et al. 2020, arXiv:2007.00224; https://github.com/chingyaoc/DCL.
     """
-    problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
-    return _reduced(problem, options, reduction, False, None, tau_plus)
+    options = call_options(backend, workspace_limit, reduction)
+    problem = of_views(view_a, view_b, temperature, normalize)
+    return _reduced(problem, options, None, tau_plus)
 
 
-def _reduced(
-    problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, tau_plus: Any
-) -> Tensor:
+def _reduced(problem: Problem, options: Options, weight: Tensor | None, tau_plus: Any) -> Tensor:
     if not problem.normalize:
         raise ValueError("the bound n exp(-1 / t) is of unit rows: normalize must be True, got False")
-    tau = _tau_plus(tau_plus, problem)
-    return composed(problem, options, reduction, symmetric, weight, partial(_losses, tau=tau))
+    return reduced(problem, options, partial(_losses, tau=_tau_plus(tau_plus, problem)), weight)
 
 
-def _losses(rows: Direction, tau: Tensor) -> Tensor:
-    """(N,) `log(1 + G exp(-pos))`, from `x = neg - pos` and tau+, (1,) or (N,).
+def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
+    """Compute (N,) `log(1 + G exp(-pos))`, from `x = neg - pos` and tau+, (1,) or (N,).
 
         log(G exp(-pos)) = max( x + log(1 - exp(y)) - log(1 - tau+),  log n - 1 / t - pos ),  y = log(n tau+) - x
 
     the first part -inf unless y < 0.
     """
-    t, x = rows.problem.temperature, rows.neg - rows.pos
+    t, x = problem.temperature.values, rows.neg - rows.pos
     none = x == -torch.inf  # no negatives
     x = x.masked_fill(none, 0)
-    n = negatives(rows.problem).clamp(min=1).to(x.dtype)
+    n = negatives(problem).clamp(min=1).to(x.dtype)
     y = torch.log(n * tau) - x
     over = y > -torch.finfo(y.dtype).tiny  # false of NaN, which stays; of a smaller -y the slope 1 / y is infinite
     log1mexp = torch.log(-torch.expm1(y.masked_fill(over, -1)))
@@ -135,22 +134,22 @@ def _losses(rows: Direction, tau: Tensor) -> Tensor:
 
 
 def negatives(problem: Problem) -> Tensor:
-    """(N,) how many negatives each row has, in O((N + M) log M)."""
-    p, device = problem, problem.query.device
-    n, m = len(p.query), len(p.key)
+    """Return (N,) how many negatives each row has, in O((N + M) log M)."""
+    p, (key, *others) = problem, problem.keys
+    n, m, row_ids, device = len(p.query.rows), len(key.rows), p.query.ids, p.query.rows.device
     count = torch.zeros(n, dtype=torch.int64, device=device)
     if p.in_batch:
         kept = torch.arange(n, device=device) if p.target is None else p.target
         there = (kept >= 0) & (kept < m)
         count = count + m - there.long() - int(p.self_similar)
-        if p.row_ids is not None and p.key_ids is not None and m:
-            counted_already = there & (p.key_ids[kept.clamp(0, m - 1)] == p.row_ids)
-            count = count - members(p.row_ids, p.key_ids)[2] + counted_already.long()
-    for keys, ids in zip(p.negatives, p.negative_ids, strict=True):
-        count = count + keys.shape[-2]
-        if ids is not None and p.row_ids is not None:
-            same = members(p.row_ids, ids)[2] if ids.dim() == 1 else (ids == p.row_ids[:, None]).sum(1)
-            count = count - same
+        if row_ids is not None and key.ids is not None and m:
+            counted_already = there & (key.ids[kept.clamp(0, m - 1)] == row_ids)
+            count = count - members(row_ids, key.ids)[2] + counted_already.long()
+    for keys in others:
+        count = count + keys.rows.shape[-2]
+        if keys.ids is not None and row_ids is not None:
+            shared = keys.ids.dim() == 1
+            count = count - (members(row_ids, keys.ids)[2] if shared else (keys.ids == row_ids[:, None]).sum(1))
     return count
 
 
@@ -162,24 +161,14 @@ def prior(value: Any) -> float:
 
 
 def _tau_plus(value: Any, problem: Problem) -> Tensor:
-    """(1,) or (N,), checked, in the dtype of the statistics; elsewhere than on a CPU bad values of tensors are NaN."""
-    t, n, device = problem.temperature, len(problem.query), problem.query.device
+    """Return the prior, (1,) or (N,), checked, in the dtype of the statistics."""
+    t = problem.temperature.values
     if not isinstance(value, Tensor):
         return t.new_full((1,), prior(value))
-    if value.dtype not in checks.FLOATS:
-        raise TypeError(f"tau_plus must be a number or a floating tensor of shape ({n},), got {value.dtype}")
-    if value.shape != (n,):
-        raise ValueError(f"tau_plus must be a number or have shape ({n},), got {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"tau_plus must be on {device} as the embeddings are, got {value.device}")
+    checks.per_row("tau_plus", value, problem.query.rows, number=True)
     if value.requires_grad:
         raise ValueError("tau_plus must not require a gradient: it has none")
-    good = (value >= 0) & (value < 1)
-    if not checks.values_are_free(value):
-        return torch.where(good, value, torch.nan).to(t.dtype)
-    if not good.all():
-        raise ValueError(f"tau_plus must be in [0, 1), got {value[~good][0].item()}")
-    return value.to(t.dtype)
+    return checks.only("tau_plus", value, (value >= 0) & (value < 1), "be in [0, 1)").to(t.dtype)
 
 
 class DebiasedLoss(PairLoss):
@@ -197,24 +186,28 @@ class DebiasedLoss(PairLoss):
         >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
     """
 
-    shown = ("temperature", "tau_plus", "negatives", "reduction")
+    shown = ("tau_plus", "negatives")
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.5,
-        reduction: str = "mean",
+        temperature: TemperatureLike = 0.5,
         *,
+        reduction: Reduction = "mean",
         tau_plus: float = 0.1,
-        negatives: str = "views",
+        negatives: Negatives = "views",
         symmetric: bool = False,
-        negative_mode: str = "unpaired",
+        negative_mode: NegativeMode = "unpaired",
         in_batch_negatives: bool | None = None,
-        backend: str = "auto",
+        ignore_index: int = -100,
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
         super().__init__(
-            temperature, reduction, negatives, symmetric, negative_mode, in_batch_negatives, True, backend,
-            workspace_limit,
+            negatives, symmetric, negative_mode, in_batch_negatives, ignore_index, temperature=temperature,
+            learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale, reduction=reduction,
+            normalize=True, backend=backend, workspace_limit=workspace_limit,
         )  # fmt: skip
         self.tau_plus = prior(tau_plus)
 

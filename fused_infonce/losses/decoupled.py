@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.contract import Problem, accumulator
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import Problem, RowStatistics
+from ..backends.precision import accumulator
 from ..backends.row_losses import decoupled
-from ..compose.arguments import of_keys, of_views
-from ..compose.reduction import Direction, at_once, composed, dots, unit
-from ..contrast import Options
-from .base import PairLoss
+from ..compose.arguments import NegativeMode, call_options, of_keys, of_views, views
+from ..compose.reduction import reduced
+from ..compose.rows import dots, unit
+from ..temperature.scale import TemperatureLike
+from .base import Negatives, PairLoss
 
 
 def decoupled_info_nce(
@@ -21,8 +24,8 @@ def decoupled_info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
     *,
     positive_weight: Tensor | None = None,
     symmetric: bool = False,
@@ -34,7 +37,7 @@ def decoupled_info_nce(
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     weight: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss (DCL) between queries and keys: the positive is not among what it is compared with.
@@ -53,25 +56,25 @@ def decoupled_info_nce(
 
     Reference: Yeh et al. 2022, arXiv:2110.06848. `decoupled_nt_xent` is its form for two views.
     """
-    problem, options = of_keys(
-        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
-        normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
-        query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
-        workspace_limit=workspace_limit,
+    options = call_options(backend, workspace_limit, reduction)
+    problem = of_keys(
+        query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
+        in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
+        key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
-    weight = checks.row_weight(weight, problem.temperature, query)
-    return _reduced(problem, options, reduction, symmetric, weight, positive_weight)
+    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    return _reduced(problem, options, weight, positive_weight)
 
 
 def decoupled_nt_xent(
     view_a: Tensor,
     view_b: Tensor,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     positive_weight: Tensor | None = None,
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss (DCL) of two views: NT-Xent without the positive in the denominator.
@@ -93,8 +96,9 @@ def decoupled_nt_xent(
 
     References: Yeh et al. 2022, arXiv:2110.06848 (equation 6); https://github.com/lightly-ai/lightly (DCLLoss).
     """
-    problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
-    return _reduced(problem, options, reduction, False, None, positive_weight)
+    options = call_options(backend, workspace_limit, reduction)
+    problem = of_views(view_a, view_b, temperature, normalize)
+    return _reduced(problem, options, None, positive_weight)
 
 
 @torch.no_grad()
@@ -120,7 +124,7 @@ def von_mises_fisher_weight(
 
     Reference: Yeh et al. 2022, arXiv:2110.06848 (section 3.2).
     """
-    query, positive_key = checks.views(query, positive_key, ())
+    query, positive_key = views(query, positive_key, ())
     sigma = checks.positive_float("sigma", sigma)
     acc = accumulator(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
@@ -128,35 +132,17 @@ def von_mises_fisher_weight(
         return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
 
 
-def _reduced(
-    problem: Problem, options: Options, reduction: str, symmetric: bool, weight: Tensor | None, positive_weight: Any
-) -> Tensor:
-    scale = _positive_weight(positive_weight, problem)
+def _reduced(problem: Problem, options: Options, weight: Tensor | None, positive_weight: Any) -> Tensor:
+    if positive_weight is None:
+        return reduced(problem, options, "decoupled", weight)
+    checks.per_row("positive_weight", positive_weight, problem.query.rows)
+    dtype = problem.temperature.values.dtype
+    scale = checks.only("positive_weight", positive_weight, positive_weight.isfinite(), "be finite").to(dtype)
 
-    def loss_of(rows: Direction) -> Tensor:
-        return decoupled(rows.neg - (rows.pos if scale is None else scale * rows.pos))
+    def loss_of(problem: Problem, rows: RowStatistics) -> Tensor:
+        return decoupled(rows.neg - scale * rows.pos)
 
-    fused = scale is None and options.backend != "reference" and problem.columns == symmetric
-    if fused and reduction != "none" and not (weight is not None and weight.requires_grad):
-        return at_once(problem, options, reduction, "dcl", weight)
-    return composed(problem, options, reduction, symmetric, weight, loss_of)
-
-
-def _positive_weight(value: Any, problem: Problem) -> Tensor | None:
-    """Checked, in the dtype of the statistics; elsewhere than on a CPU what is not finite stays and gives NaN."""
-    if value is None:
-        return None
-    n, device = len(problem.query), problem.query.device
-    if not isinstance(value, Tensor) or value.dtype not in checks.FLOATS:
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"positive_weight must be a floating tensor of shape ({n},), got {kind}")
-    if value.shape != (n,):
-        raise ValueError(f"positive_weight must have shape ({n},), got {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"positive_weight must be on {device} as the embeddings are, got {value.device}")
-    if checks.values_are_free(value) and not (good := value.isfinite()).all():
-        raise ValueError(f"positive_weight must be finite, got {value[~good][0].item()}")
-    return value.to(problem.temperature.dtype)
+    return reduced(problem, options, loss_of, weight)
 
 
 class DCLLoss(PairLoss):
@@ -174,25 +160,29 @@ class DCLLoss(PairLoss):
         >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
     """
 
-    shown = ("temperature", "sigma", "negatives", "reduction")
+    shown = ("sigma", "negatives")
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.1,
-        reduction: str = "mean",
+        temperature: TemperatureLike = 0.1,
         *,
+        reduction: Reduction = "mean",
         sigma: float | None = None,
-        negatives: str = "views",
+        negatives: Negatives = "views",
         symmetric: bool = False,
-        negative_mode: str = "unpaired",
+        negative_mode: NegativeMode = "unpaired",
         in_batch_negatives: bool | None = None,
+        ignore_index: int = -100,
         normalize: bool = True,
-        backend: str = "auto",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
         super().__init__(
-            temperature, reduction, negatives, symmetric, negative_mode, in_batch_negatives, normalize, backend,
-            workspace_limit,
+            negatives, symmetric, negative_mode, in_batch_negatives, ignore_index, temperature=temperature,
+            learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale, reduction=reduction,
+            normalize=normalize, backend=backend, workspace_limit=workspace_limit,
         )  # fmt: skip
         self.sigma = None if sigma is None else checks.positive_float("sigma", sigma)
 

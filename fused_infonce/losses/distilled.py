@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends.contract import KEY, Problem, Statistics, Upstream, accumulator
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import KeySet, Problem, RowStatistics, Statistics, Upstream
+from ..backends.precision import all_wide
 from ..backends.row_losses import infonce
-from ..compose.reduction import call_options, directions, dots, reduced_rows, unit, wide
-from ..contrast import Options
-from .base import WithTemperature
+from ..compose.arguments import call_options, temperature_of
+from ..compose.reduction import reduced_rows
+from ..compose.rows import dots, unit
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss
 
-OBJECTIVES = ("cross_entropy", "kl_div")
+Objective = Literal["cross_entropy", "kl_div"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 def distilled_info_nce(
@@ -24,11 +29,11 @@ def distilled_info_nce(
     teacher_query: Tensor | None = None,
     teacher_key: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     teacher_scores: Tensor | None = None,
     teacher_temperature: float | Tensor | None = None,
-    objective: str = "cross_entropy",
+    objective: Objective = "cross_entropy",
     alpha: float = 1.0,
     temperature_squared: bool = False,
     symmetric: bool = False,
@@ -37,7 +42,7 @@ def distilled_info_nce(
     ignore_index: int = -100,
     target: Tensor | None = None,
     weight: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """InfoNCE with a teacher's similarities as soft targets, without the N x M logits of either.
@@ -84,46 +89,46 @@ def distilled_info_nce(
     distillation of open_clip's `DistillClipLoss` and the contrastive relational distillation of CLIP-KD (Yang et al.
     2024, arXiv:2307.12732).
     """
-    checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    checks.one_of("backend", backend, checks.BACKENDS)
     checks.one_of("objective", objective, OBJECTIVES)
     alpha = checks.fraction("alpha", alpha)
+    options = call_options(backend, workspace_limit, reduction)
     _check(query, key, symmetric, target, alpha)
     teacher = _checked_teacher(query, key, teacher_query, teacher_key, teacher_scores)
-    n, m, device = len(query), len(key), query.device
-    acc = accumulator(contrast.compute_dtype([query]))
-    t = checks.temperature(temperature, n, acc, device)
-    weight = checks.row_weight(weight, t, query)
+    n, m = len(query), len(key)
+    t = temperature_of(temperature, query)
+    weight = checks.row_weight(weight, query, t.values.dtype)
     if teacher_temperature is None:
         teacher_temperature = temperature if teacher_scores is None else 1.0
-    teacher_t = checks.temperature(teacher_temperature, n, acc, device).detach()
+    teacher_t = temperature_of(teacher_temperature, query)
+    teacher_t = teacher_t._replace(values=teacher_t.values.detach())
 
     # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
     # Where it holds most of both distributions no digits are lost
-    pivot = None if target is None else checks.target(target, n, m, ignore_index, device)
+    pivot = None if target is None else checks.target(target, query, m, ignore_index)
     if pivot is None and n != m:
         pivot = query.new_zeros(n, dtype=torch.int64) if teacher_scores is None else teacher[0].argmax(1)
-    (query, context), (key, _) = wide(query), wide(key)  # rows of two parts, whose 16-bit gradients are rounded once
-    problem = Problem(query, key, t, pivot, columns=symmetric, normalize=normalize)
+    (query, key), context = all_wide([query, key])  # rows of two parts, whose 16-bit gradients are rounded once
+    problem = Problem(KeySet(query), (KeySet(key),), t, pivot, columns=symmetric, normalize=normalize)
     with context:
-        options = call_options(backend, workspace_limit, temperature, normalize)
-        students = directions(problem, options, symmetric)
-    with torch.autocast(device.type, enabled=False):
-        x, y = unit(query, normalize, acc), unit(key, normalize, acc)
+        students = [rows for rows in contrast.statistics(problem, options) if rows is not None]
+    with torch.autocast(query.device.type, enabled=False):
+        x, y = unit(query, normalize, t.values.dtype), unit(key, normalize, t.values.dtype)
         keys = [y, x][: len(students)]
         if teacher_scores is not None:
-            teachers = _of_scores(teacher[0].to(acc), teacher_t, pivot, keys)
+            teachers = _of_scores(teacher[0].to(x.dtype), teacher_t.values, pivot, keys)
         else:
-            u, v = (unit(rows, normalize_teacher, acc) for rows in teacher)
-            options = call_options(backend, workspace_limit, teacher_temperature, normalize_teacher)
-            teachers = _of_embeddings(u, v, teacher_t, pivot, keys, options)
+            rows = [KeySet(z.to(x.dtype)) for z in teacher]
+            taught = Problem(
+                rows[0], (rows[1],), teacher_t, pivot, columns=symmetric, normalize=normalize_teacher
+            )  # fmt: skip
+            teachers = _of_embeddings(taught, keys, options)
         losses = []
-        for student, soft_targets, rows in zip(students, teachers, (x, y), strict=False):
+        for student, soft_targets, rows_seen in zip(students, teachers, (x, y), strict=False):
             hard = infonce(student.neg - student.pos)
-            mean = dots(rows, soft_targets.mixture) / t
+            mean = dots(rows_seen, soft_targets.mixture) / t.values
             soft = _cross_entropy(hard, student.pos, soft_targets.others, mean)
             soft = soft - soft_targets.entropy if objective == "kl_div" else soft
-            soft = t**2 * soft if temperature_squared else soft
+            soft = t.values**2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
         return reduced_rows(torch.stack(losses).mean(0), problem, reduction, weight)
 
@@ -137,12 +142,12 @@ class SoftTargets(NamedTuple):
 
 
 def _cross_entropy(hard: Tensor, pos: Tensor, others: Tensor, mean: Tensor) -> Tensor:
-    """`log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij)`; mean_i = sum_{j != y} T_ij s_ij."""
+    """Compute `log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij)`; mean_i = sum_{j != y} T_ij s_ij."""
     return hard + (others * pos - mean)
 
 
 def _of_scores(scores: Tensor, t: Tensor, pivot: Tensor | None, keys: list[Tensor]) -> list[SoftTargets]:
-    """Of dense scores, against the keys and, where `keys` holds the queries too, the other way round."""
+    """Return the soft targets of dense scores, against each of `keys`: the keys, and perhaps the queries."""
     found = []
     for z, y in zip((scores, scores.T), keys, strict=False):
         targets = torch.softmax(z / t[:, None], dim=1)
@@ -154,23 +159,39 @@ def _of_scores(scores: Tensor, t: Tensor, pivot: Tensor | None, keys: list[Tenso
     return found
 
 
-def _of_embeddings(
-    query: Tensor, key: Tensor, t: Tensor, pivot: Tensor | None, keys: list[Tensor], options: Options
-) -> list[SoftTargets]:
-    """The same of a teacher's embeddings, as its logits see them."""
-    if options.backend == "reference":
-        return _of_scores(query @ key.T, t, pivot, keys)
-    problem = Problem(query, key, t, pivot, columns=len(keys) > 1, normalize=False)
+def _of_embeddings(problem: Problem, keys: list[Tensor], options: Options) -> list[SoftTargets]:
+    """Return the soft targets of a teacher's embeddings, against the keys and, where `columns` ask, the other way."""
     with torch.no_grad():
-        both = directions(problem, options, problem.columns)
+        rows, columns = contrast.statistics(problem, options)
     found = []
-    for (p, pos, neg, softmax), y in zip(both, keys, strict=True):
-        others = torch.sigmoid(neg - pos)
-        mixtures = _Mixtures.apply(replace(p, columns=False), options, softmax, others, y)
-        own, mixture = mixtures.split([p.key.shape[1], y.shape[1]], dim=1)
-        mean = dots(p.query, own.detach()) / t
-        found.append(SoftTargets(others, mixture, _cross_entropy(infonce(neg - pos), pos, others, mean)))
+    for p, stats, y in ((problem, rows, keys[0]), (problem.swapped(), columns, keys[-1])):
+        if stats is None:
+            continue
+        unit_problem = _unit_problem(p)
+        t, others = p.temperature.values, torch.sigmoid(stats.neg - stats.pos)
+        own, mixture = _mixtures(unit_problem, options, stats, others, y)
+        mean = dots(unit_problem.query.rows, own.detach()) / t
+        entropy = _cross_entropy(infonce(stats.neg - stats.pos), stats.pos, others, mean)
+        found.append(SoftTargets(others, mixture, entropy))
     return found
+
+
+def _unit_problem(problem: Problem) -> Problem:
+    """Return one direction over rows as the logits see them, which leaves the logits as they are."""
+    query, key = (KeySet(unit(s.rows, problem.normalize, s.rows.dtype)) for s in (problem.query, problem.keys[0]))
+    return replace(problem, query=query, keys=(key,), normalize=False, columns=False)
+
+
+def _mixtures(
+    problem: Problem, options: Options, stats: RowStatistics, weight: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `weight_i sum_j p_ij k_j` and `weight_i sum_j p_ij y_j` over the negatives, differentiable in y (M, D)."""
+    if options.backend == "reference":  # whose gradients are differentiable
+        mixtures = _gradients(problem, y.new_zeros(len(weight), y.shape[1]), y, options, stats, weight, of=0)
+    else:
+        mixtures = _Mixtures.apply(problem, options, stats, weight, y)
+    own, mixture = mixtures.split([problem.keys[0].rows.shape[1], y.shape[1]], dim=1)
+    return own, mixture
 
 
 class _Mixtures(torch.autograd.Function):
@@ -183,33 +204,35 @@ class _Mixtures(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, options: Options, softmax: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, problem: Problem, options: Options, stats: RowStatistics, weight: Tensor, y: Tensor
+    ) -> Tensor:
         ctx.problem, ctx.options = problem.with_tensors([None] * len(problem.tensors())), options
-        ctx.save_for_backward(*problem.tensors(), softmax, weight)
-        return _gradients(problem, y.new_zeros(len(weight), y.shape[1]), y, options, softmax, weight, of=0)
+        ctx.save_for_backward(weight, *stats, *problem.tensors())
+        return _gradients(problem, y.new_zeros(len(weight), y.shape[1]), y, options, stats, weight, of=0)
 
     @staticmethod
     @contrast.differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        *tensors, softmax, weight = ctx.saved_tensors
-        problem = ctx.problem.with_tensors(tensors)
-        first = problem.key.shape[1]
+        weight, *tensors = ctx.saved_tensors
+        width = len(RowStatistics._fields)
+        stats, problem = RowStatistics(*tensors[:width]), ctx.problem.with_tensors(tensors[width:])
+        first = problem.keys[0].rows.shape[1]
         g = upstream[:, first:]
-        grad = _gradients(problem, g, g.new_zeros(len(problem.key), g.shape[1]), ctx.options, softmax, weight, of=KEY)
+        none = g.new_zeros(len(problem.keys[0].rows), g.shape[1])
+        grad = _gradients(problem, g, none, ctx.options, stats, weight, of=1)
         return None, None, None, None, grad[:, first:]
 
 
 def _gradients(
-    problem: Problem, left: Tensor, right: Tensor, options: Options, softmax: Tensor, weight: Tensor, of: int
+    problem: Problem, left: Tensor, right: Tensor, options: Options, stats: RowStatistics, weight: Tensor, of: int
 ) -> Tensor:
-    """Of `sum_i t_i weight_i neg_i` with respect to [query | left], if `of` is 0, or [key | right]."""
-    with contrast.products(softmax.device.type):
-        query, key = torch.cat([problem.query, left], 1), torch.cat([problem.key, right], 1)
-        problem = replace(problem, query=query, key=key)
-        plan = contrast.make_plan(problem, options, reduced=False)
-        zero, dtypes = torch.zeros_like(weight), [weight.dtype if i == of else None for i in (0, KEY)]
-        upstream = Upstream(weight * problem.temperature, zero)
-        grad = contrast.run_gradients(problem, plan, Statistics(zero, zero, zero, softmax), upstream, dtypes)[of]
+    """Return those of `sum_i t_i weight_i neg_i` with respect to [query | left], if `of` is 0, or [key | right]."""
+    query, key = torch.cat([problem.query.rows, left], 1), torch.cat([problem.keys[0].rows, right], 1)
+    problem = replace(problem, query=KeySet(query), keys=(KeySet(key),))
+    upstream = Upstream(torch.zeros_like(weight), weight * problem.temperature.values)
+    dtypes = [weight.dtype if i == of else None for i in (0, 1)]
+    grad = contrast.gradients(problem, options, Statistics(stats), upstream, dtypes)[of]
     assert grad is not None
     return grad
 
@@ -234,7 +257,7 @@ def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> 
 def _checked_teacher(
     query: Tensor, key: Tensor, teacher_query: Any, teacher_key: Any, teacher_scores: Any
 ) -> list[Tensor]:
-    """The two embeddings or the scores, without a gradient."""
+    """Return the two embeddings or the scores, without a gradient."""
     n, m = len(query), len(key)
     if (teacher_query is None) != (teacher_key is None) or (teacher_query is None) == (teacher_scores is None):
         raise ValueError("a teacher is teacher_query and teacher_key, or teacher_scores: pass the two or the one")
@@ -254,7 +277,7 @@ def _checked_teacher(
     return [value.detach() for value, *_ in shapes.values()]
 
 
-class DistillationLoss(WithTemperature):
+class DistillationLoss(ContrastiveLoss):
     """InfoNCE with a teacher's soft targets; see `distilled_info_nce`.
 
     Args:
@@ -268,25 +291,29 @@ class DistillationLoss(WithTemperature):
         >>> loss(images, texts, teacher_images, teacher_texts).backward()
     """
 
-    shown = ("temperature", "teacher_temperature", "objective", "alpha", "symmetric", "reduction")
+    shown = ("teacher_temperature", "objective", "alpha", "symmetric")
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.1,
-        reduction: str = "mean",
+        temperature: TemperatureLike = 0.1,
         *,
+        reduction: Reduction = "mean",
         teacher_temperature: float | Tensor | None = None,
-        objective: str = "cross_entropy",
+        objective: Objective = "cross_entropy",
         alpha: float = 1.0,
         temperature_squared: bool = False,
         symmetric: bool = False,
         normalize: bool = True,
         normalize_teacher: bool = True,
         ignore_index: int = -100,
-        backend: str = "auto",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
         checks.one_of("objective", objective, OBJECTIVES)
         if not (teacher_temperature is None or isinstance(teacher_temperature, Tensor)):
             checks.positive_float("teacher_temperature", teacher_temperature)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import reference
-from ..backends.contract import Problem, accumulator
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.row_losses import infonce
-from ..compose.reduction import call_options, reduced_mean, unit
-from .base import WithTemperature
+from ..compose.arguments import call_options, temperature_of
+from ..compose.reduction import reduced_mean
+from ..compose.rows import unit
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss
 from .info_nce import info_nce
 
-DISTILLATIONS = ("kl_div", "m3_kd_loss")
+Distillation = Literal["kl_div", "m3_kd_loss"]
+DISTILLATIONS: tuple[Distillation, ...] = get_args(Distillation)
 
 
 def grouped_info_nce(
@@ -28,10 +32,10 @@ def grouped_info_nce(
     in_batch_negatives: bool = True,
     target: Tensor | None = None,
     offset: int = 0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     teacher_scores: Tensor | None = None,
-    distillation: str | None = None,
-    backend: str = "auto",
+    distillation: Distillation | None = None,
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """InfoNCE over groups: query i's own passages are rows `offset + i G + k`: its positive, k = 0, and hard negatives.
@@ -70,14 +74,12 @@ def grouped_info_nce(
     References: FlagEmbedding (Xiao et al. 2023, arXiv:2309.07597), BGE-M3 (Chen et al. 2024, arXiv:2402.03216);
     tevatron and GradCache have this layout and loss.
     """
-    checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    checks.one_of("backend", backend, checks.BACKENDS)
+    options = call_options(backend, workspace_limit, reduction)
     _check_embeddings(query, passages)
     _check_groups(query, passages, group_size, offset, target, in_batch_negatives)
     _check_distillation(query, group_size, target, in_batch_negatives, teacher_scores, distillation)
     n = len(query)
-    t = checks.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), query.device)
-    options = call_options(backend, workspace_limit, temperature, normalize)
+    t = temperature_of(temperature, query)
     # (N, G, D), a view; unused with a target
     own = None if target is not None else passages[offset : offset + n * group_size].unflatten(0, (n, group_size))
 
@@ -97,41 +99,38 @@ def grouped_info_nce(
         assert contrastive is not None
         return contrastive
 
-    if backend == "reference":
-        rows = reference.distillation(
-            query, passages, group_size, t, teacher_scores.detach(), distillation, normalize=normalize, offset=offset
-        )
+    weight = torch.softmax(teacher_scores.detach().to(t.values.dtype), dim=1)
+    scores = _own_scores(query, own, t.values, normalize)
+    if distillation == "kl_div":
+        rows = -(weight * torch.log_softmax(scores, dim=1)).sum(1)
     else:
-        weight = torch.softmax(teacher_scores.detach().to(t.dtype), dim=1)
-        scores = _own_scores(query, own, t, normalize)
-        if distillation == "kl_div":
-            rows = -(weight * torch.log_softmax(scores, dim=1)).sum(1)
-        else:
-            first = offset // group_size
-            groups = torch.arange(-first, len(passages) // group_size - first, device=query.device)
-            problem = Problem(
-                query=query,
-                key=passages,
-                temperature=t,
-                target=torch.full((n,), -1, device=query.device),
-                row_ids=torch.arange(n, device=query.device),
-                key_ids=groups.repeat_interleave(group_size, output_size=len(passages)),
-                normalize=normalize,
-            )
-            rows = _falling_groups(contrast.statistics(problem, options).neg, scores, weight)
+        rows = _falling_groups(_outside(query, passages, group_size, offset, t, normalize, options), scores, weight)
     loss = reduced_mean(rows, reduction)
     return loss if contrastive is None else contrastive + loss
 
 
+def _outside(
+    query: Tensor, passages: Tensor, group_size: int, offset: int, t: Temperature, normalize: bool, options: Options
+) -> Tensor:
+    """Return the (N,) logsumexp over the passages of other groups."""
+    n, first, device = len(query), offset // group_size, query.device
+    groups = torch.arange(-first, len(passages) // group_size - first, device=device)
+    ids = groups.repeat_interleave(group_size, output_size=len(passages))
+    none = torch.full((n,), -1, device=device)
+    queries = KeySet(query, torch.arange(n, device=device))
+    problem = Problem(queries, (KeySet(passages, ids),), t, none, normalize=normalize)
+    return contrast.statistics(problem, options).rows.neg
+
+
 def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tensor:
-    """(N, G): the logits of each query's own group, in the dtype of the statistics whatever autocast says."""
+    """Return the (N, G) logits of each query's own group, in the dtype of the statistics whatever autocast says."""
     with torch.autocast(query.device.type, enabled=False):
         q, p = unit(query, normalize, t.dtype), unit(own, normalize, t.dtype)
         return torch.bmm(p, q[:, :, None])[..., 0] / t[:, None]
 
 
 def _falling_groups(outside: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
-    """`sum_k weight_ik log(1 + exp(x_ik))` with x_ik = log(exp(outside_i) + sum_{l > k} exp(s_il)) - s_ik."""
+    """Compute `sum_k weight_ik log(1 + exp(x_ik))` with x_ik = log(exp(outside_i) + sum_{l > k} exp(s_il)) - s_ik."""
     # of a single group nothing is outside: in the gradient of logsumexp -inf - -inf would be NaN
     later = outside[:, None].clamp_min(-1e30)
     terms = []
@@ -166,7 +165,7 @@ def _check_groups(
             raise ValueError("target says which passage is the positive among all: it needs in_batch_negatives=True")
         if offset:
             raise ValueError(f"target replaces offset: pass one of them, got offset={offset}")
-        checks.target(target, n, rows, -100, query.device)
+        checks.target(target, query, rows, -100)
     elif offset + n * group_size > rows:
         raise ValueError(
             f"passages must have {offset + n * group_size} rows or more, offset={offset} and {n} groups of "
@@ -197,7 +196,7 @@ def _check_distillation(
         raise ValueError(f"teacher_scores must be on {query.device} as query is, got {teacher_scores.device}")
 
 
-class GroupedInfoNCELoss(WithTemperature):
+class GroupedInfoNCELoss(ContrastiveLoss):
     """InfoNCE over groups of a positive and its hard negatives; see `grouped_info_nce`.
 
     Args:
@@ -211,21 +210,25 @@ class GroupedInfoNCELoss(WithTemperature):
         >>> loss(query, passages).backward()
     """
 
-    shown = ("group_size", "temperature", "in_batch_negatives", "reduction", "distillation")
+    shown = ("group_size", "in_batch_negatives", "distillation")
 
     def __init__(
         self,
         group_size: int,
         *,
-        temperature: float | Tensor = 0.02,
+        temperature: TemperatureLike = 0.02,
         normalize: bool = True,
         in_batch_negatives: bool = True,
-        reduction: str = "mean",
-        distillation: str | None = None,
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        distillation: Distillation | None = None,
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
         if distillation is not None:
             checks.one_of("distillation", distillation, DISTILLATIONS)
         self.group_size = checks.whole("group_size", group_size, 1)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import reference
-from ..backends.contract import Problem, accumulator
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import KeySet, Problem
 from ..backends.plan import default_limit
+from ..backends.precision import accumulator, all_wide, cast, product_dtype, statistics_dtype
 from ..backends.row_losses import infonce
-from ..compose.reduction import call_options, dots, log_add, reduced, reduced_mean, unit, wide
-from ..contrast import Options
-from .base import WithTemperature
+from ..compose.arguments import NEGATIVE_MODES, NegativeMode, all_ids, call_options, key_embeddings, temperature_of
+from ..compose.reduction import reduced, reduced_mean
+from ..compose.rows import dots, log_add, unit
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss
 
-MARGINS = ("absolute", "relative")
+MarginStrategy = Literal["absolute", "relative"]
+MARGINS: tuple[MarginStrategy, ...] = get_args(MarginStrategy)
+Guides = tuple[Tensor, Tensor, Tensor | None]  # of queries, keys and the negatives that may be left out
 
 
 def guided_info_nce(
@@ -26,8 +30,8 @@ def guided_info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.01,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
     *,
     guide_query: Tensor | None = None,
     guide_key: Tensor | None = None,
@@ -35,13 +39,13 @@ def guided_info_nce(
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     margin: float = 0.0,
-    margin_strategy: str = "absolute",
+    margin_strategy: MarginStrategy = "absolute",
     spare_negatives: bool = False,
     contrast_queries: bool = False,
     contrast_keys: bool = False,
     offset: int = 0,
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """InfoNCE over the negatives that a guide does not take for positives.
@@ -87,81 +91,69 @@ def guided_info_nce(
     own embeddings as the guide and a margin of 0.1, Qwen3-Embedding (Zhang et al. 2025, arXiv:2506.05176).
     """
     checks.one_of("margin_strategy", margin_strategy, MARGINS)
-    checks.info_nce(  # a target of its own, as far as it is concerned
-        query, positive_key, negative_keys, reduction, negative_mode, symmetric=False, in_batch_negatives=True,
-        target=offset, backend=backend,
-    )  # fmt: skip
+    checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+    options = call_options(backend, workspace_limit, reduction)
+    key_embeddings(query, positive_key, negative_keys, negative_mode, targets=True)
     n, m = len(query), len(positive_key)
     if checks.whole("offset", offset, 0) + n > m:
         raise ValueError(f"positive_key must have {offset + n} rows or more, offset={offset} and {n} queries, got {m}")
     margin = checks.finite("margin", margin)
-    _, key_ids, negative_ids = checks.all_ids(
+    _, key_ids, negative_ids = all_ids(
         None, key_ids, negative_ids, query, positive_key, negative_keys, keys_are_negatives=True
     )
     guides = _guides(
         query, positive_key, negative_keys, guide_query, guide_key, guide_negatives, normalize, spare_negatives
     )
-    acc = accumulator(contrast.compute_dtype([query]))
-    t = checks.temperature(temperature, n, acc, query.device)
-    options = call_options(backend, workspace_limit, temperature, normalize)
-    ceiling = _ceiling(guides[0], guides[1][offset : offset + n], margin, margin_strategy, acc)
-    if backend == "reference":
-        return reference.guided_info_nce(
-            query, positive_key, negative_keys, t, reduction, guides=guides, ceiling=ceiling, key_ids=key_ids,
-            negative_ids=negative_ids,
-            contrast_queries=contrast_queries, contrast_keys=contrast_keys, offset=offset, normalize=normalize,
-        )  # fmt: skip
+    t, dtype = temperature_of(temperature, query), statistics_dtype(query)
+    own = slice(offset, offset + n)
+    ceiling = _ceiling(guides[0], guides[1][own], margin, margin_strategy, dtype)
     context: AbstractContextManager[Any] = nullcontext()
     if contrast_queries or contrast_keys:  # rows that take part twice have their 16-bit gradients added in float32
-        (query, context), (positive_key, _) = wide(query), wide(positive_key)
-        negative_keys = None if negative_keys is None else wide(negative_keys)[0]
+        tensors = [query, positive_key, *([] if negative_keys is None else [negative_keys])]
+        (query, positive_key, *rest), context = all_wide(tensors)
+        negative_keys = rest[0] if rest else None
     index = torch.arange(offset, offset + n, device=query.device)
     row_ids = index if key_ids is None else key_ids[index]
-    problem = Problem(
-        query, positive_key, t, index, row_ids=row_ids, key_ids=key_ids, normalize=normalize, guides=guides[:2],
-        ceiling=ceiling,
-    )  # fmt: skip
+    keys = [KeySet(positive_key, key_ids, guides[1])]
     if contrast_queries:
-        problem = _with_negatives(problem, query, guides[0], row_ids)
-    if negative_keys is not None and negative_keys.dim() == 2:
-        problem = _with_negatives(problem, negative_keys, guides[2], negative_ids)
-    elif negative_keys is not None:
-        if guides[2] is not None:
-            limit = options.workspace_limit or default_limit(query.device.type)
-            rejected = _rejected(guides[0], guides[2], ceiling, limit)
-            other = (row_ids ^ 1)[:, None].expand_as(rejected) if negative_ids is None else negative_ids
-            negative_ids = torch.where(rejected, row_ids[:, None], other)
-        problem = _with_negatives(problem, negative_keys, None, negative_ids)
+        keys.append(KeySet(query, row_ids, guides[0]))
+    if negative_keys is not None:
+        limit = options.workspace_limit or default_limit(query.device.type)
+        keys.append(_negatives(negative_keys, negative_ids, guides, ceiling, row_ids, limit))
+    problem = Problem(
+        KeySet(query, row_ids, guides[0]), tuple(keys), t, index, ceiling=ceiling, normalize=normalize
+    )  # fmt: skip
     with context:
         if not contrast_keys:
-            return reduced(problem, options, reduction, symmetric=False)
-        own = slice(offset, offset + n)
-        keys = Problem(
-            positive_key[own], positive_key, t, torch.full_like(index, -1), row_ids=row_ids,
-            key_ids=torch.arange(m, device=query.device) if key_ids is None else key_ids, normalize=normalize,
-            guides=(guides[1][own], guides[1]), ceiling=ceiling,
+            return reduced(problem, options, "infonce")
+        ids = torch.arange(m, device=query.device) if key_ids is None else key_ids
+        others = Problem(
+            KeySet(positive_key[own], row_ids, guides[1][own]), (KeySet(positive_key, ids, guides[1]),), t,
+            torch.full_like(index, -1), ceiling=ceiling, normalize=normalize,
         )  # fmt: skip
-        return reduced_mean(_joined(problem, keys, options), reduction)
+        return reduced_mean(_joined(problem, others, options), reduction)
 
 
 def _joined(problem: Problem, others: Problem, options: Options) -> Tensor:
-    """(N,) losses of a problem whose rows have the negatives of `others` too."""
-    stats = contrast.statistics(problem, options)
-    return infonce(log_add(stats.neg, contrast.statistics(others, options).neg) - stats.pos)
+    """Return the (N,) losses of a problem whose rows have the negatives of `others` too."""
+    rows = contrast.statistics(problem, options).rows
+    return infonce(log_add(rows.neg, contrast.statistics(others, options).rows.neg) - rows.pos)
 
 
-def _with_negatives(problem: Problem, keys: Tensor, guide: Tensor | None, ids: Tensor | None) -> Problem:
-    return replace(
-        problem,
-        negatives=(*problem.negatives, keys),
-        negative_ids=(*problem.negative_ids, ids),
-        guides=(*problem.guides, guide),
-    )
+def _negatives(
+    rows: Tensor, ids: Tensor | None, guides: Guides, ceiling: Tensor, row_ids: Tensor, limit: int
+) -> KeySet:
+    """Return explicit negatives; of paired ones those that the guide leaves out have the ids of their queries."""
+    if rows.dim() == 2 or guides[2] is None:
+        return KeySet(rows, ids, guides[2])
+    rejected = _rejected(guides[0], guides[2], ceiling, limit)
+    other = (row_ids ^ 1)[:, None].expand_as(rejected) if ids is None else ids
+    return KeySet(rows, torch.where(rejected, row_ids[:, None], other))
 
 
 @torch.no_grad()
 def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> Tensor:
-    """(N, H) which of queries' own negatives are left out, within `limit` bytes."""
+    """Return (N, H): which of the queries' own negatives are left out, within `limit` bytes."""
     n, h, d = negatives.shape
     rejected = torch.empty((n, h), dtype=torch.bool, device=query.device)
     step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # a copy, its norms' squares, unit rows
@@ -175,7 +167,10 @@ def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> 
 
 @torch.no_grad()
 def _ceiling(query: Tensor, key: Tensor, margin: float, strategy: str, dtype: torch.dtype) -> Tensor:
-    """(N,) and what the rounding of a cosine and of itself in another order of its sum may differ by."""
+    """Return the (N,) cosines above which a negative is left out.
+
+    They are raised by what the rounding of a cosine and of itself, added in another order, may differ by.
+    """
     with torch.autocast(query.device.type, enabled=False):
         positive = dots(unit(query, True, dtype), unit(key, True, dtype))
     allowed = margin * positive.abs() if strategy == "relative" else margin
@@ -193,17 +188,17 @@ def _guides(
     guide_negatives: Any,
     normalize: bool,
     spare: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The guide's embeddings of queries, keys and the negatives that it may leave out, checked and detached."""
+) -> Guides:
+    """Return the guide's embeddings of queries, keys and the negatives that it may leave out, checked and detached."""
     if guide_negatives is not None and (negatives is None or spare):
         why = "spare_negatives=True" if spare else "no negative_keys were given"
         raise ValueError(f"guide_negatives have no effect: {why}")
     if guide_query is None and guide_key is None and guide_negatives is None:
         if not normalize:
             raise ValueError("a margin is of cosines: without normalize pass guide_query and guide_key")
-        dtype = contrast.compute_dtype([query])
-        rows = [contrast.cast(x.detach(), dtype)[0] for x in (query, key)]
-        return rows[0], rows[1], None if negatives is None or spare else contrast.cast(negatives.detach(), dtype)[0]
+        dtype = product_dtype(query)
+        rows = [cast(x.detach(), dtype)[0] for x in (query, key)]
+        return rows[0], rows[1], None if negatives is None or spare else cast(negatives.detach(), dtype)[0]
     wanted = {"guide_query": (guide_query, query), "guide_key": (guide_key, key)}
     if negatives is not None and not spare:
         wanted["guide_negatives"] = (guide_negatives, negatives)
@@ -231,7 +226,7 @@ def _guides(
     return rows[0], rows[1], rows[2] if len(rows) == 3 else None
 
 
-class GuidedInfoNCELoss(WithTemperature):
+class GuidedInfoNCELoss(ContrastiveLoss):
     """InfoNCE without the negatives that a guide takes for positives; see `guided_info_nce`.
 
     Args:
@@ -244,28 +239,29 @@ class GuidedInfoNCELoss(WithTemperature):
         >>> loss(query, key).backward()
     """
 
-    shown = (
-        "temperature", "negative_mode", "margin", "margin_strategy", "spare_negatives", "contrast_queries",
-        "contrast_keys", "reduction",
-    )  # fmt: skip
+    shown = ("negative_mode", "margin", "margin_strategy", "spare_negatives", "contrast_queries", "contrast_keys")
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.01,
-        reduction: str = "mean",
-        negative_mode: str = "unpaired",
+        temperature: TemperatureLike = 0.01,
         *,
+        reduction: Reduction = "mean",
+        negative_mode: NegativeMode = "unpaired",
         margin: float = 0.0,
-        margin_strategy: str = "absolute",
+        margin_strategy: MarginStrategy = "absolute",
         spare_negatives: bool = False,
         contrast_queries: bool = False,
         contrast_keys: bool = False,
         normalize: bool = True,
-        backend: str = "auto",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
-        checks.one_of("negative_mode", negative_mode, checks.NEGATIVE_MODES)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
+        checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
         checks.one_of("margin_strategy", margin_strategy, MARGINS)
         self.negative_mode = negative_mode
         self.margin = checks.finite("margin", margin)

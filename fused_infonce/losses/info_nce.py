@@ -1,18 +1,23 @@
-"""InfoNCE, the drop-in of info-nce-pytorch, and what plan a call of it has."""
+"""InfoNCE, the drop-in of info-nce-pytorch, and how a call of it would be computed."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import reference
+from ..backends import BackendName, Reduction
+from ..backends.contract import Problem
+from ..backends.indexing import take_rows
 from ..backends.plan import Plan
-from ..compose.arguments import of_keys
-from ..compose.reduction import reduced
+from ..backends.precision import without_autocast
+from ..compose.arguments import NEGATIVE_MODES, NegativeMode, call_options, of_keys
+from ..compose.reduction import reduced, reduced_rows, widened
+from ..compose.rows import class_sums, dots, unit
+from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
 
@@ -21,8 +26,8 @@ def info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
     *,
     symmetric: bool = False,
     normalize: bool = True,
@@ -34,7 +39,7 @@ def info_nce(
     negative_ids: Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """InfoNCE between queries and keys, without the N x M logits.
@@ -79,63 +84,84 @@ def info_nce(
 
     References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch.
     """
-    problem, options = of_keys(
-        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric,
-        normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
-        query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, backend=backend,
-        workspace_limit=workspace_limit,
+    options = call_options(backend, workspace_limit, reduction)
+    problem = of_keys(
+        query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
+        in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
+        key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
-    if weight is not None:
-        weight = checks.row_weight(weight, problem.temperature, query)
-    if label_smoothing != 0:
-        label_smoothing = checks.fraction("label_smoothing", label_smoothing)
-    if backend == "reference":
-        return reference.info_nce(
-            query, positive_key, negative_keys, problem.temperature, reduction, negative_mode, symmetric=symmetric,
-            normalize=normalize, in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target,
-            query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, weight=weight,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-    return reduced(problem, options, reduction, symmetric, weight, label_smoothing)
+    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    if label_smoothing == 0:
+        return reduced(problem, options, "infonce", weight)
+    label_smoothing = checks.fraction("label_smoothing", label_smoothing)
+    problem, context = widened(problem)
+    with context:
+        loss = reduced(problem, options, "infonce", weight)
+        pull = _pull(problem)
+    return loss + label_smoothing * reduced_rows(pull, problem, reduction, weight)
 
 
-def explain(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None = None,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
-    *,
-    symmetric: bool = False,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    **options: Any,
-) -> Plan:
-    """How `info_nce` would compute this very call, and why: a `Plan`, which prints as a sentence. Computes nothing.
+def explain(*args: Any, **kwargs: Any) -> Plan:
+    """Return how `info_nce` would compute this very call, and why: a `Plan`, which prints as a sentence.
 
-    Takes what `info_nce` takes, and raises what it raises. Whether inputs require gradients matters.
+    It takes what `info_nce` takes, raises what it raises, and computes no scores. Whether inputs require gradients
+    matters. Every loss has a method `explain`.
     """
-    if options.get("backend") == "reference":
-        raise ValueError("backend='reference' has no plan: it holds the dense matrices")
-    problem, settings = of_keys(
-        query, positive_key, negative_keys, temperature, reduction, negative_mode, symmetric=symmetric, **options
-    )
-    checks.row_weight(weight, problem.temperature, query)
-    checks.fraction("label_smoothing", label_smoothing)
-    at_once = reduction != "none" and problem.columns == symmetric and not (weight is not None and weight.requires_grad)
-    weighted = weight is not None or problem.target is not None
-    return contrast.make_plan(problem, settings, reduced=at_once, weighted=weighted)
+    with contrast.explaining() as plans:
+        info_nce(*args, **kwargs)
+    return plans[0]
+
+
+def _pull(problem: Problem) -> Tensor:
+    """Compute what label smoothing adds to row i, pos_i - mean_j s_ij over its positive and negatives, O((N + M) D).
+
+    With `problem.columns` it is the mean with that of the columns.
+    """
+    if problem.columns:
+        rows = _pull(replace(problem, columns=False))
+        return (rows + _pull(problem.swapped())) / 2
+    with without_autocast(problem.query.rows.device.type):
+        return _row_pull(problem)
+
+
+def _row_pull(problem: Problem) -> Tensor:
+    t, row_ids, target = problem.temperature.values, problem.query.ids, problem.target
+    x, *sets = (unit(rows, problem.normalize, t.dtype) for rows in problem.inputs)
+    y = sets[0]
+    n, m = len(x), len(y)
+    if target is not None:
+        target = target.clamp(0, max(m - 1, 0))
+    positive = x.new_zeros(x.shape) if m == 0 else y if target is None else take_rows(y, target)
+    total, count = positive, t.new_ones(n)
+    if problem.in_batch and m:
+        key_ids = problem.keys[0].ids
+        total, count = y.sum(0).expand_as(x), count * m
+        if row_ids is not None and key_ids is not None:  # all of the row's id are left out, but its positive
+            same, times = class_sums(key_ids, y, row_ids)
+            again = ((key_ids if target is None else key_ids[target]) == row_ids).to(t.dtype)
+            total, count = total - same + again[:, None] * positive, count - times + again
+    for (_, ids, _, _), z in zip(problem.keys[1:], sets[1:], strict=True):
+        if z.dim() == 3:
+            left = z.new_ones(z.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(t.dtype)
+            total, count = total + torch.bmm(left[:, None], z)[:, 0], count + left.sum(1)
+            continue
+        total, count = total + z.sum(0), count + len(z)
+        if ids is not None and row_ids is not None:
+            same, times = class_sums(ids, z, row_ids)
+            total, count = total - same, count - times
+    return (dots(x, positive) - dots(x, total) / count) / t
 
 
 class FusedInfoNCELoss(ContrastiveLoss):
     """InfoNCE without the N x M logits; a drop-in for `InfoNCE` of info-nce-pytorch. See `info_nce`.
 
     Args:
-        temperature, reduction, negative_mode, symmetric, normalize, in_batch_negatives, ignore_index,
-            label_smoothing, backend, workspace_limit: as in `info_nce`.
-        learnable_temperature: hold the 0-d float32 parameter `logit_scale = log(1 / temperature)`, as CLIP does
-            (Radford et al. 2021, arXiv:2103.00020). Give `loss.parameters()` to the optimizer, without weight decay.
+        temperature, reduction, negative_mode: as in `info_nce`, and as the original by position; the temperature may
+            also be a callable, see `HasTemperature`.
+        symmetric, normalize, in_batch_negatives, ignore_index, label_smoothing, backend, workspace_limit: as in
+            `info_nce`.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
 
     Example:
@@ -144,11 +170,16 @@ class FusedInfoNCELoss(ContrastiveLoss):
         >>> loss(query, key).backward()
     """
 
+    shown = ("negative_mode",)
+    hidden = ContrastiveLoss.hidden | {
+        "symmetric": False, "in_batch_negatives": None, "ignore_index": -100, "label_smoothing": 0.0
+    }  # fmt: skip
+
     def __init__(
         self,
-        temperature: float | Tensor = 0.1,
-        reduction: str = "mean",
-        negative_mode: str = "unpaired",
+        temperature: TemperatureLike = 0.1,
+        reduction: Reduction = "mean",
+        negative_mode: NegativeMode = "unpaired",
         *,
         symmetric: bool = False,
         normalize: bool = True,
@@ -157,54 +188,18 @@ class FusedInfoNCELoss(ContrastiveLoss):
         label_smoothing: float = 0.0,
         learnable_temperature: bool = False,
         max_logit_scale: float | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(reduction, normalize, backend, workspace_limit)
-        checks.one_of("negative_mode", negative_mode, checks.NEGATIVE_MODES)
-        if max_logit_scale is not None:
-            checks.positive_float("max_logit_scale", max_logit_scale)
-            if not learnable_temperature:
-                raise ValueError("max_logit_scale bounds a learnable temperature: pass learnable_temperature=True")
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
+        checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
         self.negative_mode = negative_mode
         self.symmetric = symmetric
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
         self.label_smoothing = checks.fraction("label_smoothing", label_smoothing)
-        self.max_logit_scale = max_logit_scale
-        self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32)) if learnable_temperature else None
-        self.temperature = temperature
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "temperature":  # nn.Module would register a Parameter under the property's name
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature in use: what was assigned, or `exp(-logit_scale)` where it is learnable. Assignable."""
-        return self._temperature if self.logit_scale is None else torch.exp(-self.logit_scale)
-
-    @temperature.setter
-    def temperature(self, value: float | Tensor) -> None:
-        if self.logit_scale is None:
-            value = value if isinstance(value, Tensor) else checks.positive_float("temperature", value)
-            self._parameters.pop("_temperature", None)  # a Parameter of the user's gives way to what is assigned
-            self._temperature = value
-            return
-        scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        scale = -math.log(checks.positive_float("temperature", scalar))
-        with torch.no_grad():
-            self.logit_scale.fill_(scale)
-
-    @torch.no_grad()
-    def clamp_logit_scale_(self) -> None:
-        """Keep `1 / temperature` at or under `max_logit_scale`. Call it after the optimizer's step: a clamp inside the
-        forward would stop the gradient at the bound."""
-        if self.logit_scale is None or self.max_logit_scale is None:
-            raise RuntimeError("clamp_logit_scale_ needs learnable_temperature=True and a max_logit_scale")
-        self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
 
     def forward(
         self,
@@ -219,7 +214,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss; `temperature` replaces the module's for this call."""
+        """Return the loss; `temperature` replaces the module's for this call."""
         return info_nce(
             query,
             positive_key,
@@ -237,21 +232,3 @@ class FusedInfoNCELoss(ContrastiveLoss):
             label_smoothing=self.label_smoothing,
             **self.options,
         )
-
-    def extra_repr(self) -> str:
-        options: dict[str, Any] = {
-            "temperature": self._temperature
-            if self.logit_scale is None
-            else float(f"{torch.exp(-self.logit_scale).item():.6g}"),
-            "reduction": self.reduction,
-            "negative_mode": self.negative_mode,
-        }
-        defaults: dict[str, Any] = {
-            "symmetric": False, "normalize": True, "in_batch_negatives": None, "ignore_index": -100,
-            "label_smoothing": 0.0,
-            "max_logit_scale": None, "backend": "auto", "workspace_limit": None,
-        }  # fmt: skip
-        options.update({name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value})
-        if self.logit_scale is not None:
-            options["learnable_temperature"] = True
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())

@@ -1,4 +1,4 @@
-"""MoCo's loss, against a queue of keys."""
+"""MoCo's loss with its queue of negatives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .base import WithTemperature
-from .info_nce import explain, info_nce
+from ..backends import BackendName, Reduction, plan_of
+from ..backends.contract import KeySet, Problem
+from ..compose.arguments import call_options, temperature_of
+from ..compose.reduction import closed_form, reduced
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss, Plans
 
 
 def moco_loss(
@@ -18,10 +22,10 @@ def moco_loss(
     key: Tensor,
     queue: Tensor,
     temperature: float | Tensor = 0.07,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """MoCo's loss: each query against its key and a queue of the keys of earlier batches, which are the negatives.
@@ -54,25 +58,19 @@ def moco_loss(
         raise ValueError(f"key must have shape {tuple(query.shape)} as query has, got {tuple(key.shape)}")
     if queue.shape[0] != query.shape[1]:
         raise ValueError(f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}")
-    negatives = queue.detach().T
-    options: dict[str, Any] = {
-        "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
-        "workspace_limit": workspace_limit,
-    }  # fmt: skip
-    checks.one_of("backend", backend, checks.BACKENDS)
-    if _kept(query, key.detach(), negatives, temperature, options):
-        negatives = negatives.clone()
-    return info_nce(query, key.detach(), negatives, **options)
+    checked = call_options(backend, workspace_limit, reduction)
+    negatives = KeySet(queue.detach().T)
+    problem = Problem(
+        KeySet(query), (KeySet(key.detach()), negatives), temperature_of(temperature, query), in_batch=False,
+        normalize=normalize,
+    )  # fmt: skip
+    plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
+    if plan.gradients and not plan.one_pass:  # the backward reads the negatives
+        problem.keys = (problem.keys[0], negatives._replace(rows=negatives.rows.clone()))
+    return reduced(problem, checked, "infonce")
 
 
-def _kept(query: Tensor, key: Tensor, negatives: Tensor, temperature: Any, options: dict[str, Any]) -> bool:
-    """Whether a backward will read the negatives."""
-    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (query, temperature)):
-        return False
-    return options["backend"] == "reference" or not explain(query, key, negatives, **options).one_pass
-
-
-class MoCoLoss(WithTemperature):
+class MoCoLoss(ContrastiveLoss):
     """MoCo's loss with its queue of negatives; see `moco_loss`.
 
     The buffers are those of MoCo and part of the state dict: `queue` (dim, queue_size) float32, a negative a column,
@@ -101,15 +99,19 @@ class MoCoLoss(WithTemperature):
     def __init__(
         self,
         dim: int,
-        queue_size: int = 65536,
-        temperature: float | Tensor = 0.07,
         *,
-        reduction: str = "mean",
+        queue_size: int = 65536,
+        temperature: TemperatureLike = 0.07,
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
         checks.whole("dim", dim, 1)
         checks.whole("queue_size", queue_size, 1)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim, dtype=torch.float32)).T)
@@ -132,6 +134,10 @@ class MoCoLoss(WithTemperature):
         if enqueue and self.training:
             self.enqueue(key)
         return loss
+
+    def explain(self, *args: Any, **kwargs: Any) -> Plans:
+        """Return how this very call would be computed, as `Explained.explain` does, and leave the queue alone."""
+        return super().explain(*args, **kwargs | {"enqueue": False})
 
     @torch.no_grad()
     def enqueue(self, key: Tensor) -> None:

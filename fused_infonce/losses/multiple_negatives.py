@@ -5,23 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .. import checks, contrast, reference_ranking
-from ..backends.contract import Problem, accumulator
+from .. import checks, contrast
+from ..backends import BackendName, Options, Reduction
+from ..backends.contract import KeySet, Problem, RowStatistics, Temperature
+from ..backends.precision import all_wide, without_autocast
 from ..backends.row_losses import infonce
-from ..compose.reduction import call_options, dots, log_add, reduced, reduced_mean, unit, wide
-from ..contrast import Options
-from .base import WithTemperature
+from ..compose.arguments import call_options, temperature_of
+from ..compose.reduction import reduced, reduced_mean
+from ..compose.rows import dots, log_add, unit
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss
 
-DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-PARTITIONS = ("joint", "per_direction")
-HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
+Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+Partition = Literal["joint", "per_direction"]
+Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+PARTITIONS: tuple[Partition, ...] = get_args(Partition)
+HARDNESS: tuple[Hardness, ...] = get_args(Hardness)
 
 
 def multiple_negatives(
@@ -29,15 +36,15 @@ def multiple_negatives(
     documents: Sequence[Tensor] | Tensor,
     temperature: float | Tensor = 0.05,
     *,
-    directions: Collection[str] = ("query_to_doc",),
-    partition: str = "joint",
-    hardness: str | None = None,
+    directions: Collection[Direction] = ("query_to_doc",),
+    partition: Partition = "joint",
+    hardness: Hardness | None = None,
     hardness_strength: float = 0.0,
     offset: int = 0,
     all_queries: Tensor | None = None,
     normalize: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """InfoNCE of queries against their positives, the hard negatives of all queries and, if asked, in other directions.
@@ -90,74 +97,22 @@ def multiple_negatives(
     directions: Li et al. 2023, arXiv:2308.03281; hardness: Lan et al. 2025, arXiv:2503.04812, and Schechter Vera et al.
     2025, arXiv:2509.20354.
     """
-    checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    checks.one_of("backend", backend, checks.BACKENDS)
+    options = call_options(backend, workspace_limit, reduction)
     check_options(directions, partition, hardness, hardness_strength)
     documents = _check_embeddings(query, documents, offset, all_queries, directions)
-    n, m, device = len(query), len(documents[0]), query.device
-    t = checks.temperature(temperature, n, accumulator(contrast.compute_dtype([query])), device)
-    options = call_options(backend, workspace_limit, temperature, normalize)
-    strength = 0.0 if hardness is None else float(hardness_strength)
-    if backend == "reference":
-        return reference_ranking.multiple_negatives(
-            query, documents, t, directions, partition, hardness, strength, offset, all_queries, normalize, reduction
-        )
-    if hardness == "hard_negatives" and len(documents) == 1:
-        strength = 0.0
-    apart = strength > 0 and hardness != "all_negatives" and len(documents) > 1  # a row's own hard negatives
-    weighted = strength > 0 and hardness != "hard_negatives"  # in-batch negatives
-    all_queries = None if all_queries is query else all_queries
-    local = n == m and all_queries is None
-    columns = local and "doc_to_query" in directions and not weighted  # from the products of query_to_doc
-    every = query if all_queries is None else all_queries
-
-    # several problems, or one and the scores of own hard negatives: gradients of 16-bit rows are rounded once
-    products: AbstractContextManager[Any] = nullcontext()
-    if apart or len(set(directions)) > 1 + columns:
-        (query, products), *documents = wide(query), *(wide(x)[0] for x in documents)
-        every = query if all_queries is None else wide(every)[0]
-    positives, *hard = documents
-    index = torch.arange(m, device=device)
-    own = index[offset : offset + n]
-    target = None if local else own
-    shared: dict[str, Any] = {}  # the hard negatives of all rows, and of all but its own
-    others: dict[str, Any] = {}
-    if hard:
-        with contrast.products(device.type):  # autocast would refuse rows of its other 16-bit dtype
-            shared = {"negatives": (torch.cat(hard) if len(hard) > 1 else hard[0],), "negative_ids": (None,)}
-        others = shared | {"row_ids": own, "negative_ids": (index.repeat(len(hard)),)}
-
-    first = Problem(query, positives, t, target, **(others if apart else shared), columns=columns, normalize=normalize)
-    simple = not strength and (set(directions) == {"query_to_doc"} or (columns and partition == "per_direction"))
-    if simple:
-        return reduced(first, options, reduction, symmetric=columns)
-
+    ranking = _Ranking(
+        query, documents, query if all_queries is None else all_queries, offset, temperature_of(temperature, query),
+        frozenset(directions), hardness, float(hardness_strength), normalize,
+    )  # fmt: skip
+    both = ranking.columns and partition == "per_direction"
+    if not ranking.strength and (ranking.directions == {"query_to_doc"} or both):
+        return reduced(ranking.first, options, "infonce")
+    ranking, products = ranking.widened()
     with products:
-        if weighted:
-            pos, neg = _weighted(first, options, strength)
-        else:
-            stats = contrast.statistics(first, options)
-            pos, neg = stats.pos, stats.neg
-        negs = [neg]
-        mine = positives if local else positives[offset : offset + n]
-        if "query_to_query" in directions:
-            problem = Problem(query, every, t, target, normalize=normalize, self_similar=local)
-            negs.append(contrast.statistics(problem, options).neg)
-        if columns:
-            assert stats.column_neg is not None
-            negs.append(stats.column_neg)
-        elif "doc_to_query" in directions:
-            negs.append(contrast.statistics(Problem(mine, every, t, target, normalize=normalize), options).neg)
-        if "doc_to_doc" in directions:
-            problem = Problem(
-                mine, positives, t, target, **others, normalize=normalize, self_similar=local and not hard
-            )
-            negs.append(contrast.statistics(problem, options).neg)
-    with torch.autocast(device.type, enabled=False):
-        if apart:
-            mates = [x[offset : offset + n] for x in hard]
-            bonus = strength if hardness == "hard_negatives" else 0.0
-            negs[0] = log_add(neg, _own(query, mates, t, bonus, normalize))
+        pos, negs = ranking.scores(options)
+    with torch.autocast(query.device.type, enabled=False):
+        if ranking.apart:
+            negs[0] = log_add(negs[0], ranking.own_negatives())
         if partition == "per_direction":
             return reduced_mean(torch.stack([infonce(neg - pos) for neg in negs]).mean(0), reduction)
         # with doc_to_query the positive is there twice: log(k + exp(x)) = log k + log(1 + exp(x - log k))
@@ -165,24 +120,132 @@ def multiple_negatives(
         return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), reduction)
 
 
-def _weighted(problem: Problem, options: Options, strength: float) -> tuple[Tensor, Tensor]:
-    """(pos, neg) where every negative's logit has `strength` times its cosine added, which gets no gradient.
+@dataclass(frozen=True, eq=False)
+class _Ranking:
+    """A call of `multiple_negatives`: its rows, and the problems that its directions are."""
+
+    query: Tensor
+    documents: list[Tensor]
+    every: Tensor  # the queries of all documents
+    offset: int
+    t: Temperature
+    directions: frozenset[str]
+    hardness: str | None
+    hardness_strength: float
+    normalize: bool
+
+    @property
+    def strength(self) -> float:
+        none = self.hardness is None or (self.hardness == "hard_negatives" and len(self.documents) == 1)
+        return 0.0 if none else self.hardness_strength
+
+    @property
+    def apart(self) -> bool:
+        """Whether a query's own hard negatives are treated unlike those of others."""
+        return self.strength > 0 and self.hardness != "all_negatives" and len(self.documents) > 1
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the documents of other queries have a hardness."""
+        return self.strength > 0 and self.hardness != "hard_negatives"
+
+    @property
+    def local(self) -> bool:
+        """Whether document i is query i's."""
+        return len(self.query) == len(self.documents[0]) and self.every is self.query
+
+    @property
+    def columns(self) -> bool:
+        """Whether doc_to_query comes from the products of query_to_doc."""
+        return self.local and "doc_to_query" in self.directions and not self.weighted
+
+    @property
+    def own(self) -> slice:
+        return slice(self.offset, self.offset + len(self.query))
+
+    @property
+    def index(self) -> Tensor:
+        """The samples of the documents."""
+        return torch.arange(len(self.documents[0]), device=self.query.device)
+
+    @property
+    def target(self) -> Tensor | None:
+        return None if self.local else self.index[self.own]
+
+    def hard(self, others: bool) -> tuple[tuple[KeySet, ...], Tensor | None]:
+        """Return the hard negatives of all queries, and the ids that leave each query's own out if only `others`'."""
+        hard = self.documents[1:]
+        if not hard:
+            return (), None
+        with without_autocast(self.query.device.type):  # autocast would refuse rows of its other 16-bit dtype
+            rows = torch.cat(hard) if len(hard) > 1 else hard[0]
+        if not others:
+            return (KeySet(rows),), None
+        return (KeySet(rows, self.index.repeat(len(hard))),), self.index[self.own]
+
+    @property
+    def first(self) -> Problem:
+        """The queries against the documents."""
+        hard, ids = self.hard(others=self.apart)
+        return Problem(
+            KeySet(self.query, ids), (KeySet(self.documents[0]), *hard), self.t, self.target, columns=self.columns,
+            normalize=self.normalize,
+        )  # fmt: skip
+
+    def widened(self) -> tuple[_Ranking, AbstractContextManager[Any]]:
+        """Return the call over rows whose 16-bit gradients are rounded once, where several problems share them, or one
+        and the scores of own hard negatives."""
+        if not self.apart and len(self.directions) <= 1 + self.columns:
+            return self, nullcontext()
+        (query, every, *documents), context = all_wide([self.query, self.every, *self.documents])
+        return replace(self, query=query, every=every, documents=documents), context
+
+    def scores(self, options: Options) -> tuple[Tensor, list[Tensor]]:
+        """Return the (N,) logits of the positives, and for each direction the logsumexp of its negatives."""
+        positives, mine, t = self.documents[0], self.documents[0][self.own], self.t
+        rows, columns = _weighted(self.first, options, self.strength) if self.weighted else contrast.statistics(
+            self.first, options
+        )  # fmt: skip
+        negs = [rows.neg]
+
+        def against(x: Tensor, y: Tensor, ids: Tensor | None = None, *hard: KeySet, itself: bool = False) -> Tensor:
+            problem = Problem(
+                KeySet(x, ids), (KeySet(y), *hard), t, self.target, normalize=self.normalize, self_similar=itself
+            )
+            return contrast.statistics(problem, options).rows.neg
+
+        if "query_to_query" in self.directions:
+            negs.append(against(self.query, self.every, itself=self.local))
+        if columns is not None:
+            negs.append(columns.neg)
+        elif "doc_to_query" in self.directions:
+            negs.append(against(mine, self.every))
+        if "doc_to_doc" in self.directions:
+            hard, ids = self.hard(others=True)
+            itself = self.local and not hard
+            negs.append(against(positives if itself else mine, positives, ids, *hard, itself=itself))
+        return rows.pos, negs
+
+    def own_negatives(self) -> Tensor:
+        """Compute the (N,) logsumexp over a query's own hard negatives, O(N H D)."""
+        t = self.t.values
+        bonus = self.strength if self.hardness == "hard_negatives" else 0.0
+        q = unit(self.query, self.normalize, t.dtype)
+        mates = [unit(x[self.own], self.normalize, t.dtype) for x in self.documents[1:]]
+        cosine = torch.stack([dots(q, mate) for mate in mates], dim=1)
+        return torch.logsumexp(cosine / t[:, None] + bonus * cosine.detach(), dim=1)
+
+
+def _weighted(problem: Problem, options: Options, strength: float) -> tuple[RowStatistics, None]:
+    """Return statistics where every negative's logit has `strength` times its cosine added, which gets no gradient.
 
     These are the logits at the temperature r t, r = 1 / (1 + strength t); their gradient is that at t, r times theirs.
     """
-    t = problem.temperature
-    r = 1 / (1 + strength * t.detach())
-    problem, options = replace(problem, temperature=r * t), replace(options, logit_bound=options.logit_bound + strength)
-    stats = contrast.statistics(problem, options)
-    finite = stats.neg.clamp_min(-1e30)  # where there are no negatives, -inf - -inf would be NaN
-    return r * stats.pos, stats.neg.detach() + r * (finite - finite.detach())
-
-
-def _own(query: Tensor, hard: Sequence[Tensor], t: Tensor, strength: float, normalize: bool) -> Tensor:
-    """(N,) logsumexp over a row's own hard negatives, O(N H D)."""
-    q = unit(query, normalize, t.dtype)
-    cosine = torch.stack([dots(q, unit(x, normalize, t.dtype)) for x in hard], dim=1)
-    return torch.logsumexp(cosine / t[:, None] + strength * cosine.detach(), dim=1)
+    cooler = problem.temperature.cooler(strength)
+    r = (cooler.values / problem.temperature.values).detach()
+    rows = contrast.statistics(replace(problem, temperature=cooler), options).rows
+    finite = rows.neg.clamp_min(-1e30)  # where there are no negatives, -inf - -inf would be NaN
+    return rows._replace(pos=r * rows.pos, neg=rows.neg.detach() + r * (finite - finite.detach())), None
 
 
 def check_options(directions: Any, partition: str, hardness: str | None, hardness_strength: Any) -> None:
@@ -200,12 +263,15 @@ def check_options(directions: Any, partition: str, hardness: str | None, hardnes
         checks.one_of("hardness", hardness, HARDNESS)
     if not 0 <= checks.real("hardness_strength", hardness_strength) < math.inf:
         raise ValueError(f"hardness_strength must not be negative, and finite, got {hardness_strength}")
+    if hardness is None and hardness_strength:
+        kinds = ", ".join(map(repr, HARDNESS))
+        raise ValueError(f"hardness_strength={hardness_strength} has no effect without hardness: one of {kinds}")
 
 
 def _check_embeddings(
     query: Any, documents: Any, offset: Any, all_queries: Any, directions: Collection[str]
 ) -> list[Tensor]:
-    """The columns of documents."""
+    """Return the columns of documents."""
     checks.embeddings("query", query, 2, "(N, D)")
     if isinstance(documents, Tensor):
         checks.embeddings("documents", documents, 3, "(1 + H, M, D), or be a sequence of (M, D)")
@@ -232,7 +298,7 @@ def _check_embeddings(
     return documents
 
 
-class MultipleNegativesLoss(WithTemperature):
+class MultipleNegativesLoss(ContrastiveLoss):
     """InfoNCE with hard negatives, in up to four directions; see `multiple_negatives`.
 
     Args:
@@ -245,22 +311,26 @@ class MultipleNegativesLoss(WithTemperature):
         >>> loss(query, [positive, hard]).backward()
     """
 
-    shown = ("temperature", "directions", "partition", "hardness", "hardness_strength", "reduction")
+    shown = ("directions", "partition", "hardness", "hardness_strength")
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.05,
+        temperature: TemperatureLike = 0.05,
         *,
-        directions: Collection[str] = ("query_to_doc",),
-        partition: str = "joint",
-        hardness: str | None = None,
+        directions: Collection[Direction] = ("query_to_doc",),
+        partition: Partition = "joint",
+        hardness: Hardness | None = None,
         hardness_strength: float = 0.0,
         normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
         check_options(directions, partition, hardness, hardness_strength)
         self.directions = tuple(directions)
         self.partition = partition

@@ -1,4 +1,4 @@
-"""NT-Xent, of two views or more."""
+"""NT-Xent, SimCLR's loss, of two views or more."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, contrast
-from ..backends import reference
-from ..backends.contract import Problem
+from .. import contrast
+from ..backends import BackendName, Reduction
+from ..backends.contract import KeySet, Problem
+from ..backends.precision import wide
 from ..backends.row_losses import infonce
-from ..compose.arguments import of_views, rows_of
-from ..compose.reduction import call_options, dots, reduced, reduced_mean, unit, wide
-from .base import WithTemperature
+from ..compose.arguments import call_options, of_views, stacked, temperature_of, views
+from ..compose.reduction import reduced, reduced_mean
+from ..compose.rows import dots, unit
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss
 
 
 def nt_xent(
     view_a: Tensor,
     view_b: Tensor,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     more_views: Sequence[Tensor] = (),
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """NT-Xent, SimCLR's loss: every row of all views against the rows of all other samples, its other views positives.
@@ -45,28 +48,24 @@ def nt_xent(
 
     Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
     """
-    views = checks.views(view_a, view_b, more_views)
-    if len(views) == 2 and backend != "reference":
-        problem, options = of_views(view_a, view_b, temperature, reduction, normalize, backend, workspace_limit)
-        return reduced(problem, options, reduction, symmetric=False)
-    checks.one_of("reduction", reduction, checks.REDUCTIONS)
-    checks.one_of("backend", backend, checks.BACKENDS)
-    rows, t = rows_of(views, temperature)
-    if backend == "reference":
-        return reference.nt_xent(view_a, view_b, t, reduction, more_views=views[2:], normalize=normalize)
-    options = call_options(backend, workspace_limit, temperature, normalize)
-    samples = len(view_a)
+    options = call_options(backend, workspace_limit, reduction)
+    if more_views == ():
+        return reduced(of_views(view_a, view_b, temperature, normalize), options, "infonce")
+    every = views(view_a, view_b, more_views)
+    rows, samples = stacked(every), len(view_a)
+    t = temperature_of(temperature, rows)
     rows, products = wide(rows)
-    ids = torch.arange(samples, device=rows.device).repeat(len(views))
+    ids = torch.arange(samples, device=rows.device).repeat(len(every))
+    same = KeySet(rows, ids)
     with products:
-        neg = contrast.statistics(Problem(rows, rows, t, row_ids=ids, key_ids=ids, normalize=normalize), options).neg
+        neg = contrast.statistics(Problem(same, (same,), t, normalize=normalize), options).rows.neg
     with torch.autocast(rows.device.type, enabled=False):
         x = unit(rows, normalize, rows.dtype)
-        losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t) for k in range(1, len(views))]
+        losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t.values) for k in range(1, len(every))]
         return reduced_mean(torch.stack(losses).mean(0), reduction)
 
 
-class NTXentLoss(WithTemperature):
+class NTXentLoss(ContrastiveLoss):
     """NT-Xent, SimCLR's loss, from two or more views of a batch; see `nt_xent`.
 
     Example:
@@ -76,14 +75,18 @@ class NTXentLoss(WithTemperature):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.1,
-        reduction: str = "mean",
+        temperature: TemperatureLike = 0.1,
         *,
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
         return nt_xent(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, NamedTuple, get_args
+
 import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import reference
-from ..backends.contract import Problem, accumulator
+from ..backends import BackendName, Reduction
+from ..backends.contract import KeySet, Problem
+from ..backends.precision import statistics_dtype, wide
 from ..backends.row_losses import infonce
-from ..compose.reduction import call_options, class_sums, dots, reduced_mean, unit, wide
-from .base import WithTemperature
+from ..compose.arguments import call_options
+from ..compose.reduction import reduced_mean
+from ..compose.rows import class_sums, dots, unit
+from ..temperature.scale import TemperatureLike
+from .base import ContrastiveLoss
 from .nt_xent import nt_xent
+
+ContrastMode = Literal["all", "one"]
+CONTRAST_MODES: tuple[ContrastMode, ...] = get_args(ContrastMode)
 
 
 def sup_con(
@@ -19,12 +28,12 @@ def sup_con(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 0.07,
-    contrast_mode: str = "all",
-    base_temperature: float = 0.07,
-    reduction: str = "mean",
+    contrast_mode: ContrastMode = "all",
+    base_temperature: float | None = 0.07,
+    reduction: Reduction = "mean",
     *,
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
     """SupCon: every row against all others, all rows of its class its positives.
@@ -41,9 +50,10 @@ def sup_con(
             the views of a sample are.
         mask: (N, N), bool, integers or floats, none negative: the weight in the mean with which sample j's views are
             positives of sample i's, 0 for none. May be asymmetric. Not with labels.
-        temperature: t, a positive number or a one-element tensor; gradients flow to tensors, through t / t_base too.
+        temperature: t, a positive number or a one-element tensor; gradients flow to tensors, but not through the factor
+            t / t_base, which would make a learned temperature vanish.
         contrast_mode: "all" (every view is an anchor) or "one" (the first view is).
-        base_temperature: t_base, a positive number.
+        base_temperature: t_base, a positive number; None: no factor t / t_base.
         reduction: "mean" over the anchors, those without positives counting with 0; "sum"; or "none": (V N,) for "all",
             the anchors of the first view first, (N,) for "one".
         normalize: as in `info_nce`. The original leaves it to the caller.
@@ -54,86 +64,101 @@ def sup_con(
 
     References: Khosla et al. 2020, arXiv:2004.11362; https://github.com/HobbitLong/SupContrast (losses.py).
     """
-    base = checks.sup_con(features, labels, mask, temperature, contrast_mode, base_temperature, reduction, backend)
+    options = call_options(backend, workspace_limit, reduction)
+    _check(features, labels, mask, temperature, contrast_mode)
+    dtype = statistics_dtype(features)
+    t = checks.temperature(temperature, features[:0], dtype)
+    factor: float | Tensor = 1.0
+    if base_temperature is not None:
+        factor = t.values.detach()[0] / checks.positive_float("base_temperature", base_temperature)
+    weights = None if mask is None else _mask_weights(mask, dtype)
     samples, views = features.shape[:2]
-    device, acc = features.device, accumulator(contrast.compute_dtype([features]))
-    t = checks.temperature(temperature, 1, acc, device)
-    options = call_options(backend, workspace_limit, temperature, normalize)
-    labels = None if labels is None else labels.flatten().long()
-    weights = None if mask is None else checks.mask_weights(mask, acc)
-    if backend == "reference":
-        return reference.sup_con(features, labels, weights, t, contrast_mode, base, reduction, normalize=normalize)
     rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # (V N, D), one view after another
     if views == 2 and contrast_mode == "all" and labels is None and weights is None:
         view_a, view_b = rows.chunk(2)
-        loss = nt_xent(
-            view_a,
-            view_b,
-            temperature,
-            reduction,
-            normalize=normalize,
-            backend=backend,
+        return factor * nt_xent(
+            view_a, view_b, temperature, reduction, normalize=normalize, backend=backend,
             workspace_limit=workspace_limit,
-        )
-        return loss * (t[0] / base)
+        )  # fmt: skip
 
-    repeats = 1 if contrast_mode == "one" else views
-    anchors = repeats * samples
+    positives = _positives(labels, weights, samples, views, rows, dtype)
+    anchors = samples if contrast_mode == "one" else len(rows)
     rows, products = wide(rows)
-    index = torch.arange(len(rows), device=device)
-    single = None
-    own = torch.ones(samples, dtype=acc, device=device)
-    if weights is not None:
-        if views == 1:  # a row is never its own positive
-            weights = weights.masked_fill(torch.eye(samples, dtype=torch.bool, device=device), 0)
-        target, own, single = _of_mask(weights, views)
-    elif views > 1:
-        target = index.roll(-samples)
-    else:
-        target = torch.full_like(index, -1) if labels is None else _next(labels)
+    index = torch.arange(len(rows), device=rows.device)
     problem = Problem(
-        rows[:anchors], rows, t, target[:anchors], row_ids=index[:anchors], key_ids=index, normalize=normalize
-    )
+        KeySet(rows[:anchors], index[:anchors]), (KeySet(rows, index),), t, positives.target[:anchors],
+        normalize=normalize,
+    )  # fmt: skip
     with products:
-        stats = contrast.statistics(problem, options)
-
-    with torch.autocast(device.type, enabled=False):
-        x = unit(rows, normalize, acc)
-        total, count = x.unflatten(0, (views, samples)).sum(0), torch.full((samples,), views, dtype=acc, device=device)
-        if labels is not None:
-            total, members = class_sums(labels, total)
-            count = count * members
-        elif weights is not None:
-            total, count = weights @ total, count * weights.sum(1)
-        count = count - own
-        if single is None:
-            single = count == 1
-        count, single, own = (y.repeat(repeats) for y in (count, single, own))
-        total = total.repeat(repeats, 1)
+        stats = contrast.statistics(problem, options).rows
+    with torch.autocast(rows.device.type, enabled=False):
+        x = unit(rows, normalize, dtype)
+        total, count = _class_totals(x.unflatten(0, (views, samples)).sum(0), labels, weights, views)
+        count = count - positives.own
+        single = count == 1 if positives.single is None else positives.single
+        count, single, own, total = (
+            y.repeat(anchors // max(samples, 1), *[1] * (y.dim() - 1)) for y in (count, single, positives.own, total)
+        )
         query = x[:anchors]
-        mean = (dots(query, total) - own * dots(query, query)) / (t * torch.where(count == 0, 1, count))
+        mean = (dots(query, total) - own * dots(query, query)) / (t.values * torch.where(count == 0, 1, count))
         # lse over all others - mean = softplus(neg - s_iy) + (s_iy - mean), y one of the positives. Where it is the
         # only one the second part is 0, and the first is exact however small the loss
         loss = infonce(stats.neg - stats.pos) + torch.where(single, 0, stats.pos - mean)
-        return reduced_mean(torch.where(count == 0, 0, loss) * (t / base), reduction)
+        return factor * reduced_mean(torch.where(count == 0, 0, loss), reduction)
 
 
-def _of_mask(weights: Tensor, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (N, N) weights: (V N,) a positive of each row, the heaviest, -1 where it has none; (N,) the weight of the row
-    itself in its row of the mask, and whether it has one positive only."""
+class _Positives(NamedTuple):
+    """What is to be known of the rows' positives beforehand.
+
+    target: (V N,) one of each row, -1 where it has none. own: (N,) the weight that the row itself has among them.
+    single: (N,) whether there is one only; None where that is for their number to say
+    """
+
+    target: Tensor
+    own: Tensor
+    single: Tensor | None
+
+
+def _positives(
+    labels: Tensor | None, weights: Tensor | None, samples: int, views: int, rows: Tensor, dtype: torch.dtype
+) -> _Positives:
+    index = torch.arange(len(rows), device=rows.device)
+    own = torch.ones(samples, dtype=dtype, device=rows.device)
+    if weights is not None:
+        if views == 1:  # a row is never its own positive
+            weights.fill_diagonal_(0)
+        return _of_mask(weights, views)
+    if views > 1:
+        return _Positives(index.roll(-samples), own, None)
+    return _Positives(torch.full_like(index, -1) if labels is None else _next(labels.flatten().long()), own, None)
+
+
+def _class_totals(total: Tensor, labels: Tensor | None, weights: Tensor | None, views: int) -> tuple[Tensor, Tensor]:
+    """Return for each sample the sum of its class's rows, (N, D), and their number, from the sums over views."""
+    count = total.new_full((len(total),), views)
+    if labels is not None:
+        total, members = class_sums(labels.flatten().long(), total)
+        return total, count * members
+    if weights is not None:
+        return weights @ total, count * weights.sum(1)
+    return total, count
+
+
+def _of_mask(weights: Tensor, views: int) -> _Positives:
+    """Return the positives that (N, N) weights say: the target is the heaviest."""
     n = len(weights)
-    index, own = torch.arange(n, device=weights.device), weights.diagonal()
+    index, own = torch.arange(n, device=weights.device), weights.diagonal().clone()
     if not n:
-        return index, own, own == 1
+        return _Positives(index, own, own == 1)
     heaviest, sample = weights.max(1)
     row = torch.arange(views, device=weights.device)[:, None] * n
     target = torch.where(sample == index, (row + n + index) % (views * n), row + sample)  # its next view, not itself
     single = views * (weights > 0).sum(1) - (own > 0).long() == 1
-    return torch.where(heaviest == 0, -1, target).flatten(), own, single
+    return _Positives(torch.where(heaviest == 0, -1, target).flatten(), own, single)
 
 
 def _next(classes: Tensor) -> Tensor:
-    """(N,) for each row the next one of its class, after the last the first; -1 where it is alone."""
+    """Return for each row the next one of its class, after the last the first; -1 where it is alone: (N,)."""
     ordered, order = torch.sort(classes, stable=True)
     first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
     index = torch.arange(len(classes), device=classes.device)
@@ -142,39 +167,92 @@ def _next(classes: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, following)
 
 
-class SupConLoss(WithTemperature):
-    """Supervised contrastive loss; a drop-in for `SupConLoss` of SupContrast. See `sup_con`.
+def _check(features: Any, labels: Any, mask: Any, temperature: Any, contrast_mode: str) -> None:
+    """Check the arguments of `sup_con` but for values of tensors."""
+    checks.one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
+    if isinstance(features, Tensor) and features.dim() < 3:
+        raise ValueError(
+            "features must have at least 3 dimensions (N, V, D), V views of N samples: torch.stack([view_a, view_b], "
+            f"dim=1) of two (N, D) views, .unsqueeze(1) of one; got shape {tuple(features.shape)}"
+        )
+    checks.embeddings("features", features, features.dim() if isinstance(features, Tensor) else 3, "(N, V, D)")
+    n, views = features.shape[:2]
+    if views == 0:
+        raise ValueError(f"features must have at least one view, got shape {tuple(features.shape)}")
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask both say what the positives are: pass one of them")
+    if labels is not None:
+        _check_labels(labels, features)
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor of shape ({n}, {n}), got {type(mask).__name__}")
+        if mask.dtype not in (torch.bool, *checks.INTEGERS, *checks.FLOATS):
+            raise TypeError(f"mask must be bool, integers or floats, got {mask.dtype}")
+        if mask.shape != (n, n):
+            raise ValueError(f"mask must have shape ({n}, {n}), got {tuple(mask.shape)}")
+        checks.on("mask", mask, features.device, "features")
+        if mask.requires_grad:
+            raise ValueError("mask must not require a gradient: it has none")
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature must be a number or a one-element tensor, got shape {tuple(temperature.shape)}")
+
+
+def _check_labels(labels: Any, features: Tensor) -> None:
+    n, views = features.shape[:2]
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n and labels.shape[1] > 1:
+        raise ValueError(
+            f"labels must be one integer a sample, shape ({n},), got shape {tuple(labels.shape)}: one-hot labels are "
+            "labels.argmax(1), and several labels a sample are mask=(labels @ labels.T) > 0"
+        )
+    if isinstance(labels, Tensor) and labels.shape == (views,) and n == 2 != views:
+        raise ValueError(
+            f"labels must have shape ({n},), one a sample, got {tuple(labels.shape)}: features are (N, V, D), so stack "
+            "views with torch.stack([view_a, view_b], dim=1), not along dimension 0"
+        )
+    column = isinstance(labels, Tensor) and labels.dim() == 2
+    checks.ids("labels", labels, (n, 1) if column else (n,), features.device, "features")
+
+
+def _mask_weights(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of positives as weights, none negative, in memory of their own."""
+    if not mask.is_floating_point():
+        mask = mask.to(dtype)
+    return checks.only("mask", mask, (mask >= 0) & mask.isfinite(), "not be negative, and finite").to(dtype, copy=True)
+
+
+class SupConLoss(ContrastiveLoss):
+    """Supervised contrastive loss; see `sup_con`. The drop-in of SupContrast is `compat.supcontrast.SupConLoss`.
 
     Example:
         >>> loss = SupConLoss(temperature=0.07)
         >>> loss(torch.randn(32, 2, 128, requires_grad=True), labels=torch.arange(32) % 10).backward()
     """
 
-    shown = ("temperature", "contrast_mode", "base_temperature", "reduction")
+    shown = ("contrast_mode", "base_temperature")
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.07,
-        contrast_mode: str = "all",
-        base_temperature: float = 0.07,
-        reduction: str = "mean",
+        temperature: TemperatureLike = 0.07,
         *,
+        contrast_mode: ContrastMode = "all",
+        base_temperature: float | None = 0.07,
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        learnable_temperature: bool = False,
+        max_logit_scale: float | None = None,
+        backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
-        super().__init__(temperature, reduction, normalize, backend, workspace_limit)
-        checks.one_of("contrast_mode", contrast_mode, checks.CONTRAST_MODES)
+        super().__init__(
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
+        checks.one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
         self.contrast_mode = contrast_mode
-        self.base_temperature = checks.positive_float("base_temperature", base_temperature)
+        if base_temperature is not None:
+            checks.positive_float("base_temperature", base_temperature)
+        self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return sup_con(
-            features,
-            labels,
-            mask,
-            self.temperature,
-            self.contrast_mode,
-            self.base_temperature,
-            **self.options,
+            features, labels, mask, self.temperature, self.contrast_mode, self.base_temperature, **self.options
         )

@@ -2,4 +2,6 @@
 
 from .backend import gradients, onepass, statistics, unavailable
 
-__all__ = ["gradients", "onepass", "statistics", "unavailable"]
+__all__ = ["differentiable", "gradients", "onepass", "statistics", "unavailable"]
+
+differentiable = False

@@ -191,8 +191,8 @@ def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int]:
     return block_m, block_d, min(2048 // block_d, 16)
 
 
-def own_tile(arch: str, h: int, d: int) -> tuple[int, int, int]:
-    """(rows, negatives, columns) of a block of rows' own negatives (N, H, D)."""
+def paired_tile(arch: str, h: int, d: int) -> tuple[int, int, int]:
+    """(rows, negatives, columns) of a block of paired keys (N, H, D)."""
     block_h, block_d = min(power_of_two(h, least=1), 16), min(power_of_two(d), 256)
     elements = 1 << 16 if arch == INTERPRETER else 1 << 12
     return min(elements // (block_h * block_d), 64), block_h, block_d

@@ -1,0 +1,74 @@
+"""The dtypes of a call: of its products, of what is accumulated, and what autocast makes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bits of range: 2^(a logit up to this), summed over a million columns, divided by a million rows, and its inverse stay
+# normal numbers of the accumulator and, on a GPU, of the products' dtype; float16 has no such range.
+EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 90.0, torch.float32: 90.0, torch.float64: 900.0}
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits and statistics for products in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which the products of x are made: under autocast its own, except for float64; else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the statistics of x, of its loss and of its temperature."""
+    return accumulator(product_dtype(x))
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return the context in which products are made in the dtypes that are there, whatever autocast says."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return `x` in `dtype`, and where float16 has no range for it the power of two that each row was divided by."""
+    if x.dtype == dtype:
+        return x, None
+    if dtype != torch.float16 or not x.numel():
+        return x.to(dtype), None
+    exponent = torch.frexp(x.float().abs().amax(-1)).exponent.clamp(-120, 126)
+    scale = torch.exp2(exponent.to(torch.float32))  # the largest element of a row ends in [0.5, 1)
+    return (x / scale[..., None]).to(dtype), scale
+
+
+def wide(rows: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
+    """Return rows in the accumulator dtype, of the values that the products see, and the context to make these in.
+
+    So 16-bit rows that several problems or a problem and a composition share have their gradients added in float32 and
+    rounded once.
+    """
+    dtype, device = product_dtype(rows), rows.device.type
+    acc = accumulator(dtype)
+    if rows.dtype == acc and dtype != acc:  # float32 rows under autocast
+        with torch.no_grad():
+            narrow, scale = cast(rows, dtype)
+            change = (narrow.to(acc) if scale is None else narrow.to(acc) * scale[..., None]) - rows
+        return rows + change, torch.autocast(device, dtype=dtype)
+    return rows.to(dtype).to(acc), torch.autocast(device, dtype=dtype, enabled=dtype != acc)
+
+
+def all_wide(tensors: Sequence[Tensor]) -> tuple[list[Tensor], AbstractContextManager[Any]]:
+    """Return `wide` of each tensor, and the context of all; a tensor that is there twice stays one."""
+    seen: dict[int, Tensor] = {}
+    context: AbstractContextManager[Any] = nullcontext()
+    for x in tensors:
+        if id(x) not in seen:
+            seen[id(x)], context = wide(x)
+    return [seen[id(x)] for x in tensors], context

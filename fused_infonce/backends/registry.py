@@ -1,0 +1,141 @@
+"""The backends: which there are, which one a call takes, and by which plan it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .contract import LN2, Backend, Problem
+from .plan import Plan, choose, default_limit
+from .precision import EXPONENT_ROOM, accumulator, product_dtype
+
+BackendName = Literal["auto", "triton", "torch", "reference"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for beyond its tensors."""
+
+    backend: BackendName = "auto"
+    workspace_limit: int | None = None
+    reduction: Reduction = "mean"
+
+
+def load(name: str) -> Backend:
+    """Return the module of this name, a folder or file beside this one."""
+    backend: Any = import_module(f".{name}", __package__)
+    return backend
+
+
+_LOADED: dict[str, Backend] = {}
+
+
+def get(name: str) -> Backend:
+    """Return the backend of this name; while `torch.compile` records, one that is called through operators."""
+    if torch.compiler.is_compiling():
+        if name == "reference":  # the compiler looks inside
+            from . import reference
+
+            return cast(Backend, reference)
+        from .operators import Recorded
+
+        return Recorded(name)
+    if name not in _LOADED:
+        _LOADED[name] = load(name)
+    return _LOADED[name]
+
+
+_UNAVAILABLE: dict[tuple[torch.device, torch.dtype], str] = {}
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the Triton backend cannot run on such tensors, or "" if it can."""
+    if (device, dtype) not in _UNAVAILABLE:
+        _UNAVAILABLE[device, dtype] = _unavailable(torch.empty(0, dtype=dtype, device=device))
+    return _UNAVAILABLE[device, dtype]
+
+
+# What torch.compiler.assume_constant_result sets. To call it would import torch._dynamo, as long as all of torch again.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _unavailable(tensor: Tensor) -> str:
+    try:
+        return load("triton").unavailable(tensor)
+    except ImportError as error:
+        if (error.name or "").endswith(".kernels"):
+            return (
+                f"the source tree {Path(__file__).parents[2]} hides the installed package, and lacks the kernels that "
+                "an installation has: start Python in another folder"
+            )
+        return f"Triton cannot be imported ({error})"
+
+
+def resolve(backend: str, tensor: Tensor) -> str:
+    """Return the name of the backend that runs: "auto" is Triton on a GPU where it can run, PyTorch elsewhere."""
+    if backend == "auto" and tensor.device.type != "cuda":
+        return "torch"
+    if backend not in ("auto", "triton"):
+        return backend
+    why = unavailable(tensor.device, tensor.dtype)
+    if why and backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run here: {why}")
+    if why and not torch.compiler.is_compiling():
+        warnings.warn(f"backend='auto' runs in PyTorch, slower: {why}", stacklevel=user_level())
+    return "torch" if why else "triton"
+
+
+def user_level() -> int:
+    """Return the `stacklevel` of a warning of the caller's that points at the line of the user's code."""
+    inside = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+remembered = lru_cache(maxsize=1024)(choose)
+
+
+def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = False, full: bool = False) -> Plan:
+    """Return the plan of a call on these inputs as they are now, before they are cast.
+
+    reduced, weighted: whether the loss is a sum of row losses known in closed form, and whether rows weigh differently.
+    full: whether the statistics themselves are what was asked for.
+    """
+    backend = resolve(options.backend, problem.query.rows)
+    if forward_ad._current_level >= 0 and backend != "reference":
+        _refuse_tangents(problem)
+    query, t = problem.query.rows, problem.temperature
+    n, d = query.shape
+    m = 0
+    for keys in problem.keys if problem.in_batch else problem.keys[1:]:
+        m += keys.rows.shape[-2]
+    dtype = product_dtype(query)
+    device = query.device.type
+    plan = choose if torch.compiler.is_compiling() else remembered
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (*problem.inputs, t.values))
+    return plan(
+        backend=backend, device=device, n=n, m=m, d=d, itemsize=dtype.itemsize,
+        acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
+        self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
+        per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
+        guided=problem.ceiling is not None, limit=options.workspace_limit or default_limit(device), full=full,
+    )  # fmt: skip
+
+
+def _refuse_tangents(problem: Problem) -> None:
+    for x in (*problem.inputs, problem.temperature.values):
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError("the fused loss has no forward-mode derivative (jvp): it needs backend='reference'")

@@ -1,0 +1,241 @@
+"""A problem made ready for PyTorch: chunks of rows, tiles of scores, and softmax states that merge.
+
+Logits are in base 2, exp2 being the cheaper exponential. A state is (m, l, s) with l = sum 2^(logit - m) and
+s = sum 2^(logit - m) logit over some columns; m is None, for 0, where every exponential fits as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import LN2, LOG2E, Problem, RowStatistics
+from ..indexing import add_rows
+from ..plan import Plan
+from ..precision import EXPONENT_ROOM
+from .keys import Guide, Keys, PairedKeys, Rows, SharedKeys
+
+State = tuple[Any, ...]  # (m, l) or (m, l, s)
+Scale = Tensor | float  # one for all rows, as a number where that is free to read or a (1,) tensor; or (R,)
+
+
+class Chunk(NamedTuple):
+    """Some rows of the problem. `alpha scaled` are the queries times log2(e) / t."""
+
+    rows: slice
+    queries: Rows
+    scaled: Tensor  # (R, D)
+    alpha: float
+    inv_t: Scale
+
+
+class Tile(NamedTuple):
+    """A chunk's rows against some columns of one set of keys."""
+
+    chunk: Chunk
+    keys: Keys
+    cols: slice
+
+    def scores(self, out: Tensor) -> Tensor:
+        """Return the logits in base 2, in a flat buffer."""
+        chunk = self.chunk
+        return self.keys.scores(chunk.scaled, chunk.alpha, chunk.rows, self.cols, self.shaped(out))
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        r, c = self.chunk.rows.stop - self.chunk.rows.start, self.cols.stop - self.cols.start
+        return flat[: r * c].view(r, c)
+
+    def exclude(self, scores: Tensor, value: float) -> None:
+        self.keys.exclude(scores, value, self.chunk.rows, self.cols)
+
+    def add_gradients(self, w: Tensor, grad_x: Tensor | None) -> None:
+        self.keys.add_gradients(w, self.chunk.queries.unit, self.chunk.rows, self.cols, grad_x)
+
+
+class Work:
+    """A problem made ready: the keys as the logits see them, their gradients' accumulators, scratch for tiles."""
+
+    def __init__(self, problem: Problem, plan: Plan, dtypes: Sequence[torch.dtype | None]):
+        self.problem, self.plan, self.acc = problem, plan, problem.acc_dtype
+        self.device, self.n = problem.query.rows.device, problem.query.rows.shape[0]
+        view, ceiling = problem.query.guide, problem.ceiling
+        guide = None if view is None or ceiling is None else Guide(view, ceiling)
+        (first, *others), (_, wanted, *rest) = problem.keys, dtypes
+        self.key = SharedKeys(problem, first, plan.cols, wanted is not None, guide, targets=True)
+        self.others: list[Keys] = [
+            PairedKeys(problem, keys, plan.limit, dtype)
+            if keys.rows.dim() == 3
+            else SharedKeys(problem, keys, plan.cols, dtype is not None, guide)
+            for keys, dtype in zip(others, rest, strict=True)
+        ]
+        self.sets: list[Keys] = [*([self.key] if problem.in_batch else []), *self.others]
+        self.columns = [(keys, cols) for keys in self.sets for cols in keys.tiles()]
+        t = problem.temperature.values
+        self.shared_t = problem.temperature.shared
+        self.inv_t: Scale = 1 / t.item() if self.shared_t and self.device.type == "cpu" else t.reciprocal()
+        self.shift = plan.full or not (plan.bounded or self._fits_without_shift())
+        self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out
+
+    def _fits_without_shift(self) -> bool:
+        """Return whether every exponential fits by a bound that only the tensors give, which a CPU reads for free."""
+        p = self.problem
+        if self.device.type != "cpu" or not self.n or not self.sets:
+            return False
+        longest = 1.0 if p.normalize else Rows(p.query.rows, False, p.query.scale, self.acc).longest()
+        bound = longest * max(keys.longest() for keys in self.sets)
+        return bound * LOG2E / p.temperature.values.min().item() <= EXPONENT_ROOM[self.acc]
+
+    def part(self, x: Any, rows: slice) -> Any:
+        """Return those rows of a number, or a (1,) or (N, ...) tensor."""
+        return x if isinstance(x, float) or x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
+
+    def chunks(self) -> Iterator[Chunk]:
+        query = self.problem.query
+        for start in range(0, self.n, self.plan.rows):
+            rows = slice(start, min(start + self.plan.rows, self.n))
+            if self.problem.self_similar:
+                queries = self.key.rows[rows]
+            else:
+                scale = None if query.scale is None else self.part(query.scale, rows)
+                queries = Rows(self.part(query.rows, rows), self.problem.normalize, scale, self.acc)
+            inv_t = self.part(self.inv_t, rows)
+            if isinstance(inv_t, float):
+                yield Chunk(rows, queries, queries.unit, LOG2E * inv_t, inv_t)
+            else:
+                yield Chunk(rows, queries, queries.unit * (inv_t * LOG2E)[:, None], 1.0, inv_t)
+
+    def tiles(self, chunk: Chunk) -> Iterator[Tile]:
+        tiles = (Tile(chunk, keys, cols) for keys, cols in self.columns)
+        if not self.triangular:
+            return tiles
+        return (tile for tile in tiles if tile.keys is not self.key or tile.cols.start >= chunk.rows.start)
+
+    def two_way(self, tile: Tile) -> bool:
+        """Return whether the tile serves its columns too: asked for, or because it stands for its transpose as well."""
+        if tile.keys is not self.key:
+            return False
+        return tile.cols.start > tile.chunk.rows.start if self.triangular else self.problem.columns
+
+    def buffers(self, count: int) -> list[Tensor]:
+        """Return flat buffers, each for any tile."""
+        widest = max((cols.stop - cols.start for _, cols in self.columns), default=0)
+        return [self.buffer(widest) for _ in range(count)]
+
+    def buffer(self, cols: int) -> Tensor:
+        return torch.empty(min(self.plan.rows, self.n) * cols, dtype=self.acc, device=self.device)
+
+    def probabilities(self, statistics: RowStatistics, u: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return (shift, factor) with `2^(score - shift) factor = u p / t`; no shift where every exponential fits."""
+        shift, factor = statistics.maximum, u * self.inv_t * statistics.scale
+        return (shift, factor) if self.shift else (None, factor * torch.exp2(-shift))
+
+    def column_scores(self, scores: Tensor, tile: Tile) -> Tensor:
+        """Turn s_ij into s_ij t_i / t'_j in place, the same product at the temperature of key j's own row."""
+        if isinstance(self.inv_t, float) or isinstance(tile.chunk.inv_t, float) or self.shared_t:
+            return scores
+        return scores.div_(tile.chunk.inv_t[:, None]).mul_(self.inv_t[tile.cols])
+
+    def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
+        """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""
+        tile.exclude(scores, -torch.inf)
+        if not self.shift:
+            return None, torch.exp2(scores, out=out).sum(dim)
+        m = scores.amax(dim)
+        return m, torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
+
+    def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
+        """Return (m, l, s) along each of `dims`, or (m, l) for a forward alone. Unshifted they share an exponential."""
+        if self.shift and len(dims) > 1:
+            return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
+        states = [self.exponentials(scores, tile, dims[0], scratch), *((None, scratch.sum(dim)) for dim in dims[1:])]
+        if not (self.plan.gradients or self.plan.full):
+            return states
+        tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
+        scratch.mul_(scores)
+        return [(m, total, scratch.sum(dim)) for (m, total), dim in zip(states, dims, strict=True)]
+
+    def target_keys(self, chunk: Chunk) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return (index, rows, inside): each row's target among the keys, its unit row, and whether there is one.
+
+        Where the problem has no targets they are the chunk's own rows, all of them there.
+        """
+        target, unit = self.problem.target, self.key.rows.unit
+        if target is None:
+            return None, self.part(unit, chunk.rows), None
+        target = target[chunk.rows]
+        m = unit.shape[0]
+        index, inside = target.clamp(0, max(m - 1, 0)), (target >= 0) & (target < m)
+        return index, unit[index] if m else torch.zeros_like(chunk.queries.unit), inside
+
+    def positives(self, chunk: Chunk) -> Tensor:
+        """Return the (R,) logits of the targets."""
+        _, keys, inside = self.target_keys(chunk)
+        pos = torch.linalg.vecdot(chunk.queries.unit, keys) * chunk.inv_t
+        pos = pos if self.problem.normalize else pos + (pos - pos)  # an infinite logit is never legitimate: NaN
+        if inside is None or self.problem.target is None:
+            return pos
+        missing = torch.where(self.problem.target[chunk.rows] == -1, 0.0, torch.nan).to(self.acc)
+        return torch.where(inside, pos, missing)
+
+    def add_positives(self, chunk: Chunk, v: Tensor, grad_x: Tensor | None) -> None:
+        """Add v_i / t_i y_target(i) to the query's gradient and v_i / t_i x_i to its target's."""
+        index, keys, inside = self.target_keys(chunk)
+        w = v * chunk.inv_t
+        w = (w if inside is None else torch.where(inside, w, 0))[:, None]
+        if grad_x is not None:
+            grad_x.addcmul_(keys, w)
+        if self.key.grad is None or not self.key.grad.shape[0]:
+            return
+        if index is None:
+            self.part(self.key.grad, chunk.rows).addcmul_(chunk.queries.unit, w)
+        else:
+            add_rows(self.key.grad, index, chunk.queries.unit * w)
+
+    def finish(self, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+        """Return the gradients of all sets of keys in `dtypes`."""
+        return [keys.finish(dtype) for keys, dtype in zip([self.key, *self.others], dtypes, strict=True)]
+
+
+def finite(m: Tensor) -> Tensor:
+    """Return a maximum that can be subtracted: 0 where there was nothing to maximise over."""
+    return m.masked_fill(m == -torch.inf, 0)
+
+
+def merge(a: State | None, b: State) -> State:
+    """Return the state over the columns of both."""
+    if a is None:
+        return b
+    if a[0] is None:
+        return None, *(x + y for x, y in zip(a[1:], b[1:], strict=True))
+    m = torch.maximum(a[0], b[0])
+    wa, wb = torch.exp2(a[0] - finite(m)), torch.exp2(b[0] - finite(m))
+    return m, *(x * wa + y * wb for x, y in zip(a[1:], b[1:], strict=True))
+
+
+def log_sum(state: State) -> Tensor:
+    """Return the logsumexp of a state, natural; -inf where there is nothing."""
+    total = state[1].log2()
+    return (total if state[0] is None else total.add_(state[0])).mul_(LN2)
+
+
+def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
+    """Return the statistics of rows with these positives; those of no columns for a state of None."""
+    zero = torch.zeros_like(pos)
+    if state is None:
+        return RowStatistics(pos, torch.full_like(pos, -torch.inf), zero, zero, zero)
+    m, total, *products = state
+    none = total == 0
+    neg, scale, mean = log_sum(state), total.reciprocal().masked_fill_(none, 0), zero
+    if products:
+        mean = (products[0] / total).masked_fill_(none, 0).mul_(LN2)
+        lost = mean.isnan()
+        neg, scale = neg.masked_fill_(lost, torch.nan), scale.masked_fill_(lost, torch.nan)
+    return RowStatistics(pos, neg, mean, zero if m is None else finite(m), scale)
+
+
+def over_chunks(parts: Sequence[RowStatistics]) -> RowStatistics:
+    """Return the statistics of all rows from those of their chunks."""
+    return parts[0] if len(parts) == 1 else RowStatistics(*map(torch.cat, zip(*parts, strict=True)))

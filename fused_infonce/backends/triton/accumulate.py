@@ -1,0 +1,114 @@
+"""Sums of coefficients times rows over all tiles: in registers, or through a workspace and library products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..plan import PRODUCT_SHARE, Plan
+from ..precision import accumulator
+from .gradient import add_streaming_gradient, gradient_slots, write_coefficients
+from .launch import Excluded, Side
+from .work import Work
+
+
+def streaming(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tensor]:
+    """Return the accumulated gradients, (slots, rows, D) by place in the inputs, from sums kept in registers."""
+    accumulators: dict[int, Tensor] = {}
+    query, segments = work.query, list(work.segments)
+
+    def add(index: int, x: Side, y: Side, excluded: Excluded, widest: int) -> None:
+        first = index not in accumulators
+        if first:
+            slots = gradient_slots(x, y, widest, plan.limit)
+            accumulators[index] = x.rows.new_empty((slots, *x.rows.shape), dtype=work.problem.acc_dtype)
+        add_streaming_gradient(accumulators[index], x, y, excluded, index == 0, not first)
+
+    for index, keys, excluded in segments:
+        if wanted[0]:
+            add(0, query, keys, excluded, max(len(keys) for _, keys, _ in segments))
+        if wanted[index]:
+            add(index, keys, query, excluded, len(query))
+    return accumulators
+
+
+def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tensor]:
+    """Return the accumulated gradients, (1, rows, D) by place in the inputs, from blocks of C and library products.
+
+    Of a symmetric C the blocks under the diagonal are left out: a block above it stands for its transpose too.
+    """
+    query, n, mirrored = work.query, len(work.query), work.problem.self_similar
+    segments = [segment for segment in work.segments if n and (wanted[0] or wanted[segment[0]])]
+    if not segments:
+        return {}
+    accumulators: dict[int, Tensor] = {}
+    block_rows, block_cols = min(plan.rows, n), min(plan.cols, max(len(keys) for _, keys, _ in segments))
+    block = query.rows.new_empty((block_rows, aligned(block_cols, query.rows)))
+    for index, keys, excluded in segments:
+        symmetric = mirrored and index == 1
+        for rows in slices(n, block_rows):
+            for cols in slices(len(keys), block_cols):
+                if symmetric and cols.start < rows.start:
+                    continue
+                c = block[: rows.stop - rows.start, : cols.stop - cols.start]
+                write_coefficients(c, query, keys, rows, cols, excluded)
+                if wanted[0]:
+                    add_product(accumulators, 0, query, rows, c, keys.rows[cols], plan.limit)
+                other = 0 if symmetric else index
+                if wanted[other] and not (symmetric and cols.start == rows.start):
+                    add_product(accumulators, other, keys, cols, c.T, query.rows[rows], plan.limit)
+    return accumulators
+
+
+def slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def aligned(cols: int, like: Tensor) -> int:
+    """Return a row length with which long rows start at multiples of 16 bytes, as library products want."""
+    lane = 16 // like.element_size()
+    return cols if cols < 16 * lane else -(-cols // lane) * lane
+
+
+@cache
+def adds_in_place(device: torch.device) -> bool:
+    """Return whether this PyTorch adds 16-bit products to float32 in place: asked by doing so, older ones refuse."""
+    out, x = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    try:
+        torch.addmm(out, x, x, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
+
+
+def add_product(
+    accumulators: dict[int, Tensor], index: int, side: Side, rows: slice, a: Tensor, b: Tensor, limit: int
+) -> None:
+    """Add a @ b to some rows of accumulators[index], (1, n, D), in their dtype; from zeros at first.
+
+    What a product cannot add in place takes a share of `limit`; a first product of all rows is the accumulator itself.
+    """
+    like, acc = side.rows, accumulator(side.rows.dtype)
+    narrow = a.dtype != acc
+    native = not narrow or (a.is_cuda and not torch.version.hip)  # a library product in the accumulator's dtype
+    if index not in accumulators:
+        if native and rows == slice(0, like.shape[0]):
+            accumulators[index] = (torch.mm(a, b, out_dtype=acc) if narrow else torch.mm(a, b))[None]
+            return
+        accumulators[index] = like.new_zeros((1, *like.shape), dtype=acc)
+    out = accumulators[index][0, rows]
+    if not narrow:
+        out.addmm_(a, b)
+        return
+    if adds_in_place(out.device):
+        torch.addmm(out, a, b, out_dtype=acc, out=out)
+        return
+    most = max(limit // PRODUCT_SHARE // (out.element_size() * out.shape[1]), 1)
+    for part in slices(len(out), most):
+        if native:
+            out[part].add_(torch.mm(a[part], b, out_dtype=acc))
+        else:
+            out[part].addmm_(a[part].to(acc), b.to(acc))

@@ -1,0 +1,89 @@
+"""Launchers of kernels/rows.py: what each row of a side needs by itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.rows import scale_kernel, side_kernel
+from ..contract import EPS, LOG2E, KeySet, RowStatistics
+from . import tiles
+from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows, run, temperature_arguments, vector
+
+
+def side(
+    keys: KeySet,
+    normalize: bool,
+    temperature: Tensor | None = None,
+    *,
+    statistics: RowStatistics | None = None,
+    u: Tensor | None = None,
+    positive: tuple[KeySet, Tensor | None] | None = None,
+    ceiling: Tensor | None = None,
+) -> tuple[Side, Tensor | None]:
+    """Return a set of rows made ready for tile passes, and the (N,) logits of its targets if asked for.
+
+    temperature: of the direction whose rows they are; statistics, u: of that direction, for its gradients
+    positive: the set that holds the rows' targets, and the targets
+    """
+    x, ids = contiguous_rows(keys.rows), contiguous(keys.ids)
+    inverse = vector(x, x.shape[0]) if normalize else contiguous(keys.scale)
+    scale = None if temperature is None else vector(x, x.shape[0])
+    weight = None if u is None else torch.empty_like(u)
+    pos = None if positive is None else vector(x, x.shape[0])
+    if normalize or temperature is not None:
+        others, target = positive or (None, None)
+        y = None if others is None else contiguous_rows(others.rows)
+        _launch(
+            x, y, A_ptr=inverse, S_ptr=scale, U_ptr=u, R_ptr=None if statistics is None else statistics.scale,
+            W_ptr=weight, B_ptr=None if others is None else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos,
+            at_eps=1 / EPS, NORMALIZE=normalize, **temperature_arguments(temperature),
+        )  # fmt: skip
+    guide = norms = None
+    if keys.guide is not None:
+        guide = contiguous_rows(keys.guide)
+        norms = vector(guide, guide.shape[0])
+        none = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
+        _launch(guide, None, A_ptr=norms, at_eps=0.0, NORMALIZE=True, **temperature_arguments(None), **none)
+    shift = None if statistics is None else statistics.maximum
+    zero_row = 1 / EPS if normalize else math.inf
+    return Side(x, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), zero_row), pos
+
+
+def _launch(x: Tensor, y: Tensor | None, **arguments: Any) -> None:
+    block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
+    run(
+        side_kernel, (cdiv(x.shape[0], block_m),),
+        X_ptr=x, Y_ptr=y, size_x=x.shape[0], size_y=0 if y is None else y.shape[0], D=x.shape[1],
+        stride_xm=x.stride(0), stride_yn=0 if y is None else y.stride(0), eps=EPS, log2e=LOG2E, ACC=acc_of(x),
+        BLOCK_M=block_m, BLOCK_D=block_d, **arguments,
+    )  # fmt: skip
+
+
+def scaled_rows(
+    x: Side, rows: slice, u: Tensor, statistics: RowStatistics, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the factors a_i u_i 2^-m_i r_i / t_i of some rows, and these rows times them."""
+    part, inverse = part_of(x.rows, rows), None if x.inverse is None else part_of(x.inverse, rows)
+    out, factor = torch.empty(part.shape, dtype=part.dtype, device=part.device), torch.empty_like(u)
+    block_m, block_d = tiles.row_tile(tiles.architecture(part.device), part.shape[1])
+    run(
+        scale_kernel, (cdiv(part.shape[0], block_m),),
+        X_ptr=part, A_ptr=inverse, U_ptr=u, M_ptr=statistics.maximum, R_ptr=statistics.scale, F_ptr=factor,
+        OUT_ptr=out, size_x=part.shape[0], D=part.shape[1], stride_xm=part.stride(0), zero_row=x.zero_row,
+        EMULATE=INTERPRETED, ACC=acc_of(part), BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(temperature),
+    )  # fmt: skip
+    return factor, out
+
+
+def part_of(x: Tensor, rows: slice) -> Tensor:
+    """Return those rows of x (N, ...), or x itself where they are all or it has one for all."""
+    return x if x.shape[0] == 1 or rows.stop - rows.start == x.shape[0] else x[rows]
+
+
+def without_zero_rows(inverse: Tensor | None, zero_row: float) -> Tensor | None:
+    """Return inverse norms as gradients take them: 0 for rows that count as zero."""
+    return inverse if inverse is None or zero_row == math.inf else inverse.masked_fill(inverse >= zero_row, 0)

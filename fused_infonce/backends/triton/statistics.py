@@ -1,0 +1,78 @@
+"""Launchers of kernels/statistics.py: softmax states of rows and columns, and their merging."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels.statistics import STATE_SLOTS, merge_kernel, statistics_kernel
+from ..contract import LN2, RowStatistics
+from ..precision import accumulator
+from .launch import (
+    Excluded,
+    Side,
+    acc_of,
+    cdiv,
+    columns_per_program,
+    guide_arguments,
+    pair_arguments,
+    run,
+    tile_of,
+)
+
+WAVES = 5  # of programs of a statistics pass over a device, whose parts of a row cost little: an estimate
+SLOTS: int = STATE_SLOTS.value
+
+
+def unwritten(pos: Tensor) -> RowStatistics:
+    """Return statistics of rows with these positives whose other vectors are still to be written."""
+    return RowStatistics(pos, *(torch.empty_like(pos) for _ in RowStatistics._fields[1:]))
+
+
+def merge(states: Tensor, first: int, slots: int, into: RowStatistics | None = None) -> None:
+    """Merge slots first to slots - 1 of (slots, SLOTS, n) states into statistics, or without `into` into slot 0."""
+    size, block_m = states.shape[2], 256
+    _, neg, mean, maximum, scale = into or [None] * len(RowStatistics._fields)
+    run(
+        merge_kernel, (cdiv(size, block_m),),
+        S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, MAXIMUM_ptr=maximum, SCALE_ptr=scale, first=first, slots=slots,
+        size=size, ln2=LN2, ACC=acc_of(states), BLOCK_M=block_m,
+    )  # fmt: skip
+
+
+def merged(states: Tensor, pos: Tensor) -> RowStatistics:
+    """Return the statistics of rows with these positives from all slots of their states."""
+    into = unwritten(pos)
+    merge(states, 0, states.shape[0], into)
+    return into
+
+
+def row_states(x: Side, y: Side, excluded: Excluded, columns: RowStatistics | None, limit: int) -> Tensor:
+    """Return the (slots, SLOTS, N) states of the rows of x over y.
+
+    columns: the statistics that those of y over x are merged into.
+
+    Row states take a slot for each part of the columns, as many as half of `limit` bytes hold; column states one for
+    each block of rows, hence as many launches as keep them within the other half.
+    """
+    n, m = len(x), len(y)
+    tile = tile_of("statistics" if columns is None else "columns", x, y)
+    blocks = cdiv(n, tile.block_m)
+    step, state = blocks, SLOTS * accumulator(x.rows.dtype).itemsize
+    if columns is not None:
+        step = max(1, min(blocks, limit // 2 // (state * max(m, 1)) - 1))
+    split = columns_per_program(step, m, tile.block_n, x.rows.device, limit // 2 // (state * max(n, 1)), WAVES)
+    states = x.rows.new_empty((cdiv(m, split), SLOTS, n), dtype=accumulator(x.rows.dtype))
+    slots = None if columns is None else states.new_empty((step + 1, SLOTS, m))
+    for start in range(0, blocks, max(step, 1)):
+        count = min(step, blocks - start)
+        run(
+            statistics_kernel, (count, states.shape[0]),
+            ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m, split=split,
+            HOIST=x.rows.shape[1] <= tile.block_d, **pair_arguments(tile, x, y), **excluded.arguments(x, y),
+            **guide_arguments(x, y),
+        )  # fmt: skip
+        if columns is not None and slots is not None:
+            last = start + count == blocks
+            merge(slots, 0 if start else 1, count + 1, columns if last else None)
+    return states

@@ -1,0 +1,38 @@
+"""Rows and (N,) vectors that losses compose: unit rows, dot products, guarded logarithms, sums over classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.indexing import add_rows, take_rows
+from ..backends.reference import unit_rows
+
+
+def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
+    """Return the rows as the logits see them, in `dtype`, differentiable."""
+    return unit_rows(x.to(dtype)) if normalize else x.to(dtype)
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """Return x_i . y_i of every row."""
+    return torch.linalg.vecdot(x, y)
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """Compute log(exp(a) + exp(b)); -inf, and no gradient, where both are: there that of torch.logaddexp is NaN."""
+    none = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(none, 0), b.masked_fill(none, 0)).masked_fill(none, -torch.inf)
+
+
+def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the sum of the rows of x, (K, D), and their number, (K,), for each class in `wanted` (default: all rows').
+
+    Rows are added in one order, and without a synchronisation.
+    """
+    wanted = classes if wanted is None else wanted
+    ordered, _ = torch.sort(classes)
+    place = torch.searchsorted(ordered, classes)  # of the class's first row: the same for all of it
+    sums = add_rows(x.new_zeros(len(x) + 1, x.shape[1]), place, x)
+    first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
+    return take_rows(sums, torch.where(end > first, first, len(x))), end - first

@@ -1,0 +1,88 @@
+"""The primitive for losses of one's own: statistics of queries against keys, differentiable."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import contrast
+from ..backends import BackendName
+from ..backends.contract import LN2, RowStatistics, Statistics
+from .arguments import NegativeMode, call_options, of_keys
+
+
+@overload
+def statistics(
+    query: Tensor, key: Tensor, negative_keys: Tensor | None = None, temperature: float | Tensor = 0.1, *,
+    columns: Literal[False] = False, negative_mode: NegativeMode = "unpaired", normalize: bool = True,
+    in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
+    query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
+    backend: BackendName = "auto", workspace_limit: int | None = None,
+) -> RowStatistics: ...  # fmt: skip
+
+
+@overload
+def statistics(
+    query: Tensor, key: Tensor, negative_keys: Tensor | None = None, temperature: float | Tensor = 0.1, *,
+    columns: Literal[True], negative_mode: NegativeMode = "unpaired", normalize: bool = True,
+    in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
+    query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
+    backend: BackendName = "auto", workspace_limit: int | None = None,
+) -> Statistics: ...  # fmt: skip
+
+
+def statistics(
+    query: Tensor,
+    key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    columns: bool = False,
+    negative_mode: NegativeMode = "unpaired",
+    normalize: bool = True,
+    in_batch_negatives: bool | None = None,
+    ignore_index: int = -100,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    backend: BackendName = "auto",
+    workspace_limit: int | None = None,
+) -> RowStatistics | Statistics:
+    """Compute what contrastive losses are made of, without the N x M logits: write a loss of your own on it.
+
+        pos_i = s_i,y    neg_i = log sum_j exp(s_ij)    mean_i = sum_j p_ij s_ij    maximum_i = max_j s_ij
+        s_ij = cos(q_i, k_j) / t_i,    p_ij = exp(s_ij - neg_i)
+
+    over the negatives j of row i, which the positive y is not among. InfoNCE is `softplus(neg - pos)`, the decoupled
+    loss `neg - pos`, and `exp(neg - mean)` the effective number of negatives.
+
+    Args:
+        columns: return `Statistics(rows, columns)`, where `columns` are those of the keys against the queries, from the
+            same products; column j has the temperature and the positive of row j. Needs N = M and no `target`.
+        All others: as in `info_nce`.
+
+    Returns:
+        `RowStatistics(pos, neg, mean, maximum, scale)`, (N,) each: float64 for float64 inputs, else float32. Gradients
+        flow through `pos` and `neg` to the embeddings and the temperature, once; the others have none. `scale` is
+        `1 / sum_j exp(s_ij - maximum_i)`, with which a probability is `exp(s_ij - maximum_i) scale_i` to the last
+        digit. A row that `target` ignores has pos 0; one without negatives has neg and maximum -inf, mean and scale 0.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
+    """
+    problem = of_keys(
+        query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
+        in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
+        key_ids=key_ids, negative_ids=negative_ids,
+    )  # fmt: skip
+    found = contrast.statistics(problem, call_options(backend, workspace_limit), full=True)
+    rows = _natural(found.rows)
+    return rows if found.columns is None else Statistics(rows, _natural(found.columns))
+
+
+def _natural(rows: RowStatistics) -> RowStatistics:
+    """Return statistics whose maximum is a logit; backends hold it in base 2, and 0 where there are no negatives."""
+    return rows._replace(maximum=torch.where(rows.neg == -torch.inf, -torch.inf, rows.maximum * LN2))
