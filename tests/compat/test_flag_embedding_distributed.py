@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from flag_models import make
-from flag_processes import in_one_of_two_processes
-from processes import in_two_processes
+from support.flag_models import make
+from support.flag_processes import in_one_of_two_processes
+from support.processes import in_two_processes
 
 
 @pytest.mark.timeout(300)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error, evaluate
-from libraries import library
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import error, evaluate
+from support.libraries import library
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 original = library("info_nce")
 

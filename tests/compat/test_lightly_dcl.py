@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from libraries import library
-from peers import without_package
+from support.libraries import library, without_package
 
 from fused_infonce import DCLLoss, decoupled_nt_xent
 

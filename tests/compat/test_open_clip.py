@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, both_backends, error, evaluate
-from libraries import library
-from peers import without_package
-from processes import WORLD, in_two_processes
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import DEVICE, both_backends, error, evaluate
+from support.libraries import library, without_package
+from support.processes import WORLD, in_two_processes
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 original = library("open_clip.loss", without_package)
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DEVICE, cases
-from libraries import library
-from side_by_side import error_of, refuse_fallback
+from support.helpers import DEVICE, cases
+from support.libraries import library
+from support.side_by_side import error_of, refuse_fallback
 
 library("pytorch_metric_learning")
 

@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import INTERPRETED, error
-from libraries import library
-from processes import in_two_processes
-from side_by_side import refuse_fallback
-from test_memory import MIB, PeakMemory
+from support.helpers import INTERPRETED, error
+from support.libraries import library
+from support.memory import MIB, PeakMemory
+from support.processes import in_two_processes
+from support.side_by_side import refuse_fallback
 
 library("pytorch_metric_learning")
 

@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import error
-from libraries import library
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import error
+from support.libraries import library
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 library("sentence_transformers")
 
-from sentence_models import (  # noqa: E402
+from sentence_transformers import util  # noqa: E402
+from support.sentence_models import (  # noqa: E402
     CACHED,
     GTE,
     KINDS,
@@ -28,7 +29,6 @@ from sentence_models import (  # noqa: E402
     features,
     originals,
 )
-from sentence_transformers import util  # noqa: E402
 
 from fused_infonce.compat import common  # noqa: E402
 

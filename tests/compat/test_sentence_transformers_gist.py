@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error
-from libraries import library
-from processes import in_two_processes
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import error
+from support.libraries import library
+from support.processes import in_two_processes
+from support.side_by_side import assert_same, error_of, refuse_fallback
 from torch import nn
 
 originals = library("sentence_transformers.sentence_transformer.losses")
 
-from drop_ins import Given  # noqa: E402
+from support.sentence_models import Given  # noqa: E402
 
 from fused_infonce.compat import common  # noqa: E402
 from fused_infonce.compat import sentence_transformers as drop_in  # noqa: E402

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import evaluate
-from side_by_side import assert_same, error_of
+from support.helpers import evaluate
+from support.side_by_side import assert_same, error_of
 from torch import Tensor
 
 from fused_infonce.compat.supcontrast import SupConLoss

@@ -1,0 +1,308 @@
+"""The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import contest
+import gpu_bench
+import peers
+import plot
+import pytest
+import roofline
+import test_microbenchmarks as micro
+import torch
+import tune
+from contestants import OURS, Case
+
+from fused_infonce.backends.triton import tiles
+
+CPU = torch.device("cpu")
+ROW = {
+    **dict.fromkeys(contest.FIELDS, ""), "date": "2026-01-02", "device": "a CPU", "torch": "2.13.0",
+    "loss": "info_nce", "direction": "one", "n": 512, "m": 512, "d": 64, "dtype": "float32", "pass": "fwd_bwd",
+    "contestant": "dense", "median_ms": "2.5", "peak_extra_mib": "8.0",
+}  # fmt: skip
+
+
+def rows_of(tmp_path, *changes):
+    path = tmp_path / "a.csv"
+    contest.append(path, [ROW | change for change in changes])
+    return plot.read([path])
+
+
+class TestPlot:
+    def test_numbers_and_those_who_could_not_run(self, tmp_path):
+        timed, absent = rows_of(tmp_path, {}, {"median_ms": "out of memory", "peak_extra_mib": ""})
+        assert (timed["n"], timed["d"], timed["median_ms"], timed["peak_extra_mib"]) == (512, 64, 2.5, 8.0)
+        assert (absent["median_ms"], absent["peak_extra_mib"], absent["said"]) == (None, None, "out of memory")
+
+    def test_other_tables_are_not_read(self, tmp_path):
+        (tmp_path / "b.csv").write_text("registers,spills\n1,2\n")
+        assert plot.read([tmp_path / "b.csv"]) == []
+
+    def test_the_newest_row_of_a_case_contestant_and_device(self, tmp_path):
+        rows = rows_of(
+            tmp_path, {"median_ms": "1"}, {"median_ms": "2"}, {"median_ms": "3", "date": "2026-01-01"},
+            {"median_ms": "4", "contestant": "floor"}, {"median_ms": "5", "device": "another"},
+            {"median_ms": "6", "n": 8},
+        )  # fmt: skip
+        assert [row["median_ms"] for row in plot.newest(rows)] == [2, 4, 5, 6]
+
+    def test_the_width_with_the_most_sizes(self, tmp_path):
+        rows = rows_of(
+            tmp_path, {}, {"n": 1024, "d": 64}, {"d": 768}, {"n": 512, "d": 768}, {"d": 96}, {"n": 1, "d": 96}
+        )
+        assert plot.widest_sweep(rows) == 96
+
+    def test_pictures(self, tmp_path):
+        sizes = [{"n": n, "m": n, "median_ms": str(n / 100)} for n in (512, 1024, 2048)]
+        both = [size | {"direction": direction} for size in sizes for direction in ("one", "self")]
+        floor = [size | {"contestant": "floor"} for size in both]
+        absent = {"n": 4096, "m": 4096, "median_ms": "out of memory"}
+        alone = {"pass": "fwd"}  # one size: nothing to draw
+        rows = rows_of(tmp_path, *both, *floor, absent, alone)
+        (drawn,) = plot.pictures(rows, tmp_path / "out")
+        assert drawn.name == "cpu_time_memory_float32_fwd_bwd.png"
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        found = plot.panels([row for row in rows if row["pass"] == "fwd_bwd"])
+        assert list(found) == ["one", "self"]
+        assert list(found["self"]) == ["floor", "dense"]
+        assert [plot.total_rows(row) for row in found["self"]["floor"]] == [1024, 2048, 4096]
+
+    def test_every_contestant_has_a_colour_of_its_own(self):
+        names = {OURS, "floor"} | {name for of_one in peers.PEERS.values() for name in of_one}
+        assert names == set(plot.COLOURS)
+        assert len(set(plot.COLOURS.values())) == len(names)
+
+
+class TestRoofline:
+    GPU = roofline.Gpu(790e12, 4.3e12, 60e6)
+
+    @pytest.mark.parametrize("d", [64, 768])
+    @pytest.mark.parametrize("n", [16384, 65536])
+    def test_flops_are_those_of_the_plan(self, n, d):
+        for call in roofline.CALLS:
+            plan = roofline.chosen(call, n, d)
+            kernels = roofline.kernels(roofline.of_call(call, n, d), n, d, self.GPU)
+            flops = sum(kernel.flops for kernel in kernels) / (n * n * d)
+            diagonal = 4096 / n if plan.name == "triangular" else 0  # whose blocks are computed whole
+            assert plan.flops <= flops <= plan.flops + diagonal
+
+    def test_bytes_take_time(self):
+        ample = roofline.Gpu(790e12, 1e30, 60e6, 1e30)
+        assert roofline.seconds("workspace", 16384, 64, self.GPU) > 2 * roofline.seconds("workspace", 16384, 64, ample)
+        assert roofline.seconds("workspace", 16384, 64, ample) == pytest.approx(
+            8 / 6 * roofline.floor(16384, 64, ample)
+        )
+
+    def test_exponentials_take_time(self):
+        """At D = 64 they are what bounds a pass over the scores: 2 D / 790 ps against 1 / 3.7."""
+        bare = roofline.Gpu(790e12, 4.3e12, 60e6, 1e30)
+        times = [roofline.seconds("streaming", 16384, 64, gpu) for gpu in (bare, self.GPU)]
+        assert times[0] < times[1] < 2 * times[0]
+
+    def test_table(self):
+        lines = roofline.table([16384], [64, 1024], self.GPU)
+        assert len({line.count("|") for line in lines}) == 1
+        assert "| - |" in lines[-1]  # no streaming at this width
+
+
+@pytest.mark.parametrize("arch", [*tune.SHARED_KIB])
+@pytest.mark.parametrize("kernel", sorted(set(tune.WORKLOADS.values())))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tile_candidates(arch, kernel, dtype):
+    """Valid, near the table's, which is the first, without duplicates, and each as the table would hand it out."""
+    for d in (64, 100, 256, 512):
+        found = tune.candidates(arch, kernel, dtype, d)
+        assert found[0] == tiles.tile(arch, kernel, dtype, d)
+        assert len(found) == len(set(found)) > 1
+        for tile in found:
+            sizes = (tile.block_m, tile.block_n, tile.block_d)
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+            assert tile.block_d <= tiles.power_of_two(d)
+            assert kernel != "gradient" or tile.block_d >= d
+            assert tile.warps in (4, 8)
+            assert sum(a != b for a, b in zip(tile[:5], found[0][:5], strict=True)) <= 2
+            assert 1 <= tile.stages <= tune.MOST_STAGES
+            with tune.instead(tile, arch, kernel, dtype):
+                assert tiles.tile(arch, kernel, dtype, d) == tile
+        assert found[0] == tiles.tile(arch, kernel, dtype, d)  # the table is as it was
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", tune.WORKLOADS)
+def test_tuning_runs_the_launchers(name, triton_device):
+    """With a stopwatch that prefers the second candidate; every candidate must compute what the table's does."""
+    pytest.importorskip("triton")
+    times = iter([3.0, 1.0, *[2.0] * 1000])
+    arch, device = tiles.architecture(torch.device(triton_device)), torch.device(triton_device)
+
+    def timer(run):
+        run()
+        return next(times)
+
+    with pytest.MonkeyPatch.context() as patch:
+        few = tune.candidates(arch, tune.WORKLOADS[name], torch.float32, 40)[:8]
+        patch.setattr(tune, "candidates", lambda *_: few)
+        records = tune.tune(arch, name, torch.float32, 70, 40, device, time.monotonic() + 60, timer)
+    assert [record["outcome"] for record in records] == ["ok"] * len(few)
+    assert len({record["tile"] for record in records}) == len(few) == 8
+    assert tune.best(records) is records[1]
+    assert tune.best(records[:1]) is records[0]
+
+
+def test_a_candidate_that_computes_something_else_is_not_timed(monkeypatch):
+    pytest.importorskip("triton")
+    results = iter([[torch.ones(3)], [torch.ones(3) + 1e-9], [2 * torch.ones(3)]])
+    monkeypatch.setattr(tune, "workload", lambda *_: None)
+    monkeypatch.setattr(tune, "result", lambda *_: next(results))
+    monkeypatch.setattr(tune, "candidates", lambda *_: [tiles.Tile(16, 16, 16, 4, 1)] * 4)
+    records = tune.tune("sm_90", "statistics", torch.float32, 8, 8, CPU, time.monotonic() + 60, lambda _: 1.0)
+    assert [record["outcome"].split(":")[0] for record in records] == ["ok", "ok", "wrong", "StopIteration"]
+    assert [record["median_ms"] for record in records] == [1.0, 1.0, "", ""]
+
+
+def test_proposed_rows_are_those_of_the_table():
+    small, large = tiles.Tile(128, 64, 64, 8, 2), tiles.Tile(128, 128, 64, 8, 3)
+    text = tune.pasted({64: small, 128: small, 256: large}, "statistics")
+    assert text == "((128, Tile(128, 64, 64, 8, 2)), (None, Tile(128, 128, 64, 8, 3)),)"
+    assert eval(text, {"Tile": tiles.Tile}) == ((128, small), (None, large))
+    assert eval(tune.pasted({64: small}, "gradient"), {"Tile": tiles.Tile}) == ((64, small._replace(block_d=16)),)
+
+
+@pytest.mark.interpreter
+def test_exponentials_are_tuned_as_they_are_launched():
+    """Unshifted, and in 16 bits finite; the states are those of the rows, summed over the tiles."""
+    pytest.importorskip("triton")
+    c, states = tune.workload("exponentials", torch.float16, 33, 16, CPU)()
+    assert c.shape == (33, 33)
+    assert states.shape == (1, 3, 33)
+    assert c.isfinite().all()
+    exponentials = c.double().masked_fill(torch.eye(33, dtype=torch.bool), 0)
+    assert exponentials.gt(0).sum() == 33 * 32
+    assert states.isfinite().all()
+
+
+def test_proposals_for_a_workload_are_rows_of_its_kernel(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
+    record = {"tile": tiles.Tile(128, 64, 64, 8, 3), "outcome": "ok", "median_ms": 1.0, "default_ms": 1.0}
+    monkeypatch.setattr(tune, "tune", lambda *_: [record])
+    monkeypatch.setattr(sys, "argv", ["it", "--kernel", "exponentials", "--dim", "256"])
+    tune.main()
+    row = '"sm_90": {"coefficients": {"half": ((None, Tile(128, 64, 64, 8, 3)),)}},'
+    assert capsys.readouterr().out.splitlines()[-1] == f"{row}  # by exponentials"
+
+
+@pytest.mark.parametrize("module", [tune, gpu_bench], ids=lambda module: module.__name__)
+def test_without_a_gpu(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["it"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code != 0
+    assert "needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["it", "--list"])
+    module.main()
+    assert len(capsys.readouterr().out.splitlines()) > 50
+
+
+def test_provenance_without_programs(monkeypatch, tmp_path):
+    provenance = contest.provenance.__wrapped__
+    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance(CPU)["commit"] == "abc"
+    monkeypatch.delenv("FUSED_INFONCE_COMMIT")
+    assert provenance(CPU)["commit"] == ""
+    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
+    monkeypatch.setattr(contest, "_output", lambda *_: "what git says")
+    assert provenance(CPU)["commit"] == "what git says"
+
+
+class TestPeers:
+    def test_one_that_cannot_be_loaded_is_named(self, monkeypatch, capsys):
+        def make():
+            raise OSError("no such library")
+
+        monkeypatch.setitem(peers.PEERS, "one", {"bad": ("cpu", make), "dense": ("cpu", lambda: peers.dense)})
+        assert peers.available.__wrapped__("one", "cpu") == {"dense": peers.dense}
+        assert "bad is left out: OSError: no such library" in capsys.readouterr().err
+
+    def test_inf_cl(self, monkeypatch):
+        """With a stand-in that has the signature, the shapes and the default of version 1.2.1."""
+
+        def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):
+            q, k = (x.view(len(x), -1, head_dim).flatten(1) for x in (q, k))
+            logits = scale * q @ k.T
+            return logits.logsumexp(1) - logits.diagonal()
+
+        monkeypatch.setitem(sys.modules, "inf_cl", types.SimpleNamespace(cal_flash_loss=cal_flash_loss))
+        loss = peers.inf_cl()
+        for d in (64, 256, 512, 768):
+            query, key = torch.randn(2, 5, d)
+            torch.testing.assert_close(loss(query, key), peers.dense(query, key))
+        with pytest.raises(ValueError, match="power of two or a multiple of 256, got 96"):
+            loss(*torch.randn(2, 5, 96))
+
+
+class TestMicrobenchmarks:
+    def test_who_raises_is_left_out_and_who_disagrees_fails(self, monkeypatch, capsys):
+        def raises(query, key):
+            raise ValueError("no such thing")
+
+        def losses(case, device):
+            return {OURS: peers.dense, "bad": raises, "dense": lambda q, k: scale[0] * peers.dense(q, k)}
+
+        scale = [1.0]
+        monkeypatch.setattr(contest.contestants, "losses", losses)
+        run = contest.Contest(Case("one", 8, 8, 16, "float32", "fwd"), CPU)
+        run.agree()
+        run.round()
+        assert {row["contestant"] for row in run.rows([1.0])} == {OURS, "floor", "dense"}
+        assert "bad raises ValueError: no such thing" in capsys.readouterr().err
+        scale[0] = 1.1
+        with pytest.raises(AssertionError, match="dense differs from ours"):
+            run.agree()
+
+    def test_the_sweep(self):
+        cases = micro.cases("cpu")
+        assert len(cases) == len(set(cases))
+        for direction in ("one", "symmetric", "self"):
+            sizes = {micro.rows(c) for c in cases if (c.direction, c.d, c.mode) == (direction, micro.WIDTH, "fwd_bwd")}
+            assert sizes == {512, 1024, 2048, 4096, 8192, 16384}
+        assert micro.cases("cuda")
+
+    def test_it_ends_in_time(self, monkeypatch):
+        """Whatever the rate: by the estimates, on a clock that they drive."""
+        for speed in (0.5, 1.0, 2.0):
+            now = [0.0]
+            monkeypatch.setattr(micro.time, "monotonic", lambda now=now: now[0])
+            clock, ran = micro.Clock(), set()
+            for case in micro.cases("cpu"):
+                if clock.enough(case):
+                    now[0] += micro.seconds(case) / speed
+                    clock.add(case, micro.seconds(case) / speed)
+                    ran.add(str(case))
+            assert now[0] <= micro.LIMIT
+            assert "one-8192x8192x768-float32-fwd_bwd" in ran
+            assert speed < 1 or "one-16384x16384x384-float32-fwd_bwd" in ran
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_passes_arguments_on():
+    pytest.importorskip("xdist")
+    given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv", "PYTEST_ARGS="]
+    command = ["make", "-n", "gpu", "gpu-bench", "tune", f"PYTHON={sys.executable}", *given]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of a make around it
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=True)
+    *_, tests, micro_line, suite, tuned = run.stdout.splitlines()
+    assert tests.split("'")[-1].split() == ["-m", "gpu", "--numprocesses=3", "--dist=worksteal", "-k", "some"]
+    assert micro_line.split("'")[-1].split() == ["benchmarks", "--benchmark-only", "--record", "/tmp/a.csv"]
+    assert suite.endswith("gpu_bench.py --record /tmp/a.csv --minutes 2")
+    assert tuned.split()[-2:] == ["--record", "/tmp/a.csv"]
