@@ -9,7 +9,7 @@ from support.helpers import DEVICE, both_backends, cases, error
 
 from fused_infonce import GroupedInfoNCELoss, grouped_info_nce
 from fused_infonce.backends import plan
-from fused_infonce.functional import compose, grouped
+from fused_infonce.losses import grouped
 
 N, G, D = 4, 3, 5
 KINDS = [None, "kl_div", "m3_kd_loss"]
@@ -212,7 +212,7 @@ def test_gathered_passages_of_two_processes():
         torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-12, atol=0)
 
 
-def test_teachers_get_no_gradient_and_autocast_leaves_local_scores_in_float32():
+def test_teachers_get_no_gradient_under_autocast_either():
     query, passages, teacher = call(dtype=torch.float32)
     teacher.requires_grad_()
     for distillation in KINDS[1:]:
@@ -221,16 +221,22 @@ def test_teachers_get_no_gradient_and_autocast_leaves_local_scores_in_float32():
             loss = grouped_info_nce(query, passages, G, **options)
         assert loss.dtype == torch.float32
         assert torch.autograd.grad(loss, [query, teacher], allow_unused=True)[1] is None
+
+
+def test_under_autocast_the_scores_of_a_group_stay_in_float32():
+    """The teacher's term alone, which is of them, is that of rows that are not rounded."""
+    query, passages, teacher = call(dtype=torch.float32)
+
+    def term():
+        options = {"in_batch_negatives": False, "reduction": "none"}
+        plain = grouped_info_nce(query, passages, G, **options)
+        return grouped_info_nce(query, passages, G, teacher_scores=teacher, distillation="kl_div", **options) - plain
+
+    want = term()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        own = passages.view(N, G, D)
-        t = torch.full((1,), 0.02)
-        assert torch.equal(grouped._own_scores(query, own, t, True), _scores_outside_autocast(query, own, t))
-
-
-def _scores_outside_autocast(query, own, t):
-    with torch.autocast("cpu", enabled=False):
-        q, p = (compose.unit(x, True, torch.float32) for x in (query, own))
-        return torch.bmm(p, q[:, :, None])[..., 0] / t[:, None]
+        torch.testing.assert_close(term(), want, rtol=1e-5, atol=1e-5)
+        rounded = grouped_info_nce(query, passages, G)
+    assert error(rounded, grouped_info_nce(query, passages, G)) > 1e-4
 
 
 @pytest.mark.parametrize("distillation", KINDS)

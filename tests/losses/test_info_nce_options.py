@@ -221,7 +221,7 @@ EVERY = {
 
 def test_the_module_passes_every_option_on(monkeypatch):
     seen = {}
-    monkeypatch.setattr("fused_infonce.functional.info_nce", lambda *a, **k: seen.update(k, positional=a))
+    monkeypatch.setattr("fused_infonce.losses.info_nce.info_nce", lambda *a, **k: seen.update(k, positional=a))
     vectors = {name: object() for name in ("target", "query_ids", "key_ids", "negative_ids", "weight")}
     FusedInfoNCELoss(**EVERY)("q", "k", "n", temperature=0.7, **vectors)
     options = {k: v for k, v in EVERY.items() if k not in ("learnable_temperature", "max_logit_scale")}

@@ -92,7 +92,7 @@ def test_backward_after_enqueue(name, reduction, by_hand, monkeypatch):
 
 def test_the_queue_is_copied_only_where_the_backward_needs_it(monkeypatch):
     seen = []
-    from fused_infonce.functional import moco
+    from fused_infonce.losses import moco
 
     original = moco.info_nce
     monkeypatch.setattr(moco, "info_nce", lambda *x, **options: (seen.append(x[2]), original(*x, **options))[1])
