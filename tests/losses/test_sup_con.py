@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import views as dense
 from support.helpers import DEVICE, INTERPRETED, PAIRS, both_backends, bounds, cases, error, evaluate, mix, unit
 from support.memory import MIB, PeakMemory
 from torch import Tensor
 
 from fused_infonce import SupConLoss, nt_xent, sup_con
-from fused_infonce.backends import reference
 
 N, D = 6, 5
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1])  # 2 is a singleton
@@ -106,7 +106,7 @@ def test_bounds(backend: str, pairs_are: str, t: float, dtype: torch.dtype, kind
     features = torch.stack([mix(centre, unit(n, d), PAIRS[pairs_are]) for _ in range(views)], dim=1).to(dtype)
     inputs = {"features": features, "temperature": torch.tensor(t), **given}
     exact = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-    want = evaluate(reference.sup_con, exact)
+    want = evaluate(dense.sup_con, exact)
     device = DEVICE[backend]
     loss, gradients = evaluate(sup_con, {key: x.to(device) for key, x in inputs.items()}, backend=backend)
     assert gradients["features"].dtype == dtype
@@ -126,7 +126,7 @@ def test_single_positives_lose_nothing(single: str) -> None:
     if single in ("labels", "mask"):  # V = 1: the other sample of a class is the only positive
         features, labels = features.transpose(0, 1).reshape(2 * n, 1, n), torch.arange(2 * n) % n
         given = {"labels": labels} if single == "labels" else {"mask": labels[:, None] == labels}
-    want = evaluate(reference.sup_con, {"features": features.double()}, temperature=0.02, contrast_mode=mode, **given)
+    want = evaluate(dense.sup_con, {"features": features.double()}, temperature=0.02, contrast_mode=mode, **given)
     got = evaluate(sup_con, {"features": features}, temperature=0.02, contrast_mode=mode, **given)
     assert 1e-30 < want[0] < 1e-8
     assert error(got[0], want[0]) <= 2.5e-5
@@ -198,7 +198,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     """The loss of the rows as the products see them; the gradient of float32 rows in float32."""
     features = torch.randn(12, 3, 16)
     labels = torch.arange(12) % 4
-    want = evaluate(reference.sup_con, {"features": features.to(dtype).double()}, labels=labels)
+    want = evaluate(dense.sup_con, {"features": features.to(dtype).double()}, labels=labels)
     with torch.autocast("cpu", dtype):
         loss, gradients = evaluate(sup_con, {"features": features}, labels=labels)
     assert loss.dtype == torch.float32

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
-from support.libraries import library, without_package
+
+from .libraries import library, without_package
 
 # FlagEmbedding's own __init__ imports its inference with peft and more; of its models only transformers and datasets
 FINETUNE = "FlagEmbedding.finetune.embedder"

@@ -7,8 +7,8 @@ from unittest import mock
 
 import torch
 
-from support.flag_models import ORIGINALS, features, gradient, make, table
-from support.processes import WORLD
+from .flag_models import ORIGINALS, features, gradient, make, table
+from .processes import WORLD
 
 
 def configuration(seed):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_infonce.backends.contract import EPS, Problem, Statistics, Upstream, accumulator
 from fused_infonce.backends.plan import Plan
-from support.helpers import error
+
+from .helpers import error
 
 backend = pytest.importorskip(
     "fused_infonce.backends.triton.backend", reason="triton is not installed", exc_type=ImportError

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from fused_infonce.compat import sentence_transformers as drop_in
-from support.side_by_side import assert_same
+
+from .side_by_side import assert_same
 
 PLAIN, CACHED = "MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"
 OTHERS = ("query_to_query", "doc_to_query", "doc_to_doc")

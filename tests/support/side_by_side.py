@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.helpers import Inputs, bounds, differentiable, error, evaluate
+from .helpers import Inputs, bounds, differentiable, error, evaluate
 
 Loss = Callable[..., Tensor]
 
