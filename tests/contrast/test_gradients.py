@@ -14,7 +14,7 @@ from support.helpers import (
     valid,
     watch_plans,
 )
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 from fused_infonce import FusedInfoNCELoss, info_nce
 from fused_infonce.backends import plan
@@ -173,13 +173,3 @@ def test_forward_mode_is_refused(backend, of, reduction):
 
     with pytest.raises(RuntimeError, match="forward-mode"):
         torch.func.jvp(f, (inputs[of],), (torch.ones_like(inputs[of]),))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_reference_has_second_derivatives(normalize, symmetric):
-    case = {"temperature": "scalar", "negatives": "unpaired", "in_batch": True, "target": False, "ids": "keys"}
-    inputs, options = make_call(4, 4, 3, 2, **case, normalize=normalize, symmetric=symmetric, reduction="mean")
-    f, tensors = function_of(inputs, options | {"backend": "reference"})
-    assert gradcheck(f, tensors)
-    assert gradgradcheck(f, tensors)

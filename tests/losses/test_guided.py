@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import guided as dense
 from support.helpers import DEVICE, TRITON, both_backends, bounds, cases, error, loss_scale, mix, unit, watch_plans
+from support.memory import MIB, PeakMemory
 
 from fused_infonce import GuidedInfoNCELoss, guided_info_nce, info_nce
 
@@ -116,7 +118,7 @@ def test_gradcheck_and_a_loop(
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_reference_is_the_loop(seed):
+def test_the_dense_code_is_the_loop(seed):
     torch.manual_seed(seed)
     mode = [None, "unpaired", "paired"][seed % 3]
     rows, guide = call(mode)
@@ -124,7 +126,7 @@ def test_the_reference_is_the_loop(seed):
     ids = (torch.arange(M) // 2, torch.randint(4, rows[2].shape[:-1]) if mode else None) if seed % 4 < 2 else None
     options |= {} if ids is None else {"key_ids": ids[0], "negative_ids": ids[1]}
     options |= {"temperature": 0.2, "reduction": "none", "negative_mode": mode or "unpaired"}
-    got = guided_info_nce(*rows, **guide, **options, backend="reference")
+    got = dense.guided_info_nce(*rows, **guide, **options)
     t = torch.tensor(0.2, dtype=torch.float64)
     want = loop(rows, guide, t, margin=-0.1, queries=seed % 2 == 0, keys=seed > 3, offset=seed % 3, mode=mode, ids=ids)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
@@ -137,7 +139,7 @@ def test_the_reference_is_the_loop(seed):
     everything=[False, True],
 )
 def test_bounds(backend, dtype, t, own, everything):
-    """The guide decides on the rounded inputs, as the reference does, where none of its cosines is close to a tie."""
+    """The guide decides on the rounded inputs, as the dense code does, where none of its cosines is close to a tie."""
     n, d = (40, 24) if backend == "triton" else (128, 48)
     while True:
         query = unit(n, d)
@@ -150,7 +152,7 @@ def test_bounds(backend, dtype, t, own, everything):
             break
     options = {"contrast_queries": everything, "contrast_keys": everything, "temperature": t, "margin": 0.05}
     exact = [x.double().requires_grad_() for x in rows]
-    want = guided_info_nce(*exact, **{k: g.double() for k, g in guide.items()}, **options, backend="reference")
+    want = dense.guided_info_nce(*exact, **{k: g.double() for k, g in guide.items()}, **options)
     grads = torch.autograd.grad(want, exact)
     scale = loss_scale(dtype, grads)
     leaves = [x.to(DEVICE[backend]).requires_grad_() for x in rows]
@@ -224,8 +226,6 @@ def test_the_module_and_autocast():
 @pytest.mark.parametrize("everything", [False, True])
 def test_memory_of_gistembed(everything):
     """B = 512, D = 384: the B x B x D cosines of the original need 2.3 GiB."""
-    from support.memory import MIB, PeakMemory
-
     rows, guide = call("unpaired", 512, 512, 512, 384, 384, torch.float32)
     with PeakMemory() as memory:
         guided_info_nce(*rows, **guide, contrast_queries=everything, contrast_keys=everything).backward()
@@ -247,8 +247,6 @@ def test_autocast_with_embeddings_of_several_dtypes_as_their_own_guide(backend):
 @pytest.mark.serial
 def test_memory_of_paired_guides():
     """8 MiB of them in 16 bits, of which no copy is made."""
-    from support.memory import MIB, PeakMemory
-
     rows, guide = call("paired", 256, 256, 32, 16, 512, torch.bfloat16)
     with PeakMemory() as memory:
         guided_info_nce(*rows, negative_mode="paired", **guide, workspace_limit=2 * MIB)
@@ -257,8 +255,6 @@ def test_memory_of_paired_guides():
 
 @pytest.mark.serial
 def test_memory_is_bounded():
-    from support.memory import MIB, PeakMemory
-
     rows, guide = call(None, 8192, 8192, 0, 32, 32, torch.float32)
     for options in ({}, {"reduction": "none"}):
         with PeakMemory() as memory:

@@ -10,55 +10,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import info_nce as dense
+from oracles.row_lists import reduce, rows_of
 from support.helpers import DEVICE, FACTORS, both_backends, cases, error, evaluate, make_call, on, two, valid
 
 from fused_infonce import FusedInfoNCELoss, contrast, explain, info_nce
-from fused_infonce.backends import plan, reference
+from fused_infonce.backends import plan
 
 
-def by_hand(
-    query, positive_key, negative_keys=None, temperature=0.1, reduction="mean", negative_mode="unpaired", *,
-    symmetric=False, normalize=True, in_batch_negatives=None, ignore_index=-100, target=None, query_ids=None,
-    key_ids=None, negative_ids=None,
-):  # fmt: skip
-    """The documented semantics, one pair at a time."""
-    n, m = len(query), len(positive_key)
-    scale = (lambda x: F.normalize(x, dim=-1)) if normalize else (lambda x: x)
-    q, k, extra = scale(query), scale(positive_key), None if negative_keys is None else scale(negative_keys)
-    t = torch.as_tensor(temperature, dtype=q.dtype).reshape(-1).expand(n)
-    y = list(range(n)) if target is None else target.tolist()
-    in_batch = negative_keys is None if in_batch_negatives is None else in_batch_negatives
+def by_hand(reduction="mean", **options):
+    """The documented meaning of every option, one pair at a time."""
 
-    def unwanted(i):
-        """The id that row i may not have as a negative."""
-        if query_ids is not None:
-            return query_ids[i].item()
-        return None if key_ids is None else key_ids[y[i]].item()
+    def loss(row):
+        return torch.cat([row.pos.new_zeros(1), row.others - row.pos]).logsumexp(0)
 
-    def is_negative(i, j):
-        return j != y[i] and (key_ids is None or key_ids[j].item() != unwanted(i))
-
-    def loss(positive, negatives):
-        return torch.stack([torch.zeros((), dtype=q.dtype), *(s - positive for s in negatives)]).logsumexp(0)
-
-    losses = []
-    for i in range(n):
-        if y[i] == ignore_index:
-            continue
-        negatives = [q[i] @ k[j] / t[i] for j in range(m) if in_batch and is_negative(i, j)]
-        for h in range(0 if extra is None else extra.shape[-2]):
-            own = (i, h) if negative_mode == "paired" else (h,)
-            if negative_ids is None or negative_ids[own].item() != unwanted(i):
-                negatives.append(q[i] @ extra[own] / t[i])
-        losses.append(loss(q[i] @ k[y[i]] / t[i], negatives))
-        if symmetric:
-            column = [q[j] @ k[i] / t[i] for j in range(n) if is_negative(j, i)]
-            losses[-1] = (losses[-1] + loss(q[i] @ k[i] / t[i], column)) / 2
-    rows = torch.stack(losses)
-    if reduction == "none":
-        counted = torch.tensor([i for i in range(n) if y[i] != ignore_index])
-        return torch.zeros(n, dtype=q.dtype).index_put((counted,), rows)
-    return rows.mean() if reduction == "mean" else rows.sum()
+    return reduce(loss, rows_of(**options), reduction, len(options["query"]))
 
 
 @cases(valid, pairs=True, together=True, **FACTORS)
@@ -66,7 +32,7 @@ def test_every_pair_of_options(backend, case):
     inputs, options = make_call(11, 8, 5, 4, **case)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     want = evaluate(by_hand, exact, **options)
-    for function, kwargs in ((info_nce, {"backend": backend}), (reference.info_nce, {})):
+    for function, kwargs in ((info_nce, {"backend": backend}), (dense.info_nce, {})):
         moved = on(DEVICE[backend], inputs) if kwargs else inputs
         got = evaluate(function, moved, **options, **kwargs)
         assert error(got[0], want[0]) <= 1e-12
@@ -291,14 +257,6 @@ def test_triton_on_a_cpu_says_why_not(tmp_path):
 
 def test_auto_on_a_cpu_is_torch():
     assert contrast.resolve("auto", torch.ones(1)) == "torch"  # even where the interpreter could run Triton
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_reference_backend(dtype):
-    query, key = (x.to(dtype) for x in two())
-    got = info_nce(query, key, temperature=0.2, reduction="none", backend="reference")
-    assert torch.equal(got, reference.info_nce(query, key, temperature=0.2, reduction="none"))
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @both_backends

@@ -1,4 +1,4 @@
-"""Weights of rows and label smoothing: against the dense reference, finite differences and torch's cross entropy."""
+"""Weights of rows and label smoothing: against dense code, finite differences and torch's cross entropy."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def some(case):
 
 
 @cases(some, pairs=True, together=True, **FACTORS, **WEIGHTS)
-def test_equals_the_reference(backend, case):
+def test_equals_dense_code(backend, case):
     inputs, options = make_call(N, 9, 5, 3, **{name: case[name] for name in FACTORS})
     options |= {"label_smoothing": case["smoothing"]}
     if case["weight"] is not None:

@@ -8,22 +8,12 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import moco as dense
 from support.helpers import DEVICE, both_backends, cases, error, watch_plans
 
 from fused_infonce import MoCoLoss, moco_loss
 
 N, D, K = 5, 4, 12
-
-
-def dense(query, key, queue, temperature, reduction="mean", normalize=True):
-    if normalize:
-        query, key, queue = F.normalize(query, dim=1), F.normalize(key, dim=1), F.normalize(queue, dim=0)
-    positive = torch.einsum("nc,nc->n", query, key.detach())[:, None]
-    logits = torch.cat([positive, query @ queue.detach()], dim=1)
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.reshape(-1, 1)
-    labels = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    return F.cross_entropy(logits / temperature, labels, reduction=reduction)
 
 
 def make(backend="auto", size=K, **options) -> MoCoLoss:
@@ -57,7 +47,7 @@ def test_gradcheck_and_dense(backend, normalize, reduction, temperature, name, m
 
     assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
     got = fused(*inputs)
-    want = dense(query, key, loss.queue, *(inputs[1:] or [0.4]), reduction=reduction, normalize=normalize)
+    want = dense.moco_loss(query, key, loss.queue, *(inputs[1:] or [0.4]), reduction=reduction, normalize=normalize)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     results = [torch.autograd.grad(x.sum(), [*inputs, key], allow_unused=True) for x in (got, want)]
     for ours, truth in zip(*results, strict=True):
@@ -85,7 +75,7 @@ def test_backward_after_enqueue(name, reduction, by_hand, monkeypatch):
         loss.enqueue(key)
     assert not torch.equal(loss.queue, before)
     got = torch.autograd.grad(value.sum(), (query, loss.temperature))
-    want = dense(query, key, before, loss.temperature, reduction, normalize=not raw).sum()
+    want = dense.moco_loss(query, key, before, loss.temperature, reduction, normalize=not raw).sum()
     for ours, truth in zip(got, torch.autograd.grad(want, (query, loss.temperature)), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-12)
 
@@ -163,7 +153,7 @@ def test_only_training_enqueues():
 def test_the_loss_is_of_the_queue_before_the_batch():
     query, key = batch()
     loss = make()
-    want = dense(query, key, loss.queue.clone(), 0.07)
+    want = dense.moco_loss(query, key, loss.queue.clone(), 0.07)
     torch.testing.assert_close(loss(query, key), want, rtol=1e-12, atol=0)
 
 
@@ -214,7 +204,7 @@ def test_accuracy(backend, dtype):
     with torch.no_grad():
         key += query
     exact = [x.detach().cpu().double().requires_grad_() for x in (query, key)]
-    want = dense(*exact, loss.queue.cpu().double(), 0.07)
+    want = dense.moco_loss(*exact, loss.queue.cpu().double(), 0.07)
     value = loss(query, key)
     value.backward()
     want.backward()

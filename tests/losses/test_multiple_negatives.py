@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import multiple_negatives as dense
 from support.helpers import DEVICE, TRITON, both_backends, cases
-from support.ranking_calls import JOINT, KINDS, SOFTMAXES, D, N, arguments, call, dense, run
+from support.ranking_calls import JOINT, KINDS, SOFTMAXES, D, N, arguments, call, run
 
 from fused_infonce import MultipleNegativesLoss, contrast, multiple_negatives
 from fused_infonce.backends import plan
@@ -53,7 +54,7 @@ def test_gradcheck_and_dense(
         fixed = [x.detach() for x in inputs[:-1]]
         assert torch.autograd.gradcheck(lambda t: fused(*fixed, t), inputs[-1], fast_mode=True)
     got = run(lambda **given: multiple_negatives(**given, **limits), inputs, spare, options)
-    want = run(dense, inputs, spare, options)
+    want = run(dense.multiple_negatives, inputs, spare, options)
     for ours, truth in zip(got, want, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-12)
 
@@ -66,11 +67,10 @@ def test_every_softmax_with_every_hardness(softmax, hardness, hard, spare):
     partition, directions = softmax
     inputs = [*call(hard=hard, spare=spare), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)]
     options = {"directions": directions, "partition": partition, "hardness": hardness, "hardness_strength": 4.0}
-    truth = run(dense, inputs, spare, options)
-    for backend in ("torch", "reference"):
-        got = run(lambda **given: multiple_negatives(**given, backend=backend), inputs, spare, options)  # noqa: B023
-        for ours, want in zip(got, truth, strict=True):
-            torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-12)
+    truth = run(dense.multiple_negatives, inputs, spare, options)
+    got = run(lambda **given: multiple_negatives(**given, backend="torch"), inputs, spare, options)
+    for ours, want in zip(got, truth, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-12)
 
 
 @both_backends

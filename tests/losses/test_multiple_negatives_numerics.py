@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import multiple_negatives as dense
 from support.helpers import DEVICE, both_backends, cases, error
 from support.memory import MIB, PeakMemory
-from support.ranking_calls import KINDS, SOFTMAXES, call, dense, run
+from support.ranking_calls import KINDS, SOFTMAXES, call, run
 
 from fused_infonce import multiple_negatives
 
@@ -28,7 +29,7 @@ def test_accuracy(backend, dtype, temperature, softmax, hardness):
     partition, directions = softmax
     options = {"directions": directions, "partition": partition, "hardness": hardness, "hardness_strength": 5.0}
     got, *grads = run(lambda **given: multiple_negatives(**given, backend=backend), inputs, 0, options)
-    want, *truth = run(dense, exact, 0, options)
+    want, *truth = run(dense.multiple_negatives, exact, 0, options)
     single = 1e-5 * max(1, 0.05 / temperature)
     assert got.dtype == torch.float32
     assert error(got, want) <= single
@@ -46,11 +47,11 @@ def test_separated_pairs_keep_their_loss(backend):
     hard = torch.eye(8, device=DEVICE[backend])[4:].requires_grad_()
     cases = [{}, {"directions": SOFTMAXES[5][1]}, {"hardness": "all_negatives", "hardness_strength": 1.0}]
     for case in cases:
-        options = {"temperature": 0.027, "backend": backend, **case}
+        options = {"temperature": 0.027, **case}
         exact = [x.detach().cpu().double().requires_grad_() for x in (query, hard)]
-        loss = multiple_negatives(query, [query + 0.01 * hard, hard], **options)
+        loss = multiple_negatives(query, [query + 0.01 * hard, hard], **options, backend=backend)
         q, h = exact
-        truth = multiple_negatives(q, [q + 0.01 * h, h], **options | {"backend": "reference"})
+        truth = dense.multiple_negatives(q, [q + 0.01 * h, h], **options)
         assert truth < 1e-13
         assert error(loss, truth) <= 2e-5
         for a, b in zip(torch.autograd.grad(loss, [query, hard]), torch.autograd.grad(truth, exact), strict=True):
@@ -73,7 +74,7 @@ def test_autocast(given, softmax, hardness):
     }  # fmt: skip
     exact = [x.bfloat16().double().requires_grad_() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
-    want, *truth = run(dense, exact, 0, options)
+    want, *truth = run(dense.multiple_negatives, exact, 0, options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = multiple_negatives(inputs[0], inputs[1:], **options)
     assert loss.dtype == torch.float32
@@ -91,7 +92,7 @@ def test_a_strength_beyond_the_range_of_float32(backend, hardness):
     exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
     options = {"temperature": 0.1, "hardness": hardness, "hardness_strength": 300.0}
     got = run(lambda **given: multiple_negatives(**given, backend=backend), inputs, 0, options)
-    for ours, truth in zip(got, run(dense, exact, 0, options), strict=True):
+    for ours, truth in zip(got, run(dense.multiple_negatives, exact, 0, options), strict=True):
         assert error(ours, truth) <= 1e-4
 
 

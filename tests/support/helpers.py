@@ -101,6 +101,16 @@ def oracle(inputs: Inputs, upstream: Tensor | None = None, **options: Any) -> tu
     return evaluate(dense_info_nce, exact, upstream, **options)
 
 
+def both(functions: Sequence[Callable[..., Tensor]], inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Pairs of the values and of each gradient of two functions, of one upstream gradient."""
+    results = []
+    for function in functions:
+        value = function(*inputs)
+        upstream = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+        results.append([value, *torch.autograd.grad(value, inputs, upstream)])
+    return zip(*results, strict=True)
+
+
 def on(device: str, inputs: Inputs) -> Inputs:
     return {name: x.to(device) for name, x in inputs.items()}
 
