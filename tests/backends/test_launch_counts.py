@@ -112,7 +112,7 @@ def test_states_stay_within_the_limit(rows, columns, limit, watch, monkeypatch):
 
 @pytest.mark.parametrize("device", [pytest.param(DEVICE["triton"], marks=TRITON.marks)])
 @pytest.mark.parametrize("limit", [None, 1 << 14], ids=["whole", "blocks"])
-def test_products_added_where_they_lie(device, limit, monkeypatch):
+def test_products_added_where_they_lie_give_the_same_gradients(device, limit, monkeypatch):
     """The same gradients; a CPU's library, which has no such product, is stood in for."""
     inputs = [torch.randn(200, 64, device=device).bfloat16().requires_grad_() for _ in range(2)]
 
@@ -137,5 +137,5 @@ def test_products_added_where_they_lie(device, limit, monkeypatch):
 
 
 @pytest.mark.parametrize("device", [pytest.param(DEVICE["triton"], marks=TRITON.marks)])
-def test_asking_whether_products_are_added_in_place(device):
+def test_only_a_gpu_may_add_products_in_place(device):
     assert backend.adds_in_place(torch.device(device)) in ({False} if device == "cpu" else {False, True})

@@ -44,7 +44,9 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("temperature", [0.5, 0.05, 0.0175])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_bounds(backend: str, name: str, temperature: float, dtype: torch.dtype) -> None:
+def test_losses_and_gradients_of_one_pass_keep_the_bounds(
+    backend: str, name: str, temperature: float, dtype: torch.dtype
+) -> None:
     options = dict(OPTIONS[name])
     inputs = [torch.randn(N, D)]
     inputs.append(inputs[0] + torch.randn(N, D))
@@ -98,7 +100,9 @@ def test_what_does_not_fit_recomputes_the_scores() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("case", ["one direction", "both", "both, with more", "self-similarity"])
 @pytest.mark.parametrize("learnable", [False, True])
-def test_gradcheck_in_pytorch(plan_name: str, reduction: str, case: str, learnable: bool, monkeypatch) -> None:
+def test_gradients_in_pytorch_are_those_of_finite_differences(
+    plan_name: str, reduction: str, case: str, learnable: bool, monkeypatch
+) -> None:
     """All scores at once, and in several tiles of columns."""
     for name in ("DENSE", "DENSE_SELF"):
         monkeypatch.setattr(plan, name, 200 if plan_name == "dense" else 0)
@@ -130,7 +134,7 @@ def test_gradcheck_in_pytorch(plan_name: str, reduction: str, case: str, learnab
 
 
 @pytest.mark.interpreter
-def test_temperature_gradient_per_row() -> None:
+def test_the_launcher_gives_the_gradient_of_each_rows_temperature() -> None:
     """A host temperature has no gradient, so on the Triton backend this is the launcher's own promise."""
     from fused_infonce.backends.contract import Problem
     from fused_infonce.backends.triton import backend

@@ -10,7 +10,7 @@ from support.processes import in_two_processes
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(in_one_of_two_processes, tmp_path)
 
 

@@ -23,5 +23,5 @@ def in_one_of_two_processes(rank):
                 assert_same_in(configuration(seed), name, gather_across_devices=True)
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(in_one_of_two_processes, tmp_path)

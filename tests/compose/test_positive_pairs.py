@@ -36,7 +36,7 @@ def test_equal_pairs_are_those_of_the_matrix(n, m, classes, own):
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0), (3, 3)])
-def test_no_pairs(n, m):
+def test_without_pairs_there_are_no_margins_and_no_gradients(n, m):
     inputs, _, _ = some(n, m, 2, 0)
     pairs = equal_pairs(torch.zeros(n, dtype=torch.long), torch.ones(m, dtype=torch.long))
     assert [len(x) for x in pairs] == [0, 0]
@@ -47,7 +47,7 @@ def test_no_pairs(n, m):
 
 @pytest.mark.parametrize("limit", [None, 1, 500])  # bytes: all pairs, one and a few at a time
 @pytest.mark.parametrize("pairs", [1, 2, 61])
-def test_gradcheck_and_dense(limit, pairs):
+def test_margins_and_gradients_are_those_of_the_matrix(limit, pairs):
     """In any order, with pairs that repeat and rows that have none."""
     inputs, rows, keys = some(6, 5, 3, pairs)
     assert torch.autograd.gradcheck(lambda *x: pair_margins(*x, rows, keys, limit), inputs)
@@ -60,7 +60,7 @@ def test_gradcheck_and_dense(limit, pairs):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
-def test_rows_that_are_their_own_keys():
+def test_rows_that_are_their_own_keys_get_both_gradients():
     (neg, x, _), rows, keys = some(6, 6, 3, 20)
     assert torch.autograd.gradcheck(lambda neg, x: pair_margins(neg, x, x, rows, keys), (neg, x))
 
@@ -75,7 +75,7 @@ def test_only_some_inputs_need_a_gradient(wanted):
     assert torch.equal(leaves[wanted].grad, want)
 
 
-def test_rows_without_negatives():
+def test_rows_without_negatives_have_a_margin_of_minus_infinity_and_no_nan():
     """A margin of -inf, and where its loss has no gradient no NaN."""
     (neg, x, y), rows, keys = some(6, 5, 3, 20)
     neg = neg.detach().index_fill(0, torch.tensor([2]), -torch.inf).requires_grad_()
@@ -87,7 +87,7 @@ def test_rows_without_negatives():
 
 
 @pytest.mark.serial
-def test_determinism_with_several_threads():
+def test_several_threads_give_the_same_bits():
     inputs, rows, keys = some(64, 48, 32, 30000, torch.float32)
     upstream = torch.randn(len(rows))
     threads = torch.get_num_threads()
@@ -109,7 +109,7 @@ def test_memory_is_that_of_vectors():
     assert memory.peak <= 4 * MIB + 12 * rows.nbytes + 8 * inputs[1].nbytes
 
 
-def test_sums_are_sums():
+def test_weighted_rows_are_summed_where_they_belong():
     place, index, weight, rows = (
         torch.tensor([3, 0, 3]),
         torch.tensor([1, 0, 0]),
@@ -119,7 +119,7 @@ def test_sums_are_sums():
     assert torch.equal(sums(place, 5, index, weight, rows), torch.tensor([[3.0, 0], [0, 0], [0, 0], [5, 2], [0, 0]]))
 
 
-def test_differentiable_once():
+def test_double_backward_is_refused():
     inputs, rows, keys = some(6, 5, 3, 20)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(pair_margins(*inputs, rows, keys).sum(), inputs, create_graph=True)

@@ -48,7 +48,7 @@ def inputs_of(backend, kind, dtype, temperature, normalize=True, negatives=()):
 
 
 @cases(kind=KINDS, temperature=TEMPERATURES, normalize=[True, False], dtype=DTYPES)
-def test_default_call(backend, dtype, kind, temperature, normalize, monkeypatch):
+def test_the_default_call_keeps_the_bounds(backend, dtype, kind, temperature, normalize, monkeypatch):
     monkeypatch.setattr(plan, "DENSE", 0)
     loss, _ = check(backend, inputs_of(backend, kind, dtype, temperature, normalize), normalize=normalize)
     assert loss >= SMALLEST_LOSS  # else the case says nothing
@@ -58,7 +58,7 @@ def test_default_call(backend, dtype, kind, temperature, normalize, monkeypatch)
 @pytest.mark.parametrize("temperature", [t for t in TEMPERATURES if t >= 0.02])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows(kind, temperature, symmetric, dtype, monkeypatch):
+def test_few_rows_whose_scores_are_held_at_once_keep_the_bounds(kind, temperature, symmetric, dtype, monkeypatch):
     """The plan that holds all scores at once."""
     plans = watch_plans(monkeypatch)
     check("torch", inputs_of("torch", kind, dtype, temperature), symmetric=symmetric)
@@ -68,7 +68,7 @@ def test_few_rows(kind, temperature, symmetric, dtype, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_many_rows(kind, temperature, dtype):
+def test_many_rows_keep_the_bounds_at_low_temperatures(kind, temperature, dtype):
     """The size at which 16-bit inputs are held to a loss error of 1e-5 whatever the temperature."""
     rows = [x.to(dtype) for x in embeddings(kind, MANY_ROWS, 256)[:2]]
     check("torch", {"query": rows[0], "positive_key": rows[1], "temperature": torch.tensor(temperature)})
@@ -96,7 +96,7 @@ OPTIONS = {
     temperature=[0.01, 0.1],
     dtype=DTYPES,
 )
-def test_options(backend, option, rows, temperature, dtype):
+def test_every_option_keeps_the_bounds(backend, option, rows, temperature, dtype):
     (kind, normalize), options = rows, dict(OPTIONS[option])
     inputs = inputs_of(backend, kind, dtype, temperature, normalize, options.pop("negatives", ()))
     weights = torch.rand(len(inputs["query"])) if options.get("reduction") == "none" else None
@@ -105,14 +105,14 @@ def test_options(backend, option, rows, temperature, dtype):
 
 
 @cases(kind=KINDS, symmetric=[False, True], dtype=DTYPES)
-def test_temperature_per_row(backend, kind, symmetric, dtype):
+def test_a_temperature_per_row_keeps_the_bounds(backend, kind, symmetric, dtype):
     inputs = inputs_of(backend, kind, dtype, 1.0)
     inputs["temperature"] = torch.logspace(-2, 0, len(inputs["query"]))[torch.randperm(len(inputs["query"]))]
     check(backend, inputs, symmetric=symmetric)
 
 
 @cases(dtype=DTYPES, temperature=[0.01, 0.1], reduction=["mean", "none"])
-def test_many_queries_for_few_keys(backend, dtype, temperature, reduction):
+def test_many_queries_for_few_keys_keep_the_bounds(backend, dtype, temperature, reduction):
     inputs = inputs_of(backend, "medium", dtype, temperature)
     n, m = len(inputs["query"]), len(inputs["positive_key"]) // 3
     inputs["positive_key"] = inputs["positive_key"][:m]
@@ -123,7 +123,7 @@ def test_many_queries_for_few_keys(backend, dtype, temperature, reduction):
 
 
 @cases(dtype=DTYPES, norm=[1e-3, 30.0])
-def test_norms_far_from_one(backend, dtype, norm):
+def test_norms_far_from_one_keep_the_bounds(backend, dtype, norm):
     """They cancel where rows are normalised; raw rows have them in their logits."""
     inputs = inputs_of(backend, "medium", dtype, 0.1)
     scaled = inputs | {name: (inputs[name] * norm) for name in ("query", "positive_key")}
@@ -132,7 +132,7 @@ def test_norms_far_from_one(backend, dtype, norm):
 
 
 @cases(option=["default", "symmetric", "none"], norm=[8.0, 30.0], kind=["loose", "cone_90"])
-def test_large_logits(backend, option, norm, kind, monkeypatch):
+def test_large_logits_cost_no_more_than_float32_scores_do(backend, option, norm, kind, monkeypatch):
     """Dot products of long rows, logits of 640 to 9000: what float32 scores cost cannot be avoided, but a logsumexp of
     that size has lost digits that a softmax needs."""
     monkeypatch.setattr(plan, "DENSE", 0)

@@ -50,7 +50,7 @@ def assert_bounds(backend, inputs, dtype, **options):
     mixed=[(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
     options=[{}, {"symmetric": True}, {"reduction": "none"}, {"normalize": False}, {"negatives": True}],
 )
-def test_mixed_inputs(backend, dtype, mixed, options):
+def test_inputs_of_mixed_dtypes_keep_the_bounds(backend, dtype, mixed, options):
     options = dict(options)
     query, key, negatives = embeddings("medium", 24, 16, 10)
     inputs = {"query": query.to(mixed[0]), "positive_key": key.to(mixed[1]), "temperature": torch.tensor(0.1)}
@@ -60,7 +60,7 @@ def test_mixed_inputs(backend, dtype, mixed, options):
 
 
 @cases(dtype=HALVES, size=[1e6, 1e-6, 1e12], negatives=["unpaired", "paired"], normalize=[False, True])
-def test_rows_beyond_the_range_of_float16(backend, dtype, size, negatives, normalize):
+def test_rows_beyond_the_range_of_float16_keep_the_bounds(backend, dtype, size, negatives, normalize):
     query, key, extra = embeddings("medium", 24, 16, *((24, 5) if negatives == "paired" else (9,)))
     inputs = {
         "query": stretch(query, size / 30, size),
@@ -114,7 +114,7 @@ def test_backward_outside_of_autocast_and_inside_agree(backend, dtype):
 
 @both_backends
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradient_scaler(backend, symmetric):
+def test_a_float16_tower_trains_under_a_gradient_scaler(backend, symmetric):
     """A float16 tower under a real GradScaler: finite, and as accurate as float16 activations allow."""
     device = DEVICE[backend]
     x, key = (x.float().to(device) for x in embeddings("tight", 32, 16)[:2])

@@ -25,7 +25,7 @@ TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of t
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_row_without_negatives(backend, reduction, normalize, symmetric):
+def test_a_row_without_negatives_has_loss_0_and_no_gradient(backend, reduction, normalize, symmetric):
     """Rows 0 and 3 have every label: loss 0, and no gradient through them."""
     inputs = call_of(5, 4, dtype=torch.float64)
     labels = torch.tensor([1, 1, 1, 1, 1])
@@ -46,7 +46,7 @@ def test_a_row_without_negatives(backend, reduction, normalize, symmetric):
     where=["query", "positive_key", "negative_keys"],
     options=[{}, {"symmetric": True}, {"reduction": "none"}, {"in_batch_negatives": True, "paired": True}],
 )
-def test_zero_rows(backend, dtype, norm, where, options):
+def test_zero_rows_have_no_gradient_and_leave_the_others_theirs(backend, dtype, norm, where, options):
     """They leave the others' gradients finite and exact, and have none themselves."""
     paired = "paired" in options
     options = {name: x for name, x in options.items() if name != "paired"}
@@ -59,7 +59,7 @@ def test_zero_rows(backend, dtype, norm, where, options):
 
 
 @cases(dtype=[torch.float32, torch.bfloat16, torch.float64], norm=[5e-13, 1e-11], where=["query", "positive_key"])
-def test_rows_about_as_long_as_eps(backend, dtype, norm, where):
+def test_rows_up_to_eps_are_divided_by_it_and_longer_ones_by_their_norm(backend, dtype, norm, where):
     """Up to 1e-12 they are divided by it, as F.normalize does, and have no gradient; above it they are unit rows."""
     inputs = call_of(7, 12, "loose", dtype)
     inputs[where][0] *= norm
@@ -81,7 +81,7 @@ def test_rows_about_as_long_as_eps(backend, dtype, norm, where):
     reduction=["none", "sum"],
     ids=[False, True],
 )
-def test_rows_that_are_not_finite(backend, value, where, normalize, reduction, ids):
+def test_rows_that_are_not_finite_poison_the_rows_that_see_them_alone(backend, value, where, normalize, reduction, ids):
     """A query poisons its own row, a key the rows that have it as positive or negative, and no others."""
     mode = where if where in ("paired", "unpaired") else None
     inputs = call_of(8, 5, dtype=torch.float64, negatives=() if mode is None else (8, 3) if mode == "paired" else (3,))
@@ -123,7 +123,7 @@ def test_rows_that_are_not_finite(backend, value, where, normalize, reduction, i
 @both_backends
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("t", [0.01, 1e-3, 1e-4])
-def test_temperatures_below_the_promised_ones(backend, symmetric, t):
+def test_temperatures_below_the_promised_ones_do_not_overflow(backend, symmetric, t):
     """Logits far beyond the range of exp in float32: no overflow."""
     inputs = call_of(33, 12, "loose", torch.float64, t)
     check(backend, inputs, symmetric=symmetric)

@@ -24,7 +24,7 @@ def call(name):
 
 
 @pytest.mark.parametrize("name", ["one pass", "rows", "smoothing", "sup_con"])
-def test_several_threads(name):
+def test_several_threads_give_the_same_bits(name):
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, 2))
     try:

@@ -37,7 +37,7 @@ def no_silent_zero(loss, tensors):
 
 
 @cases(valid, pairs=True, together=True, **FACTORS, plan=PLANS)
-def test_gradcheck(backend, case, monkeypatch):
+def test_gradients_of_every_pair_of_options_are_those_of_finite_differences(backend, case, monkeypatch):
     inputs, options = make_call(6, 5, 3, 3, **{name: case[name] for name in FACTORS})
     options |= {"backend": backend, "workspace_limit": 150 if case["plan"] == "several blocks" else None}
     if case["plan"] == "one block":
@@ -51,7 +51,7 @@ def test_gradcheck(backend, case, monkeypatch):
 
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_every_element(backend, reduction):
+def test_every_element_of_the_jacobian_is_that_of_finite_differences(backend, reduction):
     """Not fast_mode: the whole Jacobian of the default call, through the kernels too."""
     inputs, options = make_call(
         4, 4, 2, 0, normalize=True, temperature="per row", negatives=None, in_batch=None, symmetric=False, target=False,
@@ -87,7 +87,7 @@ def test_only_some_inputs_need_a_gradient(backend, missing, symmetric):
 
 @both_backends
 @pytest.mark.parametrize("learnable", [True, False])
-def test_learnable_temperature(backend, learnable):
+def test_the_gradient_of_logit_scale_is_that_of_finite_differences(backend, learnable):
     """d loss / d logit_scale = -t d loss / d t."""
     device = DEVICE[backend]
     query, key = (torch.randn(6, 4, dtype=torch.float64, device=device) for _ in range(2))
@@ -100,7 +100,7 @@ def test_learnable_temperature(backend, learnable):
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_repeated_backward(backend, reduction, symmetric):
+def test_a_repeated_backward_gives_the_same_bits_and_changes_nothing_saved(backend, reduction, symmetric):
     """retain_graph gives bitwise the same gradients again, scaled ones where the upstream is; nothing saved changes."""
     saved = []
 

@@ -60,20 +60,20 @@ PER_INPUT = 4
     ],
     ids=str,
 )
-def test_peak_of_a_call(n, m, options):
+def test_the_peak_of_a_call_is_the_limit_and_four_times_its_inputs(n, m, options):
     """D = 64. The dense loss would need three times N M floats: 48 GiB for the first of these."""
     memory, inputs = measure(n, m, 64, **options)
     assert memory.peak <= 64 * MIB + PER_INPUT * inputs
     assert memory.peak <= n * m * 4 / 2
 
 
-def test_peak_of_16_bit_inputs():
+def test_the_peak_of_16_bit_inputs_is_that_of_float32_ones():
     """Theirs are the rows as the logits see them and the gradients in float32, and the returned ones in 16."""
     memory, inputs = measure(16384, 16384, 64, dtype=torch.bfloat16)
     assert memory.peak <= 64 * MIB + PER_INPUT * inputs
 
 
-def test_peak_of_self_similarity():
+def test_the_peak_of_two_views_is_one_copy_more():
     """Two views are put into one first."""
     memory, inputs = measure(16384, 16384, 64, loss_of=nt_xent)
     assert memory.peak <= 64 * MIB + (PER_INPUT + 1) * inputs
@@ -84,7 +84,7 @@ def test_peak_of_self_similarity():
     "options", [{}, {"symmetric": True}, {"reduction": "none"}, {"ids": True}, {"per_row": True, "symmetric": True}],
     ids=str,
 )  # fmt: skip
-def test_workspace_limit(limit, options):
+def test_the_workspace_limit_holds(limit, options):
     options = dict(options)
     if options.pop("ids", False):
         options["key_ids"] = torch.arange(2048) // 2
@@ -117,7 +117,7 @@ def test_forward_alone_needs_no_gradients():
     "options", [{}, {"symmetric": True}, {"reduction": "none"}, {"workspace_limit": MIB}, {"ids": True}], ids=str
 )
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
-def test_saved_tensors(backend, options):
+def test_what_is_saved_is_the_inputs_or_their_gradients_once(backend, options):
     """O((N + M) D): each input or its gradient once, and some vectors. The logits are 16 times that."""
     n, d = (2048, 64) if backend == "torch" else (96, 4)
     options, storages = dict(options), {}

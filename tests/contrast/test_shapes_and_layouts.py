@@ -36,13 +36,13 @@ TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of t
     dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
     options=[{}, {"symmetric": True}, {"reduction": "none"}],
 )
-def test_ragged(backend, n, d, dtype, options):
+def test_sizes_that_fit_no_tile_keep_the_bounds(backend, n, d, dtype, options):
     normalize = d > 1  # normalised rows of length 1 are 1 or -1, and their gradients 0 but for rounding
     check(backend, call_of(n, d, "loose", dtype, 0.1 if normalize else 1.0), normalize=normalize, **options)
 
 
 @cases(n=SIZES, m=[1, 2, 16, 17, 65, 130], reduction=["mean", "none"], dtype=[torch.float32, torch.float64])
-def test_rectangular(backend, n, m, reduction, dtype):
+def test_any_number_of_keys_keeps_the_bounds(backend, n, m, reduction, dtype):
     inputs = call_of(max(n, m), 20, "loose", dtype)
     inputs |= {
         "query": inputs["query"][:n],
@@ -59,7 +59,7 @@ def test_rectangular(backend, n, m, reduction, dtype):
     in_batch=[None, True],
     dtype=[torch.float32, torch.bfloat16, torch.float64],
 )
-def test_ragged_negatives(backend, n, h, mode, in_batch, dtype):
+def test_any_number_of_negatives_keeps_the_bounds(backend, n, h, mode, in_batch, dtype):
     n = min(n, 17) if mode == "paired" else n
     inputs = call_of(n, 20, "loose", dtype, negatives=(n, h) if mode == "paired" else (h,))
     check(backend, inputs, negative_mode=mode, in_batch_negatives=in_batch)
@@ -68,7 +68,7 @@ def test_ragged_negatives(backend, n, h, mode, in_batch, dtype):
 @both_backends
 @pytest.mark.parametrize("d", [257, 600, 1030])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_long_rows(backend, d, symmetric):
+def test_long_rows_keep_the_bounds(backend, d, symmetric):
     check(backend, call_of(9, d, "loose"), symmetric=symmetric)
     check(backend, call_of(5, d, "loose", negatives=(5, 3)), negative_mode="paired", in_batch_negatives=True)
 
@@ -77,7 +77,7 @@ def test_long_rows(backend, d, symmetric):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("in_batch", [None, True])
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0, 5)], ids=["unpaired", "paired"])
-def test_no_explicit_negatives(backend, reduction, in_batch, shape):
+def test_without_explicit_negatives_the_loss_is_that_of_the_others(backend, reduction, in_batch, shape):
     """Their tensor is empty: without others the loss is 0, and so are all gradients."""
     inputs = call_of(4, 5) | {"negative_keys": torch.randn(shape)}
     mode = "paired" if len(shape) == 3 else "unpaired"
@@ -87,7 +87,7 @@ def test_no_explicit_negatives(backend, reduction, in_batch, shape):
 
 @both_backends
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_no_keys(backend, reduction):
+def test_without_keys_the_loss_is_0(backend, reduction):
     """With no keys there can be no targets."""
     inputs = {"query": torch.randn(4, 5), "positive_key": torch.randn(0, 5), "target": torch.full((4,), -100)}
     loss, _ = check(backend, inputs, reduction=reduction)
@@ -97,7 +97,7 @@ def test_no_keys(backend, reduction):
 
 
 @both_backends
-def test_rows_of_no_length(backend):
+def test_rows_of_no_length_have_the_loss_log_n(backend):
     """Every logit is 0: the loss is log N."""
     loss = info_nce(*torch.zeros(2, 6, 0, device=DEVICE[backend]), backend=backend)
     assert loss.item() == pytest.approx(math.log(6), rel=1e-6)
@@ -121,7 +121,7 @@ LAYOUTS = {
     mode=["paired", "unpaired"],
     plan=["default", "statistics"],
 )
-def test_layouts(backend, layout, of, mode, plan):
+def test_a_layout_in_memory_changes_nothing(backend, layout, of, mode, plan):
     shape = (7, 4) if mode == "paired" else (4,)
     inputs = on(DEVICE[backend], call_of(7, 5, dtype=torch.float64, negatives=shape))
     options = {"negative_mode": mode, "in_batch_negatives": True, "backend": backend}
@@ -137,7 +137,7 @@ def test_layouts(backend, layout, of, mode, plan):
 
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_expanded(backend, reduction):
+def test_expanded_tensors_are_read_as_their_copies(backend, reduction):
     """One row, one temperature and one target, repeated with stride 0; and an expanded upstream gradient."""
     device = DEVICE[backend]
     q, k = (torch.randn(6, 4, dtype=torch.float64, device=device) for _ in range(2))
@@ -159,7 +159,7 @@ def test_expanded(backend, reduction):
 
 @both_backends
 @pytest.mark.parametrize("shape", [(6,), (6, 1)])
-def test_strided_temperature(backend, shape):
+def test_a_strided_temperature_is_read_as_its_copy(backend, shape):
     inputs = on(DEVICE[backend], call_of(6, 4, dtype=torch.float64))
     t = torch.rand(12, dtype=torch.float64, device=DEVICE[backend])[::2].reshape(shape) + 0.1
     for options in ({}, {"symmetric": True}):
@@ -170,7 +170,7 @@ def test_strided_temperature(backend, shape):
 
 
 @both_backends
-def test_the_same_tensor_on_both_sides(backend):
+def test_one_tensor_on_both_sides_gets_both_gradients(backend):
     inputs = on(DEVICE[backend], {"query": torch.randn(6, 4, dtype=torch.float64)})
     same = inputs["query"].requires_grad_()
     (got,) = torch.autograd.grad(info_nce(same, same, backend=backend), same)
@@ -183,7 +183,7 @@ def test_the_same_tensor_on_both_sides(backend):
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_duplicated_targets(backend, dtype):
+def test_many_rows_of_one_target_keep_the_bounds(backend, dtype):
     """Many rows add into the gradient of one key."""
     inputs = call_of(64, 16, "loose", dtype)
     for target in (torch.zeros(64, dtype=torch.int64), torch.arange(64) % 3, torch.arange(64).flip(0) // 2):
@@ -203,7 +203,7 @@ CHUNKS = {  # n, m, workspace limit -> plan, blocks of rows, of columns
 @pytest.mark.parametrize("case", CHUNKS)
 @pytest.mark.parametrize("t", [0.1, 0.01])  # without and with a running maximum
 @pytest.mark.parametrize("ids", [False, True])
-def test_chunks_of_the_torch_backend(case, t, ids, monkeypatch):
+def test_chunks_of_the_torch_backend_keep_the_bounds(case, t, ids, monkeypatch):
     n, m, limit, name, *_ = CHUNKS[case]
     monkeypatch.setattr(plan, "CPU_BLOCK", 2**19)
     plans = watch_plans(monkeypatch)
@@ -226,7 +226,7 @@ def test_chunks_of_the_torch_backend(case, t, ids, monkeypatch):
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     blocks=[(1, 1), (3, 2), (2, 5)],
 )
-def test_plans_of_the_triton_backend(backend, plan, option, dtype, blocks, monkeypatch):
+def test_both_plans_in_blocks_of_any_size_keep_the_bounds(backend, plan, option, dtype, blocks, monkeypatch):
     """On the torch backend: its plan without a onepass, in blocks of any size."""
     n, option = 70, dict(option)
     sizes = {"rows": math.ceil(n / blocks[0]), "cols": math.ceil(n / blocks[1])}
@@ -243,7 +243,7 @@ def test_plans_of_the_triton_backend(backend, plan, option, dtype, blocks, monke
     dtype=[torch.float32, torch.bfloat16],
     plan=["default", "other"],
 )
-def test_bitwise_repeatable(backend, options, dtype, plan, monkeypatch):
+def test_a_repeated_call_gives_the_same_bits(backend, options, dtype, plan, monkeypatch):
     if plan == "other":
         watch_plans(monkeypatch, name="streaming" if backend == "triton" else "workspace")
     n = 40 if DEVICE[backend] == "cpu" else 700
@@ -295,11 +295,11 @@ def any_call(backend, case, n, m, d, h, t, limit, seed):
 
 
 @property_test(examples=200)
-def test_any_call_in_torch(case, n, m, d, h, t, limit, seed):
+def test_any_call_in_torch_keeps_the_bounds(case, n, m, d, h, t, limit, seed):
     any_call("torch", case, n, m, d, h, t, limit, seed)
 
 
 @both_backends
 @property_test(examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # the interpreter is slow to shrink
-def test_any_call(backend, case, n, m, d, h, t, limit, seed):
+def test_any_call_keeps_the_bounds(backend, case, n, m, d, h, t, limit, seed):
     any_call(backend, case, n, m, d, h, t, limit, seed)

@@ -48,7 +48,7 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
         assert torch.equal(eager, compiled)
 
 
-def test_learnable_temperature_and_changing_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learnable_temperature_compiles_for_changing_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "DENSE", 0)  # a learnable temperature is read outside only, and plans with it
     torch._dynamo.reset()
     loss = FusedInfoNCELoss(0.05, learnable_temperature=True)
@@ -61,7 +61,7 @@ def test_learnable_temperature_and_changing_sizes(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-def test_nt_xent() -> None:
+def test_compiled_nt_xent_equals_eager() -> None:
     torch._dynamo.reset()
     loss = NTXentLoss(0.1)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -70,7 +70,7 @@ def test_nt_xent() -> None:
         torch.testing.assert_close(x, y)
 
 
-def test_queries_that_are_the_keys() -> None:
+def test_queries_that_are_the_keys_compile() -> None:
     torch._dynamo.reset()
     x = embeddings(N, D)
     compiled = torch.compile(info_nce, fullgraph=True, backend="aot_eager")
@@ -78,7 +78,7 @@ def test_queries_that_are_the_keys() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_schedule_of_temperatures(dynamic: bool | None) -> None:
+def test_a_schedule_of_temperatures_compiles(dynamic: bool | None) -> None:
     """Numbers, which become symbolic when they change."""
     torch._dynamo.reset()
     loss = FusedInfoNCELoss(0.1)

@@ -15,7 +15,7 @@ def blocks(name):
     return re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_readme():
+def test_examples_of_the_readme_run():
     """What the blocks leave to the reader is made here; the drop-ins are imported where their libraries are tested."""
     torch.manual_seed(0)
     n, m, d = 600, 900, 8  # rows enough for the plan that is shown
@@ -39,7 +39,7 @@ def test_readme():
 
 
 @pytest.mark.parametrize("name", ["losses.md"])
-def test_examples_run(name):
+def test_examples_of_the_documentation_run(name):
     torch.manual_seed(0)
     names: dict[str, object] = {}
     code = blocks(name)

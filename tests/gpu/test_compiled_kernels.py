@@ -42,7 +42,7 @@ def call(option, n, d, dtype, t=0.05, kind="medium"):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("d", [64, 100, 256, 384, 768])
-def test_accuracy(dtype, option, d):
+def test_losses_and_gradients_keep_the_bounds(dtype, option, d):
     n = 1000 if dtype != torch.float64 else 300
     inputs, options = call(option, n, d, dtype)
     check("triton", inputs, **options)
@@ -52,7 +52,7 @@ def test_accuracy(dtype, option, d):
 @pytest.mark.parametrize("plan", ["workspace", "streaming"])
 @pytest.mark.parametrize("kind", ["tight", "cone_98"])
 @pytest.mark.parametrize("t", [0.01, 0.05, 1.0])
-def test_accuracy_of_each_plan(dtype, plan, kind, t, monkeypatch):
+def test_each_plan_keeps_the_bounds(dtype, plan, kind, t, monkeypatch):
     """In several blocks, with a ragged last one."""
     plans = watch_plans(monkeypatch, name=plan, rows=600, cols=500)
     for option in ("default", "symmetric"):
@@ -64,7 +64,7 @@ def test_accuracy_of_each_plan(dtype, plan, kind, t, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("plan", ["workspace", "streaming"])
 @pytest.mark.parametrize(("n", "d"), [(1, 64), (17, 8), (1111, 24), (1111, 128), (1111, 320)])
-def test_tensor_descriptors(dtype, plan, n, d, monkeypatch):
+def test_tensor_descriptors_keep_the_bounds(dtype, plan, n, d, monkeypatch):
     """Tiles that reach past the ends of the tensors, loaded by TMA."""
     tiles = pytest.importorskip("fused_infonce.backends.triton.tiles")
     if tiles.architecture(torch.device("cuda")) not in tiles.HAS_TMA:
@@ -98,7 +98,7 @@ def test_auto_is_triton(monkeypatch):
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_cuda_graph(option, dtype):
+def test_a_captured_graph_replays_on_other_values(option, dtype):
     """Forward and backward are captured, and replay on other values."""
     inputs, options = call(option, 500, 96, dtype)
     static = {name: x.requires_grad_() for name, x in on("cuda", inputs).items()}
@@ -141,7 +141,7 @@ def no_synchronisation():
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("extra", ["float", "scalar", "on the cpu", "per row", "target", "ids"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_no_synchronisation(option, extra, backend, no_synchronisation):
+def test_a_call_does_not_wait_for_the_gpu(option, extra, backend, no_synchronisation):
     inputs, options = call(option, 500, 64, torch.bfloat16)
     if options.get("symmetric") and extra == "target":
         with pytest.raises(ValueError, match="symmetric"):
@@ -173,7 +173,7 @@ def test_no_synchronisation(option, extra, backend, no_synchronisation):
     assert all(g.isfinite().all() for g in gradients)
 
 
-def test_gradient_of_a_temperature_on_the_cpu():
+def test_a_temperature_on_the_cpu_gets_its_gradient_there():
     inputs = on("cuda", inputs_of(64, 32, torch.float32))
     t = torch.tensor([0.07], requires_grad=True)
     inputs.pop("temperature")
@@ -220,7 +220,7 @@ def test_a_bad_temperature_gives_nan(backend, bad):
 @pytest.mark.parametrize("d", [128, 512])
 @pytest.mark.parametrize("limit", [None, 32 * MIB])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_peak_memory(options, d, limit, backend):
+def test_peak_memory_is_bounded(options, d, limit, backend):
     """The dense loss would need gigabytes."""
     n = 16384
     query, key = (torch.randn(n, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
@@ -244,7 +244,7 @@ def test_peak_memory(options, d, limit, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("option", ["default", "symmetric", "none"])
 @pytest.mark.parametrize("plan", ["workspace", "streaming"])
-def test_bitwise_repeatable(dtype, option, plan, monkeypatch):
+def test_a_repeated_call_gives_the_same_bits(dtype, option, plan, monkeypatch):
     watch_plans(monkeypatch, name=plan)
     inputs, options = call(option, 3000, 128, dtype)
     inputs = on("cuda", inputs)
@@ -256,7 +256,7 @@ def test_bitwise_repeatable(dtype, option, plan, monkeypatch):
         assert all(torch.equal(gradients[name], x) for name, x in first[1].items())
 
 
-def test_rows_beyond_32_bit_offsets():
+def test_rows_beyond_32_bit_offsets_are_read_where_they_lie():
     """The last rows start beyond element 2^31; 4 GiB for the queries and 4 for their gradient."""
     n, d = 2**21 + 40, 1024
     query = torch.zeros(n, d, device="cuda", dtype=torch.bfloat16)
@@ -273,7 +273,7 @@ def test_rows_beyond_32_bit_offsets():
 
 
 @pytest.mark.parametrize("which", ["positive_key", "negative_keys", "target", "key_ids", "temperature"])
-def test_two_devices(which):
+def test_inputs_on_two_devices_are_refused(which):
     inputs = on("cuda", inputs_of(8, 4, torch.float32, negatives=(5,)))
     inputs |= {"target": torch.arange(8, device="cuda"), "key_ids": torch.arange(8, device="cuda")}
     inputs |= {"temperature": torch.ones(8, device="cuda")}
@@ -283,7 +283,7 @@ def test_two_devices(which):
         info_nce(**inputs, in_batch_negatives=True)
 
 
-def test_another_than_the_current_device():
+def test_another_than_the_current_device_computes_the_same():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     inputs = on("cuda:1", inputs_of(64, 32, torch.float32))
@@ -297,7 +297,7 @@ def test_another_than_the_current_device():
 
 @pytest.mark.parametrize("d", [128, 768])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_onepass(d, dtype, no_synchronisation):
+def test_one_pass_keeps_the_bounds_and_does_not_wait(d, dtype, no_synchronisation):
     """A host temperature is what onepass needs: within bounds, the same twice, captured, without synchronisation."""
     n = 5000
     rows = torch.randn(2, n, d)
@@ -328,7 +328,7 @@ def test_onepass(d, dtype, no_synchronisation):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(reduction):
+def test_compiled_equals_eager(reduction):
     """`torch.compile(fullgraph=True)` on real tensors gives what eager gives."""
     query, key = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16).requires_grad_()
 

@@ -42,7 +42,7 @@ SHAPES = [(1, 1, 20), (1, 17, 1), (2, 15, 16), (15, 2, 33), (16, 16, 32), (17, 3
 
 @both_plans
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
-def test_ragged_shapes(n, m, d, plan):
+def test_ragged_shapes_keep_the_bounds(n, m, d, plan):
     target = None if n <= m else torch.randint(m, (n,))
     check(make(n, m, d, target=target, normalize=d > 1), plan)
 
@@ -50,7 +50,7 @@ def test_ragged_shapes(n, m, d, plan):
 @both_plans
 @pytest.mark.parametrize("n", [1, 2, 17, 70])
 @pytest.mark.parametrize("ids", [False, True])
-def test_columns(n, ids, plan):
+def test_column_statistics_do_not_depend_on_the_limit(n, ids, plan):
     """A limit of one byte takes every block of rows on its own; the states merge to the same result."""
     problem = with_segments(make(n, n, 20, columns=True), shared=5, ids=ids)
     whole, _ = check(problem, plan)
@@ -64,7 +64,7 @@ def test_columns(n, ids, plan):
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize(("shared", "own"), [(None, None), (21, None), (None, 3), (40, 18)])
 @pytest.mark.parametrize("target", [False, True])
-def test_segments(target, shared, own, ids, in_batch, plan):
+def test_segments_ids_and_targets_keep_the_bounds(target, shared, own, ids, in_batch, plan):
     problem = make(18, 35, 20, in_batch=in_batch)
     if target:
         index = torch.randint(-1, 35, (18,))
@@ -75,7 +75,7 @@ def test_segments(target, shared, own, ids, in_batch, plan):
 
 @both_plans
 @pytest.mark.parametrize("normalize", [True, False])
-def test_self_similarity(normalize, plan):
+def test_self_similarity_gives_one_gradient_for_both_sides(normalize, plan):
     """Two views against each other: a row is no negative of its own or its partner; one gradient for both sides."""
     problem = make(70, 70, 20, target=torch.arange(70).roll(35), self_similar=True, normalize=normalize)
     problem = replace(problem, key=problem.query)
@@ -89,7 +89,7 @@ def test_self_similarity(normalize, plan):
 
 @both_plans
 @pytest.mark.parametrize("wide", [False, True])
-def test_many_rows_of_one_target(plan, wide):
+def test_many_rows_of_one_target_are_summed_in_steps(plan, wide):
     """The queries of one key are summed in more than one step."""
     check(make(70, 3, 300 if wide else 5, target=torch.full((70,), 1)), plan)
 
@@ -98,7 +98,7 @@ def test_many_rows_of_one_target(plan, wide):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("kind", "t"), [("tight", 0.01), ("medium", 0.02), ("loose", 1.0), ("cone_98", 0.05)])
-def test_accuracy(kind, t, normalize, dtype, plan):
+def test_tight_loose_and_cone_shaped_rows_keep_the_bounds(kind, t, normalize, dtype, plan):
     query, key, negative = embeddings(kind, 40, 40, 40, 3)
     low, high = (0.1, 10) if normalize else (0.8, 1.25)
     query, key, negative = (stretch(x, low, high).to(dtype) for x in (query, key, negative))
@@ -110,7 +110,7 @@ def test_accuracy(kind, t, normalize, dtype, plan):
 
 
 @both_plans
-def test_layouts(plan):
+def test_strided_tensors_are_read_as_their_copies(plan):
     """Rows with gaps between them, columns in memory order, one row for all, vectors with gaps: what is read is what
     contiguous copies hold."""
     query, key = torch.randn(40, 50, dtype=torch.float64)[3:33:2, 5:25], torch.randn(20, 33, dtype=torch.float64).T
@@ -131,7 +131,7 @@ def test_layouts(plan):
 
 @both_plans
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_scales(dtype, plan):
+def test_rows_divided_by_powers_of_two_keep_the_bounds(dtype, plan):
     """Rows divided by powers of two beforehand."""
     problem = with_segments(make(17, 20, 20, dtype, normalize=False, t=2.0), 5, 3)
     scales = tuple(2.0 ** torch.randint(-1, 2, x.shape[:-1]).to(problem.acc_dtype) for x in problem.inputs)
@@ -139,7 +139,7 @@ def test_scales(dtype, plan):
 
 
 @both_plans
-def test_only_wanted_gradients(plan):
+def test_gradients_that_are_not_wanted_are_not_made(plan):
     problem = with_segments(make(17, 33, 20), 21, 3)
     stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
     every = [torch.float64] * 4
@@ -153,7 +153,7 @@ def test_only_wanted_gradients(plan):
 
 
 @both_plans
-def test_gradient_dtypes(plan):
+def test_gradients_come_in_the_dtype_that_is_asked_for(plan):
     problem = make(17, 17, 20, torch.float16)
     stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
     exact = backend.gradients(problem, plan, stats, upstream, [torch.float32, torch.float32])
@@ -167,7 +167,7 @@ def test_gradient_dtypes(plan):
 @pytest.mark.parametrize(
     ("n", "m", "shared", "own"), [(0, 0, None, None), (0, 5, 3, 2), (3, 0, None, None), (3, 5, 0, 0)]
 )
-def test_empty(n, m, shared, own, plan):
+def test_empty_sides_have_no_negatives(n, m, shared, own, plan):
     target = torch.full((n,), -1) if m < n else None
     problem = with_segments(make(n, m, 8, target=target, in_batch=shared is None), shared, own)
     stats, grads = check(problem, plan)
@@ -178,14 +178,14 @@ def test_empty(n, m, shared, own, plan):
 
 
 @both_plans
-def test_rows_without_negatives(plan):
+def test_rows_without_negatives_have_a_logsumexp_of_minus_infinity(plan):
     problem = replace(make(5, 5, 8), row_ids=torch.zeros(5).long(), key_ids=torch.tensor([0, 0, 0, 0, 0]))
     stats, _ = check(problem, plan)
     assert (stats.neg == -math.inf).all()
 
 
 @both_plans
-def test_zero_rows(plan):
+def test_a_zero_row_has_no_gradient_and_disturbs_no_other(plan):
     """A zero row has no gradient and does not disturb the others, whatever the temperature."""
     problem = make(9, 9, 20, torch.float32, t=0.01, columns=True)
     problem.query[3] = 0
@@ -230,7 +230,7 @@ def test_infinitely_small_logits_show(plan):
 
 
 @both_plans
-def test_targets_out_of_range(plan):
+def test_a_target_out_of_range_makes_its_row_alone_nan(plan):
     """That row alone is NaN, and nothing is read or written for it."""
     problem = make(4, 5, 8, target=torch.tensor([1, 5, -7, 1 << 40]))
     stats = backend.statistics(problem, plan)
@@ -256,7 +256,7 @@ def test_float16_coefficients_keep_their_range(size, plan):
 
 
 @both_plans
-def test_deterministic(plan):
+def test_a_repeated_launch_gives_the_same_bits(plan):
     problem = with_segments(make(33, 33, 20, torch.float32, columns=True), 21, 3, ids=True)
     upstream = upstream_of(problem)
 

@@ -68,27 +68,27 @@ def same(problem: Problem, plan: Plan, tma) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("d", [24, 40, 64])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 17), (17, 33), (127, 17), (33, 127)])
-def test_ragged_shapes(n, m, d, dtype, plan, tma):
+def test_ragged_shapes_give_the_bits_of_pointer_loads(n, m, d, dtype, plan, tma):
     target = None if n <= m else torch.randint(m, (n,))
     same(make(n, m, d, dtype, target=target), plan, tma)
 
 
 @both_plans
 @pytest.mark.parametrize("limit", [1, LIMIT])
-def test_columns_ids_and_segments(limit, plan, tma):
+def test_columns_ids_and_segments_give_the_bits_of_pointer_loads(limit, plan, tma):
     """Also in super-blocks of rows that start inside of a tensor."""
     problem = with_segments(make(70, 70, 24, torch.float32, columns=True), 21, 3, ids=True)
     same(problem, replace(plan, limit=limit), tma)
 
 
 @both_plans
-def test_against_the_oracle(plan, tma):
+def test_descriptors_keep_the_bounds(plan, tma):
     counts = tma(True)
     check(with_segments(make(33, 70, 40), 21, ids=True), plan)
     assert all(counts)
 
 
-def test_onepass(tma):
+def test_one_pass_gives_the_bits_of_pointer_loads(tma):
     plan = Plan("onepass", 40, 40, LIMIT, 0, "")
     for dtype in (torch.bfloat16, torch.float32):
         problem = make(70, 33, 24, dtype, target=torch.randint(33, (70,)))
@@ -111,7 +111,7 @@ def test_what_is_not_finite_shows(value, plan, tma):
         same(problem, plan, tma)
 
 
-def test_rows_with_gaps(tma):
+def test_rows_with_gaps_need_no_copy(tma):
     """Strides that are multiples of 16 bytes need no copy, whatever lies between the rows."""
     wide = torch.full((40, 64), math.nan)
     wide[:, 16:40] = torch.randn(40, 24)
@@ -149,7 +149,7 @@ def test_empty_rows_take_the_pointers():
     assert not launch.describable(torch.empty(4, 0))
 
 
-def test_without_descriptors_in_triton(monkeypatch, tma):
+def test_a_triton_without_descriptors_takes_the_pointers(monkeypatch, tma):
     monkeypatch.setattr(launch, "TensorDescriptor", None)
     counts = tma(True)
     check(make(17, 33, 24), PLANS[0])

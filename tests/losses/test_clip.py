@@ -25,7 +25,7 @@ def pair(n: int = N, d: int = D, dtype: torch.dtype = torch.float64, device: str
     reduction=["mean", "sum", "none"],
     scale=["float", "scalar", "one element", "per pair"],
 )
-def test_gradcheck_and_dense(backend, normalize, reduction, scale):
+def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, normalize, reduction, scale):
     device = DEVICE[backend]
     inputs = [x.detach().mul(1 if not normalize else 3).requires_grad_() for x in pair(device=device)]
     shape = {"float": None, "scalar": (), "one element": (1,), "per pair": (N, 1)}[scale]
@@ -144,7 +144,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input(what):
+def test_a_bad_argument_is_refused(what):
     replaced, kind, message = BAD[what]
     call = {"image_features": ONE, "text_features": ONE, "logit_scale": 10.0} | replaced
     with pytest.raises(kind, match=message):

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import debiased as oracle
+from oracles import info_nce as dense_info_nce
+from oracles import views as dense_views
 from oracles.row_lists import reduce, rows_of, rows_of_views
 from support.helpers import (
     DEVICE,
@@ -52,9 +54,9 @@ def by_lists(reduction="mean", tau_plus=0.1, weight=None, floors=None, **options
     )
 
 
-def views_by_lists(view_a, view_b, temperature=0.5, reduction="mean", tau_plus=0.1, floors=None):
+def views_by_lists(view_a, view_b, temperature=0.5, reduction="mean", tau_plus=0.1):
     rows = rows_of_views(view_a, view_b, temperature)
-    return reduce(lambda row: loss_of(row, tau_plus, floors), rows, reduction, 2 * len(view_a))
+    return reduce(lambda row: loss_of(row, tau_plus), rows, reduction, 2 * len(view_a))
 
 
 def authors(view_a, view_b, t, tau_plus):
@@ -78,7 +80,7 @@ def authors(view_a, view_b, t, tau_plus):
     tau=["number", "rows", "zero"],
     weight=[False, True],
 )
-def test_gradcheck_and_lists(backend, case, monkeypatch):
+def test_gradients_are_those_of_finite_differences_and_of_lists(backend, case, monkeypatch):
     inputs, options = make_call(N, 5, 3, 3, **{name: case[name] for name in FACTORS})
     taus = {"number": 0.1, "zero": 0.0, "rows": torch.linspace(0, 0.3, N, dtype=torch.float64).to(DEVICE[backend])}
     options["tau_plus"] = taus[case["tau"]]
@@ -101,7 +103,7 @@ def test_gradcheck_and_lists(backend, case, monkeypatch):
 
 
 @both_backends
-def test_rows_on_both_sides_of_the_bound(backend):
+def test_rows_on_both_sides_of_the_floor_have_their_own_gradient(backend):
     inputs = [torch.randn(8, 3, dtype=torch.float64, device=DEVICE[backend]) for _ in range(2)]
     inputs[1][:4] += inputs[0][:4]
     inputs.append(torch.tensor(0.3, dtype=torch.float64, device=DEVICE[backend]))
@@ -126,7 +128,9 @@ def test_rows_on_both_sides_of_the_bound(backend):
     blocks=["one", "several"],
     pairs=True,
 )
-def test_views(backend, reduction, temperature, tau, blocks, monkeypatch):
+def test_gradients_of_views_are_those_of_finite_differences_and_of_lists(
+    backend, reduction, temperature, tau, blocks, monkeypatch
+):
     if blocks == "several":
         monkeypatch.setattr(plan, "DENSE_SELF", 0)
     device = DEVICE[backend]
@@ -166,20 +170,20 @@ def test_equals_the_authors_formula(seed, tau):
 @pytest.mark.parametrize("t", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize("kind", ["tight", "medium", "loose"])
 @pytest.mark.parametrize("views", [False, True])
-def test_low_temperatures(backend, t, kind, views):
+def test_low_temperatures_give_what_the_papers_exponentials_give(backend, t, kind, views):
     """In float64 the paper's exponentials still fit; in float32 exp(1 / 0.01) would not. Tight pairs reach the bound,
     where the loss is as small as 1e-80."""
     n, d = (24, 16) if backend == "torch" else (10, 8)
     exact = [x.requires_grad_() for x in embeddings(kind, n, d)[:2]]
     function = debiased_nt_xent if views else debiased_info_nce
 
-    def truth(a, b, t, floors):
-        if views:
-            return views_by_lists(a, b, t, "none", 0.05, floors)
-        return by_lists("none", 0.05, query=a, positive_key=b, temperature=t, floors=floors)
-
-    floors = []
-    want = truth(*exact, t, floors)
+    if views:
+        found = dense_views.direction(*exact, t, True)
+    else:
+        found = dense_info_nce.directions(*exact, temperature=t)
+    estimate, floor = oracle.terms(found[0][0], 0.05)
+    floors = (estimate < floor).tolist()
+    want = dense_info_nce.reduced(lambda rows: oracle.loss_of(rows, 0.05), found, "none", None)
     want_grads = torch.autograd.grad(want.sum(), exact)
     moved = (x.to(DEVICE[backend]) for x in exact)
     got = function(*moved, temperature=t, reduction="none", tau_plus=0.05, backend=backend)
@@ -198,7 +202,7 @@ def test_low_temperatures(backend, t, kind, views):
     ("t", "kind", "tau"), [(0.01, "loose", 1e-3), (0.05, "tight", 0.1), (0.2, "loose", 0.02), (1.0, "medium", 0.1)]
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_accuracy(backend, dtype, t, kind, tau, reduction):
+def test_losses_and_gradients_keep_the_bounds_of_infonce_where_little_cancels(backend, dtype, t, kind, tau, reduction):
     """Within the bounds of InfoNCE, times what the difference makes of rounding errors: sum / ((1 - tau+) G)."""
     n, d = (45, 24) if backend == "torch" else (18, 16)
     inputs = [x.to(DEVICE[backend], dtype).requires_grad_() for x in embeddings(kind, n, d)[:2]]
@@ -260,7 +264,7 @@ def test_where_the_sum_equals_its_correction_the_bound_holds():
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("form", ["one key", "one sample", "ids", "both"])
-def test_rows_without_negatives(backend, reduction, form):
+def test_rows_without_negatives_have_loss_0_and_no_gradient(backend, reduction, form):
     n, device = 1 if form.startswith("one") else 4, DEVICE[backend]
     leaves = [torch.randn(n, 3, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
     leaves.append(torch.tensor(0.2, dtype=torch.float64, requires_grad=True, device=device))
@@ -353,7 +357,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input(what):
+def test_a_bad_argument_is_refused(what):
     replaced, kind, message = BAD[what]
     with pytest.raises(kind, match=message):
         debiased_info_nce(**({"query": ROWS, "positive_key": ROWS} | replaced))
@@ -362,7 +366,7 @@ def test_bad_input(what):
             DebiasedLoss(**replaced)
 
 
-def test_bad_input_of_views():
+def test_a_bad_argument_of_views_is_refused():
     for bad, message in (({"tau_plus": torch.zeros(4)}, r"shape \(8,\)"), ({"normalize": False}, "must be True")):
         with pytest.raises(ValueError, match=message):
             debiased_nt_xent(ROWS, ROWS, **bad)

@@ -50,7 +50,7 @@ def views_by_lists(view_a, view_b, temperature=0.1, reduction="mean", *, positiv
     valid, pairs=True, together=True, **FACTORS, positive=[False, True], weight=[None, "fixed", "learnt"],
     blocks=["one", "several"],
 )  # fmt: skip
-def test_gradcheck_and_lists(backend, case, monkeypatch):
+def test_gradients_are_those_of_finite_differences_and_of_lists(backend, case, monkeypatch):
     inputs, options = make_call(N, 5, 3, 3, **{name: case[name] for name in FACTORS})
     if case["positive"]:
         inputs["positive_weight"] = torch.rand(N, dtype=torch.float64) + 0.5
@@ -87,7 +87,9 @@ def test_gradcheck_and_lists(backend, case, monkeypatch):
     blocks=["one", "several"],
     pairs=True,
 )
-def test_views(backend, normalize, reduction, temperature, positive, blocks, monkeypatch):
+def test_gradients_of_views_are_those_of_finite_differences_and_of_lists(
+    backend, normalize, reduction, temperature, positive, blocks, monkeypatch
+):
     if blocks == "several":
         monkeypatch.setattr(plan, "DENSE_SELF", 0)
     device = DEVICE[backend]
@@ -118,7 +120,7 @@ def test_views(backend, normalize, reduction, temperature, positive, blocks, mon
 @pytest.mark.parametrize("t", [0.01, 0.05, 1.0])
 @pytest.mark.parametrize("form", ["keys", "both", "views"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_accuracy(backend, dtype, t, form, reduction):
+def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, t, form, reduction):
     """Within the bounds of InfoNCE, at its temperatures, against dense code in float64 on the same numbers."""
     n, d = (45, 24) if backend == "torch" else (18, 16)
     inputs = [x.to(dtype) for x in embeddings("loose", n, d)[:2]]
@@ -141,7 +143,7 @@ def test_accuracy(backend, dtype, t, form, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("form", ["one key", "one sample", "ids", "both", "nothing explicit"])
-def test_rows_without_negatives(backend, reduction, weighted, form):
+def test_rows_without_negatives_have_loss_0_and_no_gradient(backend, reduction, weighted, form):
     """A loss of 0 and no gradient, and no NaN anywhere; other rows have theirs."""
     n = 1 if form.startswith("one") else 4
     device = DEVICE[backend]
@@ -166,7 +168,7 @@ def test_rows_without_negatives(backend, reduction, weighted, form):
 
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_some_rows_without_negatives(backend, reduction):
+def test_one_row_without_negatives_leaves_the_others_theirs(backend, reduction):
     """Of ids 0 0 1 with the queries' own: query 2, whose id all keys have, is alone."""
     device = DEVICE[backend]
     inputs = [torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
@@ -201,7 +203,7 @@ def test_nan_is_not_swallowed(backend, reduction, n):
 @both_backends
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("size", ["few scores", "many scores"])
-def test_one_pass(backend, symmetric, size, monkeypatch):
+def test_one_pass_gives_the_loss_of_the_statistics(backend, symmetric, size, monkeypatch):
     """Loss and gradients from one product of the scores, where the plan allows it, are those of the statistics."""
     if size == "many scores":
         for name in ("DENSE", "GPU_ONEPASS_DIM"):
@@ -225,7 +227,7 @@ def test_one_pass(backend, symmetric, size, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
 
 
-def test_the_weights_of_dclw():
+def test_von_mises_fisher_weights_are_those_of_the_paper():
     a, b = (torch.randn(9, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     got = von_mises_fisher_weight(a, b, 0.3)
     cosine = F.cosine_similarity(a, b)
@@ -286,13 +288,13 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_bad_input(what):
+def test_a_bad_argument_is_refused(what):
     replaced, kind, message = BAD_CALLS[what]
     with pytest.raises(kind, match=message):
         decoupled_info_nce(**({"query": ROWS, "positive_key": ROWS} | replaced))
 
 
-def test_bad_input_of_views_weights_and_modules():
+def test_a_bad_argument_of_views_weights_and_modules_is_refused():
     for bad, kind, message in [
         ({"view_b": ROWS[1:]}, ValueError, "view_b must have shape"),
         ({"positive_weight": torch.ones(4)}, ValueError, r"positive_weight must have shape \(8,\)"),

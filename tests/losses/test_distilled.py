@@ -67,7 +67,7 @@ def make(case, device):
 
 
 @cases(valid, pairs=True, together=True, **FACTORS)
-def test_gradcheck_and_dense(backend, case, monkeypatch):
+def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, case, monkeypatch):
     if case["blocks"] == "several":
         monkeypatch.setattr(plan, "DENSE", 0)
     inputs, t, options, z, of_dense = make(case, DEVICE[backend])
@@ -89,7 +89,7 @@ def test_gradcheck_and_dense(backend, case, monkeypatch):
 
 @both_backends
 @pytest.mark.parametrize("teacher", ["embeddings", "scores"])
-def test_the_default_temperature_of_the_teacher(backend, teacher):
+def test_the_teachers_temperature_is_by_default_the_students_or_1_for_scores(backend, teacher):
     """The student's for embeddings, without a gradient; 1 for scores."""
     device = DEVICE[backend]
     q, k, a, b = (torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(4))
@@ -110,7 +110,7 @@ def test_the_default_temperature_of_the_teacher(backend, teacher):
 @pytest.mark.parametrize("t", [0.01, 0.05, 0.2, 1.0])
 @pytest.mark.parametrize("teacher", ["embeddings", "scores"])
 @pytest.mark.parametrize("kind", ["tight", "loose"])
-def test_accuracy(backend, dtype, t, teacher, kind):
+def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, t, teacher, kind):
     """Within the bounds of InfoNCE, also where student and teacher agree on the positive to many digits.
 
     A gradient is the student's part less the teacher's; in 16 bits, at t = 1, where both are nearly uniform, its error
@@ -179,7 +179,7 @@ def test_one_key_leaves_nothing_to_learn(backend, teacher, options):
 
 
 @pytest.mark.parametrize("teacher", ["embeddings", "scores"])
-def test_no_rows(teacher):
+def test_no_rows_give_nan_as_mean_and_0_as_sum(teacher):
     x = torch.randn(0, 3, requires_grad=True)
     given = {"teacher_query": x, "teacher_key": x} if teacher == "embeddings" else {"teacher_scores": x[:, :0]}
     assert distilled_info_nce(x, x, **given).isnan()
@@ -213,7 +213,7 @@ def test_some_scores_may_be_minus_infinity():
 
 @pytest.mark.serial
 @pytest.mark.parametrize("options", [{}, {"symmetric": True, "objective": "kl_div", "alpha": 0.5}], ids=str)
-def test_memory_of_embeddings(options):
+def test_memory_of_embeddings_is_the_limit_and_a_few_times_the_rows(options):
     """D = D' = 32, and N M floats are 256 MiB: the workspace, and a few times the rows of both models."""
     n, limit = 8192, 8 * MIB
     q, k = (torch.randn(n, 32, requires_grad=True) for _ in range(2))
@@ -229,7 +229,7 @@ def test_memory_of_embeddings(options):
 
 
 @pytest.mark.serial
-def test_saved_tensors():
+def test_what_is_saved_is_a_few_times_the_rows():
     n, d, storages = 1024, 16, {}
     q, k, a, b = (torch.randn(n, d, requires_grad=i < 2) for i in range(4))
 
@@ -244,7 +244,7 @@ def test_saved_tensors():
     loss.backward()
 
 
-def test_repeated_and_double_backward():
+def test_a_second_backward_is_the_same_and_a_double_one_is_refused():
     q, k, a, b = (torch.randn(5, 4, requires_grad=i < 2) for i in range(4))
     loss = distilled_info_nce(q, k, a, b)
     first = torch.autograd.grad(loss, (q, k), retain_graph=True)
@@ -254,7 +254,7 @@ def test_repeated_and_double_backward():
         torch.autograd.grad(loss, k, create_graph=True)
 
 
-def test_frozen_keys_and_autocast():
+def test_one_side_may_be_frozen_and_autocast_takes_mixed_dtypes():
     q, k, a, b = (torch.randn(6, 5) for _ in range(4))
     for leaf in (q, k):
         q.requires_grad_(leaf is q), k.requires_grad_(leaf is k)
@@ -342,7 +342,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input(what):
+def test_a_bad_argument_is_refused(what):
     replaced, kind, message = BAD[what]
     with pytest.raises(kind, match=message):
         distilled_info_nce(**({"query": ROWS, "key": ROWS, "teacher_scores": SCORES} | replaced))

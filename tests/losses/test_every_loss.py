@@ -82,7 +82,7 @@ def gradients(value, module, inputs):
     return torch.autograd.grad(value, leaves)
 
 
-def test_none_is_missing():
+def test_every_exported_loss_is_tested_here():
     exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
     assert exported == set(CALLS)
     assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in exported)
@@ -121,7 +121,7 @@ def test_under_autocast_the_loss_is_float32_and_gradients_are_the_inputs(name):
 
 
 @every_loss
-def test_a_pickle_and_a_representation(name):
+def test_a_pickle_gives_the_same_loss_and_representation(name):
     module, inputs = make(name)
     file = io.BytesIO()
     torch.save(module, file)

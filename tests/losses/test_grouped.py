@@ -47,7 +47,7 @@ def both_of(inputs, teacher, backend, options):
     spare=[0, 2],
     blocks=["one", "several"],
 )
-def test_gradcheck_and_dense(
+def test_gradients_are_those_of_finite_differences_and_of_dense_code(
     backend, distillation, in_batch, normalize, reduction, temperature, spare, blocks, monkeypatch
 ):
     device = DEVICE[backend]
@@ -81,7 +81,7 @@ def test_gradcheck_and_dense(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distillation", KINDS)
 @pytest.mark.parametrize("temperature", [0.02, 0.1])
-def test_accuracy(backend, dtype, distillation, temperature):
+def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, distillation, temperature):
     """Against the dense code in float64 on the same numbers."""
     n, g, d = (17, 4, 24) if backend == "torch" else (6, 3, 16)
     query, passages, teacher = call(n, g, d, dtype=torch.float64, grad=False)
@@ -114,7 +114,7 @@ def test_target_overrides_the_positive(backend):
 
 
 @both_backends
-def test_one_group_alone(backend):
+def test_one_group_alone_has_no_nan_in_its_gradient(backend):
     """Nothing is outside the group: the last member has no competitors, and no NaN in its gradient."""
     *inputs, teacher = call(1, device=DEVICE[backend])
     t = torch.tensor(0.5, dtype=torch.float64, device=DEVICE[backend], requires_grad=True)
@@ -131,7 +131,7 @@ def test_groups_of_one_are_info_nce(backend):
     torch.testing.assert_close(grouped_info_nce(query, passages, 1, distillation="kl_div", **options), plain)
 
 
-def test_own_groups_are_views(monkeypatch):
+def test_own_groups_are_not_copied(monkeypatch):
     seen = []
 
     def info_nce(query, key, negatives=None, **options):
@@ -147,7 +147,7 @@ def test_own_groups_are_views(monkeypatch):
     assert (key.shape, negatives.shape) == ((N, D), (N, G - 1, D))
 
 
-def test_gathered_passages_of_two_processes():
+def test_the_mean_over_two_processes_is_the_loss_of_all():
     query, passages, teacher = call(2 * N)
     for distillation in KINDS:
         options = {"temperature": 0.1, "distillation": distillation}
@@ -277,14 +277,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input(what):
+def test_a_bad_argument_is_refused(what):
     replaced, kind, message = BAD[what]
     with pytest.raises(kind, match=message):
         grouped_info_nce(**({"query": QUERY, "passages": PASSAGES, "group_size": G} | replaced))
 
 
 @pytest.mark.parametrize("what", ["group 0", "group 2.0", "temperature", "reduction", "backend", "workspace"])
-def test_bad_options_of_the_module(what):
+def test_a_bad_option_of_the_module_is_refused(what):
     replaced, kind, message = BAD[what]
     with pytest.raises(kind, match=message):
         GroupedInfoNCELoss(**({"group_size": G} | replaced))

@@ -78,7 +78,7 @@ def loop(
     blocks=["one", "several"],
     with_ids=[False, True],
 )
-def test_gradcheck_and_a_loop(
+def test_gradients_are_those_of_finite_differences_and_of_a_loop(
     backend, negatives, own, margin, strategy, spare, queries, keys, offset, temperature, reduction, blocks, with_ids,
     monkeypatch,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def test_the_dense_code_is_the_loop(seed):
     own=[False, True],
     everything=[False, True],
 )
-def test_bounds(backend, dtype, t, own, everything):
+def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, t, own, everything):
     """The guide decides on the rounded inputs, as the dense code does, where none of its cosines is close to a tie."""
     n, d = (40, 24) if backend == "triton" else (128, 48)
     while True:
@@ -190,9 +190,11 @@ def test_a_duplicate_of_the_positive_is_a_tie_that_is_kept(backend, dtype, make,
     assert (without < kept).all()
 
 
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("backend", ["torch", TRITON])
-def test_compiles(backend, everything):
+@pytest.mark.parametrize(
+    ("backend", "everything"),
+    [("torch", False), ("torch", True), pytest.param("triton", False, marks=TRITON.marks)],
+)  # everything in Triton: in test_every_loss
+def test_compiled_equals_eager_at_a_symbolic_size(backend, everything):
     def loss(query, key, negatives, **guide):
         return guided_info_nce(
             query, key, negatives, 0.1, **guide, contrast_queries=everything, contrast_keys=everything, backend=backend
@@ -207,7 +209,7 @@ def test_compiles(backend, everything):
             torch.testing.assert_close(a, b)
 
 
-def test_the_module_and_autocast():
+def test_the_module_equals_the_function_and_autocast_rounds_its_rows():
     rows, guide = call("paired", dtype=torch.float32)
     loss = GuidedInfoNCELoss(0.1, negative_mode="paired", margin=-0.1, contrast_queries=True)
     options = {"negative_mode": "paired", "margin": -0.1, "contrast_queries": True}
@@ -254,7 +256,7 @@ def test_memory_of_paired_guides():
 
 
 @pytest.mark.serial
-def test_memory_is_bounded():
+def test_memory_is_the_limit_and_a_few_times_the_rows():
     rows, guide = call(None, 8192, 8192, 0, 32, 32, torch.float32)
     for options in ({}, {"reduction": "none"}):
         with PeakMemory() as memory:
@@ -280,7 +282,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
+def test_a_bad_argument_is_refused(case):
     options, error_type, text = BAD[case]
     rows, _ = call(dtype=torch.float32)
     with pytest.raises(error_type, match=text):

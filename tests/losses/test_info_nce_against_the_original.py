@@ -43,7 +43,7 @@ def assert_equal(backend, inputs, options, t, dtype):
     dtype=[torch.float32, torch.float64],
     sizes=[(9, 6, 5), (2, 3, 1), (33, 17, 8)],
 )
-def test_equality(backend, mode, reduction, t, dtype, sizes):
+def test_losses_and_gradients_are_the_originals(backend, mode, reduction, t, dtype, sizes):
     inputs, options = random_call(mode, *sizes, dtype=torch.float32)
     inputs = {name: x.double() for name, x in inputs.items()}
     assert_equal(backend, inputs, options | {"reduction": reduction}, t, dtype)
@@ -51,7 +51,7 @@ def test_equality(backend, mode, reduction, t, dtype, sizes):
 
 @both_backends
 @pytest.mark.parametrize("mode", MODES)
-def test_defaults_and_positional_order(backend, mode):
+def test_defaults_and_positional_order_are_the_originals(backend, mode):
     """Every prefix of the positional arguments, of the function and of the module."""
     inputs, _ = random_call(mode)
     arguments = [inputs["query"], inputs["positive_key"], inputs.get("negative_keys"), 0.3, "sum", "paired"]
@@ -88,7 +88,7 @@ INVALID = {  # the eight conditions, shapes by argument
 
 @both_backends
 @pytest.mark.parametrize("condition", INVALID)
-def test_the_eight_errors(backend, condition):
+def test_the_originals_eight_errors_name_the_argument_and_what_came(backend, condition):
     options = VALID | INVALID[condition]
     arguments = {k: torch.randn(v) if isinstance(v, tuple) else v for k, v in options.items()}
     with pytest.raises(ValueError):
@@ -162,7 +162,7 @@ IMPROVED = {
 
 @pytest.mark.parametrize("what", IMPROVED)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_improved_errors(what, backend):
+def test_what_the_original_lets_pass_is_refused_with_what_came(what, backend):
     """On one CPU backend and the reference: checks come before any backend is chosen."""
     replaced, kind, expected, came = IMPROVED[what]
     arguments = {"query": torch.ones(N, D), "positive_key": torch.ones(N, D), "backend": backend} | replaced

@@ -28,7 +28,7 @@ def by_hand(reduction="mean", **options):
 
 
 @cases(valid, pairs=True, together=True, **FACTORS)
-def test_every_pair_of_options(backend, case):
+def test_every_pair_of_options_means_what_a_loop_does(backend, case):
     inputs, options = make_call(11, 8, 5, 4, **case)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     want = evaluate(by_hand, exact, **options)
@@ -72,7 +72,7 @@ def test_query_ids_are_labels(backend):
 
 @both_backends
 @pytest.mark.parametrize("mode", ["unpaired", "paired"])
-def test_in_batch_negatives(backend, mode):
+def test_in_batch_negatives_join_the_explicit_ones_when_asked(backend, mode):
     query, key = two(backend=backend)
     extra = torch.randn((6, 3, 4) if mode == "paired" else (3, 4), dtype=torch.float64, device=query.device)
     call = {"negative_keys": extra, "negative_mode": mode, "reduction": "none", "backend": backend}
@@ -107,7 +107,7 @@ def test_ignored_rows_count_neither_in_the_loss_nor_in_the_mean(backend, ignore_
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
-def test_targets_and_ids_of_any_integer_dtype(backend, dtype):
+def test_targets_and_ids_may_have_any_integer_dtype(backend, dtype):
     query, key = two(backend=backend)
     vectors = {"target": torch.tensor([5, 0, 3, 3, 1, 2]), "key_ids": torch.tensor([1, 2, 1, 3, 3, 1])}
     vectors = on(DEVICE[backend], vectors)
@@ -144,7 +144,7 @@ def test_ids_use_all_64_bits(backend, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_what_cannot_be_combined(options, message, backend):
+def test_what_cannot_be_combined_is_refused(options, message, backend):
     call = {"query": torch.randn(6, 4), "positive_key": torch.randn(6, 4), "backend": backend} | options
     with pytest.raises(ValueError, match=message):
         info_nce(**call)
@@ -156,7 +156,7 @@ def test_what_cannot_be_combined(options, message, backend):
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("empty", ["no rows", "no rows, targets", "all ignored", "no rows, negatives", "symmetric"])
-def test_nothing_to_count(backend, reduction, empty):
+def test_nothing_to_count_gives_nan_as_mean_and_0_as_sum(backend, reduction, empty):
     """NaN for the mean and 0 for the sum, as F.cross_entropy; zero gradients."""
     n, m = (0, 5) if empty == "no rows, targets" else (4, 4) if empty == "all ignored" else (0, 0)
     inputs = {"query": torch.randn(n, 3), "positive_key": torch.randn(m, 3), "temperature": torch.tensor(0.1)}
@@ -197,7 +197,7 @@ def test_the_module_passes_every_option_on(monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.2, "symmetric": True}, EVERY], ids=["default", "two", "every"]
 )
-def test_copies(options):
+def test_copies_and_pickles_give_the_same_loss(options):
     query, key = two()
     negatives = torch.randn(6, 3, 4, dtype=torch.float64) if options is EVERY else None
     loss = FusedInfoNCELoss(**options)
@@ -214,7 +214,7 @@ def test_copies(options):
     assert torch.equal(loss(query, key, negatives), want)
 
 
-def test_repr():
+def test_the_representation_names_every_option_that_is_set():
     assert repr(FusedInfoNCELoss()) == "FusedInfoNCELoss(temperature=0.1, reduction='mean', negative_mode='unpaired')"
     text = repr(FusedInfoNCELoss(**EVERY))
     assert "temperature=0.3" in text
@@ -269,7 +269,7 @@ def test_workspace_limit_does_not_change_the_loss(backend, limit):
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-16)
 
 
-def test_workspace_limit_of_the_environment(monkeypatch):
+def test_the_environment_sets_the_workspace_limit(monkeypatch):
     inputs = torch.randn(2, 3000, 8)
     monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", str(2**20))
     plan = explain(*inputs)

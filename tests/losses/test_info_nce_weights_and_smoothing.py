@@ -37,7 +37,7 @@ def test_equals_dense_code(backend, case):
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradcheck(backend, reduction, symmetric):
+def test_gradients_of_weights_and_smoothing_are_those_of_finite_differences(backend, reduction, symmetric):
     device = DEVICE[backend]
     query, key = (torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
     t = torch.tensor(0.4, dtype=torch.float64, device=device, requires_grad=True)
@@ -48,7 +48,7 @@ def test_gradcheck(backend, reduction, symmetric):
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.1, 1.0])
-def test_is_what_cross_entropy_does(eps):
+def test_smoothing_is_that_of_cross_entropy(eps):
     query, key, target = torch.randn(N, 5), torch.randn(9, 5), torch.randint(9, (N,))
     target[1] = -100
     logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.2
@@ -68,7 +68,7 @@ def test_a_weighted_mean_is_over_the_sum_of_weights():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("t", [0.02, 0.1, 1.0])
-def test_bounds(dtype, t):
+def test_smoothed_losses_keep_the_bounds_of_infonce(dtype, t):
     query = torch.randn(64, 32)
     key = query + torch.randn(64, 32)
     inputs = {"query": query.to(dtype), "positive_key": key.to(dtype), "temperature": torch.tensor(t)}
@@ -119,7 +119,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
+def test_a_bad_weight_or_smoothing_is_refused(name):
     options, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         info_nce(torch.randn(N, 4), torch.randn(N, 4), **options)

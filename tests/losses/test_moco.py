@@ -31,7 +31,9 @@ def batch(n: int = N, device="cpu", dtype=torch.float64):
     temperature=["float", "scalar", "per row"],
     name=["default", "blocks"],
 )
-def test_gradcheck_and_dense(backend, normalize, reduction, temperature, name, monkeypatch):
+def test_gradients_are_those_of_finite_differences_and_of_dense_code(
+    backend, normalize, reduction, temperature, name, monkeypatch
+):
     if name == "blocks":
         watch_plans(monkeypatch, name="streaming" if backend == "triton" else "workspace", rows=2, cols=3)
     loss = make(backend, normalize=normalize, reduction=reduction, temperature=0.4)
@@ -60,7 +62,7 @@ def test_gradcheck_and_dense(backend, normalize, reduction, temperature, name, m
 @pytest.mark.parametrize("name", ["onepass", "workspace", "reference", "reference, raw"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_backward_after_enqueue(name, reduction, by_hand, monkeypatch):
+def test_the_gradient_after_enqueue_is_that_of_the_queue_before(name, reduction, by_hand, monkeypatch):
     """loss, enqueue, backward: the gradient is that against the queue as it was."""
     if name == "workspace":
         watch_plans(monkeypatch, name="workspace")
@@ -161,7 +163,7 @@ def columns_are_contiguous(loss: MoCoLoss) -> bool:
     return tuple(loss.queue.shape) == (D, K) and loss.queue.T.is_contiguous()
 
 
-def test_layout_survives():
+def test_columns_stay_contiguous_through_copies_and_checkpoints():
     loss = make()
     loss.enqueue(torch.randn(N, D).double())
     assert columns_are_contiguous(loss)
@@ -197,7 +199,7 @@ def test_the_pointer_stays_an_integer_and_training_goes_on_after_half():
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accuracy(backend, dtype):
+def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype):
     device = DEVICE[backend]
     loss = MoCoLoss(D, 40, backend=backend).to(device, dtype)
     query, key = batch(9, device, dtype)
@@ -213,7 +215,7 @@ def test_accuracy(backend, dtype):
     assert error(query.grad, exact[0].grad) <= (1e-5 if dtype == torch.float32 else 5e-3)
 
 
-def test_autocast_mixes_dtypes():
+def test_autocast_takes_a_16_bit_batch_and_a_float32_queue():
     loss = MoCoLoss(D, K)
     query, key = batch(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -262,7 +264,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input(what):
+def test_a_bad_batch_is_refused_and_not_enqueued(what):
     replaced, kind, message = BAD[what]
     loss = MoCoLoss(D, K)
     before = loss.queue.clone()
@@ -286,7 +288,7 @@ def test_bad_input(what):
         ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
     ],
 )
-def test_bad_options(options, kind, message):
+def test_a_bad_option_is_refused(options, kind, message):
     with pytest.raises(kind, match=message):
         MoCoLoss(**({"dim": D} | options))
     if not options.keys() & {"dim", "queue_size"}:
@@ -304,6 +306,6 @@ def test_bad_options(options, kind, message):
         (torch.ones(N, D).long(), TypeError, "key must be float16"),
     ],
 )
-def test_bad_keys_to_enqueue(key, kind, message):
+def test_bad_keys_are_not_enqueued(key, kind, message):
     with pytest.raises(kind, match=message):
         MoCoLoss(D, K).enqueue(key)

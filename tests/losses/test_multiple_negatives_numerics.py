@@ -20,7 +20,7 @@ SOME = [SOFTMAXES[0], SOFTMAXES[7], SOFTMAXES[9]]  # query to documents; all dir
     softmax=SOME,
     hardness=KINDS,
 )
-def test_accuracy(backend, dtype, temperature, softmax, hardness):
+def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, temperature, softmax, hardness):
     """Against the dense code in float64 on the same numbers."""
     n, d = (33, 24) if backend == "torch" else (6, 16)
     inputs = [x.requires_grad_() for x in call(n, 2, d=d, dtype=dtype, device=DEVICE[backend], grad=False)]
@@ -61,7 +61,7 @@ def test_separated_pairs_keep_their_loss(backend):
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("softmax", SOME, ids=str)
 @pytest.mark.parametrize("hardness", KINDS)
-def test_autocast(given, softmax, hardness):
+def test_autocast_rounds_the_rows_and_nothing_else(given, softmax, hardness):
     """Products of 16-bit rows, statistics in float32, gradients in the dtype of what came."""
     inputs = call(17, 2, d=24, dtype=torch.float32, grad=False)
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16]
@@ -86,7 +86,7 @@ def test_autocast(given, softmax, hardness):
 
 @both_backends
 @pytest.mark.parametrize("hardness", ["in_batch_negatives", "all_negatives"])
-def test_a_strength_beyond_the_range_of_float32(backend, hardness):
+def test_a_strength_beyond_the_range_of_float32_does_not_overflow(backend, hardness):
     """exp((1 / t + strength) cos) would overflow without a maximum subtracted, exp(cos / t) would not."""
     inputs = [x.requires_grad_() for x in call(5, 0, dtype=torch.float32, device=DEVICE[backend], grad=False)]
     exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
@@ -112,7 +112,7 @@ def test_16_bit_gradients_are_rounded_once(softmax, hardness):
 @pytest.mark.serial
 @pytest.mark.parametrize("softmax", SOME, ids=str)
 @pytest.mark.parametrize("hardness", [None, "hard_negatives", "all_negatives"])
-def test_memory(softmax, hardness):
+def test_memory_does_not_grow_with_the_scores(softmax, hardness):
     """Some times the inputs and the limit, where one matrix of scores has 16 MiB."""
     inputs = [x.requires_grad_() for x in call(2048, 2, d=16, dtype=torch.float32, grad=False)]
     partition, directions = softmax

@@ -36,7 +36,9 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
 @pytest.mark.parametrize("side", [8, 1024])  # rows of a block: several blocks, and one
 @pytest.mark.parametrize("temperature", [0.5, 0.05, 0.01])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_bounds(backend: str, side: int, temperature: float, dtype: torch.dtype, monkeypatch) -> None:
+def test_losses_and_gradients_of_two_views_keep_the_bounds_of_infonce(
+    backend: str, side: int, temperature: float, dtype: torch.dtype, monkeypatch
+) -> None:
     for name in ("TRIANGULAR_ROWS", "TRIANGULAR_SIDE"):
         monkeypatch.setattr(plan, name, side)
     monkeypatch.setattr(plan, "DENSE_SELF", 0 if side == 8 else plan.DENSE_SELF)
@@ -56,7 +58,7 @@ def test_bounds(backend: str, side: int, temperature: float, dtype: torch.dtype,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("per_row", [False, True])
-def test_gradcheck(backend: str, per_row: bool, monkeypatch) -> None:
+def test_gradients_of_two_views_are_those_of_finite_differences(backend: str, per_row: bool, monkeypatch) -> None:
     monkeypatch.setattr(plan, "TRIANGULAR_ROWS", 4)
     monkeypatch.setattr(plan, "DENSE_SELF", 0)
     a, b = views(5, 3, 1.0, torch.float64)
@@ -73,7 +75,7 @@ def test_plan_is_triangular_on_the_torch_backend() -> None:
     assert (chosen.name, chosen.flops) == ("triangular", 4)
 
 
-def test_empty_and_bad_input() -> None:
+def test_no_rows_give_nan_as_mean_and_a_bad_argument_is_refused() -> None:
     empty = torch.empty(0, 4)
     assert nt_xent(empty, empty).isnan()
     assert nt_xent(empty, empty, reduction="sum") == 0
@@ -130,7 +132,9 @@ def test_every_pair_of_views_against_the_other_samples(backend: str, count: int)
 @pytest.mark.parametrize("cosine", [0.92, 0.5])
 @pytest.mark.parametrize("temperature", [1.0, 0.07, 0.02, 0.01])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bounds_of_three_views(backend: str, cosine: float, temperature: float, dtype: torch.dtype) -> None:
+def test_losses_and_gradients_of_three_views_keep_the_bounds_of_infonce(
+    backend: str, cosine: float, temperature: float, dtype: torch.dtype
+) -> None:
     inputs = many_views(3, 16, 32, cosine, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     for reduction in ("mean", "none"):
@@ -153,7 +157,9 @@ def test_bounds_of_three_views(backend: str, cosine: float, temperature: float, 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_gradcheck_of_three_views(backend: str, normalize: bool, reduction: str, per_row: bool) -> None:
+def test_gradients_of_three_views_are_those_of_finite_differences(
+    backend: str, normalize: bool, reduction: str, per_row: bool
+) -> None:
     views = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     t = (0.4 + 0.1 * torch.rand(12 if per_row else 1, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(
@@ -183,7 +189,7 @@ def test_a_zero_row_among_three_views_has_no_gradient_and_a_nan_is_not_swallowed
     assert of_views(views, 0.1, "none").isnan().all()
 
 
-def test_bad_views() -> None:
+def test_a_bad_view_is_refused_by_name() -> None:
     a = torch.randn(3, 4)
     for views, kind, message in (
         (a, TypeError, "more_views must be a sequence of tensors"),
@@ -199,7 +205,7 @@ def test_bad_views() -> None:
         nt_xent(a, a, torch.ones(6), more_views=[a])
 
 
-def test_three_views_under_autocast() -> None:
+def test_autocast_rounds_three_views_and_nothing_else() -> None:
     inputs = [x.detach().requires_grad_() for x in many_views(3, 12, 16, 0.7, torch.float32)]
     exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,7 +219,7 @@ def test_three_views_under_autocast() -> None:
 
 
 @pytest.mark.serial
-def test_memory_of_three_views() -> None:
+def test_memory_of_three_views_is_the_limit_and_a_few_times_the_rows() -> None:
     views = [torch.randn(4096, 32, requires_grad=True) for _ in range(3)]
     with PeakMemory() as memory:
         of_views(views, 0.1, workspace_limit=4 * MIB).backward()

@@ -77,7 +77,9 @@ def test_equals_the_papers_formula(backend: str, kind: str, views: int, mode: st
     kind=POSITIVES, views=[1, 2, 3], mode=["all", "one"], normalize=[True, False], reduction=["mean", "sum", "none"],
     pairs=True,
 )  # fmt: skip
-def test_gradcheck(backend: str, kind: str, views: int, mode: str, normalize: bool, reduction: str) -> None:
+def test_gradients_are_those_of_finite_differences(
+    backend: str, kind: str, views: int, mode: str, normalize: bool, reduction: str
+) -> None:
     device = DEVICE[backend]
     features = torch.randn(N, views, D, dtype=torch.float64, device=device, requires_grad=True)
     t = torch.tensor(0.4, dtype=torch.float64, device=device, requires_grad=True)
@@ -96,7 +98,9 @@ def test_gradcheck(backend: str, kind: str, views: int, mode: str, normalize: bo
     kind=["views", "labels", "asymmetric"],
     views=[2, 3],
 )
-def test_bounds(backend: str, pairs_are: str, t: float, dtype: torch.dtype, kind: str, views: int) -> None:
+def test_losses_and_gradients_keep_the_bounds_of_infonce(
+    backend: str, pairs_are: str, t: float, dtype: torch.dtype, kind: str, views: int
+) -> None:
     """The truth is dense code in float64."""
     n, d = 18, 32
     given = positives(kind, n)
@@ -180,7 +184,7 @@ def test_zero_rows_have_no_gradient(backend: str, views: int) -> None:
 @pytest.mark.parametrize("given", [{}, {"labels": torch.empty(0, dtype=torch.long)}, {"mask": torch.empty(0, 0)}])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("views", [2, 3])
-def test_empty(backend: str, given: dict[str, Tensor], views: int) -> None:
+def test_no_samples_give_nan_as_mean_and_0_as_sum(backend: str, given: dict[str, Tensor], views: int) -> None:
     empty = torch.empty(0, views, D, requires_grad=True)
     assert sup_con(empty, **given, backend=backend).isnan()
     assert sup_con(empty, **given, reduction="sum", backend=backend) == 0
@@ -194,7 +198,7 @@ def test_nan_is_not_swallowed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast_rounds_the_rows_and_nothing_else(dtype: torch.dtype) -> None:
     """The loss of the rows as the products see them; the gradient of float32 rows in float32."""
     features = torch.randn(12, 3, 16)
     labels = torch.arange(12) % 4
@@ -238,7 +242,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
+def test_a_bad_argument_is_refused(name: str) -> None:
     arguments, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         sup_con(**{"features": GOOD, **arguments})

@@ -30,6 +30,11 @@ def debiased_nt_xent(
 
 def loss_of(rows: info_nce.Direction, tau_plus: float | Tensor) -> Tensor:
     """Return (N,) log(1 + G / exp(pos)) with G = max((sum exp - n tau exp(pos)) / (1 - tau), n exp(-1 / t))."""
-    positive, n = rows.pos.exp(), rows.count.to(rows.pos.dtype)
-    estimate = (rows.negatives.exp().sum(1) - n * tau_plus * positive) / (1 - tau_plus)
-    return torch.log1p(torch.maximum(estimate, n * torch.exp(-1 / rows.t)) / positive)
+    return torch.log1p(torch.maximum(*terms(rows, tau_plus)) / rows.pos.exp())
+
+
+def terms(rows: info_nce.Direction, tau_plus: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two terms of G, (N,) each: the estimate and its floor."""
+    n = rows.count.to(rows.pos.dtype)
+    estimate = (rows.negatives.exp().sum(1) - n * tau_plus * rows.pos.exp()) / (1 - tau_plus)
+    return estimate, n * torch.exp(-1 / rows.t)

@@ -117,7 +117,7 @@ def test_wheel_holds_both_packages_and_nothing_else(built):
     assert any(re.search(r"\.dist-info/(licenses/)?LICENSE$", name) for name in names)
 
 
-def test_wheel_metadata(built):
+def test_the_wheel_requires_torch_triton_and_numpy_without_upper_bounds(built):
     archive = zipfile.ZipFile(built[1])
     (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)

@@ -14,7 +14,7 @@ from fused_infonce import FusedInfoNCELoss, info_nce
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (6,), (6, 1)], ids=str)
-def test_temperature_tensors(backend, dtype, shape):
+def test_a_tensor_of_any_shape_and_dtype_gets_its_gradient(backend, dtype, shape):
     inputs = {"query": torch.randn(6, 4), "positive_key": torch.randn(6, 4), "temperature": torch.rand(shape) / 4 + 0.1}
     inputs["temperature"] = inputs["temperature"].to(dtype)
     want = oracle(inputs)
@@ -45,7 +45,7 @@ def test_temperature_may_be_a_numpy_number():
     assert torch.equal(info_nce(query, key, temperature=np.float32(0.25)), info_nce(query, key, temperature=0.25))
 
 
-def test_temperature_is_a_schedule():
+def test_an_assigned_temperature_holds_from_the_next_call():
     query, key = two()
     loss = FusedInfoNCELoss(0.5)
     for t in (0.5, 0.2, torch.tensor(0.1), torch.rand(6) + 0.1):
@@ -62,7 +62,7 @@ def test_temperature_is_a_schedule():
 
 
 @pytest.mark.parametrize("learnable", [False, True])
-def test_temperature_of_one_call(learnable):
+def test_a_temperature_of_one_call_leaves_the_modules_alone(learnable):
     query, key = two()
     loss = FusedInfoNCELoss(0.5, learnable_temperature=learnable)
     before = loss(query, key)
@@ -75,7 +75,7 @@ def test_temperature_of_one_call(learnable):
 
 
 @both_backends
-def test_learnable_temperature(backend):
+def test_a_learnable_temperature_trains_and_may_be_assigned(backend):
     query, key = two(backend=backend)
     loss = FusedInfoNCELoss(0.5, learnable_temperature=True, backend=backend).to(query.device)
     assert [name for name, _ in loss.named_parameters()] == ["logit_scale"]
@@ -109,7 +109,7 @@ def test_learnable_temperature(backend):
     assert loss.temperature.item() == pytest.approx(0.07, rel=1e-6)
 
 
-def test_clamp_logit_scale():
+def test_the_clamp_holds_the_scale_and_not_the_loss():
     query, key = two()
     loss = FusedInfoNCELoss(0.001, learnable_temperature=True, max_logit_scale=100.0)
     free = loss(query, key)

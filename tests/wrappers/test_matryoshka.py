@@ -100,7 +100,7 @@ def explicit(loss, embeddings, rest, dims=DIMS, weights=WEIGHTS):
 @both_backends
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("by", ["position", "name"])
-def test_gradcheck_and_explicit_sum(backend, name, by):
+def test_losses_and_gradients_are_those_of_an_explicit_sum(backend, name, by):
     make, embeddings, rest = CALLS[name]
     loss, embeddings, rest = make(backend), embeddings(backend), rest(backend)
     dims, weights = (DIMS, WEIGHTS) if by == "position" else ([2, 4], [0.5, 2])
@@ -131,7 +131,7 @@ def test_arguments_that_are_kept_may_be_passed_by_position():
     torch.testing.assert_close(MatryoshkaLoss(SupConLoss(), DIMS, WEIGHTS)(features, None, mask), want)
 
 
-def test_more_views():
+def test_more_than_two_views_are_cut_too():
     views = [rows(N) for _ in range(4)]
     want = sum(NTXentLoss()(*(x[:, :d] for x in views)) for d in DIMS)
     torch.testing.assert_close(MatryoshkaLoss(NTXentLoss(), DIMS)(*views), want)
@@ -140,7 +140,7 @@ def test_more_views():
 Pair = namedtuple("Pair", "left right")
 
 
-def test_embeddings_in_lists_tuples_and_dictionaries():
+def test_embeddings_in_lists_tuples_and_dictionaries_are_cut():
     def loss(query, documents, scores, *, options):
         assert isinstance(documents, list)
         assert isinstance(documents[1], Pair)
@@ -159,7 +159,7 @@ def test_embeddings_in_lists_tuples_and_dictionaries():
 
 
 @both_backends
-def test_learnable_temperature(backend):
+def test_the_losses_temperature_is_learnt(backend):
     loss = FusedInfoNCELoss(0.2, learnable_temperature=True, backend=backend).to(DEVICE[backend])
     wrapped = MatryoshkaLoss(loss, DIMS, WEIGHTS)
     assert list(wrapped.parameters()) == [loss.logit_scale]
@@ -213,7 +213,7 @@ def test_whole_embeddings_are_passed_as_they_are():
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_some_dims_a_step(count):
+def test_some_dims_a_step_are_drawn_by_the_seed(count):
     seen = []
     loss = MatryoshkaLoss(lambda x: seen.append(x.shape[-1]) or x.sum(), [1, 3, 2, 6], n_dims_per_step=count)
     x = torch.ones(2, D)
@@ -231,7 +231,7 @@ def test_some_dims_a_step(count):
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_weights_go_with_their_dims_and_all_dims_by_default():
+def test_weights_go_with_their_dims_and_every_dim_counts_by_default():
     loss = MatryoshkaLoss(lambda x: x.sum(), [2, 5, 3], [0.25, 1, 10])
     assert (loss.dims, loss.weights) == ((5, 3, 2), (1, 10, 0.25))
     x = torch.ones(1, D)
@@ -241,7 +241,7 @@ def test_weights_go_with_their_dims_and_all_dims_by_default():
     assert repr(loss).startswith("MatryoshkaLoss(dims=(5, 3, 2), weights=(1.0, 10.0, 0.25), n_dims_per_step=-1")
 
 
-def test_moco_with_its_queue_as_negatives():
+def test_a_moco_loss_is_refused_and_its_function_takes_the_queue_as_negatives():
     moco = MoCoLoss(D, queue_size=8, temperature=0.3)
     for loss in (moco, nn.Sequential(moco)):
         with pytest.raises(TypeError, match="must not be a MoCoLoss"):
@@ -253,7 +253,7 @@ def test_moco_with_its_queue_as_negatives():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_and_16_bits(dtype):
+def test_autocast_rounds_the_prefixes(dtype):
     query, key = (torch.randn(N, 64).to(dtype).requires_grad_() for _ in range(2))
     loss = MatryoshkaLoss(FusedInfoNCELoss(0.1), [64, 16])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -297,7 +297,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_arguments(what):
+def test_a_bad_option_is_refused(what):
     replaced, kind, message = BAD[what]
     with pytest.raises(kind, match=message):
         MatryoshkaLoss(**({"loss": FusedInfoNCELoss(), "dims": [4, 2]} | replaced))
@@ -313,16 +313,16 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_bad_calls(what):
+def test_a_bad_call_is_refused(what):
     args, kind, message = BAD_CALLS[what]
     with pytest.raises(kind, match=message):
         MatryoshkaLoss(FusedInfoNCELoss(), [2, 4])(*args)
 
 
-def test_what_is_no_tensor_is_no_loss():
+def test_a_loss_that_returns_no_tensor_is_refused():
     with pytest.raises(TypeError, match="loss must return a tensor, got float"):
         MatryoshkaLoss(lambda x: 1.0, [2])(X)
 
 
-def test_a_function_without_a_signature():
+def test_a_function_without_a_signature_is_a_loss_too():
     assert MatryoshkaLoss(torch.sum, [2])(X) == 2 * N
