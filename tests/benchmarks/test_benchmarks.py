@@ -299,7 +299,7 @@ def test_make_passes_arguments_on():
     given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv", "PYTEST_ARGS="]
     command = ["make", "-n", "gpu", "gpu-bench", "tune", f"PYTHON={sys.executable}", *given]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of a make around it
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     run = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=True)
     *_, tests, micro_line, suite, tuned = run.stdout.splitlines()
     assert tests.split("'")[-1].split() == ["-m", "gpu", "--numprocesses=3", "--dist=worksteal", "-k", "some"]

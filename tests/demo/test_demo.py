@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="the demo's packages are absent")
 pytest.importorskip("matplotlib", reason="the demo's packages are absent")
 pytest.importorskip("tqdm", reason="the demo's packages are absent")
 
-sys.path.append(str(Path(__file__).parents[2]))  # at the end: the installed fused_infonce comes first
+sys.path.append(str(Path(__file__).parents[1]))  # at the end: the installed fused_infonce comes first
 from demo import cost, evaluate, mining, model, split, text
 from demo.__main__ import main
 from demo.settings import parse_arguments
