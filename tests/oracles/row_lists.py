@@ -1,4 +1,4 @@
-"""What InfoNCE's relatives are made of, row by row and as plainly as it can be said: a logit, and a list of others."""
+"""The rows of InfoNCE and its relatives, one at a time: the logit of the positive, and a list of the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows_of(
     symmetric: bool = False, target: Tensor | None = None, query_ids: Tensor | None = None,
     key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
 ) -> Iterator[Row | None]:  # fmt: skip
-    """The rows of `info_nce`, None for one that is ignored; with `symmetric` those of the keys after them."""
+    """Yield the rows of InfoNCE, None for one that is ignored; with `symmetric` those of the keys after them."""
     unit = (lambda x: F.normalize(x, dim=-1)) if normalize else (lambda x: x)
     q, k = unit(query), unit(positive_key)
     extra = None if negative_keys is None else unit(negative_keys)
@@ -69,7 +69,7 @@ def rows_of_views(view_a: Tensor, view_b: Tensor, temperature: Any = 0.1, *, nor
 def reduce(
     loss: Callable[[Row], Tensor], rows: Iterator[Row | None], reduction: str, count: int, weight: Tensor | None = None
 ) -> Tensor:
-    """Of `count` rows, twice as many if there are two directions; rows without negatives have loss 0."""
+    """Reduce the losses of `count` rows, or of twice as many in two directions; one without negatives has loss 0."""
     losses, total = [], 0
     for place, row in enumerate(rows):
         counted = row is not None

@@ -22,7 +22,7 @@ TOKENS = 3
 
 
 def exact(model: type[nn.Module]) -> type[nn.Module]:
-    """The same with scores and losses in float64, of the embeddings that products would see."""
+    """Return the model with scores and losses in float64, of the embeddings as products would see them."""
 
     def widened(x):
         if isinstance(x, (list, tuple)):
@@ -38,7 +38,7 @@ CLASSES = {"fused": FUSED, "plain": ORIGINALS, "exact": {kind: exact(model) for 
 
 
 class Table(nn.Module):
-    """A token's embedding is the hidden state."""
+    """A language model whose hidden state is the embedding of each token."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -50,7 +50,7 @@ class Table(nn.Module):
 
 
 def table(n: int, passages: int, d: int, alike: float = 1.0) -> torch.Tensor:
-    """Embeddings of the tokens of n queries and then of n groups of passages, whose positives are alike, in float64."""
+    """Return embeddings of the tokens of n queries, then of n groups of passages with positives alike, in float64."""
     queries = torch.randn(n, TOKENS, d, dtype=torch.float64)
     own = torch.randn(n, passages // n, TOKENS, d, dtype=torch.float64)
     own[:, 0] += alike * queries
@@ -58,7 +58,7 @@ def table(n: int, passages: int, d: int, alike: float = 1.0) -> torch.Tensor:
 
 
 def features(first: int, rows: int, parts: int = 1):
-    """Texts of TOKENS tokens each, as a batch or as a list of batches."""
+    """Return texts of TOKENS tokens each, as a batch or as a list of batches."""
     ids = torch.arange(first * TOKENS, (first + rows) * TOKENS).view(rows, TOKENS)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.chunk(parts)]
     return batches if parts > 1 else batches[0]

@@ -1,4 +1,4 @@
-"""What each of several processes does in test_flag_embedding_distributed."""
+"""The work of each of the processes of test_flag_embedding_distributed."""
 
 import contextlib
 import random
@@ -12,7 +12,7 @@ from .processes import WORLD
 
 
 def configuration(seed):
-    """A random call, the same in all processes but for the numbers."""
+    """Return a random call, whose options are the same in all processes."""
     draw = random.Random(seed)
     kind = list(ORIGINALS)[seed % len(ORIGINALS)]
     n, g, d = draw.randint(1, 8), draw.randint(1, 4), draw.randint(3, 24)
@@ -31,7 +31,7 @@ def configuration(seed):
 
 
 def run(which, kind, weight, shape, options, teacher, autocast):
-    """(loss, gradient) of this process, and how often it gathered what."""
+    """Return the loss and the gradient of this process, and the shapes of what it gathered."""
     n, g = shape
     model = make(kind, weight, which, **options)
     gathered = mock.Mock(side_effect=model._dist_gather_tensor)
@@ -67,7 +67,7 @@ def compare(rank, seed):
 
 
 def compare_with_one_process(rank):
-    """Without a teacher every process has the loss of all batches in one."""
+    """Assert that without a teacher every process has the loss of all batches in one."""
     n, g, d = 5, 3, 8
     torch.manual_seed(0)
     weights = [table(n, n * g, d) for _ in range(WORLD)]

@@ -42,7 +42,7 @@ def mix(x: Tensor, y: Tensor, cosine: float) -> Tensor:
 
 
 def embeddings(kind: str, n: int, d: int, *negatives: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Unit rows in float64: queries, their positives, and negatives of the shape (*negatives, d) if one is given."""
+    """Return unit rows in float64: queries, their positives, and negatives of shape (*negatives, d) if one is given."""
     query = unit(n, d)
     key, negative = mix(query, unit(n, d), PAIRS.get(kind, PAIRS["medium"])), unit(*negatives, d)
     if kind in CONES:
@@ -52,18 +52,18 @@ def embeddings(kind: str, n: int, d: int, *negatives: int) -> tuple[Tensor, Tens
 
 
 def two(n=6, d=4, backend="torch", **kwargs):
-    """Queries and keys of a small call, in float64, where the backend runs."""
+    """Return queries and keys of a small call, in float64, on the device of the backend."""
     return (torch.randn(n, d, dtype=torch.float64, device=DEVICE[backend], **kwargs) for _ in range(2))
 
 
 def stretch(x: Tensor, low: float, high: float) -> Tensor:
-    """Rows of norms spread evenly between low and high on a logarithmic scale."""
+    """Return the rows with norms spread evenly between low and high on a logarithmic scale."""
     exponent = torch.empty(x.shape[:-1], dtype=x.dtype).uniform_(math.log(low), math.log(high))
     return x * exponent.exp()[..., None]
 
 
 def call_of(n, d, kind="medium", dtype=torch.float32, t=0.1, negatives=()):
-    """The inputs of a call, with the temperature as a tensor."""
+    """Return the inputs of a call, with the temperature as a tensor."""
     query, key, extra = (None if x is None else x.to(dtype) for x in embeddings(kind, n, d, *negatives))
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = {"query": query, "positive_key": key, "temperature": torch.tensor(t, dtype=stats)}
@@ -71,7 +71,7 @@ def call_of(n, d, kind="medium", dtype=torch.float32, t=0.1, negatives=()):
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Frobenius-relative; not finite if only one is NaN somewhere, `got` is infinite, or only `want` is 0."""
+    """Return the Frobenius-relative error; not finite if only one is NaN somewhere or infinite, or only `want` is 0."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     assert got.shape == want.shape
     if torch.equal(got.isnan(), want.isnan()):
@@ -87,7 +87,7 @@ def differentiable(x: Any) -> bool:
 def evaluate(
     function: Callable[..., Tensor], inputs: Inputs, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Inputs]:
-    """The loss and the gradients of every floating tensor among `inputs`; nothing is copied."""
+    """Return the loss and the gradients of every floating tensor among `inputs`, none of which is copied."""
     leaves = {name: x.detach().requires_grad_() if differentiable(x) else x for name, x in inputs.items()}
     loss = function(**leaves, **options)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss))
@@ -102,7 +102,7 @@ def oracle(inputs: Inputs, upstream: Tensor | None = None, **options: Any) -> tu
 
 
 def both(functions: Sequence[Callable[..., Tensor]], inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Pairs of the values and of each gradient of two functions, of one upstream gradient."""
+    """Pair the values, and each gradient for one upstream gradient, of two functions of the same inputs."""
     results = []
     for function in functions:
         value = function(*inputs)
@@ -119,7 +119,7 @@ MANY_ROWS = 2048
 
 
 def bounds(dtype: torch.dtype, temperature: float, rows: int = 0) -> tuple[float, float]:
-    """The largest errors allowed of (loss, gradients).
+    """Return the largest errors that are allowed of the loss and of the gradients.
 
     16-bit inputs are held to a loss error of 1e-5, except under t = 0.02 with few rows, where a handful of logits
     decide the loss and the rounding of a float32 dot product alone may exceed that (docs/notes.md): there to what
@@ -134,7 +134,7 @@ def bounds(dtype: torch.dtype, temperature: float, rows: int = 0) -> tuple[float
 
 
 def loss_scale(dtype: torch.dtype, gradients: Iterable[Tensor]) -> float:
-    """What a gradient scaler would settle on: float16 gradients well inside their range. 1 for other dtypes."""
+    """Return a loss scale that brings float16 gradients well inside their range; 1 for other dtypes."""
     largest = max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
     return 2.0 ** math.floor(math.log2(512 / largest)) if dtype == torch.float16 and largest else 1.0
 
@@ -142,7 +142,7 @@ def loss_scale(dtype: torch.dtype, gradients: Iterable[Tensor]) -> float:
 def assert_close(
     got: tuple[Tensor, Inputs], want: tuple[Tensor, Inputs], dtype: torch.dtype, temperature: float, scale: float = 1.0
 ) -> None:
-    """`got` within the bounds of `want`; the gradients of `got` are `scale` times larger."""
+    """Assert that `got`, whose gradients are `scale` times larger, is within the bounds of `want`."""
     loss_bound, gradient_bound = bounds(dtype, temperature, len(want[1].get("query", ())))
     failed = {"loss": (error(got[0], want[0]), loss_bound)}
     for name, exact in want[1].items():
@@ -157,7 +157,7 @@ def assert_close(
 def check(
     backend: str, inputs: Inputs, weights: Tensor | None = None, *, workspace_limit: int | None = None, **options: Any
 ) -> tuple[Tensor, Inputs]:
-    """Asserts the bounds for this call against the oracle; returns the oracle's loss and gradients.
+    """Assert the bounds of a call against the oracle, and return the oracle's loss and gradients.
 
     weights: the upstream gradient. That of float16 inputs carries a loss scale besides.
     """
@@ -190,7 +190,7 @@ FACTORS: dict[str, Sequence[Any]] = {
 
 
 def valid(case: dict[str, Any]) -> bool:
-    """Whether a choice of FACTORS is a call that is accepted."""
+    """Return whether a choice of FACTORS is a call that is accepted."""
     if case["negatives"] is None and (case["in_batch"] is False or case["ids"] == "queries and negatives"):
         return False
     return not (case["symmetric"] and case["target"])
@@ -201,8 +201,11 @@ def make_call(
     temperature: str, negatives: str | None, in_batch: bool | None, symmetric: bool, target: bool, ids: str | None,
     reduction: str,
 ) -> tuple[Inputs, dict[str, Any]]:  # fmt: skip
-    """(inputs, options) of `info_nce` for a valid choice of FACTORS: n queries, m keys (n without a target) and h
-    negatives, all of length d, with a mean temperature of about t. Ids and targets repeat; some targets are ignored."""
+    """Return the inputs and the options of `info_nce` for a valid choice of FACTORS.
+
+    There are n queries, m keys (n without a target) and h negatives, all of length d, with a mean temperature of about
+    t. Ids and targets repeat, and some targets are ignored.
+    """
     m = m if target else n
     shapes = {"query": (n, d), "positive_key": (m, d)}
     if negatives:
@@ -230,7 +233,7 @@ def make_call(
 
 
 def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
-    """The plans of all calls that follow, with these fields changed."""
+    """Return a list that the plans of all later calls are added to, and change these fields of each plan."""
     plans: list[Plan] = []
 
     def choose(**arguments: Any) -> Plan:
@@ -245,7 +248,7 @@ def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
 def pairwise(
     factors: dict[str, Sequence[Any]], valid: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> Iterator[dict[str, Any]]:
-    """Few valid combinations in which every pair of values of two factors occurs that a valid one has."""
+    """Yield few valid combinations, among them every pair of values of two factors that any valid one has."""
     combinations = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
     combinations = [c for c in combinations if valid(c)]
     pairs = [frozenset(itertools.combinations([(name, str(v)) for name, v in c.items()], 2)) for c in combinations]
@@ -266,8 +269,11 @@ def cases(
     together: bool = False,
     **factors: Sequence[Any],
 ) -> pytest.MarkDecorator:
-    """Parametrises over the backends and every valid combination of the factors; over a pairwise covering with `pairs`
-    and for the interpreter, which is slow. `together`: the factors as one dictionary, `case`."""
+    """Parametrise over the backends and every valid combination of the factors.
+
+    pairs: only combinations that cover all pairs of values, as always in the interpreter, which is slow.
+    together: pass the factors as one dictionary, `case`.
+    """
 
     def params(backend: str, mark: Any, pairs: bool) -> Iterator[Any]:
         product = (dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values()))

@@ -1,4 +1,4 @@
-"""The libraries that the drop-ins replace, as far as they are installed. `make test-compat` installs all of them."""
+"""The libraries that the drop-ins replace, as far as they are installed; `make test-compat` installs all of them."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ REQUIRED = os.environ.get("FUSED_INFONCE_COMPAT") == "1"  # then what is missing
 
 
 def library(name: str, load=importlib.import_module) -> ModuleType:
-    """A module of a library; at the top of a test module."""
+    """Return a module of a library, or skip the test module that asks for it where the library is missing."""
     if REQUIRED:
         return load(name)
     try:
@@ -22,7 +22,7 @@ def library(name: str, load=importlib.import_module) -> ModuleType:
 
 
 def without_package(name: str) -> ModuleType:
-    """A module of a package, with its parents replaced by empty ones that run no imports of their own."""
+    """Return a module of a package, with its parents replaced by empty ones that run no imports of their own."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])

@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages made inside: of those alive now, at most at any moment, and of the largest."""
+    """Counts the bytes of storages made inside: those alive now, their peak, and the largest storage."""
 
     def __init__(self):
         super().__init__()

@@ -25,7 +25,7 @@ SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 def dense(problem: Problem) -> tuple[list[Tensor], Statistics]:
-    """(leaves, statistics) in float64, differentiable in the leaves."""
+    """Return leaves and statistics in float64, the latter differentiable in the former."""
     leaves = [x.detach().double().clone().requires_grad_() for x in problem.inputs]
     t = problem.temperature.double()
 
@@ -69,7 +69,7 @@ def dense(problem: Problem) -> tuple[list[Tensor], Statistics]:
 
 
 def natural(softmax: Tensor) -> Tensor:
-    """neg, as its two parts have it."""
+    """Return the logsumexp of the negatives from its two parts, the maximum and the sum."""
     return torch.where(softmax[1] == 0, -math.inf, (softmax[0] - torch.log2(softmax[1])) * math.log(2))
 
 
@@ -90,14 +90,14 @@ def dense_gradients(problem: Problem, upstream: Upstream) -> list[Tensor]:
 
 
 def bound(dtype: torch.dtype, t: float) -> tuple[float, float]:
-    """(statistics, gradients); statistics relative to a logit of 1 / t, whose rounding they cannot beat."""
+    """Return the errors allowed of statistics, beside a logit of 1 / t whose rounding they hold, and of gradients."""
     if dtype == torch.float64:
         return 1e-12, 1e-10
     return 1e-5, (5e-3 if dtype in SIXTEEN else 1e-5 * max(1, 0.05 / t))
 
 
 def check(problem: Problem, plan: Plan, scale: float = 1.0) -> tuple[Statistics, list[Tensor]]:
-    """Asserts statistics and gradients; `scale` multiplies the upstream, as a loss scale does."""
+    """Assert statistics and gradients; `scale` multiplies the upstream, as a loss scale does."""
     _, want = dense(problem)
     got = backend.statistics(problem, plan)
     t = problem.temperature.min().item() if len(problem.temperature) else 1.0

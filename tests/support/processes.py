@@ -13,7 +13,7 @@ WORLD = 2
 
 
 def in_two_processes(worker: Callable[[int], None], folder: Path) -> None:
-    """worker(rank), a function of a test module, in each; fails if one does."""
+    """Run worker(rank), a function of a test module, in each of two processes, and fail if one does."""
     mp.spawn(_process, (worker.__code__.co_filename, worker.__name__, str(folder / "store")), WORLD)
 
 

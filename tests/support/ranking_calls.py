@@ -15,14 +15,14 @@ KINDS = [None, "in_batch_negatives", "hard_negatives", "all_negatives"]
 
 
 def call(n=N, hard=1, spare=0, d=D, dtype=torch.float64, device="cpu", grad=True):
-    """[queries, positives, hard negatives...] of n samples and `spare` before and after them; a sample's are alike."""
+    """Return queries, positives and hard negatives of n samples, with `spare` samples before and after them."""
     every = torch.randn(n + 2 * spare, d, dtype=torch.float64)
     tensors = [every, *(k * every + torch.randn(every.shape, dtype=torch.float64) for k in (2, *[1] * hard))]
     return [x.to(device, dtype).requires_grad_(grad) for x in tensors]
 
 
 def arguments(tensors, spare, options):
-    """The tensors of `call`, and after them perhaps a temperature, as a function takes them."""
+    """Return the tensors of `call`, and the temperature that may follow them, as arguments by name."""
     query, *documents = tensors
     given = dict(options)
     if "temperature" not in options:
@@ -33,7 +33,7 @@ def arguments(tensors, spare, options):
 
 
 def run(function, tensors, spare, options):
-    """[value, *gradients]"""
+    """Return the value and the gradients of a function of the tensors of `call`."""
     value = function(**arguments(tensors, spare, options))
     upstream = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
     grads = torch.autograd.grad(value, tensors, upstream, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Random calls of sentence-transformers' losses and of their drop-ins. It imports the library."""
+"""Random calls of sentence-transformers' losses and of their drop-ins; the library must be installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GTE = ("query_to_doc", *OTHERS)
 
 
 class Model(nn.Sequential):
-    """Means of token embeddings, with dropout: as much of a SentenceTransformer as the losses use."""
+    """A model of means of token embeddings, with dropout: as much of a SentenceTransformer as the losses use."""
 
     def __init__(self, d=12, dropout=0.2):
         super().__init__(nn.Embedding(50, d), nn.Dropout(dropout), nn.Linear(d, d))
@@ -59,7 +59,7 @@ def features(columns=3, n=7):
 
 
 def configuration(seed):
-    """(rows, components, columns, dtype, options) of a random call."""
+    """Return rows, components, columns, dtype and options of a random call."""
     draw = random.Random(seed)
     partition = draw.choice(["joint", "joint", "per_direction"])
     others = ("doc_to_query",) if partition == "per_direction" else OTHERS
@@ -78,7 +78,7 @@ def configuration(seed):
 
 
 def columns_of(n, d, count, dtype=torch.float32, dot=False):
-    """Anchors, positives that are somewhat alike, hard negatives; unit rows for the dot product."""
+    """Return anchors, positives somewhat alike and hard negatives, as unit rows for the dot product."""
     anchor = torch.randn(n, d, dtype=torch.float64)
     alike = [0.4, *[0.2] * (count - 2)]
     columns = [anchor, *(k * anchor + torch.randn(n, d, dtype=torch.float64) for k in alike)]
@@ -87,7 +87,7 @@ def columns_of(n, d, count, dtype=torch.float32, dot=False):
 
 
 def call(loss, **columns):
-    """The loss of these embeddings, of a cached loss in mini-batches."""
+    """Return the loss of these embeddings, computed in mini-batches by a cached loss."""
     if hasattr(loss, "mini_batch_size"):
         return loss.calculate_loss([list(x.split(loss.mini_batch_size)) for x in columns.values()])
     return loss.compute_loss_from_embeddings(list(columns.values()), None)

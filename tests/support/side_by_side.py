@@ -1,4 +1,4 @@
-"""A drop-in beside the original: the same call of both, and of the original in float64."""
+"""A drop-in beside the original: one call of both, and of the original in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Loss = Callable[..., Tensor]
 
 
 def refuse_fallback(monkeypatch: pytest.MonkeyPatch, drop_in: Any) -> None:
-    """From here on a call that runs the original's own code fails."""
+    """Make every later call fail that runs the original's own code."""
 
     def fail(what: str, why: str) -> None:
         pytest.fail(f"{what} falls back on the original: {why}")
@@ -27,8 +27,11 @@ SCALARS = ("temperature", "logit_scale")  # their gradients are sums over all ro
 
 
 def assert_same(ours: Loss, original: Loss, inputs: Inputs, t: float, **options: Any) -> None:
-    """Loss and gradients at a temperature of about t: of the original's dtypes and shapes, and its values in float64 on
-    the same numbers. In 32 bits also its own, within 1e-5, more where it is further than that from those in float64."""
+    """Assert that loss and gradients at a temperature of about t have the dtypes, shapes and values of the original.
+
+    Its values are those in float64 on the same numbers. In 32 bits ours are also within 1e-5 of its own, or twice as
+    far from them as they are from those in float64.
+    """
     got, want = evaluate(ours, inputs, **options), evaluate(original, inputs, **options)
     exact = evaluate(original, {k: x.double() if differentiable(x) else x for k, x in inputs.items()}, **options)
     dtype = next(iter(inputs.values())).dtype
@@ -48,7 +51,7 @@ def assert_same(ours: Loss, original: Loss, inputs: Inputs, t: float, **options:
 
 
 def error_of(loss: Loss, *arguments: Any, **options: Any) -> type[Exception] | None:
-    """The class of what it raises."""
+    """Return the class of the exception that a loss raises, None if it raises none."""
     try:
         loss(*arguments, **options)
     except Exception as error:
