@@ -85,7 +85,7 @@ tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.p
 	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/tune.py --record $(or $(RECORD),results/tune.csv) $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
-	$(BIN)/python tests/aot.py --all --record benchmarks/results/tiles.csv
+	$(BIN)/python tests/support/aot.py --all --record benchmarks/results/tiles.csv
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist *.egg-info .gpu-site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

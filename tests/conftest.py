@@ -1,4 +1,4 @@
-"""Where the kernels run, NaN in every fresh allocation, seeds, and the hypothesis profile."""
+"""What holds for every test: where the kernels run, NaN in fresh allocations, seeds, the hypothesis profile."""
 
 import os
 
@@ -10,10 +10,14 @@ if not GPU:  # read when @triton.jit decorates, hence before anything imports tr
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 import importlib.util  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for demo/ and benchmarks/; at the end, so that the installed fused_infonce comes first
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
@@ -63,19 +67,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Every device there is, for tests of what runs on all of them."""
+    """Return each device that is there, for tests of what runs on all of them."""
     return request.param
 
 
 @pytest.fixture
 def triton_device():
-    """Where the kernels run in this process: on the GPU, or on CPU tensors in the interpreter."""
+    """Return the device of the kernels in this process: the GPU, or the CPU, whose tensors the interpreter takes."""
     return "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.fixture(autouse=True)
 def fresh_plans():
-    """Plans are remembered, and tests change the thresholds that they are chosen by."""
+    """Forget the plans of earlier tests, which may have changed the thresholds that plans are chosen by."""
     from fused_infonce import contrast
 
     contrast.remembered.cache_clear()

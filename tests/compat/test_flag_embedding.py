@@ -8,10 +8,9 @@ import warnings
 
 import pytest
 import torch
-from flag_models import CLASSES, FINETUNE, ORIGINALS, features, gradient, make, table
-from helpers import bounds, error
-from libraries import library
-from peers import without_package
+from support.flag_models import CLASSES, FINETUNE, ORIGINALS, features, gradient, make, table
+from support.helpers import bounds, error
+from support.libraries import library, without_package
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_infonce import contrast

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from flag_models import make
-from flag_processes import in_one_of_two_processes
-from processes import in_two_processes
+from support.flag_models import make
+from support.flag_processes import in_one_of_two_processes
+from support.processes import in_two_processes
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(in_one_of_two_processes, tmp_path)
 
 

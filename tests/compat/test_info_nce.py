@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error, evaluate
-from libraries import library
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import error, evaluate
+from support.libraries import library
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 original = library("info_nce")
 
@@ -61,7 +61,7 @@ def test_equals_the_original(seed, monkeypatch):
     assert_same(ours, original.info_nce, inputs, t, upstream=upstream, **options)
 
 
-def test_names_order_and_defaults():
+def test_names_order_and_defaults_are_the_originals():
     for ours, theirs in ((drop_in.info_nce, original.info_nce), (drop_in.InfoNCE, original.InfoNCE),
                          (drop_in.InfoNCE.forward, original.InfoNCE.forward)):  # fmt: skip
         a, b = ([(p.name, p.default, p.kind) for p in inspect.signature(x).parameters.values()] for x in (ours, theirs))
@@ -73,7 +73,7 @@ def test_names_order_and_defaults():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_dtype(mode, dtype, autocast):
+def test_the_dtype_is_the_originals(mode, dtype, autocast):
     """Also of a temperature tensor, which widens the original's logits where it has dimensions."""
     inputs, options = call(mode, dtype=dtype), options_of(mode)
     shapes = [(), (1,), (N, 1)]
@@ -92,7 +92,7 @@ def test_dtype(mode, dtype, autocast):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_rounded_once(mode, dtype):
+def test_16_bit_gradients_are_rounded_once(mode, dtype):
     inputs, options = call(mode, 33, 16, 20, dtype=dtype), options_of(mode)
     exact, gradients = evaluate(original.info_nce, {name: x.double() for name, x in inputs.items()}, **options)
     got = evaluate(drop_in.info_nce, inputs, **options)
@@ -148,7 +148,7 @@ COMPUTED = {  # by the original too
 
 @pytest.mark.filterwarnings("ignore:.*the original's own code")
 @pytest.mark.parametrize("what", BAD)
-def test_the_same_errors_or_values(what):
+def test_bad_input_raises_or_returns_what_the_original_does(what):
     """Of the same class, or what the original computes of such input."""
     arguments = call("in-batch") | BAD[what]
     want = error_of(original.info_nce, **arguments)

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE, both_backends, error, evaluate
-from libraries import library
-from peers import without_package
-from processes import in_two_processes
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import DEVICE, both_backends, error, evaluate
+from support.libraries import library, without_package
+from support.processes import in_two_processes
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 
 def load(name: str) -> ModuleType:
@@ -109,7 +108,7 @@ def test_equals_the_original_with_a_memory_bank(seed, monkeypatch):
 
 @pytest.mark.parametrize("grads", [(True, False), (False, True), (False, False), (True, True)])
 @pytest.mark.parametrize("recording", [False, True])
-def test_when_the_bank_is_updated(grads, recording):
+def test_the_bank_is_updated_when_the_originals_is(grads, recording):
     """Where the first view requires a gradient: not under no_grad."""
     ours, theirs = pair(0.1, (8, D))
     before = ours.memory_bank.bank.clone()
@@ -121,7 +120,7 @@ def test_when_the_bank_is_updated(grads, recording):
     assert torch.equal(ours.memory_bank.bank, before) != (recording and grads[0])
 
 
-def test_a_bank_of_rows_that_are_no_unit_vectors():
+def test_a_bank_of_rows_that_are_no_unit_vectors_equals_the_originals():
     """It is taken as it is; a backward that is still to come sees it as it was."""
     ours, theirs = pair(0.3, (8, D))
     for loss in (ours, theirs):
@@ -137,7 +136,7 @@ def test_a_bank_of_rows_that_are_no_unit_vectors():
         assert error(got, want) <= 1e-5
 
 
-def test_names_order_defaults_and_state():
+def test_names_order_defaults_and_state_are_the_originals():
     for name in ("__init__", "forward"):
         a, b = (
             [(p.name, p.default, p.kind) for p in inspect.signature(getattr(m.NTXentLoss, name)).parameters.values()]
@@ -157,7 +156,7 @@ def test_names_order_defaults_and_state():
 @pytest.mark.parametrize("t", [0.1, -0.1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_dtype(size, t, dtype, autocast):
+def test_the_dtype_is_the_originals(size, t, dtype, autocast):
     ours, theirs = pair(t, size, dtype=torch.float32 if autocast else dtype)
     inputs, exact = views(dtype=dtype), copy.deepcopy(theirs).double()
     truth = exact(**{name: x.double() for name, x in inputs.items()})
@@ -174,7 +173,7 @@ def test_dtype(size, t, dtype, autocast):
 
 @pytest.mark.parametrize("t", [0.2, -0.2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_rounded_once(t, dtype):
+def test_16_bit_gradients_are_rounded_once(t, dtype):
     inputs = views(33, 16, dtype)
     exact, gradients = evaluate(original.NTXentLoss(t), {name: x.double() for name, x in inputs.items()})
     got = evaluate(drop_in.NTXentLoss(t), inputs)
@@ -191,7 +190,7 @@ def test_16_bits_are_rounded_once(t, dtype):
         {"memory_bank_size": (8, 4, 2)},
     ],
 )  # fmt: skip
-def test_the_same_errors_of_the_constructor(options):
+def test_a_bad_option_raises_what_the_original_raises(options):
     want = error_of(original.NTXentLoss, **options)
     assert want in (ValueError, TypeError)
     assert error_of(drop_in.NTXentLoss, **options) is want
@@ -224,7 +223,7 @@ COMPUTED = {  # by the original too, without a bank and with one
 @pytest.mark.filterwarnings("ignore:.*the original's own code")
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("bank", [0, 1])
-def test_the_same_errors_or_values(what, bank):
+def test_bad_input_raises_or_returns_what_the_original_does(what, bank):
     """And the same bank afterwards."""
     ours, theirs = pair(0.2, (8, D) if bank else 0)
     arguments = views() | BAD[what]
@@ -260,7 +259,7 @@ def test_the_originals_own_code_is_said_once():
 @both_backends
 @pytest.mark.parametrize("t", [0.3, -0.3])
 @pytest.mark.parametrize("size", [0, (3, 4)])
-def test_gradcheck(backend, t, size, monkeypatch):
+def test_gradients_are_those_of_finite_differences(backend, t, size, monkeypatch):
     monkeypatch.setattr(contrast, "resolve", lambda *_: backend)
     loss = drop_in.NTXentLoss(memory_bank_size=size).to(DEVICE[backend], torch.float64)
 
@@ -298,5 +297,5 @@ def compare(rank: int) -> None:
             assert same_bank(ours, theirs)
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(compare, tmp_path)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from libraries import library
-from peers import without_package
+from support.libraries import library, without_package
 
 from fused_infonce import DCLLoss, decoupled_nt_xent
 
@@ -48,14 +47,14 @@ def check(ours, theirs, inputs):
 
 @pytest.mark.parametrize("seed", range(100))
 @pytest.mark.parametrize("sigma", [None, 0.5])
-def test_equal(seed, sigma):
+def test_equals_the_original(seed, sigma):
     inputs, t = call(seed)
     theirs = original.DCLLoss(temperature=t) if sigma is None else original.DCLWLoss(temperature=t, sigma=sigma)
     check(DCLLoss(t, sigma=sigma), theirs, inputs)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equal_sigmas_and_weight_functions(seed):
+def test_sigma_is_the_originals_weight_function(seed):
     inputs, t = call(seed)
     sigma = 0.2 + 0.1 * seed
     check(DCLLoss(t, sigma=sigma), original.DCLWLoss(t, sigma), inputs)
@@ -70,7 +69,7 @@ def test_equal_sigmas_and_weight_functions(seed):
     check(ours, original.DCLLoss(t, weight_fn=weight), inputs)
 
 
-def test_a_sample_alone():
+def test_a_sample_alone_has_loss_0_where_the_original_has_minus_infinity():
     """Theirs is -inf: of no negatives the logarithm of the sum is. Ours counts such a row as 0."""
     a, b = torch.randn(1, 4), torch.randn(1, 4)
     assert original.DCLLoss()(a, b) == -torch.inf

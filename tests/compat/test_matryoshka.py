@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from libraries import library
+from support.libraries import library
 from torch import nn
 
 from fused_infonce import FusedInfoNCELoss, MatryoshkaLoss

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, both_backends, error, evaluate
-from libraries import library
-from peers import without_package
-from processes import WORLD, in_two_processes
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import DEVICE, both_backends, error, evaluate
+from support.libraries import library, without_package
+from support.processes import WORLD, in_two_processes
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 original = library("open_clip.loss", without_package)
 
@@ -64,7 +63,7 @@ def test_equals_the_original(seed, monkeypatch):
     assert_same(*map(loss_of, classes), inputs, 1 / scale, **options)
 
 
-def test_names_order_and_defaults():
+def test_names_order_and_defaults_are_the_originals():
     for ours, theirs in ((drop_in.ClipLoss, original.ClipLoss), (drop_in.ClipLoss.forward, original.ClipLoss.forward)):
         a, b = ([(p.name, p.default, p.kind) for p in inspect.signature(x).parameters.values()] for x in (ours, theirs))
         assert a == b
@@ -80,7 +79,7 @@ def test_names_order_and_defaults():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_dtype(dtype, autocast):
+def test_the_dtype_is_the_originals(dtype, autocast):
     inputs = features(dtype=dtype)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         for shape, scale_dtype in itertools.product([(), (1,)], [dtype, torch.float32, torch.float64]):
@@ -96,7 +95,7 @@ def test_dtype(dtype, autocast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_rounded_once(dtype):
+def test_16_bit_gradients_are_rounded_once(dtype):
     inputs = features(33, 16, dtype)
     exact, gradients = evaluate(original.ClipLoss(), {k: x.double() for k, x in inputs.items()}, logit_scale=10.0)
     got = evaluate(drop_in.ClipLoss(), inputs, logit_scale=10.0)
@@ -143,7 +142,7 @@ COMPUTED = {
 
 @pytest.mark.filterwarnings("ignore:.*the original's own code")
 @pytest.mark.parametrize("what", BAD)
-def test_the_same_errors_or_values(what):
+def test_bad_input_raises_or_returns_what_the_original_does(what):
     arguments = {**features(), "logit_scale": 10.0} | BAD[what]
     want = error_of(original.ClipLoss(), **arguments)
     assert (want is None) == (what in COMPUTED)
@@ -173,7 +172,7 @@ def test_without_processes_gathering_fails_as_in_the_original():
 
 
 @both_backends
-def test_gradcheck_of_the_local_loss(backend, monkeypatch):
+def test_gradients_of_the_local_loss_are_those_of_finite_differences(backend, monkeypatch):
     """Of rank 1 of two, which holds the last rows of all."""
     monkeypatch.setattr(contrast, "resolve", lambda *_: backend)
     image, text = (torch.randn(2 * 2, 3, dtype=torch.float64, device=DEVICE[backend]) for _ in range(2))
@@ -210,5 +209,5 @@ def compare(rank: int) -> None:
         assert torch.equal(*(loss(**call, logit_scale=-1.0) for loss in losses))  # the original's own code
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(compare, tmp_path)

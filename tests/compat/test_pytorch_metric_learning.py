@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DEVICE, cases
-from libraries import library
-from side_by_side import error_of, refuse_fallback
+from support.helpers import DEVICE, cases
+from support.libraries import library
+from support.side_by_side import error_of, refuse_fallback
 
 library("pytorch_metric_learning")
 
@@ -155,7 +155,7 @@ def test_equals_the_original(name, seed, only_fused):
         assert all(same(x, y) for x, y in zip(pairs, theirs, strict=True))
 
 
-def test_configurations_are_of_every_kind():
+def test_random_configurations_are_of_every_kind():
     calls = [configuration(seed, name) for seed in range(330) for name in NAMES]
     used = {type(call.options["reducer"]).__name__ for call in calls}
     assert used >= {"MeanReducer", "SumReducer", "AvgNonZeroReducer", "DoNothingReducer", "PerAnchorReducer"}
@@ -169,7 +169,7 @@ def test_configurations_are_of_every_kind():
 
 
 @cases(name=NAMES, kind=["self", "twins", "ref", "same labels"], normalize=[True, False], pairs=True)
-def test_gradcheck(backend, name, kind, normalize):
+def test_gradients_are_those_of_finite_differences(backend, name, kind, normalize):
     device = DEVICE[backend]
     n, d = 6, 3
     x, y = (torch.randn(size, d, dtype=torch.float64, device=device, requires_grad=True) for size in (n, 5))
@@ -210,7 +210,7 @@ ZERO = {
 @pytest.mark.parametrize("what", ZERO)
 @pytest.mark.parametrize("reducer", [None, "mean", "nothing", "nonzero"])
 @both_losses
-def test_few_pairs(name, what, reducer, only_fused):
+def test_few_pairs_give_what_the_original_gives(name, what, reducer, only_fused):
     """Where the original gives zeros, with its gradients and its statement of what they are of."""
     labels, ref_labels = (None if x is None else torch.tensor(x, dtype=torch.long) for x in ZERO[what])
     made = {
@@ -259,7 +259,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 @both_losses
 @pytest.mark.filterwarnings("ignore:.*runs the original's own code")
-def test_bad_input(name, what):
+def test_bad_input_raises_what_the_original_raises(name, what):
     args, options = BAD[what]
     ours, theirs = (
         error_of(lambda source=source: getattr(source, name)(**options)(*args)) for source in (fused, losses)

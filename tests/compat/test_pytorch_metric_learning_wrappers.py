@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import INTERPRETED, error
-from libraries import library
-from processes import in_two_processes
-from side_by_side import refuse_fallback
-from test_memory import MIB, PeakMemory
+from support.helpers import INTERPRETED, error
+from support.libraries import library
+from support.memory import MIB, PeakMemory
+from support.processes import in_two_processes
+from support.side_by_side import refuse_fallback
 
 library("pytorch_metric_learning")
 
@@ -73,7 +73,7 @@ def test_they_are_the_originals(name):
 
 @both_losses
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_self_supervised(name, symmetric, only_fused):
+def test_the_self_supervised_wrapper_gives_what_the_original_gives(name, symmetric, only_fused):
     both(
         lambda source, x, y: losses.SelfSupervisedLoss(getattr(source, name)(0.2), symmetric=symmetric)(x, y),
         torch.randn(24, 16), torch.randn(24, 16),
@@ -106,7 +106,7 @@ def steps(memories, batches, calls):
 
 @both_losses
 @pytest.mark.parametrize("size", [20, 32])
-def test_cross_batch_memory(name, size, only_fused):
+def test_cross_batch_memory_gives_what_the_original_gives(name, size, only_fused):
     """Batches that fill it, run over its end, fill it at once and leave part of it as it is."""
     steps(memories(name, size), [12, 12, 12, 5, 20, 2, 12, 12], lambda memory, x, labels: memory(x, labels))
 
@@ -276,7 +276,7 @@ def gather(rank):
                 both(lambda source, x, labels=labels, call=call: call(source, x, labels), torch.randn(9, 8))
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(gather, tmp_path)
 
 

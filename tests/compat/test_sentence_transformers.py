@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import error
-from libraries import library
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import error
+from support.libraries import library
+from support.side_by_side import assert_same, error_of, refuse_fallback
 
 library("sentence_transformers")
 
-from sentence_models import (  # noqa: E402
+from sentence_transformers import util  # noqa: E402
+from support.sentence_models import (  # noqa: E402
     CACHED,
     GTE,
     KINDS,
@@ -28,7 +29,6 @@ from sentence_models import (  # noqa: E402
     features,
     originals,
 )
-from sentence_transformers import util  # noqa: E402
 
 from fused_infonce.compat import common  # noqa: E402
 
@@ -37,7 +37,7 @@ both_classes = pytest.mark.parametrize("name", [PLAIN, CACHED])
 
 @both_classes
 @pytest.mark.parametrize("part", range(4))
-def test_random_configurations(name, part, monkeypatch):
+def test_random_configurations_equal_the_original(name, part, monkeypatch):
     refuse_fallback(monkeypatch, drop_in)
     options = {"mini_batch_size": 7} if name == CACHED else {}
     for seed in range(90 * part, 90 * part + 90):
@@ -48,7 +48,7 @@ def test_random_configurations(name, part, monkeypatch):
 @pytest.mark.parametrize("directions", [("query_to_doc",), GTE])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @both_classes
-def test_autocast(name, directions, given, monkeypatch):
+def test_autocast_gives_what_the_original_gives(name, directions, given, monkeypatch):
     """The original's dtypes; values at least as near to the exact ones, but for the rounding of what is returned."""
     refuse_fallback(monkeypatch, drop_in)
     columns = columns_of(31, 24, 3, given)
@@ -106,7 +106,7 @@ def test_columns_of_different_dtypes(monkeypatch):
 
 @pytest.mark.parametrize("n", [0, 1])
 @pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query"), GTE])
-def test_few_rows(n, directions):
+def test_few_rows_give_what_the_original_gives(n, directions):
     columns = columns_of(n, 8, 3, torch.float64)
     got, want = (call(loss, **columns) for loss in both(PLAIN, directions=directions))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14, equal_nan=True)
@@ -170,7 +170,7 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
 @both_classes
-def test_bad_options(name, options):
+def test_a_bad_option_raises_what_the_original_raises(name, options):
     classes = [error_of(getattr(where, name), Model(), **options) for where in (drop_in, originals)]
     assert classes[0] is not None
     assert classes[0] is classes[1]
@@ -188,7 +188,7 @@ BAD_COLUMNS = {
 @pytest.mark.parametrize("what", BAD_COLUMNS)
 @pytest.mark.parametrize("options", [{}, {"directions": GTE, "hardness_mode": KINDS[3], "hardness_strength": 1.0}])
 @both_classes
-def test_bad_columns(name, options, what):
+def test_bad_columns_raise_what_the_original_raises(name, options, what):
     classes = []
     for loss in both(name, **options):
         if name == CACHED:

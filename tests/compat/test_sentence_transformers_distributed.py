@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from libraries import library
-from processes import in_two_processes
-from side_by_side import refuse_fallback
+from support.libraries import library
+from support.processes import in_two_processes
+from support.side_by_side import refuse_fallback
 
 library("sentence_transformers")
 
-from sentence_models import CACHED, PLAIN, assert_same_in, configuration, drop_in  # noqa: E402
+from support.sentence_models import CACHED, PLAIN, assert_same_in, configuration, drop_in  # noqa: E402
 
 
 def in_one_of_two_processes(rank):
@@ -23,5 +23,5 @@ def in_one_of_two_processes(rank):
                 assert_same_in(configuration(seed), name, gather_across_devices=True)
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(in_one_of_two_processes, tmp_path)

@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error
-from libraries import library
-from processes import in_two_processes
-from side_by_side import assert_same, error_of, refuse_fallback
+from support.helpers import error
+from support.libraries import library
+from support.processes import in_two_processes
+from support.side_by_side import assert_same, error_of, refuse_fallback
 from torch import nn
 
 originals = library("sentence_transformers.sentence_transformer.losses")
 
-from drop_ins import Given  # noqa: E402
+from support.sentence_models import Given  # noqa: E402
 
 from fused_infonce.compat import common  # noqa: E402
 from fused_infonce.compat import sentence_transformers as drop_in  # noqa: E402
@@ -84,7 +84,7 @@ def assert_same_in(configuration, name, **more):
 
 @both_classes
 @pytest.mark.parametrize("part", range(4))
-def test_random_configurations(name, part, monkeypatch):
+def test_random_configurations_equal_the_original(name, part, monkeypatch):
     refuse_fallback(monkeypatch, drop_in)
     more = {"mini_batch_size": 7} if name == CACHED else {}
     for seed in range(90 * part, 90 * part + 90):
@@ -102,7 +102,7 @@ def in_one_of_two_processes(rank):
                 assert_same_in(configuration(seed), name, gather_across_devices=True)
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(in_one_of_two_processes, tmp_path)
 
 
@@ -157,7 +157,7 @@ BAD_COLUMNS = {
 
 @pytest.mark.filterwarnings("ignore:.*own code here")
 @pytest.mark.parametrize("what", BAD_COLUMNS)
-def test_bad_columns(what):
+def test_bad_columns_raise_what_the_original_raises(what):
     features = [{"rows": x, "guide": x.float()} for x in BAD_COLUMNS[what]]
     classes = [error_of(loss, features, None) for loss in both(PLAIN)]
     assert classes[0] is not None
@@ -166,7 +166,7 @@ def test_bad_columns(what):
 
 @both_classes
 @pytest.mark.parametrize("options", [{"margin_strategy": "both"}, {"mode": 1}], ids=str)
-def test_bad_options(name, options):
+def test_a_bad_option_raises_what_the_original_raises(name, options):
     classes = [
         error_of(getattr(where, name), Given("rows"), Given("guide"), **options) for where in (drop_in, originals)
     ]

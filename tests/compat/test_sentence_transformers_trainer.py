@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from helpers import error
-from libraries import library
-from side_by_side import refuse_fallback
+from support.helpers import error
+from support.libraries import library
+from support.side_by_side import refuse_fallback
 
 originals = library("sentence_transformers.sentence_transformer.losses")
 transformers = library("transformers")

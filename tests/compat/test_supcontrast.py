@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import evaluate
-from side_by_side import assert_same, error_of
+from support.helpers import evaluate
+from support.side_by_side import assert_same, error_of
 from torch import Tensor
 
 from fused_infonce.compat.supcontrast import SupConLoss
@@ -84,7 +84,7 @@ def test_equals_the_formula(seed):
     assert_same(ours, original, inputs, t, **options)
 
 
-def test_names_order_and_defaults():
+def test_names_order_and_defaults_are_the_originals():
     """As in losses.py; the class has the name that code asks for."""
     parameters = inspect.signature(SupConLoss).parameters.values()
     assert [(p.name, p.default) for p in parameters] == [
@@ -105,7 +105,7 @@ def test_names_order_and_defaults():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("given", [{}, {"labels": torch.arange(N) % 3}])
-def test_dtype(dtype, autocast, given):
+def test_the_dtype_is_the_originals(dtype, autocast, given):
     features = F.normalize(torch.randn(N, V, D), dim=-1).to(dtype)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         got = SupConLoss()(features, **given)
@@ -141,13 +141,13 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception]]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_errors(what):
+def test_bad_input_raises_what_the_original_raises(what):
     options, arguments, kind = BAD[what]
     loss = SupConLoss(**options)
     assert error_of(loss, **({"features": torch.randn(N, V, D)} | arguments)) is kind
 
 
-def test_what_is_zero_here():
+def test_anchors_without_positives_have_loss_0_here():
     """An anchor without positives, and a row that is alone."""
     features = torch.randn(4, 1, D)
     loss, gradients = evaluate(SupConLoss(), {"features": features}, labels=torch.tensor([0, 1, 1, 2]))

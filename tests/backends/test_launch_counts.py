@@ -1,0 +1,141 @@
+"""What a call launches and allocates on a GPU: at small sizes launches, and not arithmetic, are what it costs."""
+
+import collections
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.helpers import DEVICE, TRITON
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_infonce import info_nce, nt_xent
+from fused_infonce.backends.triton import tiles
+
+backend = pytest.importorskip(
+    "fused_infonce.backends.triton.backend", reason="triton is not installed", exc_type=ImportError
+)
+launch, launch_rows = backend.launch, backend.launch_rows
+VIEWS = {"view", "expand", "slice", "select", "t", "transpose", "permute", "unsqueeze", "detach", "alias", "unbind"}
+ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}
+OTHER = {"fill_"}  # of a fresh allocation with NaN, by conftest
+
+
+class Watch(TorchDispatchMode):
+    """Operators that launch a kernel, and bytes of what is allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched, self.bytes = collections.Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ALLOCATIONS:
+            self.bytes += result.nbytes
+        elif name not in VIEWS | OTHER:
+            self.launched[name] += 1
+        return result
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Kernels are counted and not run."""
+    found = Watch()
+
+    def run(kernel, grid, **arguments):
+        found.launched["triton"] += min(grid) > 0
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch_rows, "run", run)
+    return found
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+def cross_entropy(logits, labels, symmetric=False):
+    loss = F.cross_entropy(logits, labels)
+    return (loss + F.cross_entropy(logits.T, labels)) / 2 if symmetric else loss
+
+
+def one(query, key):
+    return cross_entropy(unit(query) @ unit(key).T / 0.05, torch.arange(len(query)))
+
+
+def both(query, key):
+    return cross_entropy(unit(query) @ unit(key).T / 0.05, torch.arange(len(query)), True)
+
+
+def own(view_a, view_b):
+    rows = unit(torch.cat([view_a, view_b]))
+    logits = (rows @ rows.T / 0.05).fill_diagonal_(-torch.inf)
+    return cross_entropy(logits, torch.arange(len(rows)).roll(len(view_a)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "dense", "width", "most"),
+    [
+        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 256, 24),
+        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 64, 24),
+        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton", symmetric=True), both, 256, 34),
+        (lambda a, b: nt_xent(a, b, 0.05, backend="triton"), own, 256, 20),
+    ],
+    ids=["one", "one-narrow", "symmetric", "self"],
+)
+@pytest.mark.interpreter
+def test_fewer_kernels_than_the_dense_loss(ours, dense, width, most, watch):
+    counts = []
+    for loss in (ours, dense):
+        inputs = [torch.randn(512, width).requires_grad_() for _ in range(2)]
+        watch.launched.clear()
+        with watch:
+            loss(*inputs).backward()
+        counts.append(watch.launched.total())
+    assert 0 < counts[0] <= most < counts[1]
+
+
+@pytest.mark.parametrize("limit", [1 << 22, 1 << 26, 1 << 28])
+@pytest.mark.parametrize("rows", [4096, 1 << 17, 1 << 21])
+@pytest.mark.parametrize("columns", [False, True])
+def test_states_stay_within_the_limit(rows, columns, limit, watch, monkeypatch):
+    """On a device of 132 processors, whatever they would like to be given."""
+    monkeypatch.setattr(tiles, "processors", lambda _: 132)
+    monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
+    x = torch.empty(rows, 64, dtype=torch.bfloat16, device="meta")
+    of_columns = launch.softmax_statistics(torch.empty(rows, device="meta")) if columns else None
+    side = launch.Side(x, None)
+    with watch:
+        launch.row_states(side, side, launch.Excluded(), of_columns, limit)
+    least = (3 if columns else 1) * 12 * rows  # one slot of row states, two of columns': nothing can be done in less
+    assert watch.bytes <= max(limit, least)
+
+
+@pytest.mark.parametrize("device", [pytest.param(DEVICE["triton"], marks=TRITON.marks)])
+@pytest.mark.parametrize("limit", [None, 1 << 14], ids=["whole", "blocks"])
+def test_products_added_where_they_lie_give_the_same_gradients(device, limit, monkeypatch):
+    """The same gradients; a CPU's library, which has no such product, is stood in for."""
+    inputs = [torch.randn(200, 64, device=device).bfloat16().requires_grad_() for _ in range(2)]
+
+    def gradients():
+        loss = info_nce(*inputs, temperature=0.05, reduction="none", backend="triton", workspace_limit=limit).sum()
+        return torch.autograd.grad(loss, inputs)
+
+    def addmm(out_too, a, b, *, out_dtype, out):
+        assert out_too is out
+        added.append(out.shape)
+        return out.add_(torch.mm(a.to(out_dtype), b.to(out_dtype)))
+
+    added = []
+    monkeypatch.setattr(backend, "adds_in_place", lambda _: False)
+    apart = gradients()
+    monkeypatch.setattr(backend, "adds_in_place", lambda _: True)
+    if device == "cpu":
+        monkeypatch.setattr(torch, "addmm", addmm)
+    for got, want in zip(gradients(), apart, strict=True):
+        torch.testing.assert_close(got, want)
+    assert added or device != "cpu"
+
+
+@pytest.mark.parametrize("device", [pytest.param(DEVICE["triton"], marks=TRITON.marks)])
+def test_only_a_gpu_may_add_products_in_place(device):
+    assert backend.adds_in_place(torch.device(device)) in ({False} if device == "cpu" else {False, True})

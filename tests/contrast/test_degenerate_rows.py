@@ -1,0 +1,133 @@
+"""Rows that are nobody's negatives, zero, or not finite, and temperatures below the promised ones."""
+
+import math
+
+import pytest
+import torch
+from support.helpers import (
+    DEVICE,
+    both_backends,
+    bounds,
+    call_of,
+    cases,
+    check,
+    error,
+    evaluate,
+    info_nce,
+    on,
+    oracle,
+)
+
+TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of the same sums
+
+
+@both_backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_row_without_negatives_has_loss_0_and_no_gradient(backend, reduction, normalize, symmetric):
+    """Rows 0 and 3 have every label: loss 0, and no gradient through them."""
+    inputs = call_of(5, 4, dtype=torch.float64)
+    labels = torch.tensor([1, 1, 1, 1, 1])
+    alone = inputs | {"key_ids": labels, "query_ids": torch.tensor([1, 7, 8, 1, 9])}
+    options = {"reduction": reduction, "normalize": normalize}
+    loss, gradients = check(backend, alone, **options)
+    if reduction == "none":
+        assert torch.equal(loss == 0, torch.tensor([True, False, False, True, False]))
+    assert not gradients["query"][[0, 3]].any()
+    loss, gradients = check(backend, inputs | {"key_ids": labels}, symmetric=symmetric, **options)
+    assert not loss.any()
+    assert not any(g.any() for g in gradients.values())
+
+
+@cases(
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+    norm=[0.0, 1e-30],
+    where=["query", "positive_key", "negative_keys"],
+    options=[{}, {"symmetric": True}, {"reduction": "none"}, {"in_batch_negatives": True, "paired": True}],
+)
+def test_zero_rows_have_no_gradient_and_leave_the_others_theirs(backend, dtype, norm, where, options):
+    """They leave the others' gradients finite and exact, and have none themselves."""
+    paired = "paired" in options
+    options = {name: x for name, x in options.items() if name != "paired"}
+    inputs = call_of(7, 12, "loose", dtype, negatives=(7, 3) if paired else (3,))
+    inputs[where][0] *= norm
+    options |= {"negative_mode": "paired" if paired else "unpaired"}
+    _, want = check(backend, inputs, **options)
+    assert not want[where][0].any()
+    assert all(g.isfinite().all() and g.any() for g in want.values())
+
+
+@cases(dtype=[torch.float32, torch.bfloat16, torch.float64], norm=[5e-13, 1e-11], where=["query", "positive_key"])
+def test_rows_up_to_eps_are_divided_by_it_and_longer_ones_by_their_norm(backend, dtype, norm, where):
+    """Up to 1e-12 they are divided by it, as F.normalize does, and have no gradient; above it they are unit rows."""
+    inputs = call_of(7, 12, "loose", dtype)
+    inputs[where][0] *= norm
+    want, exact = oracle(inputs)
+    loss, gradients = evaluate(info_nce, on(DEVICE[backend], inputs), backend=backend)
+    assert error(loss, want) <= bounds(dtype, 0.1)[0]
+    if norm > 1e-12:
+        scaled = {name: g[0] * norm for name, g in exact.items() if name == where}
+        assert error(gradients[where][0].double() * norm, scaled[where]) <= bounds(dtype, 0.1)[1]
+    else:
+        assert not gradients[where][0].any()
+        assert all(g.isfinite().all() for g in gradients.values())
+
+
+@cases(
+    value=[math.nan, math.inf, -math.inf],
+    where=["query", "positive_key", "unpaired", "paired"],
+    normalize=[True, False],
+    reduction=["none", "sum"],
+    ids=[False, True],
+)
+def test_rows_that_are_not_finite_poison_the_rows_that_see_them_alone(backend, value, where, normalize, reduction, ids):
+    """A query poisons its own row, a key the rows that have it as positive or negative, and no others."""
+    mode = where if where in ("paired", "unpaired") else None
+    inputs = call_of(8, 5, dtype=torch.float64, negatives=() if mode is None else (8, 3) if mode == "paired" else (3,))
+    options = {"normalize": normalize, "reduction": reduction}
+    if mode is not None:
+        options |= {"negative_mode": mode, "in_batch_negatives": True}
+    seen = torch.ones(8, dtype=torch.bool)
+    if ids:  # rows 2 and 5 leave out what is poisoned
+        inputs["query_ids"] = torch.tensor([0, 1, 7, 2, 3, 7, 4, 5])
+        inputs["key_ids"] = torch.tensor([10, 7, 12, 13, 14, 15, 16, 17])
+        if mode is not None:
+            inputs["negative_ids"] = torch.tensor([20, 7, 21]).expand(inputs["negative_keys"].shape[:-1])
+        seen[[2, 5]] = False
+    clean_loss, clean = evaluate(info_nce, on(DEVICE[backend], inputs), backend=backend, **options)
+    if where == "query":
+        inputs["query"][1, 2] = value
+        seen = torch.arange(8) == 1
+    elif where == "positive_key":
+        inputs["positive_key"][1, 2] = value
+    elif where == "unpaired":
+        inputs["negative_keys"][1, 2] = value
+    else:
+        inputs["negative_keys"][5, 1, 2] = value
+        seen = (torch.arange(8) == 5) & seen
+    seen = seen.to(DEVICE[backend])
+    loss, gradients = evaluate(info_nce, on(DEVICE[backend], inputs), backend=backend, **options)
+    if reduction == "none":
+        assert torch.equal(~loss.isfinite(), seen)
+        torch.testing.assert_close(loss[~seen], clean_loss[~seen], **TOLERANCE)
+    else:
+        assert loss.isfinite() != seen.any()
+    finite = gradients["query"].isfinite().all(1)  # a product with 0 may poison other rows' gradients, but for ...
+    assert not finite[seen].any()
+    if where == "query" or (where == "paired" and not ids):
+        assert finite[~seen].all()  # ... what no other row touches
+    torch.testing.assert_close(gradients["query"][finite], clean["query"][finite], **TOLERANCE)
+
+
+@both_backends
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("t", [0.01, 1e-3, 1e-4])
+def test_temperatures_below_the_promised_ones_do_not_overflow(backend, symmetric, t):
+    """Logits far beyond the range of exp in float32: no overflow."""
+    inputs = call_of(33, 12, "loose", torch.float64, t)
+    check(backend, inputs, symmetric=symmetric)
+    inputs = {name: x.float() for name, x in inputs.items()}
+    loss, gradients = evaluate(info_nce, on(DEVICE[backend], inputs), backend=backend, symmetric=symmetric)
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients.values())

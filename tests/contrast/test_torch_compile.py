@@ -1,0 +1,128 @@
+"""`torch.compile(fullgraph=True)`: same values and gradients as eager, through operators that pass `opcheck`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, contrast, info_nce
+from fused_infonce.backends import operators, plan
+from fused_infonce.backends.contract import Problem
+from fused_infonce.contrast import Options
+
+N, D, H = 33, 16, 3
+
+
+def embeddings(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+OPTIONS = {
+    "default": {},
+    "symmetric": {"symmetric": True},
+    "rows": {"reduction": "none"},
+    "paired": {"negative_mode": "paired", "in_batch_negatives": True},
+    "ids": {"key_ids": torch.arange(N) % 7},
+    "target": {"target": torch.arange(N).flip(0)},
+    "per row": {"temperature": torch.linspace(0.05, 0.2, N)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_compiled_equals_eager(name: str, backend: str) -> None:
+    options = {"temperature": 0.07, "backend": backend, **OPTIONS[name]}
+    inputs = [embeddings(N, D), embeddings(N, D)]
+    if options.get("negative_mode"):
+        inputs.append(embeddings(N, H, D))
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        return info_nce(*tensors, **options)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(*inputs)
+        results.append((value, *torch.autograd.grad(value.sum(), inputs)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_a_learnable_temperature_compiles_for_changing_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "DENSE", 0)  # a learnable temperature is read outside only, and plans with it
+    torch._dynamo.reset()
+    loss = FusedInfoNCELoss(0.05, learnable_temperature=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (8, 24, 40):
+        query, key = embeddings(n, D), embeddings(n, D)
+        expected = torch.autograd.grad(loss(query, key), (query, loss.logit_scale))
+        actual = torch.autograd.grad(compiled(query, key), (query, loss.logit_scale))
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_compiled_nt_xent_equals_eager() -> None:
+    torch._dynamo.reset()
+    loss = NTXentLoss(0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = embeddings(N, D), embeddings(N, D)
+    for x, y in zip(*(torch.autograd.grad(f(a, b), (a, b)) for f in (compiled, loss)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_queries_that_are_the_keys_compile() -> None:
+    torch._dynamo.reset()
+    x = embeddings(N, D)
+    compiled = torch.compile(info_nce, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x, x), x)[0] for f in (compiled, info_nce)))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_schedule_of_temperatures_compiles(dynamic: bool | None) -> None:
+    """Numbers, which become symbolic when they change."""
+    torch._dynamo.reset()
+    loss = FusedInfoNCELoss(0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    query, key = embeddings(N, D), embeddings(N, D)
+    for t in (0.1, 0.2, 0.3):
+        loss.temperature = t
+        torch.testing.assert_close(*(torch.autograd.grad(f(query, key), query)[0] for f in (compiled, loss)))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_operators_pass_opcheck(columns: bool) -> None:
+    problem = Problem(
+        torch.randn(N, D),
+        torch.randn(N, D),
+        torch.tensor([0.1]),
+        negatives=(torch.randn(5, D), torch.randn(N, H, D)),
+        negative_ids=(None, None),
+        columns=columns,
+    )
+    plan = contrast.make_plan(problem, Options("torch"), reduced=False)
+    flat = operators.flatten(problem, plan)
+    torch.library.opcheck(operators.statistics, flat)
+    stats = operators.statistics(*flat)
+    upstream = [torch.randn(N), torch.randn(N), torch.randn(N) if columns else None]
+    present = operators.none_if_empty(stats, [True] * 4 + [columns] * 3)
+    codes = [operators.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
+    torch.library.opcheck(operators.gradients, (*flat, present, upstream, codes))
+    if not columns:
+        weight = torch.full((1,), 1 / N)
+        wanted = [True, False, True, True, True]
+        torch.library.opcheck(operators.onepass, (*flat, "infonce", weight, wanted))
+
+
+@pytest.mark.parametrize("name", ["dense", "onepass"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_one_pass_operator_passes_opcheck(name: str, columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "DENSE", 2**18 if name == "dense" else 0)
+    inputs = [torch.randn(N, D, requires_grad=True) for _ in range(2)]
+    problem = Problem(*inputs, torch.tensor([0.1]), columns=columns)
+    chosen = contrast.make_plan(problem, Options("torch", logit_bound=10.0), reduced=True)
+    assert chosen.name == name
+    flat = operators.flatten(
+        problem.with_tensors([None if x is None else x.detach() for x in problem.tensors()]), chosen
+    )
+    for wanted in ([True, False, True], [True, True, False]):
+        torch.library.opcheck(operators.onepass, (*flat, "infonce", torch.full((1,), 1 / N), wanted))

@@ -1,0 +1,98 @@
+"""The kernels compile for every target without a GPU, with tensor-core instructions and without spills."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+AOT = ROOT / "tests" / "support" / "aot.py"
+RECORD = ROOT / "benchmarks" / "results" / "tiles.csv"
+TILED = {"statistics_kernel", "gradient_kernel", "coefficients_kernel"}
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(600)]  # compiles on all cores
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """In a process of its own: kernels decorated under TRITON_INTERPRET cannot be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, AOT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def kernels():
+    """The names of all kernels, from the sources."""
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    return {
+        line.split()[1].split("(")[0] for line in text.splitlines() if line.startswith("def ") and "_kernel(" in line
+    }
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+class TestDefaults:
+    def results(self, compiled, target, dtype):
+        return [result for result in compiled if (result["target"], result["dtype"]) == (target, dtype)]
+
+    def test_every_kernel(self, compiled, target, dtype):
+        assert {result["kernel"] for result in self.results(compiled, target, dtype)} == kernels()
+
+    def test_no_spills(self, compiled, target, dtype):
+        assert not [result for result in self.results(compiled, target, dtype) if result["spilled_bytes"]]
+
+    def test_shared_memory_fits(self, compiled, target, dtype):
+        for result in self.results(compiled, target, dtype):
+            assert result["shared_kib"] <= result["shared_limit_kib"], result
+
+    def test_tensor_cores(self, compiled, target, dtype):
+        """Of 16-bit tiles; float32 ones are multiplied in IEEE arithmetic, for which only AMD's matrix cores do."""
+        for result in self.results(compiled, target, dtype):
+            if result["kernel"] in TILED:
+                assert bool(result["tensor_core"]) == (dtype == "bfloat16" or target == "gfx942"), result
+
+    def test_tensor_descriptors(self, compiled, target, dtype):
+        """Every kernel over 16-bit tiles also compiles to TMA loads where there are any, and to none unasked."""
+        described = [result for result in self.results(compiled, target, dtype) if result["tma"]]
+        there = dtype == "bfloat16" and target in ("sm_90", "sm_100")
+        assert {result["kernel"] for result in described} == (TILED if there else set())
+        for result in self.results(compiled, target, dtype):
+            assert bool(result["tma_loads"]) == result["tma"], result
+
+
+def test_the_recorded_table_is_of_these_sources():
+    """Regenerate it with `python tests/support/aot.py --all --record benchmarks/results/tiles.csv`."""
+    sources = subprocess.run(
+        [sys.executable, AOT, "--hash"],
+        env={**os.environ, "TRITON_INTERPRET": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with RECORD.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["sources"] for row in rows} == {sources.stdout.strip()}
+
+
+def test_the_recorded_table_fits_its_targets():
+    """Every tile in shared memory; 16-bit tiles of one direction without spills.
+
+    Tensor descriptors, which no tile of the table asks for yet, cost a register too many at D = 512 on sm_90.
+    """
+    with RECORD.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["kernel"] for row in rows} == TILED
+    assert {row["target"] for row in rows if row["tma"] == "True"} == {"sm_90", "sm_100"}
+    for row in rows:
+        assert float(row["shared_kib"]) <= float(row["shared_limit_kib"]), row
+        if row["dtype"] == "bfloat16":
+            assert row["tensor_core"], row
+            most = 8 if (row["target"], row["d"], row["tma"]) == ("sm_90", "512", "True") else 0
+            assert row["variant"] != "plain" or int(row["spilled_bytes"]) <= most, row
+        assert (int(row["tma_loads"]) > 0) == (row["tma"] == "True"), row

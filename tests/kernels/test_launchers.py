@@ -1,0 +1,290 @@
+"""The launchers of the Triton backend against a dense float64 computation, plan by plan.
+
+Small blocks make a small problem run through every loop: several blocks of coefficients each way, several column
+splits, several super-blocks of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.helpers import DEVICE, TRITON, embeddings, error, stretch
+from support.problems import (
+    LIMIT,
+    PLANS,
+    backend,
+    both_plans,
+    check,
+    dense,
+    dense_gradients,
+    make,
+    upstream_of,
+    with_segments,
+)
+from torch import Tensor
+
+from fused_infonce.backends.contract import Problem, Upstream
+
+pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
+
+
+@pytest.fixture(autouse=True)
+def where_the_kernels_run():
+    with torch.device(DEVICE["triton"]):
+        yield
+
+
+SHAPES = [(1, 1, 20), (1, 17, 1), (2, 15, 16), (15, 2, 33), (16, 16, 32), (17, 33, 70), (33, 127, 20), (129, 33, 7)]
+
+
+@both_plans
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_ragged_shapes_keep_the_bounds(n, m, d, plan):
+    target = None if n <= m else torch.randint(m, (n,))
+    check(make(n, m, d, target=target, normalize=d > 1), plan)
+
+
+@both_plans
+@pytest.mark.parametrize("n", [1, 2, 17, 70])
+@pytest.mark.parametrize("ids", [False, True])
+def test_column_statistics_do_not_depend_on_the_limit(n, ids, plan):
+    """A limit of one byte takes every block of rows on its own; the states merge to the same result."""
+    problem = with_segments(make(n, n, 20, columns=True), shared=5, ids=ids)
+    whole, _ = check(problem, plan)
+    parts = backend.statistics(problem, replace(plan, limit=1))
+    for x, y in zip(whole, parts, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+
+
+@both_plans
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(("shared", "own"), [(None, None), (21, None), (None, 3), (40, 18)])
+@pytest.mark.parametrize("target", [False, True])
+def test_segments_ids_and_targets_keep_the_bounds(target, shared, own, ids, in_batch, plan):
+    problem = make(18, 35, 20, in_batch=in_batch)
+    if target:
+        index = torch.randint(-1, 35, (18,))
+        index[:5] = torch.tensor([7, 7, -1, 7, 34])  # shared and missing targets
+        problem = replace(problem, target=index)
+    check(with_segments(problem, shared, own, ids), plan)
+
+
+@both_plans
+@pytest.mark.parametrize("normalize", [True, False])
+def test_self_similarity_gives_one_gradient_for_both_sides(normalize, plan):
+    """Two views against each other: a row is no negative of its own or its partner; one gradient for both sides."""
+    problem = make(70, 70, 20, target=torch.arange(70).roll(35), self_similar=True, normalize=normalize)
+    problem = replace(problem, key=problem.query)
+    plan = replace(plan, rows=24, cols=24)  # square blocks, as `choose` makes them
+    stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
+    torch.testing.assert_close(stats.neg, dense(problem)[1].neg.detach(), rtol=1e-12, atol=1e-12)
+    both, none = backend.gradients(problem, plan, stats, upstream, [torch.float64, None])
+    assert none is None
+    assert error(both, sum(dense_gradients(problem, upstream))) < 1e-10
+
+
+@both_plans
+@pytest.mark.parametrize("wide", [False, True])
+def test_many_rows_of_one_target_are_summed_in_steps(plan, wide):
+    """The queries of one key are summed in more than one step."""
+    check(make(70, 3, 300 if wide else 5, target=torch.full((70,), 1)), plan)
+
+
+@both_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("kind", "t"), [("tight", 0.01), ("medium", 0.02), ("loose", 1.0), ("cone_98", 0.05)])
+def test_tight_loose_and_cone_shaped_rows_keep_the_bounds(kind, t, normalize, dtype, plan):
+    query, key, negative = embeddings(kind, 40, 40, 40, 3)
+    low, high = (0.1, 10) if normalize else (0.8, 1.25)
+    query, key, negative = (stretch(x, low, high).to(dtype) for x in (query, key, negative))
+    temperature = torch.full((1,), t)
+    problem = Problem(
+        query, key, temperature, columns=True, normalize=normalize, negatives=(negative,), negative_ids=(None,)
+    )
+    check(problem, plan, scale=16.0)
+
+
+@both_plans
+def test_strided_tensors_are_read_as_their_copies(plan):
+    """Rows with gaps between them, columns in memory order, one row for all, vectors with gaps: what is read is what
+    contiguous copies hold."""
+    query, key = torch.randn(40, 50, dtype=torch.float64)[3:33:2, 5:25], torch.randn(20, 33, dtype=torch.float64).T
+    shared = torch.randn(1, 20, dtype=torch.float64).expand(9, 20)
+    own = torch.randn(15, 7, 2, 20, dtype=torch.float64)[:, ::2, 1]
+    ids = torch.randint(4, (60,))
+    problem = Problem(
+        query, key, torch.full((1,), 0.3, dtype=torch.float64), target=torch.arange(0, 30)[::2],
+        negatives=(shared, own),
+        row_ids=ids[::4], key_ids=ids[:33], negative_ids=(ids[::6][:9], torch.randint(4, (4, 15)).T),
+    )  # fmt: skip
+    got = check(problem, plan)
+    tensors = [x if x is None else x.contiguous() for x in problem.tensors()]
+    torch.manual_seed(0)
+    want = check(problem.with_tensors(tensors), plan)
+    assert all(torch.equal(x, y) for x, y in zip(got[0][:3], want[0][:3], strict=True))
+
+
+@both_plans
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_rows_divided_by_powers_of_two_keep_the_bounds(dtype, plan):
+    """Rows divided by powers of two beforehand."""
+    problem = with_segments(make(17, 20, 20, dtype, normalize=False, t=2.0), 5, 3)
+    scales = tuple(2.0 ** torch.randint(-1, 2, x.shape[:-1]).to(problem.acc_dtype) for x in problem.inputs)
+    check(replace(problem, scales=scales), plan, scale=16.0)
+
+
+@both_plans
+def test_gradients_that_are_not_wanted_are_not_made(plan):
+    problem = with_segments(make(17, 33, 20), 21, 3)
+    stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
+    every = [torch.float64] * 4
+    want = backend.gradients(problem, plan, stats, upstream, every)
+    for wanted in ([0], [1], [2], [3], [0, 3], [1, 2], []):
+        got = backend.gradients(
+            problem, plan, stats, upstream, [torch.float64 if i in wanted else None for i in range(4)]
+        )
+        for i, (x, y) in enumerate(zip(got, want, strict=True)):
+            assert x is None if i not in wanted else torch.equal(x, y)
+
+
+@both_plans
+def test_gradients_come_in_the_dtype_that_is_asked_for(plan):
+    problem = make(17, 17, 20, torch.float16)
+    stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
+    exact = backend.gradients(problem, plan, stats, upstream, [torch.float32, torch.float32])
+    half = backend.gradients(problem, plan, stats, upstream, [torch.float16, torch.bfloat16])
+    assert [x.dtype for x in exact + half] == [torch.float32, torch.float32, torch.float16, torch.bfloat16]
+    assert torch.equal(half[0], exact[0].half())
+    assert torch.equal(half[1], exact[1].bfloat16())
+
+
+@both_plans
+@pytest.mark.parametrize(
+    ("n", "m", "shared", "own"), [(0, 0, None, None), (0, 5, 3, 2), (3, 0, None, None), (3, 5, 0, 0)]
+)
+def test_empty_sides_have_no_negatives(n, m, shared, own, plan):
+    target = torch.full((n,), -1) if m < n else None
+    problem = with_segments(make(n, m, 8, target=target, in_batch=shared is None), shared, own)
+    stats, grads = check(problem, plan)
+    assert (stats.neg == -math.inf).all()
+    assert (stats.mean == 0).all()
+    if shared is None:
+        assert not any(g.any() for g in grads)
+
+
+@both_plans
+def test_rows_without_negatives_have_a_logsumexp_of_minus_infinity(plan):
+    problem = replace(make(5, 5, 8), row_ids=torch.zeros(5).long(), key_ids=torch.tensor([0, 0, 0, 0, 0]))
+    stats, _ = check(problem, plan)
+    assert (stats.neg == -math.inf).all()
+
+
+@both_plans
+def test_a_zero_row_has_no_gradient_and_disturbs_no_other(plan):
+    """A zero row has no gradient and does not disturb the others, whatever the temperature."""
+    problem = make(9, 9, 20, torch.float32, t=0.01, columns=True)
+    problem.query[3] = 0
+    problem.key[[1, 4]] = 0
+    problem.key[4, 0] = 1e-13  # below EPS, but a logit of up to 10
+    problem.query[4, 0] = -3
+    stats = backend.statistics(problem, plan)
+    torch.testing.assert_close(stats.neg.double(), dense(problem)[1].neg.detach(), rtol=1e-5, atol=1e-3)
+    dq, dk = backend.gradients(problem, plan, stats, upstream_of(problem), [torch.float32] * 2)
+    assert dq.isfinite().all()
+    assert dk.isfinite().all()
+    assert not dq[3].any()
+    assert not dk[[1, 4]].any()
+    assert dq[[0, 1, 2]].any(1).all()
+
+
+@both_plans
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(value, plan):
+    for side, normalize in ((0, True), (1, True), (0, False), (1, False), (3, True)):
+        problem = with_segments(make(5, 6, 8, normalize=normalize, target=torch.tensor([0, 1, 2, 2, -1])), 3, 2)
+        x = problem.inputs[side]
+        x[2, ..., 3] = value
+        stats = backend.statistics(problem, plan)
+        sees = torch.arange(5) == 2 if side in (0, 3) else torch.tensor([True, True, False, False, True])
+        assert torch.equal(stats.neg.isnan(), sees), (side, normalize)
+        assert torch.equal(stats.mean.isnan(), sees)
+        if side < 2:
+            missing = torch.arange(5) == 2 if side == 0 else torch.tensor([False, False, True, True, False])
+            assert torch.equal(~stats.pos.isfinite(), missing)
+        grads = backend.gradients(problem, plan, stats, upstream_of(problem), [torch.float64] * 4)
+        assert grads[0][sees].isnan().all()
+
+
+@both_plans
+def test_infinitely_small_logits_show(plan):
+    """An overflow to -inf is an error, not a probability of 0."""
+    problem = make(3, 3, 2, torch.float32, normalize=False)
+    problem.query[0], problem.key[1] = torch.tensor([1e30, 0.0]), torch.tensor([-1e30, 0.0])
+    stats = backend.statistics(problem, plan)
+    assert stats.neg.isnan().tolist() == [True, False, False]
+
+
+@both_plans
+def test_a_target_out_of_range_makes_its_row_alone_nan(plan):
+    """That row alone is NaN, and nothing is read or written for it."""
+    problem = make(4, 5, 8, target=torch.tensor([1, 5, -7, 1 << 40]))
+    stats = backend.statistics(problem, plan)
+    assert stats.pos.isnan().tolist() == [False, True, True, True]
+    assert stats.neg.isfinite().all()
+    upstream = Upstream(torch.ones(4).double(), torch.ones(4).double())
+    grads = backend.gradients(problem, plan, stats, upstream, [torch.float64] * 2)
+    valid = replace(problem, target=torch.tensor([1, -1, -1, -1]))
+    for x, y in zip(grads, dense_gradients(valid, upstream), strict=True):
+        assert error(x, y) < 1e-12
+
+
+@both_plans
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_float16_coefficients_keep_their_range(size, plan):
+    """Unscaled, the coefficients of these rows would over- or underflow."""
+    query, key, _ = embeddings("loose", 33, 20)
+    problem = Problem((query * size).half(), (key * size).half(), torch.full((1,), 0.1))
+    want = dense_gradients(problem, upstream := upstream_of(problem))
+    got = backend.gradients(problem, plan, backend.statistics(problem, plan), upstream, [torch.float32] * 2)
+    for x, y in zip(got, want, strict=True):
+        assert error(x, y) < 5e-3
+
+
+@both_plans
+def test_a_repeated_launch_gives_the_same_bits(plan):
+    problem = with_segments(make(33, 33, 20, torch.float32, columns=True), 21, 3, ids=True)
+    upstream = upstream_of(problem)
+
+    def once() -> list[Tensor]:
+        stats = backend.statistics(problem, plan)
+        return [*stats, *backend.gradients(problem, plan, stats, upstream, [torch.float32] * 4)]
+
+    first = once()
+    for x, y in zip(first, once(), strict=True):
+        assert torch.equal(x, y)
+
+
+@both_plans
+def test_inputs_are_left_alone(plan):
+    problem = with_segments(make(17, 17, 20, torch.float16, columns=True), 5, 3, ids=True)
+    before = [None if x is None else x.clone() for x in problem.tensors()]
+    check(problem, plan, scale=16.0)
+    for x, y in zip(problem.tensors(), before, strict=True):
+        assert x is None or torch.equal(x, y)
+
+
+def test_streaming_splits_few_rows_over_programs():
+    """Partial sums in several slots, no more of them than the limit allows, give the same gradient."""
+    from fused_infonce.backends.triton import launch
+
+    problem = make(17, 200, 20)
+    side = launch.Side(problem.query, None)
+    assert launch.gradient_slots(side, side, 200, LIMIT) > 1
+    assert launch.gradient_slots(side, side, 200, 1) == 1
+    check(problem, PLANS[0])
+    check(problem, replace(PLANS[0], limit=1))

@@ -1,0 +1,182 @@
+"""Tiles loaded through tensor descriptors give what the loads through pointers give."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.problems import LIMIT, PLANS, backend, both_plans, check, make, upstream_of, with_segments
+from torch import Tensor
+
+from fused_infonce.backends.contract import Problem
+from fused_infonce.backends.plan import Plan
+
+launch, tiles = backend.launch, backend.tiles
+version = tuple(map(int, launch.triton.__version__.split(".")[:2]))
+pytestmark = [  # for a GPU: tests/gpu/test_compiled_kernels.py
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        version < (3, 6), reason="the interpreter of Triton 3.5 wants strides of 16 elements, not bytes"
+    ),
+]
+
+
+@pytest.fixture
+def tma(monkeypatch):
+    """Turns descriptors on or off; what it returns counts the launches with them."""
+    counts = []
+    arguments = launch.pair_arguments
+
+    def counted(*args):
+        result = arguments(*args)
+        counts.append(result["TMA"])
+        assert result["TMA"] == (not isinstance(result["X_ptr"], Tensor)) == (not isinstance(result["Y_ptr"], Tensor))
+        return result
+
+    def switch(on: bool) -> list[bool]:
+        monkeypatch.setattr(tiles, "FORCE_TMA", on)
+        counts.clear()
+        return counts
+
+    monkeypatch.setattr(launch, "pair_arguments", counted)
+    return switch
+
+
+def run(problem: Problem, plan: Plan, seed: int = 0) -> list[Tensor]:
+    torch.manual_seed(seed)
+    stats = backend.statistics(problem, plan)
+    grads = backend.gradients(problem, plan, stats, upstream_of(problem), [problem.acc_dtype] * len(problem.inputs))
+    return [x for x in (*stats, *grads) if x is not None]
+
+
+def same(problem: Problem, plan: Plan, tma) -> None:
+    """Bit for bit: the same numbers reach the same products."""
+    tma(False)
+    want = run(problem, plan)
+    counts = tma(True)
+    got = run(problem, plan)
+    assert counts
+    assert all(counts)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@both_plans
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [24, 40, 64])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 17), (17, 33), (127, 17), (33, 127)])
+def test_ragged_shapes_give_the_bits_of_pointer_loads(n, m, d, dtype, plan, tma):
+    target = None if n <= m else torch.randint(m, (n,))
+    same(make(n, m, d, dtype, target=target), plan, tma)
+
+
+@both_plans
+@pytest.mark.parametrize("limit", [1, LIMIT])
+def test_columns_ids_and_segments_give_the_bits_of_pointer_loads(limit, plan, tma):
+    """Also in super-blocks of rows that start inside of a tensor."""
+    problem = with_segments(make(70, 70, 24, torch.float32, columns=True), 21, 3, ids=True)
+    same(problem, replace(plan, limit=limit), tma)
+
+
+@both_plans
+def test_descriptors_keep_the_bounds(plan, tma):
+    counts = tma(True)
+    check(with_segments(make(33, 70, 40), 21, ids=True), plan)
+    assert all(counts)
+
+
+def test_one_pass_gives_the_bits_of_pointer_loads(tma):
+    plan = Plan("onepass", 40, 40, LIMIT, 0, "")
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = make(70, 33, 24, dtype, target=torch.randint(33, (70,)))
+        weight, results = torch.rand(70), []
+        for on in (False, True):
+            counts = tma(on)
+            loss, grads, dt = backend.onepass(problem, plan, "infonce", weight, [True] * 3)
+            results.append([loss, *grads, dt])
+            assert set(counts) == {on}
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@both_plans
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows(value, plan, tma):
+    """In the rows that see it alone: blocks of coefficients end inside of the tensors."""
+    for side in (0, 1):
+        problem = make(70, 70, 24, torch.float32)
+        problem.inputs[side][50, 3] = value
+        same(problem, plan, tma)
+
+
+def test_rows_with_gaps_need_no_copy(tma):
+    """Strides that are multiples of 16 bytes need no copy, whatever lies between the rows."""
+    wide = torch.full((40, 64), math.nan)
+    wide[:, 16:40] = torch.randn(40, 24)
+    problem = make(20, 40, 24, torch.float32)
+    problem = problem.with_tensors([problem.query, wide[:, 16:40], *problem.tensors()[2:]])
+    same(problem, PLANS[0], tma)
+
+
+def unaligned(case: str) -> Tensor:
+    rows = torch.randn(40, 33)
+    return {
+        "stride": rows[:, :24],
+        "base": torch.randn(40 * 24 + 1)[1:].view(40, 24),
+        "expanded": torch.randn(1, 24).expand(40, 24),
+        "overlapping": torch.randn(40 * 24).as_strided((40, 24), (16, 1)),
+        "odd": torch.randn(40, 17),
+    }[case]
+
+
+@pytest.mark.parametrize("case", ["stride", "base", "expanded", "overlapping", "odd"])
+@both_plans
+def test_unaligned_rows_take_the_pointers(case, plan, tma):
+    key = unaligned(case)
+    assert not launch.describable(key)
+    problem = make(20, 40, key.shape[1], torch.float32)
+    problem = problem.with_tensors([problem.query, key, *problem.tensors()[2:]])
+    counts = tma(True)
+    check(problem, plan)
+    assert counts
+    assert not any(counts)
+
+
+def test_empty_rows_take_the_pointers():
+    assert not launch.describable(torch.empty(0, 24))
+    assert not launch.describable(torch.empty(4, 0))
+
+
+def test_a_triton_without_descriptors_takes_the_pointers(monkeypatch, tma):
+    monkeypatch.setattr(launch, "TensorDescriptor", None)
+    counts = tma(True)
+    check(make(17, 33, 24), PLANS[0])
+    assert not any(counts)
+
+
+def test_the_table_is_overruled_only_where_there_are_descriptors(monkeypatch):
+    for force in (None, False, True):
+        monkeypatch.setattr(tiles, "FORCE_TMA", force)
+        for arch in tiles.TABLE:
+            for dtype in tiles.CLASSES:
+                there = arch == "interpreter" or (arch in ("sm_90", "sm_100") and dtype.itemsize == 2)
+                assert tiles.tile(arch, "statistics", dtype, 128).tma == (bool(force) and there)
+
+
+@pytest.mark.parametrize(("setting", "want"), [(None, None), ("0", False), ("1", True)])
+def test_the_environment_overrules_the_table(setting, want, monkeypatch):
+    """Read once, at import."""
+    name = "FUSED_INFONCE_TMA"
+    monkeypatch.delenv(name, raising=False) if setting is None else monkeypatch.setenv(name, setting)
+    spec = importlib.util.find_spec("fused_infonce.backends.triton.tiles")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert want is module.FORCE_TMA
+
+
+def test_the_environment_says_0_or_1(monkeypatch):
+    monkeypatch.setenv("FUSED_INFONCE_TMA", "true")
+    with pytest.raises(ValueError, match="FUSED_INFONCE_TMA must be 0 or 1, got 'true'"):
+        tiles.forced_tma()

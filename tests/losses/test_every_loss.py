@@ -1,0 +1,139 @@
+"""What every exported loss owes: a call, gradients, `torch.compile`, autocast, a pickle, a representation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+from support.helpers import DEVICE, TRITON
+from torch import nn
+
+import fused_infonce
+from fused_infonce import (
+    ClipLoss,
+    DCLLoss,
+    DebiasedLoss,
+    DistillationLoss,
+    FusedInfoNCELoss,
+    GroupedInfoNCELoss,
+    GuidedInfoNCELoss,
+    MatryoshkaLoss,
+    MoCoLoss,
+    MultipleNegativesLoss,
+    NTXentLoss,
+    SupConLoss,
+)
+
+N, D = 8, 16
+
+
+def rows(*shape):
+    return torch.randn(*shape, D, requires_grad=True)
+
+
+# name -> (the module, given a backend; its inputs)
+CALLS = {
+    "ClipLoss": (lambda **o: ClipLoss(normalize=True, **o), lambda: (rows(N), rows(N), torch.tensor(10.0))),
+    "DCLLoss": (lambda **o: DCLLoss(sigma=0.5, **o), lambda: (rows(N), rows(N))),
+    "DebiasedLoss": (lambda **o: DebiasedLoss(negatives="keys", symmetric=True, **o), lambda: (rows(N), rows(N))),
+    "DistillationLoss": (
+        lambda **o: DistillationLoss(alpha=0.5, symmetric=True, **o),
+        lambda: (rows(N), rows(N), torch.randn(N, 5), torch.randn(N, 5)),
+    ),
+    "FusedInfoNCELoss": (lambda **o: FusedInfoNCELoss(learnable_temperature=True, **o), lambda: (rows(N), rows(N))),
+    "GroupedInfoNCELoss": (
+        lambda **o: GroupedInfoNCELoss(3, distillation="m3_kd_loss", **o),
+        lambda: (rows(N), rows(3 * N), torch.randn(N, 3)),
+    ),
+    "GuidedInfoNCELoss": (
+        lambda **o: GuidedInfoNCELoss(0.1, contrast_queries=True, contrast_keys=True, **o),
+        lambda: (rows(N), rows(N), rows(5)),
+    ),
+    "MatryoshkaLoss": (
+        lambda **o: MatryoshkaLoss(FusedInfoNCELoss(learnable_temperature=True, **o), [D, D // 2], [1, 0.5]),
+        lambda: (rows(N), rows(N)),
+    ),
+    "MoCoLoss": (lambda **o: MoCoLoss(D, 20, **o), lambda: (rows(N), torch.randn(N, D))),
+    "MultipleNegativesLoss": (
+        lambda **o: MultipleNegativesLoss(
+            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+            hardness="all_negatives",
+            hardness_strength=2.0,
+            **o,
+        ),
+        lambda: (rows(N), rows(2, N)),
+    ),
+    "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
+    "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
+}
+every_loss = pytest.mark.parametrize("name", CALLS)
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    return CALLS[name][0](**options), CALLS[name][1]()
+
+
+def gradients(value, module, inputs):
+    leaves = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
+    return torch.autograd.grad(value, leaves)
+
+
+def test_every_exported_loss_is_tested_here():
+    exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
+    assert exported == set(CALLS)
+    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in exported)
+
+
+@every_loss
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_compiled_equals_eager(name, backend):
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        module, inputs = make(name, backend=backend)
+        module = module.to(DEVICE[backend])
+        inputs = [x.detach().to(DEVICE[backend]).requires_grad_(x.requires_grad) for x in inputs]
+        run = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        values = [run(*inputs), run(*inputs)]  # a queue has moved on
+        results.append([*values, *gradients(sum(values), module, inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+
+
+@every_loss
+def test_under_autocast_the_loss_is_float32_and_gradients_are_the_inputs(name):
+    module, inputs = make(name)
+    if name == "MoCoLoss":
+        module.queue.copy_(module.queue.bfloat16())
+    rounded = copy.deepcopy(module)(*(x.detach().bfloat16().float() if x.requires_grad else x for x in inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = module(*inputs)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, rounded, rtol=3e-4, atol=1e-6)  # what is not a product sees them unrounded
+    for x, gradient in zip((x for x in inputs if x.requires_grad), gradients(value, module, inputs), strict=False):
+        assert gradient.dtype == x.dtype
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+@every_loss
+def test_a_pickle_gives_the_same_loss_and_representation(name):
+    module, inputs = make(name)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert repr(again) == repr(module)
+    assert repr(module).startswith(name)
+    assert torch.equal(again(*inputs), module(*inputs))
+
+
+@every_loss
+def test_create_graph_is_refused(name):
+    module, inputs = make(name)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(module(*inputs), inputs[0], create_graph=True)

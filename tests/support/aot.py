@@ -1,0 +1,278 @@
+"""Compiles the kernels ahead of time, without a GPU, exactly as the launchers would launch them.
+
+    python tests/support/aot.py                  one configuration per kernel, target and dtype class, as JSON
+    python tests/support/aot.py --all            the whole tile table, as a table
+    python tests/support/aot.py --all --record FILE    and as CSV, with a hash of the sources it holds for
+
+Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_infonce.backends.contract import Problem, Upstream, accumulator
+from fused_infonce.backends.plan import Plan
+from fused_infonce.backends.triton import backend, tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce/backends/triton/tiles.py"]
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may use
+TENSOR_CORE = {  # what a tile of 16-bit inputs must compile to
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+TILED = ("statistics_kernel", "gradient_kernel", "coefficients_kernel")
+DESCRIPTORS = ("sm_90", "sm_100")  # targets that can load tiles through tensor descriptors
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    target: str
+    dtype: str
+    d: int
+    variant: str  # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide
+    kernels: tuple[str, ...] = ()  # names; empty: all
+    tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
+
+
+@dataclass(frozen=True)
+class Result:
+    target: str
+    dtype: str
+    d: int
+    variant: str
+    tma: bool
+    kernel: str
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+    registers: int
+    shared_kib: float
+    shared_limit_kib: int
+    spilled_bytes: int
+    tensor_core: str
+    tma_loads: int
+
+
+def source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in SOURCES:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+Launch = tuple[triton.JITFunction, dict[str, Any]]
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the launchers launch for a problem of this kind, recorded instead of run."""
+    recorded: list[Launch] = []
+
+    def record(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        recorded.append((self, kwargs))
+
+    dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    n, d, acc = 512, case.d, accumulator(dtype)
+    x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+    general = case.variant == "general"
+    problem = Problem(
+        query=x, key=x.clone(), temperature=torch.ones(1, dtype=acc), target=ids if general else None,
+        negatives=(torch.zeros(n, 16, d, dtype=dtype),) if general else (),
+        negative_ids=(torch.zeros(n, 16, dtype=torch.int64),) if general else (),
+        row_ids=ids if general else None, key_ids=ids if general else None, columns=case.variant == "columns",
+        **({"guides": (x, x), "ceiling": torch.zeros(n, dtype=acc)} if case.variant == "guided" else {}),
+    )  # fmt: skip
+    saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
+    triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
+    tiles.FORCE_TMA = case.tma
+    try:
+        u = torch.zeros(n, dtype=acc)
+        streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
+        for name in ("streaming", "workspace") if streams else ("workspace",):
+            plan = Plan(name, 512, 512, 1 << 28, 0, "")
+            statistics = backend.statistics(problem, plan)
+            upstream = Upstream(u, u, u if problem.columns else None)
+            backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
+        if not problem.columns:
+            plan = Plan("onepass", 512, 512, 1 << 28, 0, "")
+            backend.onepass(problem, plan, "infonce", u, [True] * (len(problem.inputs) + 1))
+    finally:
+        triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA = saved
+    return recorded
+
+
+def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
+    """As the just-in-time compiler specialises: None and 1 are constants, and divisibility by 16 is known."""
+    signature, constants, attributes = {}, {}, {}
+
+    def type_of(value: Any, path: tuple[int, ...], constant: bool, free: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            return tuple(type_of(part, (*path, i), False, False) for i, part in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1 and not free):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for index, parameter in enumerate(fn.params):
+        value, free = arguments[parameter.name], parameter.do_not_specialize
+        signature[parameter.name] = type_of(value, (index,), parameter.is_constexpr, free)
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    return ASTSource(fn, signature, constants, attributes), options
+
+
+def tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(case: Case, kernel: Any) -> tuple[int, int, str]:
+    """(registers a thread, bytes spilled a thread, tensor-core instruction)."""
+    wanted = TENSOR_CORE[case.target]
+    if case.target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers, scratch = (
+            int(re.search(rf"\.{field}:\s*(\d+)", text)[1]) for field in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return registers, scratch, wanted if wanted in text else ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        text = kernel.asm["ptx"] if "tcgen05" in wanted else tool("nvdisasm", file.name)
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+    return registers, stack, wanted if re.search(rf"\b{re.escape(wanted)}", text) else ""
+
+
+def compile_case(case: Case) -> list[Result]:
+    results: dict[tuple[Any, ...], Result] = {}
+    for fn, arguments in launches(case):
+        if case.kernels and fn.__name__ not in case.kernels:
+            continue
+        src, options = specialised(fn, arguments)
+        key = (fn.__name__, src.hash(), str(options))
+        if key in results:
+            continue
+        kernel = triton.compile(src, target=TARGETS[case.target], options=options)
+        registers, spilled, core = inspect(case, kernel)
+        block = [arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D")]
+        results[key] = Result(
+            case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, *block,
+            kernel.metadata.num_warps, kernel.metadata.num_stages, registers, kernel.metadata.shared / 1024,
+            SHARED_LIMIT[case.target], spilled, core, kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"),
+        )  # fmt: skip
+    return list(results.values())
+
+
+OWN = ("own_dots_kernel", "own_statistics_kernel", "own_gradient_kernel")
+
+
+def default_cases() -> Iterator[Case]:
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for dtype in ("bfloat16", "float32"):
+            yield Case(target, dtype, 256, "plain")
+            yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
+            yield Case(target, dtype, 256, "general", (*OWN, "finish_kernel"))
+            yield Case(target, dtype, 256, "guided", TILED)
+    for target in DESCRIPTORS:
+        yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
+        yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
+
+
+def all_cases() -> Iterator[Case]:
+    for target in TARGETS:
+        for dtype in ("bfloat16", "float32", "tf32", "float64"):
+            for d in (64, 128, 256, 512, 1024):
+                for variant in ("plain", "columns", "general", "guided"):
+                    yield Case(target, dtype, d, variant, TILED)
+    for target in DESCRIPTORS:
+        for d in (64, 128, 256, 512, 1024):
+            for variant in ("plain", "columns"):
+                yield Case(target, "bfloat16", d, variant, TILED, tma=True)
+
+
+def compile_all(cases: list[Case]) -> list[Result]:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            return [result for results in pool.map(compile_case, cases) for result in results]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", default="", help="a target, to compile for it alone")
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--hash", action="store_true", help="of the sources that a recorded table holds for")
+    options = parser.parse_args()
+    if options.hash:
+        return print(source_hash())
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
+    cases = [case for case in (all_cases() if options.all else default_cases()) if options.only in case.target]
+    sources = source_hash()
+    results = compile_all(cases)
+    if source_hash() != sources:
+        sys.exit("the sources changed meanwhile")
+    if not options.all:
+        print(json.dumps([asdict(result) for result in results]))
+        return
+    rows = [asdict(result) for result in results]
+    print(*(f"{name[:10]:>10}" for name in rows[0]))
+    for row in rows:
+        print(*(f"{value!s:>10}" for value in row.values()))
+    rows = [{"sources": sources, **row} for row in rows]
+    if options.record:
+        with options.record.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The memory that a call takes, measured by the storages of its operators' results."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MIB = 2**20
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of storages made inside: those alive now, their peak, and the largest storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak, self.largest = {}, 0, 0, 0
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if not isinstance(x, torch.Tensor):
+                continue
+            storage = x.untyped_storage()
+            key = storage._cdata
+            if key not in self.alive and key not in given:
+                self.alive[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+                weakref.finalize(storage, self.forget, key)
+        self.peak = max(self.peak, self.now)
+        return out

@@ -1,0 +1,25 @@
+"""Two processes on this machine that talk through gloo."""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def in_two_processes(worker: Callable[[int], None], folder: Path) -> None:
+    """Run worker(rank), a function of a test module, in each of two processes, and fail if one does."""
+    mp.spawn(_process, (worker.__code__.co_filename, worker.__name__, str(folder / "store")), WORLD)
+
+
+def _process(rank: int, path: str, name: str, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    runpy.run_path(path)[name](rank)  # pytest's names of test modules are not importable
+    dist.barrier()  # a process that leaves while the other still reads from it fails that one
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads are sometimes still there when the process group is taken down, which aborts
