@@ -1,29 +1,29 @@
 """The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
 
-import os
-import shutil
-import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
-import contest
-import gpu_bench
-import peers
-import plot
 import pytest
-import roofline
-import test_microbenchmarks as micro
 import torch
-import tune
-from contestants import OURS, Case
 
+# at the end: the installed fused_infonce comes first
+sys.path.append(str(next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())))
+pytest.importorskip("matplotlib", reason="the packages of the benchmarks are absent")
+pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
+
+from benchmarks import contestants, dense, plot, record
+from benchmarks.cases import OURS, Case
+from benchmarks.contest import Contest
+from benchmarks.suites import gpu
+from benchmarks.suites import test_microbenchmarks as micro
+from benchmarks.tiles import tune
 from fused_infonce.backends.triton import tiles
 
 CPU = torch.device("cpu")
 ROW = {
-    **dict.fromkeys(contest.FIELDS, ""), "date": "2026-01-02", "device": "a CPU", "torch": "2.13.0",
+    **dict.fromkeys(record.FIELDS, ""), "date": "2026-01-02", "device": "a CPU", "torch": "2.13.0",
     "loss": "info_nce", "direction": "one", "n": 512, "m": 512, "d": 64, "dtype": "float32", "pass": "fwd_bwd",
     "contestant": "dense", "median_ms": "2.5", "peak_extra_mib": "8.0",
 }  # fmt: skip
@@ -31,8 +31,8 @@ ROW = {
 
 def rows_of(tmp_path, *changes):
     path = tmp_path / "a.csv"
-    contest.append(path, [ROW | change for change in changes])
-    return plot.read([path])
+    record.append(path, [ROW | change for change in changes])
+    return record.read([path])
 
 
 class TestPlot:
@@ -43,7 +43,7 @@ class TestPlot:
 
     def test_other_tables_are_not_read(self, tmp_path):
         (tmp_path / "b.csv").write_text("registers,spills\n1,2\n")
-        assert plot.read([tmp_path / "b.csv"]) == []
+        assert record.read([tmp_path / "b.csv"]) == []
 
     def test_the_newest_row_of_a_case_contestant_and_device(self, tmp_path):
         rows = rows_of(
@@ -51,7 +51,7 @@ class TestPlot:
             {"median_ms": "4", "contestant": "floor"}, {"median_ms": "5", "device": "another"},
             {"median_ms": "6", "n": 8},
         )  # fmt: skip
-        assert [row["median_ms"] for row in plot.newest(rows)] == [2, 4, 5, 6]
+        assert [row["median_ms"] for row in record.newest(rows)] == [2, 4, 5, 6]
 
     def test_the_width_with_the_most_sizes(self, tmp_path):
         rows = rows_of(
@@ -73,43 +73,6 @@ class TestPlot:
         assert list(found) == ["one", "self"]
         assert list(found["self"]) == ["floor", "dense"]
         assert [plot.total_rows(row) for row in found["self"]["floor"]] == [1024, 2048, 4096]
-
-    def test_every_contestant_has_a_colour_of_its_own(self):
-        names = {OURS, "floor"} | {name for of_one in peers.PEERS.values() for name in of_one}
-        assert names == set(plot.COLOURS)
-        assert len(set(plot.COLOURS.values())) == len(names)
-
-
-class TestRoofline:
-    GPU = roofline.Gpu(790e12, 4.3e12, 60e6)
-
-    @pytest.mark.parametrize("d", [64, 768])
-    @pytest.mark.parametrize("n", [16384, 65536])
-    def test_flops_are_those_of_the_plan(self, n, d):
-        for call in roofline.CALLS:
-            plan = roofline.chosen(call, n, d)
-            kernels = roofline.kernels(roofline.of_call(call, n, d), n, d, self.GPU)
-            flops = sum(kernel.flops for kernel in kernels) / (n * n * d)
-            diagonal = 4096 / n if plan.name == "triangular" else 0  # whose blocks are computed whole
-            assert plan.flops <= flops <= plan.flops + diagonal
-
-    def test_bytes_take_time(self):
-        ample = roofline.Gpu(790e12, 1e30, 60e6, 1e30)
-        assert roofline.seconds("workspace", 16384, 64, self.GPU) > 2 * roofline.seconds("workspace", 16384, 64, ample)
-        assert roofline.seconds("workspace", 16384, 64, ample) == pytest.approx(
-            8 / 6 * roofline.floor(16384, 64, ample)
-        )
-
-    def test_exponentials_take_time(self):
-        """At D = 64 they are what bounds a pass over the scores: 2 D / 790 ps against 1 / 3.7."""
-        bare = roofline.Gpu(790e12, 4.3e12, 60e6, 1e30)
-        times = [roofline.seconds("streaming", 16384, 64, gpu) for gpu in (bare, self.GPU)]
-        assert times[0] < times[1] < 2 * times[0]
-
-    def test_table(self):
-        lines = roofline.table([16384], [64, 1024], self.GPU)
-        assert len({line.count("|") for line in lines}) == 1
-        assert "| - |" in lines[-1]  # no streaming at this width
 
 
 @pytest.mark.parametrize("arch", [*tune.SHARED_KIB])
@@ -199,7 +162,7 @@ def test_proposals_for_a_workload_are_rows_of_its_kernel(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"{row}  # by exponentials"
 
 
-@pytest.mark.parametrize("module", [tune, gpu_bench], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [tune, gpu], ids=lambda module: module.__name__)
 def test_without_a_gpu(module, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["it"])
@@ -213,15 +176,16 @@ def test_without_a_gpu(module, monkeypatch, capsys):
 
 
 def test_provenance_without_programs(monkeypatch, tmp_path):
-    provenance = contest.provenance.__wrapped__
+    provenance = record.provenance.__wrapped__
     monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance(CPU)["commit"] == "abc"
     monkeypatch.delenv("FUSED_INFONCE_COMMIT")
     assert provenance(CPU)["commit"] == ""
-    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
-    monkeypatch.setattr(contest, "_output", lambda *_: "what git says")
+    monkeypatch.setattr(record, "_output", lambda *_, **__: "what git says")
     assert provenance(CPU)["commit"] == "what git says"
+    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "of another tree")
+    assert provenance(CPU)["commit"] == "of another tree"
 
 
 class TestPeers:
@@ -229,8 +193,8 @@ class TestPeers:
         def make():
             raise OSError("no such library")
 
-        monkeypatch.setitem(peers.PEERS, "one", {"bad": ("cpu", make), "dense": ("cpu", lambda: peers.dense)})
-        assert peers.available.__wrapped__("one", "cpu") == {"dense": peers.dense}
+        monkeypatch.setitem(contestants.PEERS, "one", {"bad": ("cpu", make), "dense": ("cpu", lambda: dense.info_nce)})
+        assert contestants.available.__wrapped__("one", "cpu") == {"dense": dense.info_nce}
         assert "bad is left out: OSError: no such library" in capsys.readouterr().err
 
     def test_inf_cl(self, monkeypatch):
@@ -242,25 +206,23 @@ class TestPeers:
             return logits.logsumexp(1) - logits.diagonal()
 
         monkeypatch.setitem(sys.modules, "inf_cl", types.SimpleNamespace(cal_flash_loss=cal_flash_loss))
-        loss = peers.inf_cl()
+        loss = contestants.inf_cl()
         for d in (64, 256, 512, 768):
             query, key = torch.randn(2, 5, d)
-            torch.testing.assert_close(loss(query, key), peers.dense(query, key))
+            torch.testing.assert_close(loss(query, key), dense.info_nce(query, key))
         with pytest.raises(ValueError, match="power of two or a multiple of 256, got 96"):
             loss(*torch.randn(2, 5, 96))
 
 
 class TestMicrobenchmarks:
-    def test_who_raises_is_left_out_and_who_disagrees_fails(self, monkeypatch, capsys):
+    def test_who_raises_is_left_out_and_who_disagrees_fails(self, capsys):
         def raises(query, key):
             raise ValueError("no such thing")
 
-        def losses(case, device):
-            return {OURS: peers.dense, "bad": raises, "dense": lambda q, k: scale[0] * peers.dense(q, k)}
-
         scale = [1.0]
-        monkeypatch.setattr(contest.contestants, "losses", losses)
-        run = contest.Contest(Case("one", 8, 8, 16, "float32", "fwd"), CPU)
+        losses = {OURS: dense.info_nce, "bad": raises, "dense": lambda q, k: scale[0] * dense.info_nce(q, k)}
+        case = Case("one", 8, 8, 16, "float32", "fwd")
+        run = Contest(case, CPU, losses, contestants.floor(case))
         run.agree()
         run.round()
         assert {row["contestant"] for row in run.rows([1.0])} == {OURS, "floor", "dense"}
@@ -269,11 +231,19 @@ class TestMicrobenchmarks:
         with pytest.raises(AssertionError, match="dense differs from ours"):
             run.agree()
 
+    def test_a_wrong_key_gradient_disagrees(self):
+        def wrong(query, key):
+            return dense.info_nce(query, key.detach()) + 0 * key.sum()
+
+        run = Contest(Case("one", 8, 8, 16, "float32", "fwd_bwd"), CPU, {OURS: dense.info_nce, "wrong": wrong})
+        with pytest.raises(AssertionError, match=r"wrong differs from ours by 1\.0e"):
+            run.agree()
+
     def test_the_sweep(self):
         cases = micro.cases("cpu")
         assert len(cases) == len(set(cases))
         for direction in ("one", "symmetric", "self"):
-            sizes = {micro.rows(c) for c in cases if (c.direction, c.d, c.mode) == (direction, micro.WIDTH, "fwd_bwd")}
+            sizes = {c.rows for c in cases if (c.direction, c.d, c.mode) == (direction, micro.WIDTH, "fwd_bwd")}
             assert sizes == {512, 1024, 2048, 4096, 8192, 16384}
         assert micro.cases("cuda")
 
@@ -291,18 +261,3 @@ class TestMicrobenchmarks:
             assert now[0] <= micro.LIMIT
             assert "one-8192x8192x768-float32-fwd_bwd" in ran
             assert speed < 1 or "one-16384x16384x384-float32-fwd_bwd" in ran
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_passes_arguments_on():
-    pytest.importorskip("xdist")
-    given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv", "PYTEST_ARGS="]
-    command = ["make", "-n", "gpu", "gpu-bench", "tune", f"PYTHON={sys.executable}", *given]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of a make around it
-    root = Path(__file__).parents[1]
-    run = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=True)
-    *_, tests, micro_line, suite, tuned = run.stdout.splitlines()
-    assert tests.split("'")[-1].split() == ["-m", "gpu", "--numprocesses=3", "--dist=worksteal", "-k", "some"]
-    assert micro_line.split("'")[-1].split() == ["benchmarks", "--benchmark-only", "--record", "/tmp/a.csv"]
-    assert suite.endswith("gpu_bench.py --record /tmp/a.csv --minutes 2")
-    assert tuned.split()[-2:] == ["--record", "/tmp/a.csv"]

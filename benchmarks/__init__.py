@@ -1,0 +1,23 @@
+"""Benchmarks of fused_infonce: what is timed (cases, contestants, dense), how (contest), and what comes of it (record).
+
+Run from the repository root against an installed fused_infonce; a RESULTS path is absolute or relative to benchmarks/.
+
+    make bench                                  microbenchmarks on this machine's CPU
+    python -m benchmarks.suites.gpu             the suite on a GPU
+    python -m benchmarks.suites.drop_ins        every drop-in against its library
+    python -m benchmarks.suites.accuracy        errors at low temperatures
+    python -m benchmarks.tiles.tune             tile sizes on a GPU
+    python -m benchmarks.tiles.host_time        what a call costs the host of a GPU
+    python -m benchmarks.plot                   pictures of what is recorded
+"""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+# `python -m` puts the repository root first on the path, where fused_infonce/ lies without its kernels, which only an
+# installation puts inside. At the end it leaves the installed package its place.
+sys.path[:] = [path for path in sys.path if Path(path or os.curdir).resolve() != ROOT] + [str(ROOT)]
