@@ -13,7 +13,8 @@ sys.path.append(str(next(folder for folder in Path(__file__).parents if (folder 
 pytest.importorskip("matplotlib", reason="the packages of the benchmarks are absent")
 pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
 
-from benchmarks import contestants, dense, plot, record
+import fused_infonce
+from benchmarks import contestants, dense, losses, plot, record
 from benchmarks.cases import OURS, Case
 from benchmarks.contest import Contest
 from benchmarks.suites import gpu
@@ -261,3 +262,20 @@ class TestMicrobenchmarks:
             assert now[0] <= micro.LIMIT
             assert "one-8192x8192x768-float32-fwd_bwd" in ran
             assert speed < 1 or "one-16384x16384x384-float32-fwd_bwd" in ran
+
+
+class TestLosses:
+    def test_every_exported_loss_has_a_case(self):
+        exported = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+        assert {name.split("(")[0].split(",")[0] for name in losses.LOSSES} == exported
+        assert {case.n for case in losses.cases()} == {64, 256, 1024}
+
+    @pytest.mark.parametrize("name", losses.LOSSES)
+    def test_the_dense_form_has_the_same_value_and_gradients(self, name):
+        case = losses.LossCase(name, 24)
+        run = Contest(case, CPU, case.contestants())
+        run.agree()
+        run.round()
+        (ours, theirs) = run.rows([1.0])
+        assert (ours["loss"], ours["contestant"], theirs["contestant"]) == (name, OURS, "dense")
+        assert (ours["n"], ours["m"], ours["floor_ratio"]) == (24, case.m, "")
