@@ -8,6 +8,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.suites.accuracy        errors at low temperatures
     python -m benchmarks.tiles.tune             tile sizes on a GPU
     python -m benchmarks.tiles.host_time        what a call costs the host of a GPU
+    python -m benchmarks.compare OLD.csv NEW.csv
     python -m benchmarks.plot                   pictures of what is recorded
 """
 

@@ -10,11 +10,12 @@ import torch
 
 # at the end: the installed fused_infonce comes first
 sys.path.append(str(next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())))
+pytest.importorskip("pandas", reason="the packages of the benchmarks are absent")
 pytest.importorskip("matplotlib", reason="the packages of the benchmarks are absent")
 pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
 
 import fused_infonce
-from benchmarks import contestants, dense, losses, plot, record
+from benchmarks import compare, contestants, dense, losses, plot, record
 from benchmarks.cases import OURS, Case
 from benchmarks.contest import Contest
 from benchmarks.suites import gpu
@@ -279,3 +280,35 @@ class TestLosses:
         (ours, theirs) = run.rows([1.0])
         assert (ours["loss"], ours["contestant"], theirs["contestant"]) == (name, OURS, "dense")
         assert (ours["n"], ours["m"], ours["floor_ratio"]) == (24, case.m, "")
+
+
+class TestCompare:
+    def files(self, tmp_path, old, new):
+        for name, times in {"old": old, "new": new}.items():
+            rows = [ROW | {"contestant": c, "n": n, "median_ms": str(t)} for (c, n), t in times.items()]
+            record.append(tmp_path / f"{name}.csv", rows)
+        return [compare.times(tmp_path / f"{name}.csv") for name in ("old", "new")]
+
+    def test_ratios(self, tmp_path):
+        old = {(OURS, 64): 2, ("dense", 64): 4, (OURS, 256): 3, ("dense", 256): 3, (OURS, 8): 1}
+        new = {(OURS, 64): 3, ("dense", 64): 4, (OURS, 256): 2, ("dense", 256): 4, (OURS, 16): 1}
+        found = compare.compared(*self.files(tmp_path, old, new), OURS, "dense")
+        assert found["new / old"].tolist() == [1.5, 2 / 3]
+        assert found["of dense, old"].tolist() == [0.5, 1]
+        assert found["of dense, new"].tolist() == [0.75, 0.5]
+        assert found["change"].tolist() == [1.5, 0.5]
+        assert compare.geometric_mean(found["new / old"]) == pytest.approx(1)
+        lines = compare.printed(found, markdown=True).splitlines()
+        assert lines[2] == "| info_nce 64x512x64 float32 fwd_bwd one | 2 | 3 | 1.50 | 0.50 | 0.75 | 1.50 |"
+        assert lines[-1].startswith("| geometric mean |  |  | 1.00 |")
+        assert len({line.count("|") for line in lines}) == 1
+
+    def test_a_contestant_that_was_not_there(self, tmp_path):
+        found = compare.compared(*self.files(tmp_path, {(OURS, 64): 2}, {(OURS, 64): 3}), OURS, "floor")
+        assert found["new / old"].tolist() == [1.5]
+        assert compare.printed(found).splitlines()[-1].split() == ["geometric", "mean", "1.50", "nan", "nan", "nan"]
+
+    def test_times_of_two_devices_are_not_mixed(self, tmp_path):
+        record.append(tmp_path / "a.csv", [ROW, ROW | {"device": "another"}])
+        with pytest.raises(SystemExit, match="several devices"):
+            compare.times(tmp_path / "a.csv")
