@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="the packages of the benchmarks are abs
 pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
 
 import fused_infonce
-from benchmarks import compare, contestants, dense, losses, plot, record
+from benchmarks import ROOT, compare, contestants, dense, house, losses, plot, record
 from benchmarks.cases import OURS, Case
 from benchmarks.contest import Contest
 from benchmarks.suites import gpu
@@ -312,3 +312,48 @@ class TestCompare:
         record.append(tmp_path / "a.csv", [ROW, ROW | {"device": "another"}])
         with pytest.raises(SystemExit, match="several devices"):
             compare.times(tmp_path / "a.csv")
+
+
+class TestHouse:
+    SOURCE = '''"""Module."""
+
+# a comment
+def long():
+    """Two
+    lines."""
+
+    x = """not a
+    docstring"""
+    return (
+        x
+    )
+
+
+class Small:
+    """Words."""
+
+    value = 1  # one
+'''
+
+    def test_lines(self):
+        assert house.lines(self.SOURCE) == 13
+        assert house.code_lines(self.SOURCE) == 8
+
+    def test_long_functions(self, monkeypatch):
+        assert house.long_functions(self.SOURCE) == []
+        monkeypatch.setattr(house, "LONG", 4)
+        assert house.long_functions(self.SOURCE) == [("long", 5)]
+
+    def test_files_that_name_a_loss(self, tmp_path):
+        for name, text in {"fused_infonce/a.py": "x_loss", "docs/b.md": "`a_loss`", "README.md": "a_loss_of"}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        assert {place: len(files) for place, files in house.naming(tmp_path, "a_loss").items()} == {
+            "fused_infonce": 0, "docs": 1, "tests": 0, "README.md": 0,
+        }  # fmt: skip
+
+    def test_frames(self):
+        pytest.importorskip("triton")
+        found = house.frames(ROOT)
+        assert found[0][1] == "forward"
+        assert all((ROOT / "fused_infonce" / file).exists() for file, *_ in found)
