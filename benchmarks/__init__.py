@@ -13,6 +13,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.plot                   pictures of what is recorded
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-# `python -m` puts the repository root first on the path, where fused_infonce/ lies without its kernels, which only an
-# installation puts inside. At the end it leaves the installed package its place.
-sys.path[:] = [path for path in sys.path if Path(path or os.curdir).resolve() != ROOT] + [str(ROOT)]
+# `python -m` puts the repository root first on the path, and there fused_infonce/ lies without its kernels, which only
+# an installation puts inside: the installed package must be found.
+if Path(sys.path[0] or os.curdir).resolve() == ROOT:
+    del sys.path[0]
+    if importlib.util.find_spec("fused_infonce") is None:
+        sys.path.append(str(ROOT))  # nothing is installed: the PyTorch backend will do

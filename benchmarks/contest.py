@@ -185,8 +185,8 @@ def peak_bytes(run: Callable[[], Result], device: torch.device) -> tuple[int, Re
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     live = peak = 0
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in events:
+    events: Any = profile.profiler
+    for event in events.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)

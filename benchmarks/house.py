@@ -182,7 +182,7 @@ def main() -> None:
         print(f"{value:6}  {metric}")
     if args.record:
         of = commit(tree)
-        append(Path("results/house.csv"), [dict(zip(FIELDS, (of, *row), strict=True)) for row in found.items()], FIELDS)
+        append("results/house.csv", [dict(zip(FIELDS, (of, *row), strict=True)) for row in found.items()], FIELDS)
 
 
 if __name__ == "__main__":

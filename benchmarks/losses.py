@@ -75,13 +75,13 @@ def taught(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     return *pairs(n, generator), *(x.detach() for x in pairs(n, generator))
 
 
-def clip(**options: bool) -> tuple[Loss, Loss]:
+def clip(normalize: bool = False) -> tuple[Loss, Loss]:
     """ClipLoss and its dense form, which normalises first where the loss does."""
 
-    def written(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-        return dense.clip(*(dense.unit(images, texts) if options else (images, texts)), scale)
+    def normalized(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+        return dense.clip(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), scale)
 
-    return ours.ClipLoss(**options), written
+    return ours.ClipLoss(normalize=normalize), normalized if normalize else dense.clip
 
 
 def moco() -> tuple[Loss, Loss]:

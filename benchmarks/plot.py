@@ -43,7 +43,8 @@ COLOURS = {  # one for good: a contestant has the same in every picture
     "inf-cl": "#7f7f7f",
 }
 OTHER = "#b0b0b0"
-STYLES = {FLOOR: {"marker": "", "linestyle": "--"}, DENSE: {"linewidth": 4, "alpha": 0.5}}  # others may lie on it
+# the dense loss is wide and pale, since others may lie on it
+STYLES: dict[str, dict[str, Any]] = {FLOOR: {"marker": "", "linestyle": "--"}, DENSE: {"linewidth": 4, "alpha": 0.5}}
 
 
 def widest_sweep(rows: Iterable[Row]) -> int:

@@ -31,16 +31,16 @@ MEASURES = ("median_ms", "peak_extra_mib")
 Row = dict[str, Any]
 
 
-def append(path: Path, rows: Iterable[Row], fields: Sequence[str] = FIELDS) -> None:
+def append(path: Path | str, rows: Iterable[Row], fields: Sequence[str] = FIELDS) -> None:
     """Append rows to a CSV file, which is made with its header where there is none.
 
     Args:
         path: absolute, or relative to benchmarks/.
     """
-    path = HERE / path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    file_path = HERE / path
+    file_path.parent.mkdir(parents=True, exist_ok=True)
+    new = not file_path.exists()
+    with file_path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         if new:
             writer.writeheader()

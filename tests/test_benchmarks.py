@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
 
+import subprocess
 import sys
 import time
 import types
@@ -175,6 +176,13 @@ def test_without_a_gpu(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it", "--list"])
     module.main()
     assert len(capsys.readouterr().out.splitlines()) > 50
+
+
+def test_benchmarks_find_the_installed_package_from_the_root():
+    """As `python -m` starts them: with the repository root first on the path."""
+    program = "import importlib.util, benchmarks; print(importlib.util.find_spec('fused_infonce').origin)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == fused_infonce.__file__
 
 
 def test_provenance_without_programs(monkeypatch, tmp_path):

@@ -55,7 +55,7 @@ def float32_scores(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     return F.softplus(negatives - exact.diagonal() / temperature, threshold=80).mean()
 
 
-CONTESTANTS = {
+CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "bf16 dense": dense.info_nce,
     "fp32 logits": dense_fp32,
     "fp32 product only": float32_scores,

@@ -13,6 +13,7 @@ import gc
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +134,7 @@ def flag_embedding() -> tuple[Loss, Loss]:
     from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
 
     def make(model: Any) -> Loss:
-        base = nn.Identity()
+        base: Any = nn.Identity()
         base.config = types.SimpleNamespace(vocab_size=1)
         built = model(base, types.SimpleNamespace(), temperature=0.02, normalize_embeddings=True)
         return lambda q, p: built._compute_in_batch_neg_loss(*(nn.functional.normalize(x, dim=1) for x in (q, p)))[1]
@@ -207,7 +208,7 @@ def play(match: Match) -> list[dict[str, object]]:
     peaks, results = {}, []
     for name, loss in losses.items():
         given = inputs(match, 0)
-        peaks[name], result = peak_bytes(lambda loss=loss, given=given: step(loss, given), CPU)
+        peaks[name], result = peak_bytes(partial(step, loss, given), CPU)
         results.append(result)
         gc.collect()
     for ours, theirs in zip(*results, strict=True):

@@ -17,7 +17,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,12 +99,13 @@ def gate(direction: str, dtype: str, device: torch.device) -> list[str]:
     return complaints
 
 
-def evaluate(direction: str, rows: Any, backend: str) -> list[Tensor]:
+def evaluate(direction: str, rows: Sequence[Tensor], backend: str) -> list[Tensor]:
     """Our loss and gradients, these under a loss scale: float16 cannot hold them otherwise."""
+    query, key = rows
     if direction == "self":
-        loss = nt_xent(*rows, TEMPERATURE, backend=backend)
+        loss = nt_xent(query, key, TEMPERATURE, backend=backend)
     else:
-        loss = info_nce(*rows, temperature=TEMPERATURE, symmetric=direction == "symmetric", backend=backend)
+        loss = info_nce(query, key, temperature=TEMPERATURE, symmetric=direction == "symmetric", backend=backend)
     return [x.detach().double() for x in (loss, *torch.autograd.grad(loss * 1024, rows))]
 
 

@@ -10,6 +10,7 @@ With --at-leisure none is, and the large cases have 5 rounds instead of 3.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ CLOCK = Clock()
 
 
 @pytest.mark.parametrize("case", cases(DEVICE.type), ids=str)
-def test_loss(benchmark, case: Case, request: pytest.FixtureRequest) -> None:
+def test_loss(benchmark: Any, case: Case, request: pytest.FixtureRequest) -> None:
     """Time one case, and record it if asked to."""
     at_leisure = request.config.getoption("--at-leisure")
     if DEVICE.type == "cpu" and not at_leisure and not CLOCK.enough(case):

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.cases import DENSE, OURS, Case
 from benchmarks.contestants import losses
 from fused_infonce import contrast
-from fused_infonce.backends.triton import backend, tiles
+from fused_infonce.backends.triton import launch, tiles
 
 DIRECTIONS = {"one": "one direction", "symmetric": "both directions", "self": "self-similarity"}
 TARGET = GPUTarget("cuda", 90, 32)
@@ -81,12 +82,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 16])
     args = parser.parse_args()
-    if backend.launch.INTERPRETED:
+    if launch.INTERPRETED:
         parser.exit(2, "unset TRITON_INTERPRET: interpreted kernels are not launched\n")
     triton.runtime.driver.set_active(NoDevice())
     torch.set_num_threads(1)
     contrast.resolve = lambda *_: "triton"
-    tiles.architecture, tiles.processors = (lambda _: "sm_90"), (lambda _: 132)
+    mock.patch.multiple(tiles, architecture=lambda _: "sm_90", processors=lambda _: 132).start()
     print(f"{'':18}{'D':>5}{'ours, us':>10}{'dense, us':>11}{'kernels':>9}")
     for d in args.dims:
         for direction, name in DIRECTIONS.items():

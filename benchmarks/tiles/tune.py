@@ -206,7 +206,7 @@ def best(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def pasted(found: dict[int, Tile], kernel: str) -> str:
     """Rows of one dtype class as `tiles.TABLE` has them; the last width stands for all above, except for gradients."""
-    rows = []
+    rows: list[tuple[int | None, Tile]] = []
     for d, tile in sorted(found.items()):
         if kernel == "gradient":
             tile = tile._replace(block_d=16)
