@@ -57,10 +57,11 @@ bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machin
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns median --record results/cpu.csv $(PYTEST_ARGS)
 
 plots: $(VENV)/.installed-bench ## draw time and memory against N from the recorded results, into docs/
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python -m benchmarks.plot
 
 # With the torch, pytest, pytest-benchmark and hypothesis that are there: no environment is made and nothing is downloaded.
 # python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
+# python -m benchmarks... does too, and puts it right: see benchmarks/__init__.py.
 GPU_SITE := $(CURDIR)/.gpu-site
 GPU_TEST  = env -u TRITON_INTERPRET PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} \
             $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
@@ -79,10 +80,10 @@ gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
 	$(GPU_TEST) benchmarks --benchmark-only --record $(or $(RECORD),results/gpu-micro.csv) $(PYTEST_ARGS)
 
 gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
-	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_bench.py --record $(or $(RECORD),results/gpu.csv) $(GPU_BENCH_ARGS)
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.suites.gpu --record $(or $(RECORD),results/gpu.csv) $(GPU_BENCH_ARGS)
 
 tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.py (TUNE_ARGS="--dim 256 ...")
-	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/tune.py --record $(or $(RECORD),results/tune.csv) $(TUNE_ARGS)
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.tiles.tune --record $(or $(RECORD),results/tune.csv) $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
 	$(BIN)/python tests/support/aot.py --all --record benchmarks/results/tiles.csv

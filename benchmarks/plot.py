@@ -1,38 +1,38 @@
 """Plots of time and peak extra memory against N, from the recorded CSV files.
 
-    python benchmarks/plot.py [results/*.csv] [--dim 384] [--out docs]
+    python -m benchmarks.plot [results/*.csv] [--dim 384] [--out docs]
 
 One picture per device, dtype and pass, `<device>_time_memory_<dtype>_<pass>.png`: a column of panels per direction, a
 line per contestant, the floor of bare matmuls dashed. Of every case, contestant and device the newest row counts.
-Without `--dim` it is the width with the most sizes.
+Without `--dim` it is the width with the most sizes. InfoNCE and NT-Xent are drawn, other losses are not.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from contest import FIELDS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-HERE = Path(__file__).parent
-CASE = ("device", "loss", "direction", "n", "m", "d", "dtype", "pass")
+from . import HERE, ROOT
+from .cases import COMPILED, DENSE, FLOOR, OURS
+from .record import Row, newest, read
+
+LOSSES = ("info_nce", "nt_xent")
 DIRECTIONS = {"one": "one direction", "symmetric": "both directions", "self": "self-similarity (NT-Xent)"}
 MEASURES = {"median_ms": "time (ms)", "peak_extra_mib": "peak memory beyond the inputs (MiB)"}
-FLOOR = "floor"
 COLOURS = {  # one for good: a contestant has the same in every picture
-    "fused_infonce": "#d62728",
+    OURS: "#d62728",
     FLOOR: "#000000",
-    "dense": "#1f77b4",
-    "dense compiled": "#17becf",
+    DENSE: "#1f77b4",
+    COMPILED: "#17becf",
     "info-nce-pytorch": "#ff7f0e",
     "F.linear_cross_entropy": "#2ca02c",
     "open_clip": "#9467bd",
@@ -43,41 +43,8 @@ COLOURS = {  # one for good: a contestant has the same in every picture
     "inf-cl": "#7f7f7f",
 }
 OTHER = "#b0b0b0"
-STYLES = {FLOOR: {"marker": "", "linestyle": "--"}, "dense": {"linewidth": 4, "alpha": 0.5}}  # others may lie on it
-
-Row = dict[str, Any]
-
-
-def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files of contests, in order; a contestant that could not run has None for its figures."""
-    rows: list[Row] = []
-    for path in paths:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != FIELDS:
-                continue
-            for row in reader:
-                sizes = {name: int(row[name]) for name in ("n", "m", "d")}
-                rows.append(
-                    {**row, **sizes, **{name: number(row[name]) for name in MEASURES}, "said": row["median_ms"]}
-                )
-    return rows
-
-
-def number(text: str) -> float | None:
-    """What was measured; None for a contestant that could not run."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of every case, contestant and device: by date, within a date by place."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):  # stable
-        found[(*(row[name] for name in CASE), row["contestant"])] = row
-    return list(found.values())
+# the dense loss is wide and pale, since others may lie on it
+STYLES: dict[str, dict[str, Any]] = {FLOOR: {"marker": "", "linestyle": "--"}, DENSE: {"linewidth": 4, "alpha": 0.5}}
 
 
 def widest_sweep(rows: Iterable[Row]) -> int:
@@ -89,7 +56,7 @@ def widest_sweep(rows: Iterable[Row]) -> int:
 
 
 def panels(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """direction -> contestant -> rows by N, of directions with at least two sizes; rows in all for "self"."""
+    """Rows by N, by direction and contestant, of directions with at least two sizes."""
     found: dict[str, dict[str, list[Row]]] = {}
     for direction in DIRECTIONS:
         of_one = [row for row in rows if row["direction"] == direction and row["n"] == row["m"]]
@@ -103,18 +70,19 @@ def panels(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
 
 
 def total_rows(row: Row) -> int:
+    """The rows of the score matrix: of both views together for "self"."""
     return row["n"] * (2 if row["direction"] == "self" else 1)
 
 
 def device_names(rows: Iterable[Row]) -> dict[str, str]:
-    """device -> how its pictures are called: "cpu" while there is only one that is no GPU."""
+    """The names of pictures by device: "cpu" while there is only one that is no GPU."""
     devices = {row["device"]: bool(row["driver"]) for row in rows}
     cpus = [device for device, gpu in devices.items() if not gpu]
     return {d: "cpu" if cpus == [d] else re.sub(r"[^a-z0-9]+", "-", d.lower()).strip("-") for d in devices}
 
 
 def draw(path: Path, rows: list[Row], width: int) -> bool:
-    """One picture: time above memory, a column for each direction. False: no direction has two sizes."""
+    """Draw one picture, time above memory, a column for each direction; return False where none has two sizes."""
     columns = panels(rows)
     if not columns:
         return False
@@ -147,7 +115,7 @@ def draw(path: Path, rows: list[Row], width: int) -> bool:
 
 
 def draw_panel(panel: Axes, contestants: dict[str, list[Row]], measure: str) -> dict[str, Any]:
-    """The lines of one panel by name; who could not run is said in a corner."""
+    """Draw one panel and return its lines by name; who could not run is said in a corner."""
     lines, absent, ticks = {}, [], set()
     for name, rows in contestants.items():
         points = [(total_rows(row), row[measure]) for row in rows if row[measure]]
@@ -157,7 +125,7 @@ def draw_panel(panel: Axes, contestants: dict[str, list[Row]], measure: str) -> 
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.5, **STYLES.get(name, {})}
         (lines[name],) = panel.plot(
             [n for n, _ in points], [y for _, y in points], color=COLOURS.get(name, OTHER),
-            zorder=3 if name == "fused_infonce" else 2, **style,
+            zorder=3 if name == OURS else 2, **style,
         )  # fmt: skip
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
@@ -173,8 +141,8 @@ def draw_panel(panel: Axes, contestants: dict[str, list[Row]], measure: str) -> 
 
 
 def pictures(rows: list[Row], out: Path, width: int | None = None) -> list[Path]:
-    """What was drawn."""
-    rows = newest(rows)
+    """Draw every picture that these rows have enough sizes for, and return their paths."""
+    rows = newest(row for row in rows if row["loss"] in LOSSES)
     names = device_names(rows)
     drawn = []
     for device, name in names.items():
@@ -193,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
     parser.add_argument("--dim", type=int)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     rows = read(args.files or sorted((HERE / "results").glob("*.csv")))
     for path in pictures(rows, args.out, args.dim) if rows else []:

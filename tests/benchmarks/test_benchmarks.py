@@ -1,29 +1,32 @@
 """The benchmarks' own arithmetic and bookkeeping, without a GPU and without timing anything."""
 
-import os
-import shutil
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
-import contest
-import gpu_bench
-import peers
-import plot
 import pytest
-import roofline
-import test_microbenchmarks as micro
 import torch
-import tune
-from contestants import OURS, Case
 
+# at the end: the installed fused_infonce comes first
+sys.path.append(str(next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())))
+pytest.importorskip("pandas", reason="the packages of the benchmarks are absent")
+pytest.importorskip("matplotlib", reason="the packages of the benchmarks are absent")
+pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
+
+import fused_infonce
+from benchmarks import ROOT, compare, contestants, dense, house, losses, plot, record
+from benchmarks.cases import OURS, Case
+from benchmarks.contest import Contest
+from benchmarks.suites import gpu
+from benchmarks.suites import test_microbenchmarks as micro
+from benchmarks.tiles import tune
 from fused_infonce.backends.triton import tiles
 
 CPU = torch.device("cpu")
 ROW = {
-    **dict.fromkeys(contest.FIELDS, ""), "date": "2026-01-02", "device": "a CPU", "torch": "2.13.0",
+    **dict.fromkeys(record.FIELDS, ""), "date": "2026-01-02", "device": "a CPU", "torch": "2.13.0",
     "loss": "info_nce", "direction": "one", "n": 512, "m": 512, "d": 64, "dtype": "float32", "pass": "fwd_bwd",
     "contestant": "dense", "median_ms": "2.5", "peak_extra_mib": "8.0",
 }  # fmt: skip
@@ -31,8 +34,8 @@ ROW = {
 
 def rows_of(tmp_path, *changes):
     path = tmp_path / "a.csv"
-    contest.append(path, [ROW | change for change in changes])
-    return plot.read([path])
+    record.append(path, [ROW | change for change in changes])
+    return record.read([path])
 
 
 class TestPlot:
@@ -43,7 +46,7 @@ class TestPlot:
 
     def test_other_tables_are_not_read(self, tmp_path):
         (tmp_path / "b.csv").write_text("registers,spills\n1,2\n")
-        assert plot.read([tmp_path / "b.csv"]) == []
+        assert record.read([tmp_path / "b.csv"]) == []
 
     def test_the_newest_row_of_a_case_contestant_and_device(self, tmp_path):
         rows = rows_of(
@@ -51,7 +54,7 @@ class TestPlot:
             {"median_ms": "4", "contestant": "floor"}, {"median_ms": "5", "device": "another"},
             {"median_ms": "6", "n": 8},
         )  # fmt: skip
-        assert [row["median_ms"] for row in plot.newest(rows)] == [2, 4, 5, 6]
+        assert [row["median_ms"] for row in record.newest(rows)] == [2, 4, 5, 6]
 
     def test_the_width_with_the_most_sizes(self, tmp_path):
         rows = rows_of(
@@ -73,43 +76,6 @@ class TestPlot:
         assert list(found) == ["one", "self"]
         assert list(found["self"]) == ["floor", "dense"]
         assert [plot.total_rows(row) for row in found["self"]["floor"]] == [1024, 2048, 4096]
-
-    def test_every_contestant_has_a_colour_of_its_own(self):
-        names = {OURS, "floor"} | {name for of_one in peers.PEERS.values() for name in of_one}
-        assert names == set(plot.COLOURS)
-        assert len(set(plot.COLOURS.values())) == len(names)
-
-
-class TestRoofline:
-    GPU = roofline.Gpu(790e12, 4.3e12, 60e6)
-
-    @pytest.mark.parametrize("d", [64, 768])
-    @pytest.mark.parametrize("n", [16384, 65536])
-    def test_flops_are_those_of_the_plan(self, n, d):
-        for call in roofline.CALLS:
-            plan = roofline.chosen(call, n, d)
-            kernels = roofline.kernels(roofline.of_call(call, n, d), n, d, self.GPU)
-            flops = sum(kernel.flops for kernel in kernels) / (n * n * d)
-            diagonal = 4096 / n if plan.name == "triangular" else 0  # whose blocks are computed whole
-            assert plan.flops <= flops <= plan.flops + diagonal
-
-    def test_bytes_take_time(self):
-        ample = roofline.Gpu(790e12, 1e30, 60e6, 1e30)
-        assert roofline.seconds("workspace", 16384, 64, self.GPU) > 2 * roofline.seconds("workspace", 16384, 64, ample)
-        assert roofline.seconds("workspace", 16384, 64, ample) == pytest.approx(
-            8 / 6 * roofline.floor(16384, 64, ample)
-        )
-
-    def test_exponentials_take_time(self):
-        """At D = 64 they are what bounds a pass over the scores: 2 D / 790 ps against 1 / 3.7."""
-        bare = roofline.Gpu(790e12, 4.3e12, 60e6, 1e30)
-        times = [roofline.seconds("streaming", 16384, 64, gpu) for gpu in (bare, self.GPU)]
-        assert times[0] < times[1] < 2 * times[0]
-
-    def test_table(self):
-        lines = roofline.table([16384], [64, 1024], self.GPU)
-        assert len({line.count("|") for line in lines}) == 1
-        assert "| - |" in lines[-1]  # no streaming at this width
 
 
 @pytest.mark.parametrize("arch", [*tune.SHARED_KIB])
@@ -199,7 +165,7 @@ def test_proposals_for_a_workload_are_rows_of_its_kernel(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"{row}  # by exponentials"
 
 
-@pytest.mark.parametrize("module", [tune, gpu_bench], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [tune, gpu], ids=lambda module: module.__name__)
 def test_without_a_gpu(module, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["it"])
@@ -212,16 +178,24 @@ def test_without_a_gpu(module, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 50
 
 
+def test_benchmarks_find_the_installed_package_from_the_root():
+    """As `python -m` starts them: with the repository root first on the path."""
+    program = "import importlib.util, benchmarks; print(importlib.util.find_spec('fused_infonce').origin)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == fused_infonce.__file__
+
+
 def test_provenance_without_programs(monkeypatch, tmp_path):
-    provenance = contest.provenance.__wrapped__
+    provenance = record.provenance.__wrapped__
     monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance(CPU)["commit"] == "abc"
     monkeypatch.delenv("FUSED_INFONCE_COMMIT")
     assert provenance(CPU)["commit"] == ""
-    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "abc")
-    monkeypatch.setattr(contest, "_output", lambda *_: "what git says")
+    monkeypatch.setattr(record, "_output", lambda *_, **__: "what git says")
     assert provenance(CPU)["commit"] == "what git says"
+    monkeypatch.setenv("FUSED_INFONCE_COMMIT", "of another tree")
+    assert provenance(CPU)["commit"] == "of another tree"
 
 
 class TestPeers:
@@ -229,8 +203,8 @@ class TestPeers:
         def make():
             raise OSError("no such library")
 
-        monkeypatch.setitem(peers.PEERS, "one", {"bad": ("cpu", make), "dense": ("cpu", lambda: peers.dense)})
-        assert peers.available.__wrapped__("one", "cpu") == {"dense": peers.dense}
+        monkeypatch.setitem(contestants.PEERS, "one", {"bad": ("cpu", make), "dense": ("cpu", lambda: dense.info_nce)})
+        assert contestants.available.__wrapped__("one", "cpu") == {"dense": dense.info_nce}
         assert "bad is left out: OSError: no such library" in capsys.readouterr().err
 
     def test_inf_cl(self, monkeypatch):
@@ -242,25 +216,23 @@ class TestPeers:
             return logits.logsumexp(1) - logits.diagonal()
 
         monkeypatch.setitem(sys.modules, "inf_cl", types.SimpleNamespace(cal_flash_loss=cal_flash_loss))
-        loss = peers.inf_cl()
+        loss = contestants.inf_cl()
         for d in (64, 256, 512, 768):
             query, key = torch.randn(2, 5, d)
-            torch.testing.assert_close(loss(query, key), peers.dense(query, key))
+            torch.testing.assert_close(loss(query, key), dense.info_nce(query, key))
         with pytest.raises(ValueError, match="power of two or a multiple of 256, got 96"):
             loss(*torch.randn(2, 5, 96))
 
 
 class TestMicrobenchmarks:
-    def test_who_raises_is_left_out_and_who_disagrees_fails(self, monkeypatch, capsys):
+    def test_who_raises_is_left_out_and_who_disagrees_fails(self, capsys):
         def raises(query, key):
             raise ValueError("no such thing")
 
-        def losses(case, device):
-            return {OURS: peers.dense, "bad": raises, "dense": lambda q, k: scale[0] * peers.dense(q, k)}
-
         scale = [1.0]
-        monkeypatch.setattr(contest.contestants, "losses", losses)
-        run = contest.Contest(Case("one", 8, 8, 16, "float32", "fwd"), CPU)
+        losses = {OURS: dense.info_nce, "bad": raises, "dense": lambda q, k: scale[0] * dense.info_nce(q, k)}
+        case = Case("one", 8, 8, 16, "float32", "fwd")
+        run = Contest(case, CPU, losses, contestants.floor(case))
         run.agree()
         run.round()
         assert {row["contestant"] for row in run.rows([1.0])} == {OURS, "floor", "dense"}
@@ -269,11 +241,19 @@ class TestMicrobenchmarks:
         with pytest.raises(AssertionError, match="dense differs from ours"):
             run.agree()
 
+    def test_a_wrong_key_gradient_disagrees(self):
+        def wrong(query, key):
+            return dense.info_nce(query, key.detach()) + 0 * key.sum()
+
+        run = Contest(Case("one", 8, 8, 16, "float32", "fwd_bwd"), CPU, {OURS: dense.info_nce, "wrong": wrong})
+        with pytest.raises(AssertionError, match=r"wrong differs from ours by 1\.0e"):
+            run.agree()
+
     def test_the_sweep(self):
         cases = micro.cases("cpu")
         assert len(cases) == len(set(cases))
         for direction in ("one", "symmetric", "self"):
-            sizes = {micro.rows(c) for c in cases if (c.direction, c.d, c.mode) == (direction, micro.WIDTH, "fwd_bwd")}
+            sizes = {c.rows for c in cases if (c.direction, c.d, c.mode) == (direction, micro.WIDTH, "fwd_bwd")}
             assert sizes == {512, 1024, 2048, 4096, 8192, 16384}
         assert micro.cases("cuda")
 
@@ -293,16 +273,95 @@ class TestMicrobenchmarks:
             assert speed < 1 or "one-16384x16384x384-float32-fwd_bwd" in ran
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_passes_arguments_on():
-    pytest.importorskip("xdist")
-    given = ["GPU_TEST_ARGS=-k some", "GPU_JOBS=3", "GPU_BENCH_ARGS=--minutes 2", "RECORD=/tmp/a.csv", "PYTEST_ARGS="]
-    command = ["make", "-n", "gpu", "gpu-bench", "tune", f"PYTHON={sys.executable}", *given]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of a make around it
-    root = Path(__file__).parents[1]
-    run = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=True)
-    *_, tests, micro_line, suite, tuned = run.stdout.splitlines()
-    assert tests.split("'")[-1].split() == ["-m", "gpu", "--numprocesses=3", "--dist=worksteal", "-k", "some"]
-    assert micro_line.split("'")[-1].split() == ["benchmarks", "--benchmark-only", "--record", "/tmp/a.csv"]
-    assert suite.endswith("gpu_bench.py --record /tmp/a.csv --minutes 2")
-    assert tuned.split()[-2:] == ["--record", "/tmp/a.csv"]
+class TestLosses:
+    def test_every_exported_loss_has_a_case(self):
+        exported = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+        assert {name.split("(")[0].split(",")[0] for name in losses.LOSSES} == exported
+        assert {case.n for case in losses.cases()} == {64, 256, 1024}
+
+    @pytest.mark.parametrize("name", losses.LOSSES)
+    def test_the_dense_form_has_the_same_value_and_gradients(self, name):
+        case = losses.LossCase(name, 24)
+        run = Contest(case, CPU, case.contestants())
+        run.agree()
+        run.round()
+        (ours, theirs) = run.rows([1.0])
+        assert (ours["loss"], ours["contestant"], theirs["contestant"]) == (name, OURS, "dense")
+        assert (ours["n"], ours["m"], ours["floor_ratio"]) == (24, case.m, "")
+
+
+class TestCompare:
+    def files(self, tmp_path, old, new):
+        for name, times in {"old": old, "new": new}.items():
+            rows = [ROW | {"contestant": c, "n": n, "median_ms": str(t)} for (c, n), t in times.items()]
+            record.append(tmp_path / f"{name}.csv", rows)
+        return [compare.times(tmp_path / f"{name}.csv") for name in ("old", "new")]
+
+    def test_ratios(self, tmp_path):
+        old = {(OURS, 64): 2, ("dense", 64): 4, (OURS, 256): 3, ("dense", 256): 3, (OURS, 8): 1}
+        new = {(OURS, 64): 3, ("dense", 64): 4, (OURS, 256): 2, ("dense", 256): 4, (OURS, 16): 1}
+        found = compare.compared(*self.files(tmp_path, old, new), OURS, "dense")
+        assert found["new / old"].tolist() == [1.5, 2 / 3]
+        assert found["of dense, old"].tolist() == [0.5, 1]
+        assert found["of dense, new"].tolist() == [0.75, 0.5]
+        assert found["change"].tolist() == [1.5, 0.5]
+        assert compare.geometric_mean(found["new / old"]) == pytest.approx(1)
+        lines = compare.printed(found, markdown=True).splitlines()
+        assert lines[2] == "| info_nce 64x512x64 float32 fwd_bwd one | 2 | 3 | 1.50 | 0.50 | 0.75 | 1.50 |"
+        assert lines[-1].startswith("| geometric mean |  |  | 1.00 |")
+        assert len({line.count("|") for line in lines}) == 1
+
+    def test_a_contestant_that_was_not_there(self, tmp_path):
+        found = compare.compared(*self.files(tmp_path, {(OURS, 64): 2}, {(OURS, 64): 3}), OURS, "floor")
+        assert found["new / old"].tolist() == [1.5]
+        assert compare.printed(found).splitlines()[-1].split() == ["geometric", "mean", "1.50", "nan", "nan", "nan"]
+
+    def test_times_of_two_devices_are_not_mixed(self, tmp_path):
+        record.append(tmp_path / "a.csv", [ROW, ROW | {"device": "another"}])
+        with pytest.raises(SystemExit, match="several devices"):
+            compare.times(tmp_path / "a.csv")
+
+
+class TestHouse:
+    SOURCE = '''"""Module."""
+
+# a comment
+def long():
+    """Two
+    lines."""
+
+    x = """not a
+    docstring"""
+    return (
+        x
+    )
+
+
+class Small:
+    """Words."""
+
+    value = 1  # one
+'''
+
+    def test_lines(self):
+        assert house.lines(self.SOURCE) == 13
+        assert house.code_lines(self.SOURCE) == 8
+
+    def test_long_functions(self, monkeypatch):
+        assert house.long_functions(self.SOURCE) == []
+        monkeypatch.setattr(house, "LONG", 4)
+        assert house.long_functions(self.SOURCE) == [("long", 5)]
+
+    def test_files_that_name_a_loss(self, tmp_path):
+        for name, text in {"fused_infonce/a.py": "x_loss", "docs/b.md": "`a_loss`", "README.md": "a_loss_of"}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        assert {place: len(files) for place, files in house.naming(tmp_path, "a_loss").items()} == {
+            "fused_infonce": 0, "docs": 1, "tests": 0, "README.md": 0,
+        }  # fmt: skip
+
+    def test_frames(self):
+        pytest.importorskip("triton")
+        found = house.frames(ROOT)
+        assert found[0][1] == "forward"
+        assert all((ROOT / "fused_infonce" / file).exists() for file, *_ in found)

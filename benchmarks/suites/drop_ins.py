@@ -1,7 +1,7 @@
 """Every drop-in against the library that it replaces, on the same call: time and memory of a forward and backward.
 
-    python benchmarks/drop_ins.py                                all that are installed, as a table
-    python benchmarks/drop_ins.py --record results/drop_ins.csv  and appended to a CSV file under benchmarks/
+    python -m benchmarks.suites.drop_ins                                all that are installed, as a table
+    python -m benchmarks.suites.drop_ins --record results/drop_ins.csv  the same, appended to a CSV file
 
 In turn, on fresh inputs each round, medians; first the losses and gradients of both must agree.
 """
@@ -13,14 +13,17 @@ import gc
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
-import contest
 import numpy as np
 import torch
-from peers import without_package
 from torch import Tensor, nn
+
+from benchmarks import contestants, record
+from benchmarks.cases import OURS
+from benchmarks.contest import peak_bytes
+from benchmarks.contestants import without_package
 
 FIELDS = (
     *("date", "commit", "device", "torch", "library", "loss", "call", "contestant"),
@@ -31,7 +34,7 @@ Loss = Callable[..., Any]
 
 
 class Match(NamedTuple):
-    """One call, of a library's loss and of ours."""
+    """A call of a library's loss and of ours."""
 
     package: str
     loss: str
@@ -66,9 +69,7 @@ def open_clip() -> tuple[Loss, Loss]:
 
 
 def lightly() -> tuple[Loss, Loss]:
-    import peers
-
-    peers.lightly()  # loads its modules
+    contestants.lightly()  # loads its modules
     from fused_infonce.compat import lightly as ours
 
     return ours.NTXentLoss(0.1), without_package("lightly.loss.ntx_ent_loss").NTXentLoss(0.1)
@@ -133,7 +134,7 @@ def flag_embedding() -> tuple[Loss, Loss]:
     from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
 
     def make(model: Any) -> Loss:
-        base = nn.Identity()
+        base: Any = nn.Identity()
         base.config = types.SimpleNamespace(vocab_size=1)
         built = model(base, types.SimpleNamespace(), temperature=0.02, normalize_embeddings=True)
         return lambda q, p: built._compute_in_batch_neg_loss(*(nn.functional.normalize(x, dim=1) for x in (q, p)))[1]
@@ -202,12 +203,12 @@ def step(loss: Loss, given: tuple[Any, ...]) -> list[Tensor]:
 
 
 def play(match: Match) -> list[dict[str, object]]:
-    """One CSV row each."""
-    losses = dict(zip(("fused_infonce", match.package), match.make(), strict=True))
+    """Time one match, and return a CSV row for either side."""
+    losses = dict(zip((OURS, match.package), match.make(), strict=True))
     peaks, results = {}, []
     for name, loss in losses.items():
         given = inputs(match, 0)
-        peaks[name], result = contest.peak_bytes(lambda loss=loss, given=given: step(loss, given), CPU)
+        peaks[name], result = peak_bytes(partial(step, loss, given), CPU)
         results.append(result)
         gc.collect()
     for ours, theirs in zip(*results, strict=True):
@@ -221,7 +222,7 @@ def play(match: Match) -> list[dict[str, object]]:
             start = time.perf_counter()
             step(loss, given)
             times[name].append(1e3 * (time.perf_counter() - start))
-    about = {k: v for k, v in contest.provenance(CPU).items() if k in FIELDS}
+    about = {k: v for k, v in record.provenance(CPU).items() if k in FIELDS}
     return [
         {
             **about, "library": match.package, "loss": match.loss, "call": match.call, "contestant": name,
@@ -233,8 +234,8 @@ def play(match: Match) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--record", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", help="append the results to this CSV file, absolute or relative to benchmarks/")
     parser.add_argument("--only", default="", help="a library")
     options = parser.parse_args()
     for match in MATCHES:
@@ -248,7 +249,7 @@ def main() -> None:
         for row in results:
             print(*(f"{row[name]!s:>24}" for name in ("loss", "call", "contestant", "median_ms", "peak_extra_mib")))
         if options.record:
-            contest.append(Path(__file__).parent / options.record, results, FIELDS)
+            record.append(options.record, results, FIELDS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The README's accuracy table: errors of loss and gradient with bfloat16 inputs, against float64 on the same inputs.
+"""Errors of loss and gradient at low temperatures with bfloat16 inputs, against float64 on the same inputs.
 
-    python benchmarks/accuracy.py [--record results/accuracy.csv]
-    python benchmarks/accuracy.py --rows 512 --dim 64 --seeds 200 --temperatures 0.01  (results/accuracy_few_rows.csv)
+    python -m benchmarks.suites.accuracy [--record results/accuracy.csv]
+    python -m benchmarks.suites.accuracy --rows 512 --dim 64 --seeds 200 --temperatures 0.01
+                                                                (results/accuracy_few_rows.csv)
 
 Contestants: the dense loss in bfloat16; with float32 logits (the usual remedy), whose gradient is `softmax - 1`; ours;
 and the floor of every implementation with float32 accumulators: all in float64, but for the product of the scores,
@@ -15,14 +16,14 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import HERE, dense
 from fused_infonce import info_nce
-from fused_infonce.backends import reference
 
 NOISE = {"tight": 0.14, "medium": 0.75, "loose": 2.0}
 SETTINGS = [(0.05, "tight"), (0.02, "tight"), (0.02, "medium"), (0.01, "loose"), (0.07, "loose"), (0.1, "cone")]
@@ -30,6 +31,7 @@ FIELDS = ["temperature", "pairs", "true_loss", "contestant", "loss_error", "wors
 
 
 def pairs(kind: str, n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one kind."""
     torch.manual_seed(seed)
     query = torch.randn(n, d)
     key = query + NOISE.get(kind, 1.0) * torch.randn(n, d)
@@ -39,20 +41,13 @@ def pairs(kind: str, n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
     return query.bfloat16(), key.bfloat16()
 
 
-def dense(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature
-    return F.cross_entropy(logits, torch.arange(len(query)))
-
-
 def dense_fp32(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    return dense(query.float(), key.float(), temperature)
-
-
-def ours(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    return info_nce(query, key, temperature=temperature)
+    """The dense loss of float32 logits."""
+    return dense.info_nce(query.float(), key.float(), temperature)
 
 
 def float32_scores(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """The loss in float64, but for one float32 product of unit rows."""
     query, key = (F.normalize(x.double(), dim=-1) for x in (query, key))
     exact, rounded = query @ key.T, (query.detach().float() @ key.detach().float().T).double()
     scores = (exact + (rounded - exact.detach())) / temperature  # the rounded value with the exact gradient
@@ -60,15 +55,17 @@ def float32_scores(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     return F.softplus(negatives - exact.diagonal() / temperature, threshold=80).mean()
 
 
-CONTESTANTS = {
-    "bf16 dense": dense,
+CONTESTANTS: dict[str, Callable[..., Tensor]] = {
+    "bf16 dense": dense.info_nce,
     "fp32 logits": dense_fp32,
     "fp32 product only": float32_scores,
-    "fused_infonce": ours,
+    "fused_infonce": info_nce,
 }
+EXACT = partial(info_nce, backend="reference")
 
 
 def run(loss: Callable[..., Tensor], query: Tensor, key: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The loss and its query gradient."""
     query = query.clone().requires_grad_()
     value = loss(query, key, temperature=temperature)
     (grad,) = torch.autograd.grad(value, query)
@@ -76,16 +73,18 @@ def run(loss: Callable[..., Tensor], query: Tensor, key: Tensor, temperature: fl
 
 
 def error(value: Tensor, truth: Tensor) -> float:
+    """The Frobenius-relative error."""
     return (torch.linalg.vector_norm(value - truth) / torch.linalg.vector_norm(truth)).item()
 
 
 def measure(n: int, d: int, settings: list[tuple[float, str]], seeds: int) -> list[dict[str, object]]:
+    """The rows of the table, one for every setting and contestant."""
     rows = []
     for temperature, kind in settings:
         errors: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
         for seed in range(seeds):
             query, key = pairs(kind, n, d, seed)
-            true_loss, true_grad = run(reference.info_nce, query.double(), key.double(), temperature)
+            true_loss, true_grad = run(EXACT, query.double(), key.double(), temperature)
             for name, loss in CONTESTANTS.items():
                 value, grad = run(loss, query, key, temperature)
                 errors[name].append((error(value, true_loss), error(grad, true_grad)))
@@ -103,14 +102,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--temperatures", type=float, nargs="+", help="each with tight, medium and loose pairs")
-    parser.add_argument("--record", help="write the table to this CSV file, relative to benchmarks/")
+    parser.add_argument("--record", help="write the table to this CSV file, absolute or relative to benchmarks/")
     args = parser.parse_args()
     chosen = [(t, kind) for t in args.temperatures or [] for kind in NOISE]
     rows = measure(args.rows, args.dim, chosen or SETTINGS, args.seeds)
     for row in rows:
         print("  ".join(f"{row[field]!s:>17}" for field in FIELDS))
     if args.record:
-        with (Path(__file__).parent / args.record).open("w", newline="") as file:
+        with (HERE / args.record).open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

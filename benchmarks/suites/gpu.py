@@ -1,36 +1,33 @@
-"""The GPU suite: every size, dtype and direction, every peer, beside the floor of bare matmuls. Stops within 8 minutes.
+"""Suite for a GPU, of 8 minutes: every size, dtype and direction, every peer, beside the floor of bare matmuls.
 
-    python benchmarks/gpu_bench.py [--record results/gpu.csv] [--minutes 7.5]
-    python benchmarks/gpu_bench.py --list                      the cases in their order, without a GPU
+    python -m benchmarks.suites.gpu [--record results/gpu.csv] [--minutes 7.5] [--without NAME ...]
+    python -m benchmarks.suites.gpu --list                      the cases in their order, without a GPU
 
 Before the first case of a direction and dtype our results are checked against float64: where they are wrong, no such
 case is timed, and the exit status is 1. Then, case by case, every contestant is checked against ours and timed: medians
 of `triton.testing.do_bench`, or of three passes that take long. Who runs out of memory, fails or disagrees is recorded
 as such, with no figures. A row is recorded as soon as it is known; time's end is final even in the midst of a case.
-A failure that the GPU's context does not survive ends its case; a fresh process goes on with the next one, without the
-peer that failed.
+A failure that the GPU's context does not survive ends the run, which says who it was: `--without NAME` leaves a
+contestant out.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import contest
 import torch
-from contest import FLOOR, Contest
-from contestants import COMPILED, OURS, Case
-from peers import TEMPERATURE
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import contestants, record
+from benchmarks.cases import COMPILED, DENSE, FLOOR, OURS, TEMPERATURE, Case, square
+from benchmarks.contest import Contest, forget_gradients
 from fused_infonce import info_nce, nt_xent
 
 WIDTHS = (64, 128, 256, 512, 768, 1024, 2048, 4096)
@@ -46,55 +43,49 @@ SLOW = 0.1  # seconds: such a pass is timed three times and no more
 
 
 class OutOfTime(BaseException):
-    """No `except Exception` stops it."""
+    """Time's end, which no `except Exception` stops."""
 
 
 class Broken(BaseException):
-    """The GPU's context is: nothing more can be run in this process. The argument is who was running."""
-
-
-def case(n: int, d: int, dtype: str = "bfloat16", direction: str = "one", mode: str = "fwd_bwd") -> Case:
-    """n rows in all."""
-    rows = n // 2 if direction == "self" else n
-    return Case(direction, rows, rows, d, dtype, mode)
+    """A GPU's context that nothing more can be run in; the argument is who was running."""
 
 
 def cases() -> list[Case]:
-    """In the order of what they say, so that a short run is still worth something."""
+    """All cases in the order of what they say, so that a short run is still worth something."""
     two = DIRECTIONS[1:]
-    chosen = [case(n, 768) for n in (16384, 65536, 8192, 32768, 2048, 512, 131072)]
-    chosen += [case(16384, 768, direction=direction) for direction in two]
-    chosen += [case(16384, d) for d in WIDTHS if d != 768]
-    chosen += [case(8192, 768, dtype) for dtype in ("float16", "float32")]
-    chosen += [case(n, 768, mode="fwd") for n in (16384, 65536, 2048)]
-    chosen += [case(n, 256) for n in (1 << 20, 1 << 18)]
-    chosen += [case(n, 768, direction=direction) for n in (32768, 131072, 8192, 2048, 512) for direction in two]
-    chosen += [case(16384, d, direction=direction) for d in (256, 128, 1024) for direction in two]
-    chosen += [case(8192, 768, dtype, direction) for dtype in ("float16", "float32") for direction in two]
-    chosen += [case(16384, 768, direction=direction, mode="fwd") for direction in two]
-    chosen += [case(n, d) for n in (512, 4096, 65536) for d in (128, 256, 1024)]
-    chosen += [case(16384, d, direction=direction) for d in (64, 512, 2048, 4096) for direction in two]
+    chosen = [square(n, 768) for n in (16384, 65536, 8192, 32768, 2048, 512, 131072)]
+    chosen += [square(16384, 768, direction=direction) for direction in two]
+    chosen += [square(16384, d) for d in WIDTHS if d != 768]
+    chosen += [square(8192, 768, dtype) for dtype in ("float16", "float32")]
+    chosen += [square(n, 768, mode="fwd") for n in (16384, 65536, 2048)]
+    chosen += [square(n, 256) for n in (1 << 20, 1 << 18)]
+    chosen += [square(n, 768, direction=direction) for n in (32768, 131072, 8192, 2048, 512) for direction in two]
+    chosen += [square(16384, d, direction=direction) for d in (256, 128, 1024) for direction in two]
+    chosen += [square(8192, 768, dtype, direction) for dtype in ("float16", "float32") for direction in two]
+    chosen += [square(16384, 768, direction=direction, mode="fwd") for direction in two]
+    chosen += [square(n, d) for n in (512, 4096, 65536) for d in (128, 256, 1024)]
+    chosen += [square(16384, d, direction=direction) for d in (64, 512, 2048, 4096) for direction in two]
     return chosen
 
 
 def taking_part(this: Case, names: list[str]) -> list[str]:
-    """Who is asked to run this case."""
-    if this.n * (2 if this.direction == "self" else 1) > ALL_ROWS:
-        return [name for name in names if name in (OURS, "dense")]
-    compiled = this in [case(8192, 768, direction=direction) for direction in ("one", "symmetric")]
+    """The contestants that are asked to run a case."""
+    if this.rows > ALL_ROWS:
+        return [name for name in names if name in (OURS, DENSE)]
+    compiled = this in [square(8192, 768, direction=direction) for direction in ("one", "symmetric")]
     return [name for name in names if name != COMPILED or compiled]
 
 
 def kind(this: Case) -> str:
-    """Of cases that are checked together."""
+    """The name of the cases that are checked together with this one."""
     return f"{this.direction}-{this.dtype}"
 
 
 def gate(direction: str, dtype: str, device: torch.device) -> list[str]:
-    """What is wrong with our loss and gradients, against the dense loss in float64 on the same inputs."""
+    """Complaints about our loss and gradients, against the dense loss in float64 on the same inputs."""
     complaints = []
     for n, d in GATE:
-        this = case(n, d, dtype, direction)
+        this = square(n, d, dtype, direction)
         try:
             rows = this.inputs(device, seed=7)
             exact = [x.detach().double().requires_grad_() for x in rows]
@@ -108,24 +99,25 @@ def gate(direction: str, dtype: str, device: torch.device) -> list[str]:
     return complaints
 
 
-def evaluate(direction: str, rows: Any, backend: str) -> list[Tensor]:
-    """Loss and gradients, these under a loss scale: float16 cannot hold them otherwise."""
+def evaluate(direction: str, rows: Sequence[Tensor], backend: str) -> list[Tensor]:
+    """Our loss and gradients, these under a loss scale: float16 cannot hold them otherwise."""
+    query, key = rows
     if direction == "self":
-        loss = nt_xent(*rows, TEMPERATURE, backend=backend)
+        loss = nt_xent(query, key, TEMPERATURE, backend=backend)
     else:
-        loss = info_nce(*rows, temperature=TEMPERATURE, symmetric=direction == "symmetric", backend=backend)
+        loss = info_nce(query, key, temperature=TEMPERATURE, symmetric=direction == "symmetric", backend=backend)
     return [x.detach().double() for x in (loss, *torch.autograd.grad(loss * 1024, rows))]
 
 
 def measure(case: Case, device: torch.device, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The row of each contestant as soon as it is known; of who cannot run, one that says so in place of a time."""
-    run = Contest(case, device)
+    run = Contest(case, device, contestants.losses(case, device), contestants.floor(case))
     names = [name for name in [FLOOR, *taking_part(case, list(run.losses))] if name not in without]
     if COMPILED in names:
         torch._dynamo.reset()
     times: dict[str, list[float]] = {}
     mine: list[Tensor] = []
-    query, key = case.inputs(device, seed=1)
+    inputs = case.inputs(device, seed=1)
     for name in names:
         try:  # each on its own: what cannot run must not take the others with it
             if name == OURS:
@@ -133,7 +125,7 @@ def measure(case: Case, device: torch.device, without: Collection[str] = ()) -> 
             if name not in (OURS, FLOOR) and (wrong := run.disagreement(name, mine)):
                 row = failed(run, name, f"disagrees: {wrong}")
             else:
-                times[name] = timed(run, name, query, key)
+                times[name] = timed(run, name, inputs)
                 row = run.row(name, times[name], times.get(FLOOR, []))
         except Exception as error:  # whatever a peer raises
             row = failed(run, name, why(error))
@@ -143,25 +135,26 @@ def measure(case: Case, device: torch.device, without: Collection[str] = ()) -> 
             return  # nothing to check the others against
 
 
-def timed(run: Contest, name: str, query: Tensor, key: Tensor) -> list[float]:
-    """Seconds of passes, the first ones not counted."""
+def timed(run: Contest, name: str, inputs: tuple[Tensor, ...]) -> list[float]:
+    """Seconds of a contestant's passes, the first ones not counted."""
     from triton.testing import do_bench
 
     def once() -> float:
-        query.grad = key.grad = None
+        forget_gradients(inputs)
         start = time.perf_counter()
-        run.step(name, query, key)
+        run.step(name, *inputs)
         return time.perf_counter() - start
 
     if once() > SLOW:
         return [once() for _ in range(3)]
     milliseconds = do_bench(
-        lambda: run.launch(name, query, key), warmup=10, rep=100, grad_to_none=[query, key], return_mode="all"
+        lambda: run.launch(name, *inputs), warmup=10, rep=100, grad_to_none=list(inputs), return_mode="all"
     )
     return [t / 1e3 for t in milliseconds]
 
 
 def why(error: Exception) -> str:
+    """The reason of a failure, in one line."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
         return "out of memory"
@@ -169,13 +162,13 @@ def why(error: Exception) -> str:
 
 
 def failed(run: Contest, name: str, reason: str) -> dict[str, Any]:
-    """The first words of the reason stand where the time would."""
+    """The row of a contestant that could not run: the first words of the reason stand where the time would."""
     tqdm.write(f"{run.case}: {name}: {reason}")
     return {**run.about(name), "median_ms": reason.split(":")[0]}
 
 
 def clean(device: torch.device, name: str) -> None:
-    """After each contestant, so that what it leaves is no matter of the next."""
+    """Free what a contestant leaves behind, so that it is no matter of the next."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize()
@@ -186,7 +179,7 @@ def clean(device: torch.device, name: str) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in the main thread when they are over."""
+    """Raise `OutOfTime` in the main thread when the seconds are over."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime
@@ -201,27 +194,27 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def run_all(
-    chosen: list[Case], device: torch.device, minutes: float, record: Path | None, first: int = 0,
-    without: Collection[str] = (), wrong: Collection[str] = (),
-) -> bool:  # fmt: skip
-    """Whether all of ours that was run is right. The cases before number `first` have been checked and timed.
+    chosen: list[Case], device: torch.device, minutes: float, path: str | None, without: Collection[str] = ()
+) -> bool:
+    """Run cases until they are done or time ends, and return whether all went well.
 
-    `without`: contestants that are left out. `wrong`: the cases, and kinds of cases, that ours is known to fail.
+    Args:
+        path: the CSV file that every row is appended to as soon as it is known.
+        without: contestants that are left out.
     """
-    end, done, wrong = time.monotonic() + 60 * minutes, first, list(wrong)
-    checked = {kind(this) for this in chosen[:first]}
+    done, checked, wrong = 0, set[str](), list[str]()
     try:
         with time_limit(60 * minutes):
-            for this in tqdm(chosen[first:]):
-                if kind(this) not in (*checked, *wrong):
+            for this in tqdm(chosen):
+                if kind(this) not in checked:
                     checked.add(kind(this))
                     if complaints := gate(this.direction, this.dtype, device):
                         wrong.append(kind(this))
                         print(f"ours is wrong, so no {kind(this)} is timed:", *complaints, sep="\n  ", file=sys.stderr)
                     clean(device, OURS)
                 for row in () if kind(this) in wrong else measure(this, device, without):
-                    if record:
-                        contest.append(record, [row])
+                    if path:
+                        record.append(path, [row])
                     if "p20_ms" in row:
                         figures = f"{row['median_ms']:>10} ms  {row['floor_ratio']:>7} x floor"
                         tqdm.write(f"{this!s:45} {row['contestant']:24} {figures}")
@@ -231,36 +224,27 @@ def run_all(
     except OutOfTime:
         print("no time left for", *chosen[done:], sep="\n  ", file=sys.stderr)
     except Broken as broken:
-        left_out = {*without, *broken.args} - {OURS}
-        go_on(chosen[done], (end - time.monotonic()) / 60, record, left_out, wrong)
+        print(
+            f"{chosen[done]}: {broken} has broken the GPU's context, so nothing more can be run in this process.",
+            f"Rows so far are recorded; to run the others, leave it out: --without {str(broken)!r}",
+            sep="\n", file=sys.stderr,
+        )  # fmt: skip
+        return False
     return not wrong
-
-
-def go_on(after: Case, minutes: float, record: Path | None, without: Collection[str], wrong: Collection[str]) -> None:
-    """In a fresh process in place of this one, whose exit status is then that of the whole run."""
-    arguments = ["--record", str(record or ""), "--minutes", f"{max(minutes, 0):.3f}", "--after", str(after)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, __file__, *arguments, "--without", *without, "--wrong", *wrong])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", help="append the results to this CSV file, relative to benchmarks/")
+    parser.add_argument("--record", help="append the results to this CSV file, absolute or relative to benchmarks/")
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--list", action="store_true", help="print the cases and time nothing")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contestants that are left out")
-    names = [str(this) for this in cases()]
-    parser.add_argument("--after", choices=names, metavar="CASE", help="go on after this case; what it checks is right")
-    parser.add_argument("--wrong", nargs="*", default=[], metavar="CASE", help="what of ours is: the exit status is 1")
     args = parser.parse_args()
     if args.list:
-        return print(*names, sep="\n")
+        return print(*cases(), sep="\n")
     if not torch.cuda.is_available():
         parser.exit(2, "the suite needs a GPU and torch sees none; --list prints the cases without one\n")
-    record = Path(__file__).parent / args.record if args.record else None
-    first = names.index(args.after) + 1 if args.after else 0
-    right = run_all(cases(), torch.device("cuda"), args.minutes, record, first, args.without, args.wrong)
-    sys.exit(not right)
+    sys.exit(not run_all(cases(), torch.device("cuda"), args.minutes, args.record, args.without))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Times tile configurations around those of `fused_infonce/tiles.py` on a GPU, and proposes rows for its table.
+"""Tuning of tile sizes: candidates around those of `backends/triton/tiles.py` are timed on a GPU, and rows proposed.
 
-    python benchmarks/tune.py --kernel exponentials coefficients --dim 768 256   to begin with: what most calls launch
-    python benchmarks/tune.py [--kernel gradient ...] [--dtype bfloat16 ...] [--dim 128 ...] [--record results/tune.csv]
-    python benchmarks/tune.py --list [--arch sm_90]                              the candidates, without a GPU
+    python -m benchmarks.tiles.tune --kernel exponentials coefficients --dim 768 256   what most calls launch: the first
+    python -m benchmarks.tiles.tune [--kernel gradient ...] [--dtype bfloat16 ...] [--dim 128 ...] [--record tune.csv]
+    python -m benchmarks.tiles.tune --list [--arch sm_90]                              the candidates, without a GPU
 
 The defaults, half a minute for each workload and width, end within about 15 minutes. "exponentials" are what the kernel
 "coefficients" writes before the rows' statistics are known; they share its rows of the table, not its registers.
@@ -19,15 +19,14 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import contest
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import record
 from fused_infonce.backends.triton import tiles
 from fused_infonce.backends.triton.tiles import Tile
 
@@ -74,7 +73,7 @@ def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]
 
 
 def changed(tile: Tile, default: Tile) -> int:
-    """How many fields."""
+    """The number of fields in which a tile differs from the default."""
     return sum(a != b for a, b in zip(tile, default, strict=True))
 
 
@@ -101,7 +100,7 @@ def instead(tile: Tile, arch: str, kernel: str, dtype: torch.dtype) -> Iterator[
 
 
 def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
-    """One of WORKLOADS as a call of `info_nce` on (n, d) rows launches it; what it returns is compared."""
+    """A function that launches one of WORKLOADS as `info_nce` of (n, d) rows does, and returns what is compared."""
     from fused_infonce.backends.triton import launch
     from fused_infonce.backends.triton.launch import LOG2E, Excluded, Side
 
@@ -139,7 +138,7 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
 
 
 def result(name: str, run: Run) -> list[Tensor]:
-    """What does not depend on the tile: the states of slots are merged first."""
+    """The results that do not depend on the tile: the states of slots are merged first."""
     from fused_infonce.backends.triton import launch
 
     first, *rest = run()
@@ -156,7 +155,7 @@ def error_of(found: list[Tensor], want: list[Tensor]) -> float:
 
 
 def measure(run: Run) -> float:
-    """Milliseconds."""
+    """The median time of a function in milliseconds."""
     from triton.testing import do_bench
 
     return do_bench(run, warmup=10, rep=50, return_mode="median")
@@ -166,7 +165,7 @@ def tune(
     arch: str, name: str, dtype: torch.dtype, n: int, d: int, device: torch.device, until: float,
     timer: Callable[[Run], float] = measure,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One record a candidate, the table's tile first; those that there is no time for are left out."""
+    """Records of the candidates, the table's tile first; those that there is no time for are left out."""
     kernel, run = WORKLOADS[name], workload(name, dtype, n, d, device)
     chosen = candidates(arch, kernel, dtype, d)
     want, default_ms = result(name, run), timer(run)
@@ -183,31 +182,31 @@ def tune(
         if time.monotonic() > until:
             tqdm.write(f"{name}, D = {d}: out of time after {len(records)} of {len(chosen)} candidates")
             break
-        record = {**about, "tile": tile, "default": False, "outcome": "ok", "error": "", "median_ms": ""}
+        found = {**about, "tile": tile, "default": False, "outcome": "ok", "error": "", "median_ms": ""}
         with instead(tile, arch, kernel, dtype):
             try:
-                record["error"] = error_of(result(name, run), want)
-                if record["error"] <= BOUNDS[tiles.CLASSES[dtype]]:
-                    record["median_ms"] = timer(run)
+                found["error"] = error_of(result(name, run), want)
+                if found["error"] <= BOUNDS[tiles.CLASSES[dtype]]:
+                    found["median_ms"] = timer(run)
                 else:
-                    record["outcome"] = "wrong"
+                    found["outcome"] = "wrong"
             except Exception as error:  # whatever the compiler or the driver raises: shared memory, registers
-                record["outcome"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-        records.append(record)
+                found["outcome"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        records.append(found)
     return records
 
 
 def best(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The fastest, or the table's tile where none is faster by a margin."""
     default = records[0]
-    timed = [record for record in records if record["outcome"] == "ok"]
-    fastest = min(timed, key=lambda record: record["median_ms"])
+    timed = [found for found in records if found["outcome"] == "ok"]
+    fastest = min(timed, key=lambda found: found["median_ms"])
     return fastest if fastest["median_ms"] <= GAIN * default["median_ms"] else default
 
 
 def pasted(found: dict[int, Tile], kernel: str) -> str:
     """Rows of one dtype class as `tiles.TABLE` has them; the last width stands for all above, except for gradients."""
-    rows = []
+    rows: list[tuple[int | None, Tile]] = []
     for d, tile in sorted(found.items()):
         if kernel == "gradient":
             tile = tile._replace(block_d=16)
@@ -235,7 +234,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512, 768])
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--minutes", type=float, default=0.5, help="at most, for each workload, dtype and width")
-    parser.add_argument("--record", help="append every figure to this CSV file, relative to benchmarks/")
+    parser.add_argument("--record", help="append every figure to this CSV file, absolute or relative to benchmarks/")
     parser.add_argument("--list", action="store_true", help="print the candidates and time nothing")
     parser.add_argument("--arch", choices=sorted(SHARED_KIB), help="with --list; else it is the GPU's")
     args = parser.parse_args()
@@ -261,8 +260,8 @@ def main() -> None:
             speed = winner["default_ms"] / winner["median_ms"]
             tqdm.write(f"{about} D = {d}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's")
             if args.record:
-                rows = [{**contest.provenance(device), **r, "tile": written(r["tile"])} for r in records]
-                contest.append(Path(__file__).parent / args.record, rows, FIELDS)
+                rows = [{**record.provenance(device), **r, "tile": written(r["tile"])} for r in records]
+                record.append(args.record, rows, FIELDS)
         if found:
             row = f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(found, kernel)}}}}},'
             print(f"{row}  # by {name}")

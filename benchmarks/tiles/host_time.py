@@ -1,6 +1,6 @@
-"""What a call on the Triton backend costs its host, without a GPU: kernels are compiled for one, and not launched.
+"""Host time of a call on the Triton backend, without a GPU: kernels are compiled for one, and not launched.
 
-    python benchmarks/host_time.py [--rows 32] [--dims 128 16]
+    python -m benchmarks.tiles.host_time [--rows 32] [--dims 128 16]
 
 Python, operators of a few rows on the CPU, and all that Triton does to launch a kernel but the driver's own part. On a
 GPU, operators cost the time of a launch instead of that of their arithmetic; so the columns compare with each other,
@@ -13,22 +13,24 @@ import argparse
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import triton
-from contestants import OURS, Case, losses
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.cases import DENSE, OURS, Case
+from benchmarks.contestants import losses
 from fused_infonce import contrast
-from fused_infonce.backends.triton import backend, tiles
+from fused_infonce.backends.triton import launch, tiles
 
 DIRECTIONS = {"one": "one direction", "symmetric": "both directions", "self": "self-similarity"}
 TARGET = GPUTarget("cuda", 90, 32)
 
 
 class NoDevice:
-    """A driver of Triton that loads nothing and counts what it is asked to launch."""
+    """A driver for Triton that loads nothing and counts what it is asked to launch."""
 
     launched = 0
 
@@ -49,6 +51,7 @@ class NoDevice:
 
 
 def microseconds(run: Callable[[], None], rounds: int = 300) -> float:
+    """The median of a function's times, the first tenth of the rounds left out."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -58,7 +61,7 @@ def microseconds(run: Callable[[], None], rounds: int = 300) -> float:
 
 
 def measure(case: Case) -> tuple[float, float, int]:
-    """(ours, dense, kernels that ours launches): microseconds of a forward and backward."""
+    """Microseconds of a forward and backward of ours and of the dense loss, and how many kernels ours launches."""
     inputs = case.inputs(torch.device("cpu"), seed=0)
 
     def step(name: str) -> None:
@@ -71,7 +74,7 @@ def measure(case: Case) -> tuple[float, float, int]:
     before = NoDevice.launched
     step(OURS)
     kernels = NoDevice.launched - before
-    return microseconds(lambda: step(OURS)), microseconds(lambda: step("dense")), kernels
+    return microseconds(lambda: step(OURS)), microseconds(lambda: step(DENSE)), kernels
 
 
 def main() -> None:
@@ -79,12 +82,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 16])
     args = parser.parse_args()
-    if backend.launch.INTERPRETED:
+    if launch.INTERPRETED:
         parser.exit(2, "unset TRITON_INTERPRET: interpreted kernels are not launched\n")
     triton.runtime.driver.set_active(NoDevice())
     torch.set_num_threads(1)
     contrast.resolve = lambda *_: "triton"
-    tiles.architecture, tiles.processors = (lambda _: "sm_90"), (lambda _: 132)
+    mock.patch.multiple(tiles, architecture=lambda _: "sm_90", processors=lambda _: 132).start()
     print(f"{'':18}{'D':>5}{'ours, us':>10}{'dense, us':>11}{'kernels':>9}")
     for d in args.dims:
         for direction, name in DIRECTIONS.items():
