@@ -15,9 +15,9 @@ pytest.importorskip("matplotlib", reason="the demo's packages are absent")
 pytest.importorskip("tqdm", reason="the demo's packages are absent")
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: the installed fused_infonce comes first
-from demo import cost, evaluate, mining, model, split, text
-from demo.__main__ import main
-from demo.settings import parse_arguments
+from examples.retrieval import cost, evaluate, mining, model, split, text
+from examples.retrieval.__main__ import main
+from examples.retrieval.settings import parse_arguments
 
 WORDS = """
 matrix vector tensor row column diagonal inverse rank trace norm solve factor product shape stride offset scalar

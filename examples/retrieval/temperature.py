@@ -1,4 +1,4 @@
-"""`python -m demo --temperatures`: the training at several temperatures, and what bfloat16 does to the gradient."""
+"""`python -m examples.retrieval --temperatures`: the training at several temperatures, and what bfloat16 does to the gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .evaluate import FORMS, encoder_scores, queries_of
 from .mining import Pair
 from .model import Encoder, embed, hashed_features
 from .report import Claim, draw_temperatures, environment, print_claims, print_table, write_json
-from .retrieval import FORM_TITLES, prepare, training_options
+from .show import FORM_TITLES, prepare, training_options
 from .settings import Settings
 from .train import TrainingData, train
 

@@ -39,7 +39,7 @@ class Settings:
 def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m demo",
+        prog="python -m examples.retrieval",
         description="Train a small text retriever with FusedInfoNCELoss, measure it, ask it questions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""`python -m demo`; see `--help`."""
+"""`python -m examples.retrieval`; see `--help`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from demo.settings import parse_arguments
+from .settings import parse_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,9 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line as it comes
     # Only now: worker processes import this module, and need no torch.
     if settings.temperatures is None:
-        from demo.retrieval import run
+        from .show import run
     else:
-        from demo.temperature import run
+        from .temperature import run
     return run(settings)
 
 
