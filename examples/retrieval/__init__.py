@@ -1,1 +1,1 @@
-"""Train a small text retriever with FusedInfoNCELoss, measure it, ask it questions: `python -m examples.retrieval`."""
+"""Text retriever trained with FusedInfoNCELoss, measured, and asked questions: `python -m examples.retrieval`."""

@@ -1,4 +1,4 @@
-"""`python -m examples.retrieval`; see `--help`."""
+"""Entry point of `python -m examples.retrieval`; see `--help`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from .settings import parse_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where everything the demo claims was shown, else 1."""
+    """Runs what the options name and returns the exit status: 1 where `--strict` found a claim not shown, else 0."""
     settings = parse_arguments(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line as it comes
-    # Only now: worker processes import this module, and need no torch.
-    if settings.temperatures is None:
-        from .show import run
-    else:
+    # Worker processes import this module and need no torch, so it is imported here.
+    if settings.temperatures is not None:
         from .temperature import run
+    elif settings.questions:
+        from .answers import run
+    else:
+        from .show import run
     return run(settings)
 
 

@@ -1,4 +1,8 @@
-"""Time and peak memory of one forward and backward of the loss, fused and dense, as the batch grows."""
+"""Time and peak memory of one forward and backward of the loss, fused and dense, as the batch grows.
+
+Other load on the machine must not decide which is faster: the contestants take turns within every round, a round's two
+times are compared with each other, and the middle half of the rounds is reported beside their median.
+"""
 
 from __future__ import annotations
 
@@ -21,35 +25,43 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 CONTESTANTS = ("fused", "dense")
 WARM_UP_ROWS = 64
-TIMING_SECONDS = 1.6
-MIN_ROUNDS, MAX_ROUNDS = 3, 50
+TIMING_SECONDS = 2.5
+MIN_ROUNDS, MAX_ROUNDS = 7, 50
+WORTH_IT = 0.05  # of a training step
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Cost:
+    """Time and memory of one contestant at one size; a spread holds the quartiles over the rounds."""
+
     contestant: str
     batch: int
     dim: int
+    rounds: int
     milliseconds: float
+    spread: tuple[float, float]
+    speedup: float  # the dense loss's time divided by this one's, median over the rounds
+    speedup_spread: tuple[float, float]
     peak_mib: float | None  # beyond the inputs, gradients included; None where the system does not tell
     loss: float
 
 
 def dense_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    """What everyone writes, and what info-nce-pytorch computes."""
+    """InfoNCE as everyone writes it, and as info-nce-pytorch computes it."""
     logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature
     return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
 
 
 def make_loss(contestant: str, temperature: float) -> Loss:
+    """Makes the loss function of a contestant."""
     if contestant == "fused":
         return FusedInfoNCELoss(temperature=temperature)
     return lambda query, key: dense_info_nce(query, key, temperature)
 
 
 def measure_costs(batches: list[int], dim: int, temperature: float, device: torch.device) -> list[Cost]:
-    """Both contestants at every size. They must agree: a wrong result is not timed."""
+    """Measures both contestants at every size. They must agree: a wrong result is not timed."""
     costs = []
     with tqdm(batches, desc="time and memory", unit="size", disable=None, file=sys.stderr) as bar:
         for batch in bar:
@@ -59,12 +71,57 @@ def measure_costs(batches: list[int], dim: int, temperature: float, device: torc
             for contestant in CONTESTANTS:
                 arguments = (contestant, batch, dim, temperature, str(device))
                 peak = peak_memory(*arguments) if device.type == "cuda" else _in_fresh_process(*arguments)
-                costs.append(Cost(contestant, batch, dim, times[contestant], peak, losses[contestant]))
+                costs.append(_cost(contestant, batch, dim, times, peak, losses[contestant]))
     return costs
 
 
+def _cost(
+    contestant: str, batch: int, dim: int, times: dict[str, list[float]], peak: float | None, loss: float
+) -> Cost:
+    own = times[contestant]
+    low, median, high = quartiles([1e3 * seconds for seconds in own])
+    slowest, speedup, fastest = quartiles([dense / mine for dense, mine in zip(times["dense"], own, strict=True)])
+    return Cost(contestant, batch, dim, len(own), median, (low, high), speedup, (slowest, fastest), peak, loss)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return low, median, high
+
+
+def faster_from(costs: list[Cost]) -> int | None:
+    """Finds the smallest timed batch from which on three rounds in four, at every size, found the fused loss faster."""
+    found = None
+    for cost in sorted((one for one in costs if one.contestant == "fused"), key=lambda one: -one.batch):
+        if cost.speedup_spread[0] <= 1:
+            break
+        found = cost.batch
+    return found
+
+
+def step_savings(costs: list[Cost], batch: int, step_milliseconds: float) -> dict[int, float] | None:
+    """Estimates the share of a dense training step that the fused loss saves at every timed batch.
+
+    A step at `batch` with the fused loss took `step_milliseconds`; what is not the loss is taken to grow with the
+    batch. None where the loss was not timed at `batch`.
+    """
+    of_fused = {one.batch: one for one in costs if one.contestant == "fused"}
+    if batch not in of_fused:
+        return None
+    rest = max(0.0, step_milliseconds - of_fused[batch].milliseconds) / batch
+    savings = {}
+    for size, one in sorted(of_fused.items()):
+        dense = one.speedup * one.milliseconds  # both from the same rounds, unlike the two medians
+        savings[size] = (dense - one.milliseconds) / (rest * size + dense)
+    return savings
+
+
 def peak_memory(contestant: str, batch: int, dim: int, temperature: float, device_name: str) -> float | None:
-    """MiB that one forward and backward adds at its peak. On a CPU, for a fresh process: there the peak only grows."""
+    """Measures the MiB that one forward and backward adds at its peak.
+
+    On a CPU it must run in a fresh process, because the peak of a process only grows.
+    """
     device = torch.device(device_name)
     loss = make_loss(contestant, temperature)
     forward_backward(loss, *random_pairs(WARM_UP_ROWS, dim, device))
@@ -80,6 +137,7 @@ def peak_memory(contestant: str, batch: int, dim: int, temperature: float, devic
 
 
 def random_pairs(rows: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Makes queries and noisy copies of them as keys."""
     rng = torch.Generator().manual_seed(rows)
     query = torch.randn(rows, dim, generator=rng)
     key = query + 3.0 * torch.randn(rows, dim, generator=rng)
@@ -87,6 +145,7 @@ def random_pairs(rows: int, dim: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def forward_backward(loss: Loss, query: Tensor, key: Tensor) -> float:
+    """Runs the loss forward and backward and returns its value."""
     query.grad = key.grad = None
     value = loss(query, key)
     value.backward()
@@ -95,8 +154,8 @@ def forward_backward(loss: Loss, query: Tensor, key: Tensor) -> float:
 
 def _interleaved_times(
     batch: int, dim: int, temperature: float, device: torch.device, seconds: float = TIMING_SECONDS
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses and median milliseconds. The contestants take turns, so that other load on the machine meets both."""
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Losses, and the seconds of every round. Whoever was second in one round is first in the next."""
     query, key = random_pairs(batch, dim, device)
     losses = {name: forward_backward(make_loss(name, temperature), query, key) for name in CONTESTANTS}
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
@@ -104,14 +163,14 @@ def _interleaved_times(
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - begun > seconds:
             break
-        for name, of_name in times.items():
+        for name in CONTESTANTS if done % 2 == 0 else CONTESTANTS[::-1]:
             loss = make_loss(name, temperature)
             _synchronize(device)
             started = time.perf_counter()
             forward_backward(loss, query, key)
             _synchronize(device)
-            of_name.append(time.perf_counter() - started)
-    return losses, {name: 1e3 * statistics.median(of_name) for name, of_name in times.items()}
+            times[name].append(time.perf_counter() - started)
+    return losses, times
 
 
 def _in_fresh_process(contestant: str, batch: int, dim: int, temperature: float, device_name: str) -> float | None:

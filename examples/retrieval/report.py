@@ -1,4 +1,4 @@
-"""What a run leaves behind: report.json, one picture, a few printed tables."""
+"""Figures of a run: its environment, its claims, tables on the terminal and the JSON file."""
 
 from __future__ import annotations
 
@@ -12,46 +12,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fused_infonce import __version__
 
-OURS, DENSE, PLAIN, QUIET = "#0b6e99", "#d1603d", "#8a8f98", "#c9cdd3"
-COLOURS = {"untrained": QUIET, "TF-IDF": PLAIN, "trained": OURS, "fused": OURS, "dense": DENSE}
+# What was taken out of a held-out docstring before it was asked; the keys are those of evaluate.FORMS.
+FORM_TITLES = {"strict": "every word of the name removed", "plain": "the name removed"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Something the demo must show, and what it found."""
+    """A claim that the default run shows, and what this run found."""
 
     text: str
     shown: bool
     found: str
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"python": platform.python_version(), "fused_infonce": __version__}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version(), "fused_infonce": __version__}
     for package in ("torch", "triton", "numpy", "scikit-learn"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "absent"
+            found[package] = "absent"
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Date, device and versions of this run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": f"{device.type}: {name}, {torch.get_num_threads()} threads of {os.cpu_count()}",
-        "versions": versions,
+        "versions": versions(),
     }
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Writes the report, and makes its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Prints rows under a header, the first column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
         first, *rest = (
@@ -61,141 +66,14 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         print("  " + "  ".join([first, *rest]))
 
 
-def print_claims(claims: list[Claim]) -> bool:
+def print_claims(claims: list[Claim], strict: bool) -> int:
+    """Prints every claim and what was found, and returns the exit status: 1 where one was not shown and must be."""
     print()
     for claim in claims:
-        print(f"  {'shown    ' if claim.shown else 'NOT SHOWN'}  {claim.text}: {claim.found}")
-    return all(claim.shown for claim in claims)
-
-
-def draw_demo(path: Path, report: dict[str, Any]) -> None:
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
-    axes = figure.subplots(2, 2)
-    _draw_retrieval(axes[0, 0], report)
-    _draw_curves(axes[0, 1], report)
-    _draw_cost(axes[1, 0], report, "milliseconds", "time (ms)", "Time of the loss, forward and backward")
-    _draw_cost(axes[1, 1], report, "peak_mib", "peak memory beyond the inputs (MiB)", "Memory of the loss")
-    training = report["training"]
-    figure.suptitle(
-        f"FusedInfoNCELoss trains a text retriever: {training['pairs']} pairs, batch {training['batch']}, "
-        f"temperature {training['temperature']:g}, {training['seconds']:.0f} s\n{report['device']}",
-        fontsize=12,
-    )
-    _save(figure, path)
-
-
-def _draw_retrieval(axes: Axes, report: dict[str, Any]) -> None:
-    groups = [
-        ("strict", "recall_at_1", 0.0, "R@1\nname's words\nremoved"),
-        ("strict", "mrr_at_10", 1.0, "MRR@10\nname's words\nremoved"),
-        ("plain", "recall_at_1", 2.4, "R@1\nname\nremoved"),
-        ("plain", "mrr_at_10", 3.4, "MRR@10\nname\nremoved"),
-    ]
-    width = 0.27
-    for shift, (name, by_form) in enumerate(report["retrieval"].items()):
-        values = [by_form[form][metric] for form, metric, *_ in groups]
-        label = "TF-IDF, best setting" if name == "TF-IDF" else f"{name} encoder"
-        places = [place + (shift - 1) * width for _, _, place, _ in groups]
-        bars = axes.bar(places, values, width, label=label, color=COLOURS[name])
-        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
-    axes.set_xticks([place for _, _, place, _ in groups], [title for *_, title in groups])
-    axes.set_ylim(0, 1.0)
-    axes.set_ylabel("score")
-    _finish(axes, f"Retrieval among {report['training']['held_out']} held-out objects", legend="upper left")
-
-
-def _draw_curves(axes: Axes, report: dict[str, Any]) -> None:
-    fused, reference = report["loss"]["fused"], report["loss"]["reference"]
-    steps = range(1, len(fused) + 1)
-    axes.plot(steps, fused, color=OURS, linewidth=4, alpha=0.45, label="fused")
-    axes.plot(steps, reference, color="black", linewidth=1.2, linestyle="--", label="dense reference")
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats)")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    _finish(axes, "Training with the same seed and either loss", legend=None)
-    # A difference of zero has no place on a logarithmic axis.
-    apart = [max(abs(a - b), 1e-9) for a, b in zip(fused, reference, strict=True)]
-    right = axes.twinx()
-    right.plot(steps, apart, color=DENSE, linewidth=0, marker=".", markersize=4, label="difference (right)")
-    right.axhline(1e-4, color=DENSE, linewidth=0.8, linestyle=":", label="allowed in the first 20 steps")
-    right.set_yscale("log")
-    right.set_ylim(5e-10, 1)
-    right.set_ylabel("absolute difference")
-    right.spines["top"].set_visible(False)
-    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False, fontsize=9, loc="upper right")
-
-
-def _draw_cost(axes: Axes, report: dict[str, Any], field: str, label: str, title: str) -> None:
-    for contestant in ("dense", "fused"):
-        of_one = [c for c in report["cost"] if c["contestant"] == contestant and c[field] is not None]
-        batches = [cost["batch"] for cost in of_one]
-        values = [cost[field] for cost in of_one]
-        axes.plot(batches, values, marker="o", color=COLOURS[contestant], label=contestant)
-        if values:
-            axes.annotate(
-                f"{values[-1]:.0f}", (batches[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
-                va="center", color=COLOURS[contestant], fontsize=9,
-            )  # fmt: skip
-    if report["cost"]:
-        batches = sorted({cost["batch"] for cost in report["cost"]})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.12)
-        axes.set_xlabel(f"batch (queries = keys, width {report['cost'][0]['dim']})")
-    axes.set_ylabel(label)
-    _finish(axes, title, legend="upper left")
-
-
-def draw_temperatures(path: Path, report: dict[str, Any]) -> None:
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    runs = report["temperatures"]
-    temperatures = [run["temperature"] for run in runs]
-    for form, colour, title in (("strict", OURS, "name's words removed"), ("plain", PLAIN, "name removed")):
-        for metric, style, label in (("recall_at_1", "-o", "R@1"), ("mrr_at_10", ":o", "MRR@10")):
-            values = [run["retrieval"][form][metric] for run in runs]
-            left.plot(temperatures, values, style, color=colour, label=f"{label}, {title}")
-    left.set_ylabel("score")
-    left.set_ylim(0, 1.05)
-    _finish(left, f"Retrieval among {report['training']['held_out']} held-out objects", legend="upper left")
-    for name, colour, label in (
-        ("dense", DENSE, "dense loss in bfloat16"),
-        ("fused", OURS, "FusedInfoNCELoss"),
-        ("rounding", "black", "exact gradient, rounded to bfloat16"),
-    ):
-        errors = [run["gradient_error"]["training batch"][name] for run in runs]
-        right.plot(temperatures, errors, "--" if name == "rounding" else "-o", color=colour, label=label)
-    right.set_yscale("log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    right.yaxis.set_minor_formatter(NullFormatter())
-    right.set_ylabel("relative error of the gradient (Frobenius)")
-    _finish(right, "bfloat16 gradient on the trained embeddings, against float64", legend="upper right")
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
-        axes.minorticks_off()
-        axes.set_xlabel("temperature")
-    figure.suptitle(report["device"], fontsize=10)
-    _save(figure, path)
-
-
-def _finish(axes: Axes, title: str, legend: str | None) -> None:
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.grid(True, axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, loc=legend)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+        print(f"  {'shown    ' if claim.shown else 'not shown'}  {claim.text}: {claim.found}")
+    if all(claim.shown for claim in claims):
+        return 0
+    if not strict:
+        print("\nA training shorter than the default, or on other data, need not show every claim; this is no error")
+        print("(--strict makes it one).")
+    return 1 if strict else 0

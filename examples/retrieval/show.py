@@ -1,76 +1,40 @@
-"""The demo proper: mine, train, evaluate, compare with the reference and the dense loss, report, answer questions."""
+"""The whole demo: mine, train, evaluate, compare with the reference and the dense loss, answer questions, report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
-import torch
-
-from .cost import measure_costs
+from . import saved
+from .answers import as_report, evenly, held_out_answers, known_answers, print_known
+from .cost import WORTH_IT, Cost, faster_from, measure_costs, step_savings
 from .evaluate import FORMS, Scores, encoder_scores, tfidf_scores
-from .mining import Pair, mine
-from .model import Encoder, embed, hashed_features
-from .report import Claim, draw_demo, environment, print_claims, print_table, write_json
+from .picture import draw_demo
+from .report import FORM_TITLES, Claim, environment, print_claims, print_table, write_json
+from .saved import Retriever
 from .settings import Settings
-from .split import Split, drop_repeats, split_pairs
-from .text import words
-from .train import Training, TrainingData, TrainingOptions, new_encoder, train
+from .train import Training, TrainingData, new_encoder, prepare, train, training_options
 
 CHECKED_STEPS = 20
 CURVE_TOLERANCE = 1e-4
 WANTED_GAIN = 1.5
-ANSWERS = 3
-FORM_TITLES = {"strict": "every word of the name removed", "plain": "the name removed"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    signature: str
-    summary: str
-    similarity: float
-    held_out: bool
-
-
-def choose_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def training_options(settings: Settings) -> TrainingOptions:
-    return TrainingOptions(
-        dim=settings.dim,
-        batch=settings.batch,
-        epochs=settings.epochs,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        device=choose_device(settings.device),
-    )
-
-
-def prepare(settings: Settings) -> tuple[list[Pair], Split]:
-    """All mined pairs and their split, with a line or two on both."""
-    print("Parsing the sources of", settings.source or "torch, numpy and the standard library", "...")
-    started = time.perf_counter()
-    pairs = drop_repeats(mine(settings.max_pairs, settings.source))
-    split = split_pairs(pairs, settings.held_out, settings.seed)
-    seconds = time.perf_counter() - started
-    print(f"Mined {len(pairs)} pairs by parsing sources, in {seconds:.0f} s: {len(split.train)} to train on,")
-    print(f"{len(split.held_out)} held out, nearly equal texts and equal names kept on one side. One of them:")
-    print(f"  query  {split.held_out[0].query}\n  key    {split.held_out[0].key}\n")
-    return pairs, split
 
 
 def run(settings: Settings) -> int:
+    """Runs and reports the whole demo, saves its model, and returns the exit status."""
     started = time.perf_counter()
     options = training_options(settings)
     pairs, split = prepare(settings)
     data = TrainingData.of(split.train)
+    batch = min(options.batch, len(data))
 
     trained = train(data, options, label="fused loss")
     reference = train(data, options, backend="reference", label="reference loss")
-    print(f"Trained {len(trained.losses)} steps of {min(options.batch, len(data))} pairs in {trained.seconds:.0f} s")
+    steps = len(trained.losses)
+    print(f"Trained {steps} steps of {batch} pairs in {trained.seconds:.0f} s with the fused loss,")
+    print(f"and in {reference.seconds:.0f} s with the dense reference.")
+    retriever = Retriever.of(trained.encoder, pairs, split, options.device)
+    model = saved.save(settings, retriever)
 
     tfidf = tfidf_scores(split.train, split.held_out)
     # The best on the held-out pairs themselves, for each form: a choice that favours TF-IDF.
@@ -81,8 +45,12 @@ def run(settings: Settings) -> int:
         "trained": encoder_scores(trained.encoder, split.held_out, options.device),
     }
     costs = measure_costs(list(settings.cost_batches), options.dim, options.temperature, options.device)
+    step = 1e3 * trained.seconds / max(1, steps)
+    savings = step_savings(costs, batch, step)
     claims = [*retrieval_claims(scores), curve_claim(trained, reference)]
-    answers = ask(settings.questions, trained.encoder, pairs, split, options.device)
+    known = known_answers(retriever)
+    of_held_out = held_out_answers(retriever, split)
+    shown_held_out = held_out_answers(retriever, evenly(split))
 
     seconds = time.perf_counter() - started
     report = {
@@ -90,30 +58,39 @@ def run(settings: Settings) -> int:
         "seed": settings.seed,
         "seconds": seconds,
         "training": {
-            "pairs": len(split.train), "held_out": len(split.held_out), "epochs": options.epochs,
-            "batch": min(options.batch, len(data)), "dim": options.dim, "temperature": options.temperature,
-            "seconds": trained.seconds, "reference_seconds": reference.seconds,
+            "pairs": len(split.train), "held_out": len(split.held_out), "epochs": options.epochs, "batch": batch,
+            "dim": options.dim, "temperature": options.temperature, "seconds": trained.seconds,
+            "reference_seconds": reference.seconds,
         },
         "retrieval": {name: {form: asdict(of_form) for form, of_form in by.items()} for name, by in scores.items()},
         "tfidf_best": best,
         "tfidf_settings": {name: {form: asdict(of_form) for form, of_form in by.items()} for name, by in tfidf.items()},
         "loss": {"fused": trained.losses, "reference": reference.losses},
         "cost": [asdict(cost) for cost in costs],
+        "faster_from": faster_from(costs),
+        "step_savings": savings,
         "claims": [asdict(claim) for claim in claims],
-        "answers": {question: [asdict(found) for found in of_question] for question, of_question in answers.items()},
+        "answers": {
+            "held_out_ranks": [one.rank for one in of_held_out],
+            "held_out": as_report(shown_held_out),
+            "known": as_report(known),
+        },
     }  # fmt: skip
     write_json(settings.output / "report.json", report)
     draw_demo(settings.output / "demo.png", report)
     print_retrieval(scores)
-    print_costs(report)
-    shown = print_claims(claims)
-    print_answers(answers)
-    print(f"\nPicture and figures: {settings.output}/demo.png, {settings.output}/report.json ({seconds:.0f} s in all)")
-    return 0 if shown else 1
+    print_costs(costs)
+    print_gain(costs, batch, step, savings)
+    print_known(known, shown_held_out, of_held_out, len(pairs))
+    status = print_claims(claims, settings.strict)
+    output = settings.output
+    print(f"\nPicture, figures and model: {output}/demo.png, {output}/report.json, {model} ({seconds:.0f} s in all)")
+    print(f"Ask it something, answered from the model in seconds: {settings.next_command}")
+    return status
 
 
 def retrieval_claims(scores: dict[str, dict[str, Scores]]) -> list[Claim]:
-    """The gain is claimed where no word of the name helps; with them left in, matching words alone goes a long way."""
+    """Claims on R@1. The gain is claimed where no word of the name helps: with them, matching words goes a long way."""
     recalls = {name: {form: by[form].recall_at_1 for form in FORMS} for name, by in scores.items()}
     trained, untrained = recalls["trained"]["strict"], recalls["untrained"]["strict"]
     gain = Claim(
@@ -133,35 +110,19 @@ def retrieval_claims(scores: dict[str, dict[str, Scores]]) -> list[Claim]:
 
 
 def curve_claim(trained: Training, reference: Training) -> Claim:
+    """The claim that training follows one curve with either loss."""
     steps = min(CHECKED_STEPS, len(trained.losses))
-    apart = max(abs(a - b) for a, b in zip(trained.losses[:steps], reference.losses[:steps], strict=True))
+    pairs = zip(trained.losses[:steps], reference.losses[:steps], strict=True)
+    apart = max((abs(a - b) for a, b in pairs), default=0.0)
     return Claim(
         f"fused and reference loss agree to {CURVE_TOLERANCE:g} over {steps} steps",
-        apart <= CURVE_TOLERANCE,
+        steps > 0 and apart <= CURVE_TOLERANCE,
         f"largest difference {apart:.1e}",
     )
 
 
-def ask(
-    questions: Sequence[str], encoder: Encoder, pairs: list[Pair], split: Split, device: torch.device
-) -> dict[str, list[Answer]]:
-    """For each question, the mined objects whose key (path, name, arguments; not the docstring) is nearest to it."""
-    keys = embed(encoder, hashed_features([pair.key for pair in pairs]), device)
-    queries = embed(encoder, hashed_features([words(question) for question in questions]), device)
-    nearest = (queries @ keys.T).topk(min(ANSWERS, len(pairs)))
-    held_out = {pair.signature for pair in split.held_out}
-    answers = {}
-    for question, similarities, indices in zip(
-        questions, nearest.values.tolist(), nearest.indices.tolist(), strict=True
-    ):
-        found = [(pairs[index], similarity) for index, similarity in zip(indices, similarities, strict=True)]
-        answers[question] = [
-            Answer(pair.signature, pair.summary, similarity, pair.signature in held_out) for pair, similarity in found
-        ]
-    return answers
-
-
 def print_retrieval(scores: dict[str, dict[str, Scores]]) -> None:
+    """Prints R@1 and MRR@10 of the trained encoder, the untrained one and TF-IDF."""
     rows = [
         [name if name != "TF-IDF" else "TF-IDF, best setting"]
         + [f"{value:.3f}" for form in FORMS for value in (by[form].recall_at_1, by[form].mrr_at_10)]
@@ -171,25 +132,46 @@ def print_retrieval(scores: dict[str, dict[str, Scores]]) -> None:
     print_table(["", "R@1 (a)", "MRR@10 (a)", "R@1 (b)", "MRR@10 (b)"], rows)
 
 
-def print_costs(report: dict[str, Any]) -> None:
-    if not report["cost"]:
+def print_costs(costs: list[Cost]) -> None:
+    """Prints time and memory of the loss alone, the spread of the rounds beside every median."""
+    if not costs:
         return
-    print("\nForward and backward of the loss alone:")
     rows = []
-    for fused, dense in zip(report["cost"][::2], report["cost"][1::2], strict=True):
-        peaks = ["-" if cost["peak_mib"] is None else f"{cost['peak_mib']:.0f}" for cost in (fused, dense)]
-        rows.append([str(fused["batch"]), *(f"{cost['milliseconds']:.1f}" for cost in (fused, dense)), *peaks])
-    print_table(["batch", "fused ms", "dense ms", "fused MiB", "dense MiB"], rows)
+    for fused, dense in zip(costs[::2], costs[1::2], strict=True):
+        times = [cell for cost in (fused, dense) for cell in (f"{cost.milliseconds:.1f}", _spread(cost.spread, 1))]
+        peaks = ["-" if cost.peak_mib is None else f"{cost.peak_mib:.0f}" for cost in (fused, dense)]
+        speedup = [f"{fused.speedup:.2f}", _spread(fused.speedup_spread, 2)]
+        rows.append([str(fused.batch), *times, *speedup, *peaks, str(fused.rounds)])
+    print("\nForward and backward of the loss alone, in turn; medians, and the middle half of the rounds beside them:")
+    print_table(
+        ["batch", "fused ms", "", "dense ms", "", "dense / fused", "", "fused MiB", "dense MiB", "rounds"], rows
+    )
 
 
-def print_answers(answers: dict[str, list[Answer]]) -> None:
-    print("\nQuestions, answered from paths, names and arguments alone; * was held out from training:")
-    for question, found in answers.items():
-        print(f"\n  {question}?")
-        for one in found:
-            mark = "*" if one.held_out else " "
-            print(f"    {one.similarity:.2f} {mark} {_shortened(one.signature)}\n           {_shortened(one.summary)}")
+def print_gain(costs: list[Cost], batch: int, step: float, savings: dict[int, float] | None) -> None:
+    """Says from which batch the fused loss is faster by itself, and from which a training is shorter for it."""
+    if not costs:
+        return
+    largest = max(cost.batch for cost in costs)
+    alone = faster_from(costs)
+    print(
+        f"The fused loss alone is faster from batch {alone} on."
+        if alone is not None
+        else f"No gain in time above the spread at batch {largest}: other load, or too few rows."
+    )
+    if savings is None:
+        return
+    share = next(cost for cost in costs if cost.batch == batch).milliseconds / step
+    print(f"A training step took {step:.0f} ms at batch {batch}, {share:.1%} of it the loss.")
+    print("Estimated, as if all but the loss grew with the batch,")
+    shares = ", ".join(f"{saved:.1%} at {size}" for size, saved in savings.items())
+    print(f"the fused loss shortens a step by {shares}.")
+    paying = [size for size in savings if all(savings[other] >= WORTH_IT for other in savings if other >= size)]
+    if paying:
+        print(f"So in this small model it pays in training time ({WORTH_IT:.0%} or more) from batch {paying[0]} on.")
+    else:
+        print(f"So it does not pay in training time up to batch {largest}; the table says what it saves in memory.")
 
 
-def _shortened(text: str, width: int = 100) -> str:
-    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
+def _spread(spread: tuple[float, float], digits: int) -> str:
+    return f"{spread[0]:.{digits}f}-{spread[1]:.{digits}f}"
