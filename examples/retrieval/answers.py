@@ -139,13 +139,10 @@ def print_known(known: list[Known], held_out: list[Known], of_held_out: list[Kno
 
 def _print_ranked(known: list[Known]) -> None:
     for one in known:
-        verdict = "right" if one.rank == 1 else "WRONG"
-        print(f"\n  {verdict}  {_shortened(one.question)}?")
-        if one.rank == 1:
-            print(f"         found first    {_shortened(one.right, 90)}")
-        else:
-            print(f"         found first    {_shortened(one.first, 90)}")
-            print(f"         right, no. {one.rank:<5}{_shortened(one.right, 90)}")
+        print(f"\n  {'right' if one.rank == 1 else 'wrong'}  {_shortened(one.question.rstrip('.'))}")
+        print(f"         found            {_shortened(one.first, 90)}")
+        if one.rank > 1:
+            print(f"         right, rank {one.rank:<5}{_shortened(one.right, 90)}")
 
 
 def print_answers(answers: dict[str, list[Answer]]) -> None:

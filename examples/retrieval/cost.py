@@ -1,12 +1,14 @@
 """Time and peak memory of one forward and backward of the loss, fused and dense, as the batch grows.
 
 Other load on the machine must not decide which is faster: the contestants take turns within every round, a round's two
-times are compared with each other, and the middle half of the rounds is reported beside their median.
+times are compared with each other, the middle half of the rounds is reported beside their median, and where other
+programs used the processor meanwhile, no conclusion is drawn.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -25,8 +27,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 CONTESTANTS = ("fused", "dense")
 WARM_UP_ROWS = 64
-TIMING_SECONDS = 2.5
-MIN_ROUNDS, MAX_ROUNDS = 7, 50
+TIMING_SECONDS, MAX_SECONDS = 2.5, 16.0
+FEWEST_ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 50
+QUIET = 0.1  # share of the processor that other programs may use before times are not believed
 WORTH_IT = 0.05  # of a training step
 MIB = 2**20
 
@@ -43,6 +46,7 @@ class Cost:
     spread: tuple[float, float]
     speedup: float  # the dense loss's time divided by this one's, median over the rounds
     speedup_spread: tuple[float, float]
+    others: float | None  # share of the processor that other programs used meanwhile; None where the system is silent
     peak_mib: float | None  # beyond the inputs, gradients included; None where the system does not tell
     loss: float
 
@@ -65,29 +69,46 @@ def measure_costs(batches: list[int], dim: int, temperature: float, device: torc
     costs = []
     with tqdm(batches, desc="time and memory", unit="size", disable=None, file=sys.stderr) as bar:
         for batch in bar:
+            before = _other_seconds()
+            began = time.perf_counter()
             losses, times = _interleaved_times(batch, dim, temperature, device)
+            cores_seconds = (time.perf_counter() - began) * (os.cpu_count() or 1)
+            after = _other_seconds()
+            others = None if before is None or after is None else max(0.0, after - before) / cores_seconds
             if abs(losses["fused"] - losses["dense"]) > 1e-4 * max(1.0, abs(losses["dense"])):
                 raise RuntimeError(f"the losses differ at batch {batch}: {losses}")
             for contestant in CONTESTANTS:
                 arguments = (contestant, batch, dim, temperature, str(device))
                 peak = peak_memory(*arguments) if device.type == "cuda" else _in_fresh_process(*arguments)
-                costs.append(_cost(contestant, batch, dim, times, peak, losses[contestant]))
+                costs.append(_cost(contestant, batch, dim, times, others, peak, losses[contestant]))
     return costs
 
 
 def _cost(
-    contestant: str, batch: int, dim: int, times: dict[str, list[float]], peak: float | None, loss: float
+    contestant: str,
+    batch: int,
+    dim: int,
+    times: dict[str, list[float]],
+    others: float | None,
+    peak: float | None,
+    loss: float,
 ) -> Cost:
     own = times[contestant]
     low, median, high = quartiles([1e3 * seconds for seconds in own])
     slowest, speedup, fastest = quartiles([dense / mine for dense, mine in zip(times["dense"], own, strict=True)])
-    return Cost(contestant, batch, dim, len(own), median, (low, high), speedup, (slowest, fastest), peak, loss)
+    return Cost(contestant, batch, dim, len(own), median, (low, high), speedup, (slowest, fastest), others, peak, loss)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
     return low, median, high
+
+
+def disturbed(costs: list[Cost]) -> float | None:
+    """Finds the largest share of the processor that other programs used, where that spoils the times, else None."""
+    largest = max((cost.others for cost in costs if cost.others is not None), default=0.0)
+    return largest if largest > QUIET else None
 
 
 def faster_from(costs: list[Cost]) -> int | None:
@@ -161,7 +182,8 @@ def _interleaved_times(
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     begun = time.perf_counter()
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - begun > seconds:
+        elapsed = time.perf_counter() - begun
+        if (done >= MIN_ROUNDS and elapsed > seconds) or (done >= FEWEST_ROUNDS and elapsed > MAX_SECONDS):
             break
         for name in CONTESTANTS if done % 2 == 0 else CONTESTANTS[::-1]:
             loss = make_loss(name, temperature)
@@ -181,6 +203,17 @@ def _in_fresh_process(contestant: str, batch: int, dim: int, temperature: float,
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(peak_memory, contestant, batch, dim, temperature, device_name).result()
+
+
+def _other_seconds() -> float | None:
+    """Processor seconds that everything but this process has used, or None where the system does not tell."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _idle, _waiting, *interrupts = map(int, file.readline().split()[1:9])
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + sum(interrupts)) / ticks - time.process_time()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from . import saved
 from .answers import as_report, evenly, held_out_answers, known_answers, print_known
-from .cost import WORTH_IT, Cost, faster_from, measure_costs, step_savings
+from .cost import WORTH_IT, Cost, disturbed, faster_from, measure_costs, step_savings
 from .evaluate import FORMS, Scores, encoder_scores, tfidf_scores
 from .picture import draw_demo
 from .report import FORM_TITLES, Claim, environment, print_claims, print_table, write_json
@@ -16,6 +16,7 @@ from .settings import Settings
 from .train import Training, TrainingData, new_encoder, prepare, train, training_options
 
 CHECKED_STEPS = 20
+REFERENCE_STEPS = 30  # enough to see that the curves are one; the rest would only take its time
 CURVE_TOLERANCE = 1e-4
 WANTED_GAIN = 1.5
 
@@ -29,10 +30,10 @@ def run(settings: Settings) -> int:
     batch = min(options.batch, len(data))
 
     trained = train(data, options, label="fused loss")
-    reference = train(data, options, backend="reference", label="reference loss")
-    steps = len(trained.losses)
-    print(f"Trained {steps} steps of {batch} pairs in {trained.seconds:.0f} s with the fused loss,")
-    print(f"and in {reference.seconds:.0f} s with the dense reference.")
+    reference = train(data, options, backend="reference", max_steps=REFERENCE_STEPS, label="reference loss")
+    step, reference_step = (1e3 * one.seconds / max(1, len(one.losses)) for one in (trained, reference))
+    print(f"Trained {len(trained.losses)} steps of {batch} pairs in {trained.seconds:.0f} s, {step:.0f} ms a step;")
+    print(f"{len(reference.losses)} steps with the dense reference loss took {reference_step:.0f} ms each.")
     retriever = Retriever.of(trained.encoder, pairs, split, options.device)
     model = saved.save(settings, retriever)
 
@@ -45,8 +46,7 @@ def run(settings: Settings) -> int:
         "trained": encoder_scores(trained.encoder, split.held_out, options.device),
     }
     costs = measure_costs(list(settings.cost_batches), options.dim, options.temperature, options.device)
-    step = 1e3 * trained.seconds / max(1, steps)
-    savings = step_savings(costs, batch, step)
+    savings = None if disturbed(costs) else step_savings(costs, batch, step)
     claims = [*retrieval_claims(scores), curve_claim(trained, reference)]
     known = known_answers(retriever)
     of_held_out = held_out_answers(retriever, split)
@@ -60,13 +60,14 @@ def run(settings: Settings) -> int:
         "training": {
             "pairs": len(split.train), "held_out": len(split.held_out), "epochs": options.epochs, "batch": batch,
             "dim": options.dim, "temperature": options.temperature, "seconds": trained.seconds,
-            "reference_seconds": reference.seconds,
+            "step_milliseconds": step, "reference_step_milliseconds": reference_step,
         },
         "retrieval": {name: {form: asdict(of_form) for form, of_form in by.items()} for name, by in scores.items()},
         "tfidf_best": best,
         "tfidf_settings": {name: {form: asdict(of_form) for form, of_form in by.items()} for name, by in tfidf.items()},
         "loss": {"fused": trained.losses, "reference": reference.losses},
         "cost": [asdict(cost) for cost in costs],
+        "disturbed": disturbed(costs),
         "faster_from": faster_from(costs),
         "step_savings": savings,
         "claims": [asdict(claim) for claim in claims],
@@ -111,7 +112,7 @@ def retrieval_claims(scores: dict[str, dict[str, Scores]]) -> list[Claim]:
 
 def curve_claim(trained: Training, reference: Training) -> Claim:
     """The claim that training follows one curve with either loss."""
-    steps = min(CHECKED_STEPS, len(trained.losses))
+    steps = min(CHECKED_STEPS, len(reference.losses))
     pairs = zip(trained.losses[:steps], reference.losses[:steps], strict=True)
     apart = max((abs(a - b) for a, b in pairs), default=0.0)
     return Claim(
@@ -141,10 +142,24 @@ def print_costs(costs: list[Cost]) -> None:
         times = [cell for cost in (fused, dense) for cell in (f"{cost.milliseconds:.1f}", _spread(cost.spread, 1))]
         peaks = ["-" if cost.peak_mib is None else f"{cost.peak_mib:.0f}" for cost in (fused, dense)]
         speedup = [f"{fused.speedup:.2f}", _spread(fused.speedup_spread, 2)]
-        rows.append([str(fused.batch), *times, *speedup, *peaks, str(fused.rounds)])
+        others = "-" if fused.others is None else f"{fused.others:.0%}"
+        rows.append([str(fused.batch), *times, *speedup, *peaks, str(fused.rounds), others])
     print("\nForward and backward of the loss alone, in turn; medians, and the middle half of the rounds beside them:")
     print_table(
-        ["batch", "fused ms", "", "dense ms", "", "dense / fused", "", "fused MiB", "dense MiB", "rounds"], rows
+        [
+            "batch",
+            "fused ms",
+            "",
+            "dense ms",
+            "",
+            "dense / fused",
+            "",
+            "fused MiB",
+            "dense MiB",
+            "rounds",
+            "other load",
+        ],
+        rows,
     )
 
 
@@ -152,12 +167,17 @@ def print_gain(costs: list[Cost], batch: int, step: float, savings: dict[int, fl
     """Says from which batch the fused loss is faster by itself, and from which a training is shorter for it."""
     if not costs:
         return
+    load = disturbed(costs)
+    if load is not None:
+        print(f"Other programs used up to {load:.0%} of the processor meanwhile: the times above decide nothing, the")
+        print("memory does. Run it again on an idle machine to see which loss is faster.")
+        return
     largest = max(cost.batch for cost in costs)
     alone = faster_from(costs)
     print(
         f"The fused loss alone is faster from batch {alone} on."
         if alone is not None
-        else f"No gain in time above the spread at batch {largest}: other load, or too few rows."
+        else f"The fused loss alone is not faster beyond the spread, up to batch {largest}."
     )
     if savings is None:
         return
