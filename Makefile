@@ -30,10 +30,10 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-demo ## train a text retriever and ask it questions (ASK="..." for your own)
-	$(BIN)/python -m demo $(DEMO_ARGS)
+	$(BIN)/python -m examples.retrieval $(DEMO_ARGS)
 
 demo-temperature: $(VENV)/.installed-demo ## the same at several temperatures
-	$(BIN)/python -m demo --temperatures $(DEMO_ARGS)
+	$(BIN)/python -m examples.retrieval --temperatures $(DEMO_ARGS)
 
 # The tests see the installed layout, ahead of the editable install and of the repository itself.
 # Whatever measures time or memory runs alone, first; the rest runs in $(JOBS) processes.

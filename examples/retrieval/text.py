@@ -13,17 +13,17 @@ _INFLECTION = re.compile(r"(ing|ed|es|s|e)$")
 
 
 def subtokens(identifier: str) -> list[str]:
-    """`readCSVFile_2` -> `read csv file 2`; also the words of a sentence."""
+    """Splits an identifier or a sentence into lower-case words: `readCSVFile_2` -> `read csv file 2`."""
     return [token.lower() for token in _SUBTOKEN.findall(identifier)]
 
 
 def words(text: str) -> str:
-    """What every retriever here, learned or not, is given to read: lower-case words, identifiers split."""
+    """Normalises a text for every retriever here, learned or not: lower-case words, identifiers split."""
     return " ".join(subtokens(text))
 
 
 def first_paragraph(docstring: str) -> str:
-    """The first prose paragraph: signatures, directives and markup dropped, whitespace collapsed."""
+    """Extracts the first paragraph of prose: signatures, directives and markup dropped, whitespace collapsed."""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         lines = [line for line in block.splitlines() if not _DIRECTIVE.match(line)]
         while lines and _SIGNATURE.fullmatch(lines[0]):
@@ -40,7 +40,7 @@ def first_paragraph(docstring: str) -> str:
 
 
 def remove_name(text: str, name: str) -> str:
-    """`text` without `name`, however it is spelt: `read_csv`, `pd.read_csv()`, `ReadCSV`, `read csv`, `read-csvs`.
+    """Removes `name` from `text` however it is spelt: `read_csv`, `pd.read_csv()`, `ReadCSV`, `read csv`, `read-csvs`.
 
     Sub-tokens go only where together, and in order, they are the whole name.
     """
@@ -53,7 +53,7 @@ def remove_name(text: str, name: str) -> str:
 
 
 def remove_name_words(text: str, name: str) -> str:
-    """The words of `text` without any that `name` is made of, whatever its simple ending."""
+    """Removes from the words of `text` those that `name` is made of, whatever their simple ending."""
     stems = {_stem(token) for token in subtokens(name)}
     return " ".join(token for token in subtokens(text) if _stem(token) not in stems)
 

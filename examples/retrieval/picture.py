@@ -1,79 +1,27 @@
-"""What a run leaves behind: report.json, one picture, a few printed tables."""
+"""Pictures of a run, apart from the report because an answer need not wait for matplotlib's import."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-from fused_infonce import __version__
 
 OURS, DENSE, PLAIN, QUIET = "#0b6e99", "#d1603d", "#8a8f98", "#c9cdd3"
 COLOURS = {"untrained": QUIET, "TF-IDF": PLAIN, "trained": OURS, "fused": OURS, "dense": DENSE}
 
 
-@dataclass(frozen=True)
-class Claim:
-    """Something the demo must show, and what it found."""
-
-    text: str
-    shown: bool
-    found: str
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"python": platform.python_version(), "fused_infonce": __version__}
-    for package in ("torch", "triton", "numpy", "scikit-learn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": f"{device.type}: {name}, {torch.get_num_threads()} threads of {os.cpu_count()}",
-        "versions": versions,
-    }
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        first, *rest = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  " + "  ".join([first, *rest]))
-
-
-def print_claims(claims: list[Claim]) -> bool:
-    print()
-    for claim in claims:
-        print(f"  {'shown    ' if claim.shown else 'NOT SHOWN'}  {claim.text}: {claim.found}")
-    return all(claim.shown for claim in claims)
-
-
 def draw_demo(path: Path, report: dict[str, Any]) -> None:
+    """Draws scores, loss curves, times and memory of the demo."""
     figure = Figure(figsize=(12, 8.4), layout="constrained")
     axes = figure.subplots(2, 2)
     _draw_retrieval(axes[0, 0], report)
     _draw_curves(axes[0, 1], report)
-    _draw_cost(axes[1, 0], report, "milliseconds", "time (ms)", "Time of the loss, forward and backward")
+    _draw_cost(
+        axes[1, 0], report, "milliseconds", "time (ms)", "Time of the loss, forward and backward (band: middle half)"
+    )
     _draw_cost(axes[1, 1], report, "peak_mib", "peak memory beyond the inputs (MiB)", "Memory of the loss")
     training = report["training"]
     figure.suptitle(
@@ -106,9 +54,11 @@ def _draw_retrieval(axes: Axes, report: dict[str, Any]) -> None:
 
 def _draw_curves(axes: Axes, report: dict[str, Any]) -> None:
     fused, reference = report["loss"]["fused"], report["loss"]["reference"]
-    steps = range(1, len(fused) + 1)
-    axes.plot(steps, fused, color=OURS, linewidth=4, alpha=0.45, label="fused")
-    axes.plot(steps, reference, color="black", linewidth=1.2, linestyle="--", label="dense reference")
+    axes.plot(range(1, len(fused) + 1), fused, color=OURS, linewidth=4, alpha=0.45, label="fused")
+    steps = range(1, len(reference) + 1)
+    axes.plot(
+        steps, reference, color="black", linewidth=1.2, linestyle="--", label=f"dense reference, {len(reference)} steps"
+    )
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats)")
@@ -117,7 +67,7 @@ def _draw_curves(axes: Axes, report: dict[str, Any]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     _finish(axes, "Training with the same seed and either loss", legend=None)
     # A difference of zero has no place on a logarithmic axis.
-    apart = [max(abs(a - b), 1e-9) for a, b in zip(fused, reference, strict=True)]
+    apart = [max(abs(a - b), 1e-9) for a, b in zip(fused, reference, strict=False)]
     right = axes.twinx()
     right.plot(steps, apart, color=DENSE, linewidth=0, marker=".", markersize=4, label="difference (right)")
     right.axhline(1e-4, color=DENSE, linewidth=0.8, linestyle=":", label="allowed in the first 20 steps")
@@ -135,6 +85,9 @@ def _draw_cost(axes: Axes, report: dict[str, Any], field: str, label: str, title
         batches = [cost["batch"] for cost in of_one]
         values = [cost[field] for cost in of_one]
         axes.plot(batches, values, marker="o", color=COLOURS[contestant], label=contestant)
+        if field == "milliseconds":
+            low, high = zip(*(cost["spread"] for cost in of_one), strict=True) if of_one else ((), ())
+            axes.fill_between(batches, low, high, color=COLOURS[contestant], alpha=0.25, linewidth=0)
         if values:
             axes.annotate(
                 f"{values[-1]:.0f}", (batches[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
@@ -154,6 +107,7 @@ def _draw_cost(axes: Axes, report: dict[str, Any], field: str, label: str, title
 
 
 def draw_temperatures(path: Path, report: dict[str, Any]) -> None:
+    """Draws scores and gradient errors against the temperature."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = report["temperatures"]

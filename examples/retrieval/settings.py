@@ -1,25 +1,19 @@
-"""What a run of the demo can be told. Imports nothing heavy: worker processes read it too."""
+"""Command-line options of the demo. This module imports nothing heavy, because worker processes read it too."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_QUESTIONS = (
-    "randomly zero some elements of the input with probability p",
-    "solve a system of linear equations",
-    "list the most common elements and their counts",
-    "lower the learning rate when the metric stops improving",
-    "compress bytes with gzip",
-)
-
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the demo's."""
+    """The options of one run; the defaults are those of `make demo`."""
 
     output: Path = Path("demo-output")
     device: str = "auto"
@@ -32,21 +26,25 @@ class Settings:
     temperature: float = 0.05
     cost_batches: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     source: Path | None = None
-    questions: tuple[str, ...] = DEFAULT_QUESTIONS
+    strict: bool = False
+    questions: tuple[str, ...] = ()
     temperatures: tuple[float, ...] | None = None
+    next_command: str = 'make demo ASK="..."'
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
+    """Reads the options of a run from `arguments`, by default the command line's, and from the variable ASK."""
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m demo",
+        prog="python -m examples.retrieval",
         description="Train a small text retriever with FusedInfoNCELoss, measure it, ask it questions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--ask",
         default=os.environ.get("ASK"),
-        help='questions to answer, separated by ";" (also the environment variable ASK); a few of its own otherwise',
+        help='only answer these questions, separated by ";" (also the environment variable ASK), from the saved model '
+        "where one was made with the same settings",
     )
     parser.add_argument(
         "--temperatures",
@@ -55,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         help="compare these temperatures instead (0.5, 0.1, 0.05 and 0.02 where none is named)",
     )
     parser.add_argument("--source", type=Path, help="mine the sources below this folder, not the installed packages")
-    parser.add_argument("--output", type=Path, default=default.output, help="folder for the picture and the report")
+    parser.add_argument("--output", type=Path, default=default.output, help="folder for picture, report and model")
     parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--max-pairs", type=int, default=default.max_pairs)
@@ -67,9 +65,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument(
         "--cost-batches", nargs="*", type=int, default=list(default.cost_batches), help="sizes to time the loss at"
     )
-    options = vars(parser.parse_args(arguments))
+    parser.add_argument("--strict", action="store_true", help="exit with 1 unless everything claimed was shown")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = vars(parser.parse_args(given))
     asked = tuple(question.strip() for question in (options.pop("ask") or "").split(";") if question.strip())
     if options["temperatures"] is not None:
         options["temperatures"] = tuple(options["temperatures"]) or (0.5, 0.1, 0.05, 0.02)
     options["cost_batches"] = tuple(options["cost_batches"])
-    return Settings(**options, questions=asked or default.questions)
+    # The same options again, or the saved model would not be the one that they ask for.
+    next_command = default.next_command + (f" DEMO_ARGS={shlex.quote(shlex.join(given))}" if given else "")
+    return Settings(**options, questions=asked, next_command=next_command)

@@ -1,4 +1,4 @@
-"""A small bi-encoder: hashed words and character n-grams, one embedding table, one residual layer."""
+"""Small bi-encoder: hashed words and character n-grams, one embedding table, one residual layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Bags:
 
 
 def hashed_features(texts: Sequence[str], bits: int = HASH_BITS) -> csr_matrix:
-    """Words with their pairs in one half of the columns, character 3- to 5-grams in the other; rows of length 1."""
+    """Hashes words and pairs of words into one half of the columns, character 3- to 5-grams into the other.
+
+    Every row has length 1.
+    """
     halves = []
     for analyzer, ngrams in (("word", (1, 2)), ("char_wb", (3, 5))):
         hashing = HashingVectorizer(
@@ -46,7 +49,7 @@ def hashed_features(texts: Sequence[str], bits: int = HASH_BITS) -> csr_matrix:
 
 
 class Encoder(nn.Module):
-    """Both towers share every weight. The loss normalises the output."""
+    """Encoder of queries and of keys alike: both towers share every weight. The loss normalises the output."""
 
     def __init__(self, dim: int, bits: int = HASH_BITS) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class Encoder(nn.Module):
 
 @torch.no_grad()
 def embed(encoder: Encoder, rows: csr_matrix, device: torch.device, batch: int = 2048) -> Tensor:
-    """Normalised float32 embeddings of all rows."""
+    """Embeds all rows, in float32 and normalised."""
     starts = range(0, rows.shape[0], batch)
     encoded = [encoder(Bags.of(rows[start : start + batch], device)) for start in starts]
     return F.normalize(torch.cat(encoded), dim=-1)

@@ -60,7 +60,7 @@ class Pair:
 
     @property
     def query(self) -> str:
-        """The docstring as words, the name removed; words it shares with the name may remain."""
+        """The docstring as words, without the whole name; single words that it shares with the name may remain."""
         return words(self.text)
 
     @property
@@ -70,9 +70,8 @@ class Pair:
 
 
 def mine(max_pairs: int, source: Path | None = None) -> list[Pair]:
-    """The pairs of the installed packages, or of the sources below `source`, in an order that never varies."""
-    roots = [(path.name, path) for path in [source.resolve()]] if source else _installed_roots()
-    jobs = [(package, root, path) for package, root in roots for path in source_files(root)]
+    """Pairs of the installed packages, or of the sources below `source`, in an order that never varies."""
+    jobs = sources(source)
     workers = os.cpu_count() or 1
     if len(jobs) < MIN_FILES_FOR_WORKERS or workers == 1:
         found = [pairs_of_file(*job) for job in jobs]
@@ -88,12 +87,18 @@ def mine(max_pairs: int, source: Path | None = None) -> list[Pair]:
     return pairs
 
 
+def sources(source: Path | None = None) -> list[tuple[str, Path, Path]]:
+    """Package, root and path of every source file to mine."""
+    roots = [(source.resolve().name, source.resolve())] if source else _installed_roots()
+    return [(package, root, path) for package, root in roots for path in source_files(root)]
+
+
 def _installed_roots() -> list[tuple[str, Path]]:
     return [(package, root) for package in PACKAGES if (root := package_root(package)) is not None]
 
 
 def package_root(package: str) -> Path | None:
-    """Where `package` is installed; `find_spec` on a top-level name does not import it."""
+    """Folder of an installed package, which is not imported: `find_spec` on a top-level name does not."""
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package)
@@ -103,7 +108,7 @@ def package_root(package: str) -> Path | None:
 
 
 def source_files(root: Path) -> list[Path]:
-    """Python sources below `root` in sorted order, up to a total size that bounds the time to parse them."""
+    """Lists the Python sources below `root` in sorted order, up to a total size that bounds the time to parse them."""
     files, total = [], 0
     for path in sorted(root.rglob("*.py")):
         if not SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts[:-1]):
@@ -122,7 +127,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def pairs_of_file(package: str, root: Path, path: Path) -> list[Pair]:
-    """The pairs of one source file; none where it cannot be read or parsed."""
+    """Pairs of one source file; none where it cannot be read or parsed."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -139,7 +144,7 @@ def pairs_of_file(package: str, root: Path, path: Path) -> list[Pair]:
 
 
 def make_pair(qualified_name: str, arguments: tuple[str, ...], docstring: str) -> Pair | None:
-    """None where too little is left of the docstring to tell what the object does."""
+    """Makes the pair of one object, or None where too little is left of its docstring to tell what it does."""
     summary = " ".join(first_paragraph(docstring).split()[:MAX_WORDS])
     text = remove_name(summary, qualified_name.rsplit(".", 1)[-1])
     pair = Pair(qualified_name, arguments, text, summary)
@@ -148,7 +153,7 @@ def make_pair(qualified_name: str, arguments: tuple[str, ...], docstring: str) -
 
 
 def _documented(body: Sequence[ast.stmt], prefix: str) -> Iterator[Documented]:
-    """The public documented objects among the statements of a module or a class."""
+    """Yields the public documented objects among the statements of a module or a class."""
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if not node.name.startswith("_") and (doc := ast.get_docstring(node, clean=False)):

@@ -1,4 +1,4 @@
-"""`python -m demo --temperatures`: the training at several temperatures, and what bfloat16 does to the gradient."""
+"""Training at several temperatures, and the error of the bfloat16 gradient at each: `--temperatures`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from .cost import dense_info_nce
 from .evaluate import FORMS, encoder_scores, queries_of
 from .mining import Pair
 from .model import Encoder, embed, hashed_features
-from .report import Claim, draw_temperatures, environment, print_claims, print_table, write_json
-from .retrieval import FORM_TITLES, prepare, training_options
+from .picture import draw_temperatures
+from .report import FORM_TITLES, Claim, environment, print_claims, print_table, write_json
 from .settings import Settings
-from .train import TrainingData, train
+from .train import TrainingData, prepare, train, training_options
 
 GRADIENT_ROWS = 1024
 GRADIENT_BOUND = 5e-3
 
 
 def run(settings: Settings) -> int:
+    """Trains and measures at every temperature, and returns the exit status."""
     started = time.perf_counter()
     options = training_options(settings)
     _, split = prepare(settings)
@@ -72,19 +73,20 @@ def run(settings: Settings) -> int:
     write_json(settings.output / "temperature.json", report)
     draw_temperatures(settings.output / "temperature.png", report)
     print_runs(runs)
-    shown = print_claims(claims)
+    status = print_claims(claims, settings.strict)
     output = settings.output
     print(f"\nPicture and figures: {output}/temperature.png, {output}/temperature.json ({seconds:.0f} s in all)")
-    return 0 if shown else 1
+    return status
 
 
 def embedded(encoder: Encoder, pairs: list[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings of the queries, their names removed, and of the keys."""
     query = embed(encoder, hashed_features(queries_of(pairs, "plain")), device)
     return query, embed(encoder, hashed_features([pair.key for pair in pairs]), device)
 
 
 def gradient_errors(query: Tensor, key: Tensor, temperature: float) -> dict[str, float]:
-    """Frobenius-relative error against float64, of both gradients as one vector, for the same bfloat16 inputs.
+    """Relative errors (Frobenius) against float64 of both gradients as one vector, for the same bfloat16 inputs.
 
     `rounding` is the exact gradient rounded to bfloat16: no bfloat16 gradient can be better.
     """
@@ -106,6 +108,7 @@ def _gradient(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tens
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
+    """Prints one line of scores and errors a temperature."""
     header = [
         "temperature",
         "R@1 (a)",

@@ -1,4 +1,4 @@
-"""Train the bi-encoder with FusedInfoNCELoss and in-batch negatives."""
+"""Training of the bi-encoder with FusedInfoNCELoss and in-batch negatives."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from fused_infonce import FusedInfoNCELoss
 
-from .mining import Pair
+from .mining import Pair, mine
 from .model import Bags, Encoder, hashed_features
+from .settings import Settings
+from .split import Split, drop_repeats, split_pairs
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingOptions:
+    """What a training depends on besides its data."""
+
     dim: int = 256
     batch: int = 1024
     epochs: int = 5
@@ -47,12 +51,45 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Training:
+    """A trained encoder, the loss of every step, and how long it took."""
+
     encoder: Encoder
     losses: list[float]
     seconds: float
 
 
+def choose_device(name: str) -> torch.device:
+    """Resolves "auto" to a GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def training_options(settings: Settings) -> TrainingOptions:
+    """Picks what the training needs from the command line's options."""
+    return TrainingOptions(
+        dim=settings.dim,
+        batch=settings.batch,
+        epochs=settings.epochs,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        device=choose_device(settings.device),
+    )
+
+
+def prepare(settings: Settings) -> tuple[list[Pair], Split]:
+    """Mines and splits the pairs, and prints a line or two on both."""
+    print("Parsing the sources of", settings.source or "torch, numpy and the standard library", "...")
+    started = time.perf_counter()
+    pairs = drop_repeats(mine(settings.max_pairs, settings.source))
+    split = split_pairs(pairs, settings.held_out, settings.seed)
+    seconds = time.perf_counter() - started
+    print(f"Mined {len(pairs)} pairs by parsing sources, in {seconds:.0f} s: {len(split.train)} to train on,")
+    print(f"{len(split.held_out)} held out, nearly equal texts and equal names kept on one side. One of them:")
+    print(f"  query  {split.held_out[0].query}\n  key    {split.held_out[0].key}\n")
+    return pairs, split
+
+
 def new_encoder(options: TrainingOptions) -> Encoder:
+    """Makes the untrained encoder of a seed."""
     torch.manual_seed(options.seed)
     return Encoder(options.dim).to(options.device)
 
@@ -65,7 +102,7 @@ def train(
     max_steps: int | None = None,
     label: str = "training",
 ) -> Training:
-    """A fresh encoder trained on `data`. Everything but the loss's backend follows from the seed."""
+    """Trains a fresh encoder on `data`. Everything but the loss's backend follows from the seed."""
     encoder = new_encoder(options)
     criterion = FusedInfoNCELoss(temperature=options.temperature, backend=backend)
     batch = min(options.batch, len(data))

@@ -1,4 +1,4 @@
-"""How well held-out descriptions find their own objects: R@1 and MRR@10, learned and TF-IDF."""
+"""R@1 and MRR@10 of held-out descriptions that should find their own objects, for the encoder and for TF-IDF."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ FORMS = ("strict", "plain")
 
 @dataclass(frozen=True)
 class Scores:
+    """Share of queries answered first, and mean of 1 / rank, counted up to rank 10."""
+
     recall_at_1: float
     mrr_at_10: float
 
 
 def retrieval_scores(similarity: np.ndarray) -> Scores:
-    """Row i should find column i. A tie with a wrong column counts as a miss."""
+    """Scores of similarities whose row i should find column i. A tie with a wrong column counts as a miss."""
     own = similarity.diagonal()[:, None]
     rank = (similarity >= own).sum(axis=1)
     return Scores(float((rank == 1).mean()), float(np.where(rank <= 10, 1 / rank, 0.0).mean()))

@@ -1,4 +1,4 @@
-"""Train and held-out pairs, with no description or name on both sides."""
+"""Division of the pairs into trained and held-out ones, with no description or name on both sides."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ NEAR_DUPLICATE = 0.5
 
 @dataclass(frozen=True)
 class Split:
+    """Pairs to train on, and pairs to evaluate with."""
+
     train: list[Pair]
     held_out: list[Pair]
 
 
 def split_pairs(pairs: list[Pair], held_out: int, seed: int) -> Split:
-    """Hold out whole groups of related pairs, one pair of each, so that nothing like it is trained on."""
+    """Holds out whole groups of related pairs, one pair of each, so that nothing like it is trained on."""
     pairs = drop_repeats(pairs)
     group_of = related_groups(pairs)
     rng = np.random.default_rng(seed)
@@ -39,7 +41,7 @@ def split_pairs(pairs: list[Pair], held_out: int, seed: int) -> Split:
 
 
 def drop_repeats(pairs: list[Pair]) -> list[Pair]:
-    """The first of the pairs with the same text (inherited, copied) or the same key (overloads)."""
+    """Keeps the first of the pairs with the same text (inherited, copied) or the same key (overloads)."""
     texts: set[str] = set()
     keys: set[str] = set()
     kept = []
@@ -53,7 +55,7 @@ def drop_repeats(pairs: list[Pair]) -> list[Pair]:
 
 
 def related_groups(pairs: list[Pair]) -> np.ndarray:
-    """A group number for each pair: near-duplicate texts share one, and so do equal names (any `dot`)."""
+    """Numbers the group of each pair: near-duplicate texts share one, and so do equal names (any `dot`)."""
     by_name: dict[str, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
         by_name[words(pair.name)].append(index)

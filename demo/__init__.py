@@ -1,1 +1,0 @@
-"""Train a small text retriever with FusedInfoNCELoss, measure it, ask it questions: `python -m demo`."""

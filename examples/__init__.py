@@ -1,0 +1,1 @@
+"""Short scripts to start from (`python examples/clip.py`), and the demo: `python -m examples.retrieval`."""

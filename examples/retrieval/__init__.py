@@ -1,0 +1,1 @@
+"""Text retriever trained with FusedInfoNCELoss, measured, and asked questions: `python -m examples.retrieval`."""
