@@ -14,14 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT_FROM = ["pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
-FILES = [
-    *BUILT_FROM, "Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
-    ".pre-commit-config.yaml", ".ci/run",
-]  # fmt: skip
-FOLDERS = [
-    name for name in ("fused_infonce", "kernels", "tests", "benchmarks", "examples", "docs") if (ROOT / name).is_dir()
-]
+FILES = ["pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt"]  # what a build reads
+FOLDERS = ["fused_infonce", "kernels", "tests"]
+# what the sdist holds besides, so that every test runs in it too
+FILES += ["CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".pre-commit-config.yaml", ".ci/run"]
+FOLDERS += [name for name in ("benchmarks", "examples", "docs") if (ROOT / name).is_dir()]
 
 # Runs isolated and without site, hence without the .pth file of an editable install.
 PRELUDE = """
