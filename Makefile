@@ -24,7 +24,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature test test-compat lint bench plots tiles gpu clean distclean
+.PHONY: help demo demo-temperature test test-compat lint style types bench plots tiles gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -48,9 +48,16 @@ test: lint $(VENV)/.peers ## ruff, mypy and all tests that need no GPU
 test-compat: $(VENV)/.libraries $(VENV)/.peers $(VENV)/.site ## every drop-in against its library, at the versions of constraints.txt
 	@$(call PHASES,FUSED_INFONCE_COMPAT=1 $(TEST) tests/compat)
 
-lint: $(VENV)/.installed-test $(VENV)/.site ## ruff and mypy
+lint: style types ## ruff and mypy
+
+style: $(VENV)/.installed-test
 	$(BIN)/ruff check .
-	cd $(SITE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fused_infonce
+	$(BIN)/ruff format --check .
+
+# In the folder of the installed copy, which then comes before the repository's root.
+types: $(VENV)/.site
+	cd $(SITE) && MYPYPATH=$(CURDIR) $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+	fused_infonce $(abspath $(wildcard tests benchmarks examples))
 
 bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machine's CPU, under 10 minutes
 	CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= \
@@ -103,6 +110,8 @@ $(VENV)/.made:
 	{ echo "No virtual environment: install python3-venv, or name a Python that has venv: make PYTHON=..." >&2; exit 1; }
 	touch $@
 
+# Editable through setuptools' import hook, which shows new files at once and finds the kernels in the repository's root too.
+# Type checkers see nothing of it: they resolve a plain install, or an editable one with --config-settings editable_mode=strict.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[$*]'
