@@ -80,11 +80,20 @@ def triton_device():
 @pytest.fixture(autouse=True)
 def fresh_plans():
     """Forget the plans of earlier tests, which may have changed the thresholds that plans are chosen by."""
-    from fused_infonce import contrast
+    from fused_infonce.backends import registry
 
-    contrast.remembered.cache_clear()
+    registry.remembered.cache_clear()
     yield
-    contrast.remembered.cache_clear()
+    registry.remembered.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def any_limit(request, monkeypatch):
+    """Let tests ask for a workspace of a few bytes, so that small problems are computed in many parts."""
+    from fused_infonce.backends import plan
+
+    if not request.node.get_closest_marker("least_limit"):
+        monkeypatch.setattr(plan, "LEAST_LIMIT", 1)
 
 
 @pytest.fixture(autouse=True)

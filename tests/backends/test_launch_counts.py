@@ -9,12 +9,12 @@ from support.helpers import DEVICE, TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_infonce import info_nce, nt_xent
-from fused_infonce.backends.triton import tiles
 
-backend = pytest.importorskip(
-    "fused_infonce.backends.triton.backend", reason="triton is not installed", exc_type=ImportError
-)
-launch, launch_rows = backend.launch, backend.launch_rows
+pytest.importorskip("fused_infonce.backends.triton", reason="triton is not installed", exc_type=ImportError)
+
+from fused_infonce.backends.triton import accumulate, finish, gradient, paired, rows, statistics, tiles
+from fused_infonce.backends.triton.launch import Excluded, Side
+
 VIEWS = {"view", "expand", "slice", "select", "t", "transpose", "permute", "unsqueeze", "detach", "alias", "unbind"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}
 OTHER = {"fill_"}  # of a fresh allocation with NaN, by conftest
@@ -44,8 +44,8 @@ def watch(monkeypatch):
     def run(kernel, grid, **arguments):
         found.launched["triton"] += min(grid) > 0
 
-    monkeypatch.setattr(launch, "run", run)
-    monkeypatch.setattr(launch_rows, "run", run)
+    for launcher in (finish, gradient, paired, rows, statistics):
+        monkeypatch.setattr(launcher, "run", run)
     return found
 
 
@@ -95,18 +95,18 @@ def test_fewer_kernels_than_the_dense_loss(ours, dense, width, most, watch):
 
 
 @pytest.mark.parametrize("limit", [1 << 22, 1 << 26, 1 << 28])
-@pytest.mark.parametrize("rows", [4096, 1 << 17, 1 << 21])
+@pytest.mark.parametrize("size", [4096, 1 << 17, 1 << 21])
 @pytest.mark.parametrize("columns", [False, True])
-def test_states_stay_within_the_limit(rows, columns, limit, watch, monkeypatch):
+def test_states_stay_within_the_limit(size, columns, limit, watch, monkeypatch):
     """On a device of 132 processors, whatever they would like to be given."""
     monkeypatch.setattr(tiles, "processors", lambda _: 132)
     monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
-    x = torch.empty(rows, 64, dtype=torch.bfloat16, device="meta")
-    of_columns = launch.softmax_statistics(torch.empty(rows, device="meta")) if columns else None
-    side = launch.Side(x, None)
+    x = torch.empty(size, 64, dtype=torch.bfloat16, device="meta")
+    of_columns = statistics.unwritten(torch.empty(size, device="meta")) if columns else None
+    side = Side(x, None)
     with watch:
-        launch.row_states(side, side, launch.Excluded(), of_columns, limit)
-    least = (3 if columns else 1) * 12 * rows  # one slot of row states, two of columns': nothing can be done in less
+        statistics.row_states(side, side, Excluded(), of_columns, limit)
+    least = (3 if columns else 1) * 12 * size  # one slot of row states, two of columns': nothing can be done in less
     assert watch.bytes <= max(limit, least)
 
 
@@ -126,9 +126,9 @@ def test_products_added_where_they_lie_give_the_same_gradients(device, limit, mo
         return out.add_(torch.mm(a.to(out_dtype), b.to(out_dtype)))
 
     added = []
-    monkeypatch.setattr(backend, "adds_in_place", lambda _: False)
+    monkeypatch.setattr(accumulate, "adds_in_place", lambda _: False)
     apart = gradients()
-    monkeypatch.setattr(backend, "adds_in_place", lambda _: True)
+    monkeypatch.setattr(accumulate, "adds_in_place", lambda _: True)
     if device == "cpu":
         monkeypatch.setattr(torch, "addmm", addmm)
     for got, want in zip(gradients(), apart, strict=True):
@@ -138,4 +138,4 @@ def test_products_added_where_they_lie_give_the_same_gradients(device, limit, mo
 
 @pytest.mark.parametrize("device", [pytest.param(DEVICE["triton"], marks=TRITON.marks)])
 def test_only_a_gpu_may_add_products_in_place(device):
-    assert backend.adds_in_place(torch.device(device)) in ({False} if device == "cpu" else {False, True})
+    assert accumulate.adds_in_place(torch.device(device)) in ({False} if device == "cpu" else {False, True})

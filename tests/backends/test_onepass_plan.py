@@ -136,18 +136,20 @@ def test_gradients_in_pytorch_are_those_of_finite_differences(
 @pytest.mark.interpreter
 def test_the_launcher_gives_the_gradient_of_each_rows_temperature() -> None:
     """A host temperature has no gradient, so on the Triton backend this is the launcher's own promise."""
-    from fused_infonce.backends.contract import Problem
+    from fused_infonce.backends.contract import KeySet, Problem, Temperature
+    from fused_infonce.backends.row_losses import temperature_gradient
     from fused_infonce.backends.triton import backend
 
     query, key = (torch.randn(9, 6, dtype=torch.float64) for _ in range(2))
     t = torch.linspace(0.1, 0.3, 9, dtype=torch.float64).requires_grad_()
     chosen = plan.Plan("onepass", 4, 9, 2**20, 6, "", "triton")
     weight = torch.full((1,), 1 / 9, dtype=torch.float64)
-    problem = Problem(query, key, t.detach())
+    problem = Problem(KeySet(query), (KeySet(key),), Temperature(t.detach()))
     result = backend.onepass(problem, chosen, "infonce", weight, [False, False, True])
     (truth,) = torch.autograd.grad(dense_info_nce.info_nce(query, key, temperature=t), t)
     assert result.inputs == [None, None]
-    assert relative(result.temperature, truth) <= 1e-12
+    gradient = temperature_gradient(result.logits, problem.temperature)
+    assert relative(gradient, truth) <= 1e-12
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])

@@ -18,7 +18,7 @@ from support.side_by_side import assert_same, error_of, refuse_fallback
 
 original = library("open_clip.loss", without_package)
 
-from fused_infonce import contrast  # noqa: E402
+from fused_infonce.backends import registry  # noqa: E402
 from fused_infonce.compat import common  # noqa: E402
 from fused_infonce.compat import open_clip as drop_in  # noqa: E402
 
@@ -174,7 +174,7 @@ def test_without_processes_gathering_fails_as_in_the_original():
 @both_backends
 def test_gradients_of_the_local_loss_are_those_of_finite_differences(backend, monkeypatch):
     """Of rank 1 of two, which holds the last rows of all."""
-    monkeypatch.setattr(contrast, "resolve", lambda *_: backend)
+    monkeypatch.setattr(registry, "resolve", lambda *_: backend)
     image, text = (torch.randn(2 * 2, 3, dtype=torch.float64, device=DEVICE[backend]) for _ in range(2))
     scale = torch.tensor(2.0, dtype=torch.float64, device=DEVICE[backend])
     monkeypatch.setattr(original, "gather_features", lambda *_: (image, text))

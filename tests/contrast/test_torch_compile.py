@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_infonce import FusedInfoNCELoss, NTXentLoss, contrast, info_nce
-from fused_infonce.backends import operators, plan
-from fused_infonce.backends.contract import Problem
-from fused_infonce.contrast import Options
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, info_nce
+from fused_infonce.backends import Options, operators, plan, plan_of
+from fused_infonce.backends.contract import KeySet, Problem, Temperature
 
 N, D, H = 33, 16, 3
 
@@ -91,22 +90,15 @@ def test_a_schedule_of_temperatures_compiles(dynamic: bool | None) -> None:
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_operators_pass_opcheck(columns: bool) -> None:
-    problem = Problem(
-        torch.randn(N, D),
-        torch.randn(N, D),
-        torch.tensor([0.1]),
-        negatives=(torch.randn(5, D), torch.randn(N, H, D)),
-        negative_ids=(None, None),
-        columns=columns,
-    )
-    plan = contrast.make_plan(problem, Options("torch"), reduced=False)
+    keys = tuple(KeySet(torch.randn(shape)) for shape in ((N, D), (5, D), (N, H, D)))
+    problem = Problem(KeySet(torch.randn(N, D)), keys, Temperature(torch.tensor([0.1])), columns=columns)
+    plan = plan_of(problem, Options("torch"), reduced=False)
     flat = operators.flatten(problem, plan)
     torch.library.opcheck(operators.statistics, flat)
     stats = operators.statistics(*flat)
     upstream = [torch.randn(N), torch.randn(N), torch.randn(N) if columns else None]
-    present = operators.none_if_empty(stats, [True] * 4 + [columns] * 3)
     codes = [operators.DTYPES.index(dtype) for dtype in (torch.float32, None, torch.bfloat16, torch.float32)]
-    torch.library.opcheck(operators.gradients, (*flat, present, upstream, codes))
+    torch.library.opcheck(operators.gradients, (*flat, stats, upstream, codes))
     if not columns:
         weight = torch.full((1,), 1 / N)
         wanted = [True, False, True, True, True]
@@ -118,8 +110,9 @@ def test_operators_pass_opcheck(columns: bool) -> None:
 def test_one_pass_operator_passes_opcheck(name: str, columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "DENSE", 2**18 if name == "dense" else 0)
     inputs = [torch.randn(N, D, requires_grad=True) for _ in range(2)]
-    problem = Problem(*inputs, torch.tensor([0.1]), columns=columns)
-    chosen = contrast.make_plan(problem, Options("torch", logit_bound=10.0), reduced=True)
+    query, key = map(KeySet, inputs)
+    problem = Problem(query, (key,), Temperature(torch.tensor([0.1]), 0.1), columns=columns)
+    chosen = plan_of(problem, Options("torch"), reduced=True)
     assert chosen.name == name
     flat = operators.flatten(
         problem.with_tensors([None if x is None else x.detach() for x in problem.tensors()]), chosen

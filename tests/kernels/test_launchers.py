@@ -21,12 +21,14 @@ from support.problems import (
     dense,
     dense_gradients,
     make,
+    problem_of,
     upstream_of,
+    with_ids,
     with_segments,
 )
 from torch import Tensor
 
-from fused_infonce.backends.contract import Problem, Upstream
+from fused_infonce.backends.contract import Upstream
 
 pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
 
@@ -55,7 +57,7 @@ def test_column_statistics_do_not_depend_on_the_limit(n, ids, plan):
     problem = with_segments(make(n, n, 20, columns=True), shared=5, ids=ids)
     whole, _ = check(problem, plan)
     parts = backend.statistics(problem, replace(plan, limit=1))
-    for x, y in zip(whole, parts, strict=True):
+    for x, y in zip(whole.tensors(), parts.tensors(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
 
 
@@ -78,10 +80,10 @@ def test_segments_ids_and_targets_keep_the_bounds(target, shared, own, ids, in_b
 def test_self_similarity_gives_one_gradient_for_both_sides(normalize, plan):
     """Two views against each other: a row is no negative of its own or its partner; one gradient for both sides."""
     problem = make(70, 70, 20, target=torch.arange(70).roll(35), self_similar=True, normalize=normalize)
-    problem = replace(problem, key=problem.query)
+    problem = replace(problem, keys=(problem.query,))
     plan = replace(plan, rows=24, cols=24)  # square blocks, as `choose` makes them
     stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
-    torch.testing.assert_close(stats.neg, dense(problem)[1].neg.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(stats.rows.neg, dense(problem)[1].rows.neg.detach(), rtol=1e-12, atol=1e-12)
     both, none = backend.gradients(problem, plan, stats, upstream, [torch.float64, None])
     assert none is None
     assert error(both, sum(dense_gradients(problem, upstream))) < 1e-10
@@ -103,7 +105,7 @@ def test_tight_loose_and_cone_shaped_rows_keep_the_bounds(kind, t, normalize, dt
     low, high = (0.1, 10) if normalize else (0.8, 1.25)
     query, key, negative = (stretch(x, low, high).to(dtype) for x in (query, key, negative))
     temperature = torch.full((1,), t)
-    problem = Problem(
+    problem = problem_of(
         query, key, temperature, columns=True, normalize=normalize, negatives=(negative,), negative_ids=(None,)
     )
     check(problem, plan, scale=16.0)
@@ -117,7 +119,7 @@ def test_strided_tensors_are_read_as_their_copies(plan):
     shared = torch.randn(1, 20, dtype=torch.float64).expand(9, 20)
     own = torch.randn(15, 7, 2, 20, dtype=torch.float64)[:, ::2, 1]
     ids = torch.randint(4, (60,))
-    problem = Problem(
+    problem = problem_of(
         query, key, torch.full((1,), 0.3, dtype=torch.float64), target=torch.arange(0, 30)[::2],
         negatives=(shared, own),
         row_ids=ids[::4], key_ids=ids[:33], negative_ids=(ids[::6][:9], torch.randint(4, (4, 15)).T),
@@ -126,7 +128,7 @@ def test_strided_tensors_are_read_as_their_copies(plan):
     tensors = [x if x is None else x.contiguous() for x in problem.tensors()]
     torch.manual_seed(0)
     want = check(problem.with_tensors(tensors), plan)
-    assert all(torch.equal(x, y) for x, y in zip(got[0][:3], want[0][:3], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(got[0].rows, want[0].rows, strict=True))
 
 
 @both_plans
@@ -134,8 +136,10 @@ def test_strided_tensors_are_read_as_their_copies(plan):
 def test_rows_divided_by_powers_of_two_keep_the_bounds(dtype, plan):
     """Rows divided by powers of two beforehand."""
     problem = with_segments(make(17, 20, 20, dtype, normalize=False, t=2.0), 5, 3)
-    scales = tuple(2.0 ** torch.randint(-1, 2, x.shape[:-1]).to(problem.acc_dtype) for x in problem.inputs)
-    check(replace(problem, scales=scales), plan, scale=16.0)
+    query, *keys = (
+        s._replace(scale=2.0 ** torch.randint(-1, 2, s.rows.shape[:-1]).to(problem.acc_dtype)) for s in problem.sets
+    )
+    check(replace(problem, query=query, keys=tuple(keys)), plan, scale=16.0)
 
 
 @both_plans
@@ -171,29 +175,30 @@ def test_empty_sides_have_no_negatives(n, m, shared, own, plan):
     target = torch.full((n,), -1) if m < n else None
     problem = with_segments(make(n, m, 8, target=target, in_batch=shared is None), shared, own)
     stats, grads = check(problem, plan)
-    assert (stats.neg == -math.inf).all()
-    assert (stats.mean == 0).all()
+    assert (stats.rows.neg == -math.inf).all()
+    assert (stats.rows.mean == 0).all()
     if shared is None:
         assert not any(g.any() for g in grads)
 
 
 @both_plans
 def test_rows_without_negatives_have_a_logsumexp_of_minus_infinity(plan):
-    problem = replace(make(5, 5, 8), row_ids=torch.zeros(5).long(), key_ids=torch.tensor([0, 0, 0, 0, 0]))
+    problem = with_ids(make(5, 5, 8), torch.zeros(5).long(), torch.zeros(5).long())
     stats, _ = check(problem, plan)
-    assert (stats.neg == -math.inf).all()
+    assert (stats.rows.neg == -math.inf).all()
 
 
 @both_plans
 def test_a_zero_row_has_no_gradient_and_disturbs_no_other(plan):
     """A zero row has no gradient and does not disturb the others, whatever the temperature."""
     problem = make(9, 9, 20, torch.float32, t=0.01, columns=True)
-    problem.query[3] = 0
-    problem.key[[1, 4]] = 0
-    problem.key[4, 0] = 1e-13  # below EPS, but a logit of up to 10
-    problem.query[4, 0] = -3
+    query, key = problem.inputs
+    query[3] = 0
+    key[[1, 4]] = 0
+    key[4, 0] = 1e-13  # below EPS, but a logit of up to 10
+    query[4, 0] = -3
     stats = backend.statistics(problem, plan)
-    torch.testing.assert_close(stats.neg.double(), dense(problem)[1].neg.detach(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(stats.rows.neg.double(), dense(problem)[1].rows.neg.detach(), rtol=1e-5, atol=1e-3)
     dq, dk = backend.gradients(problem, plan, stats, upstream_of(problem), [torch.float32] * 2)
     assert dq.isfinite().all()
     assert dk.isfinite().all()
@@ -211,11 +216,11 @@ def test_what_is_not_finite_shows(value, plan):
         x[2, ..., 3] = value
         stats = backend.statistics(problem, plan)
         sees = torch.arange(5) == 2 if side in (0, 3) else torch.tensor([True, True, False, False, True])
-        assert torch.equal(stats.neg.isnan(), sees), (side, normalize)
-        assert torch.equal(stats.mean.isnan(), sees)
+        assert torch.equal(stats.rows.neg.isnan(), sees), (side, normalize)
+        assert torch.equal(stats.rows.mean.isnan(), sees)
         if side < 2:
             missing = torch.arange(5) == 2 if side == 0 else torch.tensor([False, False, True, True, False])
-            assert torch.equal(~stats.pos.isfinite(), missing)
+            assert torch.equal(~stats.rows.pos.isfinite(), missing)
         grads = backend.gradients(problem, plan, stats, upstream_of(problem), [torch.float64] * 4)
         assert grads[0][sees].isnan().all()
 
@@ -224,9 +229,10 @@ def test_what_is_not_finite_shows(value, plan):
 def test_infinitely_small_logits_show(plan):
     """An overflow to -inf is an error, not a probability of 0."""
     problem = make(3, 3, 2, torch.float32, normalize=False)
-    problem.query[0], problem.key[1] = torch.tensor([1e30, 0.0]), torch.tensor([-1e30, 0.0])
+    query, key = problem.inputs
+    query[0], key[1] = torch.tensor([1e30, 0.0]), torch.tensor([-1e30, 0.0])
     stats = backend.statistics(problem, plan)
-    assert stats.neg.isnan().tolist() == [True, False, False]
+    assert stats.rows.neg.isnan().tolist() == [True, False, False]
 
 
 @both_plans
@@ -234,8 +240,8 @@ def test_a_target_out_of_range_makes_its_row_alone_nan(plan):
     """That row alone is NaN, and nothing is read or written for it."""
     problem = make(4, 5, 8, target=torch.tensor([1, 5, -7, 1 << 40]))
     stats = backend.statistics(problem, plan)
-    assert stats.pos.isnan().tolist() == [False, True, True, True]
-    assert stats.neg.isfinite().all()
+    assert stats.rows.pos.isnan().tolist() == [False, True, True, True]
+    assert stats.rows.neg.isfinite().all()
     upstream = Upstream(torch.ones(4).double(), torch.ones(4).double())
     grads = backend.gradients(problem, plan, stats, upstream, [torch.float64] * 2)
     valid = replace(problem, target=torch.tensor([1, -1, -1, -1]))
@@ -248,7 +254,7 @@ def test_a_target_out_of_range_makes_its_row_alone_nan(plan):
 def test_float16_coefficients_keep_their_range(size, plan):
     """Unscaled, the coefficients of these rows would over- or underflow."""
     query, key, _ = embeddings("loose", 33, 20)
-    problem = Problem((query * size).half(), (key * size).half(), torch.full((1,), 0.1))
+    problem = problem_of((query * size).half(), (key * size).half(), torch.full((1,), 0.1))
     want = dense_gradients(problem, upstream := upstream_of(problem))
     got = backend.gradients(problem, plan, backend.statistics(problem, plan), upstream, [torch.float32] * 2)
     for x, y in zip(got, want, strict=True):
@@ -262,7 +268,7 @@ def test_a_repeated_launch_gives_the_same_bits(plan):
 
     def once() -> list[Tensor]:
         stats = backend.statistics(problem, plan)
-        return [*stats, *backend.gradients(problem, plan, stats, upstream, [torch.float32] * 4)]
+        return [*stats.tensors(), *backend.gradients(problem, plan, stats, upstream, [torch.float32] * 4)]
 
     first = once()
     for x, y in zip(first, once(), strict=True):
@@ -280,11 +286,12 @@ def test_inputs_are_left_alone(plan):
 
 def test_streaming_splits_few_rows_over_programs():
     """Partial sums in several slots, no more of them than the limit allows, give the same gradient."""
-    from fused_infonce.backends.triton import launch
+    from fused_infonce.backends.triton.gradient import gradient_slots
+    from fused_infonce.backends.triton.launch import Side
 
     problem = make(17, 200, 20)
-    side = launch.Side(problem.query, None)
-    assert launch.gradient_slots(side, side, 200, LIMIT) > 1
-    assert launch.gradient_slots(side, side, 200, 1) == 1
+    side = Side(problem.query.rows, None)
+    assert gradient_slots(side, side, 200, LIMIT) > 1
+    assert gradient_slots(side, side, 200, 1) == 1
     check(problem, PLANS[0])
     check(problem, replace(PLANS[0], limit=1))

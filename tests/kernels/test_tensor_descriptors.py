@@ -11,10 +11,10 @@ import torch
 from support.problems import LIMIT, PLANS, backend, both_plans, check, make, upstream_of, with_segments
 from torch import Tensor
 
-from fused_infonce.backends.contract import Problem
+from fused_infonce.backends.contract import KeySet, Problem
 from fused_infonce.backends.plan import Plan
+from fused_infonce.backends.triton import gradient, launch, statistics, tiles
 
-launch, tiles = backend.launch, backend.tiles
 version = tuple(map(int, launch.triton.__version__.split(".")[:2]))
 pytestmark = [  # for a GPU: tests/gpu/test_compiled_kernels.py
     pytest.mark.interpreter,
@@ -41,7 +41,8 @@ def tma(monkeypatch):
         counts.clear()
         return counts
 
-    monkeypatch.setattr(launch, "pair_arguments", counted)
+    for module in (statistics, gradient):
+        monkeypatch.setattr(module, "pair_arguments", counted)
     return switch
 
 
@@ -49,7 +50,7 @@ def run(problem: Problem, plan: Plan, seed: int = 0) -> list[Tensor]:
     torch.manual_seed(seed)
     stats = backend.statistics(problem, plan)
     grads = backend.gradients(problem, plan, stats, upstream_of(problem), [problem.acc_dtype] * len(problem.inputs))
-    return [x for x in (*stats, *grads) if x is not None]
+    return [x for x in (*stats.tensors(), *grads) if x is not None]
 
 
 def same(problem: Problem, plan: Plan, tma) -> None:
@@ -95,8 +96,8 @@ def test_one_pass_gives_the_bits_of_pointer_loads(tma):
         weight, results = torch.rand(70), []
         for on in (False, True):
             counts = tma(on)
-            loss, grads, dt = backend.onepass(problem, plan, "infonce", weight, [True] * 3)
-            results.append([loss, *grads, dt])
+            loss, grads, logits = backend.onepass(problem, plan, "infonce", weight, [True] * 3)
+            results.append([loss, *grads, logits])
             assert set(counts) == {on}
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
@@ -116,7 +117,7 @@ def test_rows_with_gaps_need_no_copy(tma):
     wide = torch.full((40, 64), math.nan)
     wide[:, 16:40] = torch.randn(40, 24)
     problem = make(20, 40, 24, torch.float32)
-    problem = problem.with_tensors([problem.query, wide[:, 16:40], *problem.tensors()[2:]])
+    problem = replace(problem, keys=(KeySet(wide[:, 16:40]),))
     same(problem, PLANS[0], tma)
 
 
@@ -137,7 +138,7 @@ def test_unaligned_rows_take_the_pointers(case, plan, tma):
     key = unaligned(case)
     assert not launch.describable(key)
     problem = make(20, 40, key.shape[1], torch.float32)
-    problem = problem.with_tensors([problem.query, key, *problem.tensors()[2:]])
+    problem = replace(problem, keys=(KeySet(key),))
     counts = tma(True)
     check(problem, plan)
     assert counts

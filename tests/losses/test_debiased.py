@@ -28,8 +28,7 @@ from support.helpers import (
 
 from fused_infonce import DebiasedLoss, debiased_info_nce, debiased_nt_xent, info_nce, nt_xent
 from fused_infonce.backends import plan
-from fused_infonce.backends.contract import Problem
-from fused_infonce.compose.reduction import Direction
+from fused_infonce.backends.contract import KeySet, Problem, RowStatistics, Temperature
 from fused_infonce.losses import debiased
 
 N = 6
@@ -249,12 +248,12 @@ def test_gradients_at_equal_logits_are_finite(backend, reduction):
 def test_where_the_sum_equals_its_correction_the_bound_holds():
     """n tau+ = 1, so that y = pos - neg, which is 0 or so small that its inverse is infinite."""
     x = torch.zeros(1, dtype=torch.float64)
-    problem = Problem(x[:, None], torch.zeros(3, 1).double(), x + 0.5, row_ids=None)
+    problem = Problem(KeySet(x[:, None]), (KeySet(torch.zeros(3, 1).double()),), Temperature(x + 0.5))
     half = torch.full((1,), 0.5, dtype=torch.float64)
     assert debiased.negatives(problem).tolist() == [2]
     for value in (0.0, 5e-324, 1e-310, -1e-310, -1.0, -800.0):
         pos, neg = x.clone().requires_grad_(), torch.tensor([value], dtype=torch.float64, requires_grad=True)
-        rows = debiased._losses(Direction(problem, pos, neg, torch.stack([x, x])), half)
+        rows = debiased._losses(problem, RowStatistics(pos, neg, x, x, x), half)
         assert rows.item() == pytest.approx(math.log1p(2 * math.exp(-2)), rel=1e-14)
         dpos, dneg = torch.autograd.grad(rows.sum(), (pos, neg))
         assert dneg == 0

@@ -186,7 +186,7 @@ def test_each_softmax_asks_the_primitive_for_no_more_than_it_needs(monkeypatch):
     assert [problem.self_similar for _, problem in asked] == [False, True, True]
     asked = problems(monkeypatch, query, [positive, hard], directions=JOINT[-1])
     assert [problem.self_similar for _, problem in asked] == [False, True, False]
-    assert all(problem.negatives[0] is hard for _, problem in (asked[0], asked[2]))
+    assert all(problem.keys[1].rows is hard for _, problem in (asked[0], asked[2]))
 
 
 def test_documents_may_be_stacked():

@@ -30,8 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_infonce.backends.contract import Problem, Upstream, accumulator
+from fused_infonce.backends.contract import KeySet, Problem, Temperature, Upstream
 from fused_infonce.backends.plan import Plan
+from fused_infonce.backends.precision import accumulator
 from fused_infonce.backends.triton import backend, tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,12 +116,13 @@ def launches(case: Case) -> list[Launch]:
     n, d, acc = 512, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     general = case.variant == "general"
+    names, guide = (ids if general else None), (x if case.variant == "guided" else None)
+    keys = [KeySet(x.clone(), names, guide)]
+    if general:
+        keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), torch.zeros(n, 16, dtype=torch.int64)))
     problem = Problem(
-        query=x, key=x.clone(), temperature=torch.ones(1, dtype=acc), target=ids if general else None,
-        negatives=(torch.zeros(n, 16, d, dtype=dtype),) if general else (),
-        negative_ids=(torch.zeros(n, 16, dtype=torch.int64),) if general else (),
-        row_ids=ids if general else None, key_ids=ids if general else None, columns=case.variant == "columns",
-        **({"guides": (x, x), "ceiling": torch.zeros(n, dtype=acc)} if case.variant == "guided" else {}),
+        KeySet(x, names, guide), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
+        ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns=case.variant == "columns",
     )  # fmt: skip
     saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
     triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
@@ -209,7 +211,7 @@ def compile_case(case: Case) -> list[Result]:
     return list(results.values())
 
 
-OWN = ("own_dots_kernel", "own_statistics_kernel", "own_gradient_kernel")
+PAIRED = ("paired_dots_kernel", "paired_statistics_kernel", "paired_gradient_kernel")
 
 
 def default_cases() -> Iterator[Case]:
@@ -217,7 +219,7 @@ def default_cases() -> Iterator[Case]:
         for dtype in ("bfloat16", "float32"):
             yield Case(target, dtype, 256, "plain")
             yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
-            yield Case(target, dtype, 256, "general", (*OWN, "finish_kernel"))
+            yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from oracles.info_nce import info_nce as dense_info_nce
 from torch import Tensor
 
-from fused_infonce import contrast, info_nce
-from fused_infonce.backends import plan
+from fused_infonce import info_nce
+from fused_infonce.backends import plan, registry
 from fused_infonce.backends.plan import Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as in conftest
@@ -240,8 +240,8 @@ def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
         plans.append(dataclasses.replace(plan.choose(**arguments), **changes))
         return plans[-1]
 
-    monkeypatch.setattr(contrast, "choose", choose)
-    monkeypatch.setattr(contrast, "remembered", choose)
+    monkeypatch.setattr(registry, "choose", choose)
+    monkeypatch.setattr(registry, "remembered", choose)
     return plans
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_infonce.backends.contract import EPS, Problem, Statistics, Upstream, accumulator
+from fused_infonce.backends.contract import EPS, KeySet, Problem, RowStatistics, Statistics, Temperature, Upstream
 from fused_infonce.backends.plan import Plan
+from fused_infonce.backends.precision import accumulator
 
 from .helpers import error
 
@@ -24,64 +27,95 @@ both_plans = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 SIXTEEN = (torch.float16, torch.bfloat16)
 
 
-def dense(problem: Problem) -> tuple[list[Tensor], Statistics]:
-    """Return leaves and statistics in float64, the latter differentiable in the former."""
-    leaves = [x.detach().double().clone().requires_grad_() for x in problem.inputs]
-    t = problem.temperature.double()
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    target: Tensor | None = None,
+    *,
+    negatives: Sequence[Tensor] = (),
+    row_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Sequence[Tensor | None] = (),
+    scales: Sequence[Tensor | None] = (),
+    guides: Sequence[Tensor | None] = (),
+    **options: Any,
+) -> Problem:
+    """Return a problem from flat lists: scales and guides are aligned with the queries, the keys and the negatives."""
+    rows = (query, key, *negatives)
+    ids = (row_ids, key_ids, *(negative_ids or [None] * len(negatives)))
+    none = [None] * len(rows)
+    first, *keys = map(KeySet, rows, ids, guides or none, scales or none)
+    return Problem(first, tuple(keys), Temperature(temperature), target, **options)
 
-    def unit(index: int) -> Tensor:
-        x, scale = leaves[index], problem.scale(index)
+
+def with_ids(problem: Problem, row_ids: Tensor, key_ids: Tensor) -> Problem:
+    first, *others = problem.keys
+    return replace(
+        problem, query=problem.query._replace(ids=row_ids), keys=(first._replace(ids=key_ids), *others)
+    )  # fmt: skip
+
+
+def dense(problem: Problem) -> tuple[list[Tensor], Statistics]:
+    """Return leaves and statistics in float64, the latter differentiable in the former; `scale` is left at 1."""
+    leaves = [x.detach().double().clone().requires_grad_() for x in problem.inputs]
+    t = problem.temperature.values.double()
+
+    def unit(x: Tensor, keys: KeySet) -> Tensor:
         if problem.normalize:
             return x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
-        return x if scale is None else x * scale.double()[..., None]
+        return x if keys.scale is None else x * keys.scale.double()[..., None]
 
-    n, m = len(problem.query), len(problem.key)
-    q, k, rows = unit(0), unit(1), torch.arange(len(problem.query))
+    q, *sets = map(unit, leaves, problem.sets)
+    n, m = len(q), len(sets[0])
+    rows = torch.arange(n)
     target = rows if problem.target is None else problem.target
     there, index = (target >= 0) & (target < m), target.clamp(0, max(m - 1, 0))
-    z = q @ k.T
+    z = q @ sets[0].T
     pos = z[rows, index] / t if m else z.new_full((n,), math.nan)
     pos = torch.where(there, pos, torch.where(target == -1, 0.0, math.nan))
 
     def kept(ids: Tensor | None, shape: torch.Size) -> Tensor:
-        if ids is None or problem.row_ids is None:
+        row_ids = problem.query.ids
+        if ids is None or row_ids is None:
             return torch.ones(shape, dtype=torch.bool)
-        return (problem.row_ids[:, None] != ids).expand(shape)
+        return (row_ids[:, None] != ids).expand(shape)
 
-    negatives = kept(problem.key_ids, z.shape) & (target[:, None] != torch.arange(m))
+    negatives = kept(problem.keys[0].ids, z.shape) & (target[:, None] != torch.arange(m))
     if problem.self_similar:
         negatives = negatives & (rows[:, None] != torch.arange(m))
     logits, masks = ([z / t[:, None]], [negatives]) if problem.in_batch else ([], [])
-    for i, (x, ids) in enumerate(zip(problem.negatives, problem.negative_ids, strict=True), start=2):
-        raw = torch.einsum("nd,nhd->nh", q, unit(i)) if x.dim() == 3 else q @ unit(i).T
+    for x, keys in zip(sets[1:], problem.keys[1:], strict=True):
+        raw = torch.einsum("nd,nhd->nh", q, x) if x.dim() == 3 else q @ x.T
         logits.append(raw / t[:, None])
-        masks.append(kept(ids, raw.shape))
+        masks.append(kept(keys.ids, raw.shape))
 
-    def reduce(s: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(s: Tensor, mask: Tensor) -> RowStatistics:
         neg = torch.logsumexp(s.masked_fill(~mask, -math.inf), 1)
         p = torch.where(mask, (s - neg[:, None]).exp(), 0)
-        return neg, (p * s).sum(1)
+        return RowStatistics(pos, neg, (p * s).sum(1), neg, torch.ones_like(neg))
 
     empty = z.new_zeros((n, 0))
-    neg, mean = reduce(torch.cat([empty, *logits], 1), torch.cat([empty.bool(), *masks], 1))
-    columns = reduce((z / t).T, negatives.T) if problem.columns else ()
-    return leaves, Statistics(pos, neg, mean, neg, *columns, *columns[:1])  # softmax: see `natural`
+    found = reduce(torch.cat([empty, *logits], 1), torch.cat([empty.bool(), *masks], 1))
+    return leaves, Statistics(found, reduce((z / t).T, negatives.T) if problem.columns else None)
 
 
-def natural(softmax: Tensor) -> Tensor:
-    """Return the logsumexp of the negatives from its two parts, the maximum and the sum."""
-    return torch.where(softmax[1] == 0, -math.inf, (softmax[0] - torch.log2(softmax[1])) * math.log(2))
+def natural(rows: RowStatistics) -> RowStatistics:
+    """Return statistics whose maximum is the logsumexp that `maximum` and `scale` together say, and whose scale is 1."""
+    total = torch.where(rows.scale == 0, -math.inf, (rows.maximum - torch.log2(rows.scale)) * math.log(2))
+    return rows._replace(maximum=total, scale=torch.ones_like(total))
 
 
 def upstream_of(problem: Problem) -> Upstream:
-    u = torch.rand(3, len(problem.query), dtype=problem.acc_dtype, device=problem.query.device)
-    return Upstream(u[0], -u[1], u[2] if problem.columns else None)
+    query = problem.query.rows
+    u = torch.rand(3, len(query), dtype=problem.acc_dtype, device=query.device)
+    return Upstream(-u[1], u[0], u[2] if problem.columns else None)
 
 
 def dense_gradients(problem: Problem, upstream: Upstream) -> list[Tensor]:
-    leaves, stats = dense(problem)
-    total = (upstream.pos.double() * stats.pos).sum()
-    pairs = [(upstream.neg, stats.neg), (upstream.column_neg, stats.column_neg)]
+    leaves, (rows, columns) = dense(problem)
+    total = (upstream.pos.double() * rows.pos).sum()
+    pairs = [(upstream.neg, rows.neg), (upstream.column_neg, None if columns is None else columns.neg)]
     for u, neg in pairs:
         if u is not None and neg is not None:
             total = total + torch.where(neg == -math.inf, 0, u.double() * neg).sum()
@@ -100,20 +134,21 @@ def check(problem: Problem, plan: Plan, scale: float = 1.0) -> tuple[Statistics,
     """Assert statistics and gradients; `scale` multiplies the upstream, as a loss scale does."""
     _, want = dense(problem)
     got = backend.statistics(problem, plan)
-    t = problem.temperature.min().item() if len(problem.temperature) else 1.0
-    loose, tight = bound(problem.query.dtype, t)
-    for name, x, y in zip(Statistics._fields, got, want, strict=True):
-        assert (x is None) == (y is None), name
-        if x is not None:
+    t = problem.temperature.values.min().item() if len(problem.temperature.values) else 1.0
+    loose, tight = bound(problem.query.rows.dtype, t)
+    assert (got.columns is None) == (want.columns is None)
+    for found, exact in zip(got, want, strict=True):
+        if found is None or exact is None:
+            continue
+        for name, x, y in zip(RowStatistics._fields, natural(found), exact, strict=True):
             assert x.dtype == problem.acc_dtype
-            x = natural(x) if name.endswith("softmax") else x
             torch.testing.assert_close(
                 x.double(), y.detach(), rtol=loose, atol=loose / t, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
             )
     upstream = Upstream(*(None if u is None else u * scale for u in upstream_of(problem)))
     grads = backend.gradients(problem, plan, got, upstream, [x.dtype for x in problem.inputs])
     for i, (x, y) in enumerate(zip(grads, dense_gradients(problem, upstream), strict=True)):
-        assert x.dtype == problem.query.dtype
+        assert x.dtype == problem.query.rows.dtype
         assert x.shape == y.shape
         assert error(x, y) <= tight, f"gradient {i}: {error(x, y)} > {tight}"
     return got, grads
@@ -122,16 +157,15 @@ def check(problem: Problem, plan: Plan, scale: float = 1.0) -> tuple[Statistics,
 def make(n: int, m: int, d: int, dtype: torch.dtype = torch.float64, t: float = 0.3, **options: object) -> Problem:
     rows = [torch.randn(size, d, dtype=torch.float64).to(dtype) for size in (n, m)]
     temperature = torch.empty(n, dtype=accumulator(dtype)).uniform_(0.7 * t, 1.4 * t)
-    return Problem(*rows, temperature, **options)
+    return problem_of(*rows, temperature, **options)
 
 
 def with_segments(problem: Problem, shared: int | None = None, own: int | None = None, ids: bool = False) -> Problem:
-    n, d, few = len(problem.query), problem.query.shape[1], 4
+    (n, d), few, query = problem.query.rows.shape, 4, problem.query.rows
     shapes = ([(shared, d)] if shared is not None else []) + ([(n, own, d)] if own is not None else [])
     names = [torch.randint(few, shape[:-1]) if ids else None for shape in shapes]
-    problem = replace(
-        problem, negatives=tuple(torch.randn(s).to(problem.query.dtype) for s in shapes), negative_ids=tuple(names)
-    )
+    more = [KeySet(torch.randn(shape).to(query.dtype), name) for shape, name in zip(shapes, names, strict=True)]
+    problem = replace(problem, keys=(problem.keys[0], *more))
     if ids:
-        problem = replace(problem, row_ids=torch.randint(few, (n,)), key_ids=torch.randint(few, (len(problem.key),)))
+        return with_ids(problem, torch.randint(few, (n,)), torch.randint(few, (len(problem.keys[0].rows),)))
     return problem
