@@ -126,8 +126,8 @@ $(VENV)/.libraries: constraints.txt | $(VENV)/.installed-compat-trainers
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps FlagEmbedding
 	touch $@
 
-# A plain install, as from a wheel; build/ would keep modules that are gone.
+# A plain install, as from a wheel; build/lib would keep modules that are gone.
 $(VENV)/.site: $(SOURCES) | $(VENV)/.installed-test
-	rm -rf build $(SITE)
+	rm -rf build/lib $(SITE)
 	$(PIP) install --quiet --no-deps --no-index --no-build-isolation --target $(SITE) .
 	touch $@
