@@ -28,7 +28,7 @@ def root(x):
 
 @triton.jit
 def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
-    """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN, a norm that overflows becomes it."""
+    """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN; a norm that overflows is NaN."""
     norm = root(square)
     norm += norm - norm
     small = norm <= eps

@@ -82,9 +82,10 @@ def fresh_plans():
     """Forget the plans of earlier tests, which may have changed the thresholds that plans are chosen by."""
     from fused_infonce.backends import registry
 
-    registry.remembered.cache_clear()
+    remembered = registry.remembered  # which a test may put another in place of
+    remembered.cache_clear()
     yield
-    registry.remembered.cache_clear()
+    remembered.cache_clear()
 
 
 @pytest.fixture(autouse=True)

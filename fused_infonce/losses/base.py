@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -25,6 +25,10 @@ class Plans(tuple[Plan, ...]):
 
 class Explained(nn.Module):
     """A module of which one may ask how a call would be computed."""
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def explain(self, *args: Any, **kwargs: Any) -> Plans:
         """Return how this very call would be computed, and why, without computing scores.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..losses.base import Explained
 from ..losses.moco import MoCoLoss
 
 # arguments of our losses that are not embeddings, or not the model's
@@ -21,7 +22,7 @@ KEPT = frozenset({
 })  # fmt: skip
 
 
-class MatryoshkaLoss(nn.Module):
+class MatryoshkaLoss(Explained):
     """A loss at several lengths of the embeddings, so that their first components alone are embeddings too.
 
         loss = sum_k w_k l(x[..., :d_k])

@@ -69,4 +69,4 @@ def sup_con(
     pairs = torch.where(largest, -F.logsigmoid(logits - rest), lse - logits)  # lse - the largest logit would cancel
     count = weights.sum(1)
     loss = torch.where(weights > 0, weights * pairs, 0).sum(1) / torch.where(count == 0, 1, count)
-    return reduce(loss * (t / base_temperature), reduction)
+    return reduce(loss * (t.detach() / base_temperature), reduction)  # a constant: with it a learned t would vanish

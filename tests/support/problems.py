@@ -101,7 +101,7 @@ def dense(problem: Problem) -> tuple[list[Tensor], Statistics]:
 
 
 def natural(rows: RowStatistics) -> RowStatistics:
-    """Return statistics whose maximum is the logsumexp that `maximum` and `scale` together say, and whose scale is 1."""
+    """Return statistics whose maximum is the logsumexp that maximum and scale say together, and whose scale is 1."""
     total = torch.where(rows.scale == 0, -math.inf, (rows.maximum - torch.log2(rows.scale)) * math.log(2))
     return rows._replace(maximum=total, scale=torch.ones_like(total))
 
