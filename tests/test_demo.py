@@ -310,6 +310,17 @@ def test_a_tiny_run_writes_its_report_picture_and_model(
     assert printed.err == ""  # no progress bar where there is no terminal
 
 
+@pytest.mark.parametrize(
+    "more", [("--epochs", "0"), ("--batch", "4096"), ("--held-out", "1"), ("--cost-batches", "16", "32")]
+)
+def test_a_short_run_is_no_error(
+    synthetic_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(cost, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(cost, "_in_fresh_process", lambda *arguments: None)
+    assert tiny_run(synthetic_source, tmp_path / "out", *more) == 0
+
+
 def test_a_claim_that_was_not_shown_is_an_error_to_a_strict_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
     claims = [report.Claim("water is wet", True, "wet"), report.Claim("R@1 above TF-IDF's", False, "0.1 and 0.2")]
     assert report.print_claims(claims, strict=True) == 1
