@@ -14,7 +14,6 @@ pytest.importorskip("sklearn", reason="the demo's packages are absent")
 pytest.importorskip("matplotlib", reason="the demo's packages are absent")
 pytest.importorskip("tqdm", reason="the demo's packages are absent")
 
-sys.path.append(str(Path(__file__).parents[1]))  # at the end: the installed fused_infonce comes first
 from examples.retrieval import answers, cost, evaluate, mining, model, report, saved, show, split, text
 from examples.retrieval.__main__ import main
 from examples.retrieval.settings import parse_arguments

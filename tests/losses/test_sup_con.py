@@ -85,8 +85,8 @@ def test_gradients_are_those_of_finite_differences(
     t = torch.tensor(0.4, dtype=torch.float64, device=device, requires_grad=True)
     given = {key: x.to(device) for key, x in positives(kind).items()}
     assert torch.autograd.gradcheck(
-        lambda x, t: sup_con(x, **given, temperature=t, contrast_mode=mode, normalize=normalize, reduction=reduction,
-                             backend=backend),
+        lambda x, t: sup_con(x, **given, temperature=t, contrast_mode=mode, base_temperature=None, normalize=normalize,
+                             reduction=reduction, backend=backend),
         (features, t), fast_mode=True,
     )  # fmt: skip
 
