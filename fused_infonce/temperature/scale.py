@@ -63,8 +63,12 @@ class HasTemperature(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != NAME:
             super().__setattr__(name, value)
-        elif self.logit_scale is not None:
+            return
+        self._check(value)
+        if self.logit_scale is not None:
             self._start_from(value)
+        elif self._is_parametrized(NAME):
+            self._assign_parametrized(value)
         else:
             self._hold(value)
 
@@ -105,21 +109,24 @@ class HasTemperature(nn.Module):
                 f"learnable_temperature=True holds a parameter of its own, and would not train the {kind}: pass the "
                 f"number to start from, or the {kind} without learnable_temperature"
             )
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        self._rescale(torch.full_like(self.logit_scale, -math.log(checks.positive_float(NAME, number))))
+        if not isinstance(value, Tensor):
+            self._rescale(torch.full_like(self.logit_scale, -math.log(value)))
+        elif value.numel() == 1:
+            self._rescale(-torch.log(value.reshape(1)))
+        else:
+            raise TypeError(f"temperature must be one number where it is learnable, got shape {tuple(value.shape)}")
 
-    def _hold(self, value: Any) -> None:
-        """Check a temperature that is not learnable, and put it where a value of its kind is held."""
+    def _check(self, value: Any) -> None:
         if isinstance(value, Tensor):
             if value.dtype not in checks.FLOATS:
                 raise TypeError(f"temperature must be a number or a floating tensor, got {value.dtype}")
             if type(value) in (Tensor, nn.Parameter) and checks.values_are_free(value):  # unlike those of a DTensor
                 checks.only(NAME, value, (value > 0) & value.isfinite(), "be positive and finite")
-        elif not callable(value) and (value is not None or self.needs_temperature):
+        elif not callable(value) and (value is not None or self.needs_temperature or self.logit_scale is not None):
             checks.positive_float(NAME, value)
-        if self._is_parametrized(NAME):
-            self._assign_parametrized(value)
-            return
+
+    def _hold(self, value: Any) -> None:
+        """Put a temperature where a value of its kind is held."""
         # what was held gives way; in new dictionaries, since a shallow copy of a module shares them
         if NAME in self._parameters:
             self._parameters = {name: x for name, x in self._parameters.items() if name != NAME}
@@ -141,12 +148,13 @@ class HasTemperature(nn.Module):
                 "temperature is computed by torch.nn.utils.parametrize: assign a number or a tensor, or call "
                 "parametrize.remove_parametrizations(loss, 'temperature') first"
             )
-        super().__setattr__(NAME, value if isinstance(value, Tensor) else torch.full_like(self.temperature, value))
+        now = self.temperature
+        super().__setattr__(NAME, value.to(now) if isinstance(value, Tensor) else torch.full_like(now, value))
 
     @torch.no_grad()
     def _rescale(self, scale: Tensor) -> None:
         if self._is_parametrized("logit_scale"):
-            self.logit_scale = scale  # type: ignore[assignment]  # through right_inverse
+            self.logit_scale = scale.to(self.logit_scale)  # type: ignore  # through right_inverse
         else:
             self.logit_scale.copy_(scale)  # type: ignore[union-attr]
 
