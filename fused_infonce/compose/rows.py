@@ -30,9 +30,10 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
 
     Rows are added in one order, and without a synchronisation.
     """
-    wanted = classes if wanted is None else wanted
     ordered, _ = torch.sort(classes)
     place = torch.searchsorted(ordered, classes)  # of the class's first row: the same for all of it
     sums = add_rows(x.new_zeros(len(x) + 1, x.shape[1]), place, x)
+    if wanted is None:
+        return take_rows(sums, place), torch.searchsorted(ordered, classes, right=True) - place
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
