@@ -40,6 +40,11 @@ def dense(query: Tensor, key: Tensor, temperature: float, gamma: float) -> Tenso
     return (-((1 - p) ** gamma) * torch.log(p)).mean()
 
 
+def encoder() -> nn.Module:
+    """Makes an encoder; put your own model in its place."""
+    return nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, DIM))
+
+
 class Pairs:
     """A source of pairs: two noisy views of one hidden vector each."""
 
@@ -67,7 +72,7 @@ def main() -> None:
     both = loss(query, key).item(), dense(query, key, 0.07, loss.gamma).item()
     print(f"focal InfoNCE of random rows: {both[0]:.7f}, by the dense formula {both[1]:.7f}")
 
-    queries, keys = (nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, DIM)) for _ in range(2))
+    queries, keys = encoder(), encoder()
     optimizer = torch.optim.AdamW(
         [
             {"params": [*queries.parameters(), *keys.parameters()]},
