@@ -7,6 +7,7 @@ the training it is compared with the dense formula. docs/own-loss.md has two mor
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +74,11 @@ def main() -> None:
     print(f"focal InfoNCE of random rows: {both[0]:.7f}, by the dense formula {both[1]:.7f}")
 
     queries, keys = encoder(), encoder()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [*queries.parameters(), *keys.parameters()]},
-            {"params": loss.parameters(), "weight_decay": 0.0},  # weight decay would pull the scale towards 1
-        ],
-        lr=2e-3,
-    )
+    parameters: list[dict[str, Any]] = [
+        {"params": [*queries.parameters(), *keys.parameters()]},
+        {"params": loss.parameters(), "weight_decay": 0.0},  # weight decay would pull the scale towards 1
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     held_out = pairs.sample(1000)
     print(f"R@1 among 1000 unseen pairs, before: {recall(queries, keys, *held_out):.3f}")
     for step in range(1, STEPS + 1):
