@@ -4,13 +4,10 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
-# at the end: the installed fused_infonce comes first
-sys.path.append(str(next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())))
 pytest.importorskip("pandas", reason="the packages of the benchmarks are absent")
 pytest.importorskip("matplotlib", reason="the packages of the benchmarks are absent")
 pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ def test_gradients_are_those_of_finite_differences(
     t = torch.tensor(0.4, dtype=torch.float64, device=device, requires_grad=True)
     given = {key: x.to(device) for key, x in positives(kind).items()}
     assert torch.autograd.gradcheck(
-        lambda x, t: sup_con(x, **given, temperature=t, contrast_mode=mode, normalize=normalize, reduction=reduction,
-                             backend=backend),
+        lambda x, t: sup_con(x, **given, temperature=t, contrast_mode=mode, base_temperature=None, normalize=normalize,
+                             reduction=reduction, backend=backend),
         (features, t), fast_mode=True,
     )  # fmt: skip
 
@@ -213,7 +214,7 @@ def test_autocast_rounds_the_rows_and_nothing_else(dtype: torch.dtype) -> None:
 
 GOOD = torch.randn(4, 2, 3)
 EYE = torch.eye(4)
-BAD = {
+BAD: dict[str, Any] = {
     "a list": ({"features": [1.0]}, TypeError, "features must be a tensor"),
     "two dimensions": ({"features": GOOD[:, 0]}, ValueError, "features must have at least 3 dimensions"),
     "no views": ({"features": GOOD[:, :0]}, ValueError, "features must have at least one view"),
