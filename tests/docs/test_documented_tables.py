@@ -42,6 +42,7 @@ def test_losses_have_their_row_once_they_are_recorded(tmp_path: Path) -> None:
     assert tables.every_loss(results)[1:] == [["`ClipLoss`, learned scale", "3.00", "", ""]]
     assert tables.costs(results)[-1] == [tables.WORST, "**3.00**", "", ""]
     once = tables.written("<!-- table: every loss -->\n\n*Not recorded yet.*\n\nText.\n", results)
-    table = ["| loss | 64 rows | 256 rows | 1024 rows |", "|---|---|---|---|", "| `ClipLoss`, learned scale | 3.00 | | |"]
+    head = "| loss | 64 rows | 256 rows | 1024 rows |"
+    table = [head, "|---|---|---|---|", "| `ClipLoss`, learned scale | 3.00 | | |"]
     assert once.splitlines()[2:] == [*table, "", "Text."]
     assert tables.written(once, results) == once
