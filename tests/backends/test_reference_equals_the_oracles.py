@@ -269,7 +269,7 @@ def test_every_softmax_and_hardness_of_multiple_negatives_equals_dense_code(soft
     partition, directions = softmax
     inputs = {name: rows(N + 2) for name in ("positive", "hard")} | {"query": rows(N), "temperature": per_row()}
     options: dict[str, Any] = {"directions": directions, "partition": partition, "hardness": hardness, "offset": 1}
-    options |= {"reduction": "none", "hardness_strength": 2.0}
+    options |= {"reduction": "none", "hardness_strength": 2.0 if hardness else 0.0}
     every = rows(N + 2)
     if len(directions) > 1:
         inputs["all_queries"] = every
@@ -298,7 +298,9 @@ SECOND = {
         q, k, temperature=t, symmetric=True, normalize=False, key_ids=torch.tensor([0, 1, 0, 2]), backend="reference"
     ),
     "nt_xent": lambda q, k, t: functional.nt_xent(q, k, t, backend="reference"),
-    "sup_con": lambda q, k, t: functional.sup_con(torch.stack([q, k], 1), LABELS[:4], None, t, backend="reference"),
+    "sup_con": lambda q, k, t: functional.sup_con(
+        torch.stack([q, k], 1), LABELS[:4], None, t, base_temperature=None, backend="reference"
+    ),
     "clip_loss": lambda q, k, t: functional.clip_loss(q, k, 1 / t, backend="reference"),
     "moco_loss": lambda q, k, t: functional.moco_loss(q, rows(4, d=3), rows(3, d=6), t, backend="reference"),
     "decoupled_info_nce": lambda q, k, t: functional.decoupled_info_nce(q, k, temperature=t, backend="reference"),
