@@ -62,7 +62,7 @@ class HasTemperature(nn.Module):
         self.temperature = temperature
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == NAME and NAME not in self._modules.get("parametrizations", ()):
+        if name == NAME and not hasattr(self._modules.get("parametrizations"), NAME):
             self._hold(value)
         else:
             super().__setattr__(name, value)
