@@ -1,4 +1,4 @@
-"""What all losses are as modules: they hold options and a temperature, and their forward calls a function."""
+"""Base classes of the losses as modules: they hold options and a temperature, and their forward calls a function."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ class Plans(tuple[Plan, ...]):
 
 
 class Explained(nn.Module):
-    """A module of which one may ask how a call would be computed."""
+    """A module that can say how a call of it would be computed."""
 
     if TYPE_CHECKING:  # nn.Module's returns Any
 
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def explain(self, *args: Any, **kwargs: Any) -> Plans:
-        """Return how this very call would be computed, and why, without computing scores.
+        """Return how a call with these arguments would be computed, and why, without computing scores.
 
-        It takes the arguments of a call, and raises what the call would. Whether inputs require gradients matters.
+        The answer depends on whether the inputs require gradients. Arguments that the call refuses raise its errors.
         """
         with contrast.explaining() as plans:
             self(*args, **kwargs)
         return Plans(plans)
+
+    def __prepare_scriptable__(self) -> Explained:
+        """Refuse `torch.jit.script`, which calls this first, and which cannot read keyword-only arguments."""
+        raise TypeError(f"{type(self).__name__} cannot be compiled by torch.jit.script: use torch.compile")
 
 
 class ContrastiveLoss(HasTemperature, Explained):
