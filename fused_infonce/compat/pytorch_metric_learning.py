@@ -264,7 +264,7 @@ def _labels(labels: Any, indices_tuple: Any, ref_labels: Any) -> tuple[Labels | 
         own = torch.arange(n, device=rows.device)
         twins = bool((count == 2).all())
     if own is None:
-        return None, "indices_tuple is not all pairs by labels, in order"
+        return None, "indices_tuple is not all pairs by labels in order (pairs that a miner chose are not fused)"
     equal = int(count.sum())
     return Labels(rows, keys, own, equal - int((own >= 0).sum()), n * m - equal, twins), ""
 

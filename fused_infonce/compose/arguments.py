@@ -49,6 +49,8 @@ def of_keys(
     in_batch = _check_embeddings(
         query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target
     )  # fmt: skip
+    if negative_keys is None and positive_key.size(0) == 1:
+        checks.lonely()
     index = None if target is None else checks.target(target, query, positive_key.shape[0], ignore_index)
     ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric)
     keys = [KeySet(positive_key, ids[1])]
@@ -149,6 +151,8 @@ def all_ids(
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
     """Return the problem of two views' rows against those of all other samples, the other view their positive."""
     rows = stacked(views(view_a, view_b, ()))
+    if view_a.size(0) == 1:
+        checks.lonely()
     target = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
     same = KeySet(rows)
     return Problem(same, (same,), temperature_of(temperature, rows), target, normalize=normalize, self_similar=True)

@@ -69,6 +69,8 @@ def _pairs(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: 
             raise ValueError(
                 f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
             )
+    if image.size(0) == 1:
+        checks.lonely()
     t = checks.temperature(temperature_of(logit_scale, image), image, statistics_dtype(image))
     return Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
 
@@ -90,6 +92,7 @@ def bias_of(logit_bias: Any) -> Tensor | None:
         return None
     if logit_bias.dtype not in checks.FLOATS:
         raise TypeError(f"logit_bias must be a number or a floating tensor, got {logit_bias.dtype}")
+    checks.dense("logit_bias", logit_bias)
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must be a number or a one-element tensor, got shape {tuple(logit_bias.shape)}")
     return logit_bias.reshape(()) if logit_bias.requires_grad and torch.is_grad_enabled() else None

@@ -95,6 +95,8 @@ def distilled_info_nce(
     _check(query, key, symmetric, target, alpha)
     teacher = _checked_teacher(query, key, teacher_query, teacher_key, teacher_scores)
     n, m = len(query), len(key)
+    if m == 1:
+        checks.lonely()
     t = temperature_of(temperature, query)
     weight = checks.row_weight(weight, query, t.values.dtype)
     if teacher_temperature is None:

@@ -97,6 +97,8 @@ def guided_info_nce(
     n, m = len(query), len(positive_key)
     if checks.whole("offset", offset, 0) + n > m:
         raise ValueError(f"positive_key must have {offset + n} rows or more, offset={offset} and {n} queries, got {m}")
+    if m == 1 and negative_keys is None:
+        checks.lonely()
     margin = checks.finite("margin", margin)
     _, key_ids, negative_ids = all_ids(
         None, key_ids, negative_ids, query, positive_key, negative_keys, keys_are_negatives=True

@@ -57,7 +57,10 @@ def moco_loss(
     if key.shape != query.shape:
         raise ValueError(f"key must have shape {tuple(query.shape)} as query has, got {tuple(key.shape)}")
     if queue.shape[0] != query.shape[1]:
-        raise ValueError(f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}")
+        raise ValueError(
+            f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}: "
+            f"it is the queue of a MoCoLoss(dim={queue.shape[0]}), and these embeddings need dim={query.shape[1]}"
+        )
     checked = call_options(backend, workspace_limit, reduction)
     negatives = KeySet(queue.detach().T)
     problem = Problem(
@@ -148,7 +151,7 @@ class MoCoLoss(ContrastiveLoss):
         checks.embeddings("key", key, 2, "(B, D)")
         dim, size = self.queue.shape
         if key.shape[1] != dim:
-            raise ValueError(f"key must have {dim} components as queue has, got {key.shape[1]}")
+            raise ValueError(f"key must have {dim} components, the dim of this loss, got {key.shape[1]}")
         if key.device != self.queue.device:
             raise ValueError(f"key must be on {self.queue.device} as queue is, got {key.device}")
         count = len(key)

@@ -100,6 +100,8 @@ def multiple_negatives(
     options = call_options(backend, workspace_limit, reduction)
     check_options(directions, partition, hardness, hardness_strength)
     documents = _check_embeddings(query, documents, offset, all_queries, directions)
+    if len(documents) == 1 and documents[0].size(0) == 1:
+        checks.lonely()
     ranking = _Ranking(
         query, documents, query if all_queries is None else all_queries, offset, temperature_of(temperature, query),
         frozenset(directions), hardness, float(hardness_strength), normalize,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import contrast
+from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import wide
@@ -53,6 +53,8 @@ def nt_xent(
         return reduced(of_views(view_a, view_b, temperature, normalize), options, "infonce")
     every = views(view_a, view_b, more_views)
     rows, samples = stacked(every), len(view_a)
+    if samples == 1:
+        checks.lonely()
     t = temperature_of(temperature, rows)
     rows, products = wide(rows)
     ids = torch.arange(samples, device=rows.device).repeat(len(every))

@@ -73,6 +73,8 @@ def sup_con(
         factor = t.values.detach()[0] / checks.positive_float("base_temperature", base_temperature)
     weights = None if mask is None else _mask_weights(mask, dtype)
     samples, views = features.shape[:2]
+    if samples == 1 and views <= 2:
+        checks.lonely()
     rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # (V N, D), one view after another
     if views == 2 and contrast_mode == "all" and labels is None and weights is None:
         view_a, view_b = rows.chunk(2)
@@ -170,12 +172,13 @@ def _next(classes: Tensor) -> Tensor:
 def _check(features: Any, labels: Any, mask: Any, temperature: Any, contrast_mode: str) -> None:
     """Check the arguments of `sup_con` but for values of tensors."""
     checks.one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
-    if isinstance(features, Tensor) and features.dim() < 3:
+    if isinstance(features, Tensor) and features.dim() < 3 and not features.is_nested:
         raise ValueError(
             "features must have at least 3 dimensions (N, V, D), V views of N samples: torch.stack([view_a, view_b], "
             f"dim=1) of two (N, D) views, .unsqueeze(1) of one; got shape {tuple(features.shape)}"
         )
     checks.embeddings("features", features, features.dim() if isinstance(features, Tensor) else 3, "(N, V, D)")
+    checks.with_values("features", features)
     n, views = features.shape[:2]
     if views == 0:
         raise ValueError(f"features must have at least one view, got shape {tuple(features.shape)}")
@@ -188,6 +191,7 @@ def _check(features: Any, labels: Any, mask: Any, temperature: Any, contrast_mod
             raise TypeError(f"mask must be a tensor of shape ({n}, {n}), got {type(mask).__name__}")
         if mask.dtype not in (torch.bool, *checks.INTEGERS, *checks.FLOATS):
             raise TypeError(f"mask must be bool, integers or floats, got {mask.dtype}")
+        checks.dense("mask", mask)
         if mask.shape != (n, n):
             raise ValueError(f"mask must have shape ({n}, {n}), got {tuple(mask.shape)}")
         checks.on("mask", mask, features.device, "features")
