@@ -1,4 +1,4 @@
-"""From the statistics of rows to a loss: directions, weights and reductions."""
+"""Reduction of the rows' statistics to a loss: directions, weights, "mean", "sum" and "none"."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def closed_form(problem: Problem, options: Options, weight: Tensor | None) -> bo
 
 
 def apart(problem: Problem) -> bool:
-    """Return whether the columns' direction is a problem of its own, since other negatives replace the rows' keys."""
+    """Return whether the direction of the columns is a problem apart, because only rows have explicit negatives."""
     return problem.columns and not problem.in_batch
 
 
