@@ -45,7 +45,7 @@ def distilled_info_nce(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """InfoNCE with a teacher's similarities as soft targets, without the N x M logits of either.
+    """InfoNCE with a teacher's similarities as soft targets, without the N x M logits of student or teacher.
 
         loss_i = alpha soft_i + (1 - alpha) hard_i,    s_ij = cos(q_i, k_j) / t_i
         soft_i = -sum_j T_ij log( exp(s_ij) / sum_l exp(s_il) ),    T_ij = exp(z_ij) / sum_l exp(z_il)
@@ -60,28 +60,35 @@ def distilled_info_nce(
         query: (N, D), float16, bfloat16, float32 or float64.
         key: (M, D).
         teacher_query, teacher_key: (N, D') and (M, D') embeddings of the same rows; floating, of any dtypes.
-        temperature: as in `info_nce`.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
+            flow to tensors.
         reduction: "mean", "sum" or "none" (one value per query).
         teacher_scores: (N, M) floating, in place of the embeddings, as a cross-encoder gives them. Their softmax is
             held once or twice in float32.
-        teacher_temperature: t', as `temperature`. None: `temperature` for embeddings, 1 for scores.
+        teacher_temperature: t', a positive number or a tensor, shaped as `temperature`. None: `temperature` for
+            embeddings, 1 for scores.
         objective: "cross_entropy" or "kl_div".
         alpha: in [0, 1]. Below 1 the rows need labels: `target`, or N = M.
         temperature_squared: multiply soft_i by t_i^2, so that the size of its gradient depends less on t. No gradient
             flows through the factor, which would make a learned temperature vanish.
-        symmetric: the mean of this loss and of that of the keys against the queries, whose soft targets are the softmax
-            of the teacher's similarities over the queries. Needs N = M and no `target`; key j has the temperatures of
-            row j.
+        symmetric: take the mean with the loss of the keys against the queries, whose soft targets are the softmax of
+            the teacher's similarities over the queries. Needs N = M and no `target`; key j has the temperatures of row
+            j.
         normalize: divide every row of query and key by max(norm, 1e-12) first.
-        normalize_teacher: the same for the teacher's embeddings.
+        normalize_teacher: divide every row of the teacher's embeddings by max(norm, 1e-12) first.
         target: (N,) integer rows y of `key`; rows with `ignore_index` count neither in the loss nor in the mean. None:
             row i, if N = M.
-        ignore_index, weight, workspace_limit: as in `info_nce`.
-        backend: as in `info_nce`. The teacher's embeddings are held once in the dtype of the statistics, float32 for
-            16-bit inputs, in which their products are made; and so are rows of length D + D' for a while.
+        ignore_index: a row with this target does not count.
+        weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
+            that sum over the sum of w.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+            Beside it the teacher's embeddings, and for a while rows of length D + D', are held once in the dtype of the
+            products, float32 for 16-bit inputs.
 
-    Returns: as `info_nce`. A gradient is the student's part less the teacher's, and where they nearly agree the 16-bit
-    rounding of the former is larger beside their difference.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32. A gradient is the student's part less
+        the teacher's; where the two nearly agree, 16-bit rounding is large beside their difference.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -135,7 +142,7 @@ def distilled_info_nce(
 
 
 class SoftTargets(NamedTuple):
-    """T (N, M) of one direction, with the pivot y of each row."""
+    """The soft targets T (N, M) of one direction as the loss needs them, given the pivot y of each row."""
 
     others: Tensor  # (N,): sum_{j != y} T_ij
     mixture: Tensor  # (N, D): sum_{j != y} T_ij y_j, differentiable in the keys y_j as the logits see them
@@ -228,7 +235,7 @@ class _Mixtures(torch.autograd.Function):
 def _gradients(
     problem: Problem, left: Tensor, right: Tensor, options: Options, stats: RowStatistics, weight: Tensor, of: int
 ) -> Tensor:
-    """Return those of `sum_i t_i weight_i neg_i` with respect to [query | left], if `of` is 0, or [key | right]."""
+    """Return the gradient of `sum_i t_i weight_i neg_i` for [query | left] where `of` is 0, else for [key | right]."""
     query, key = torch.cat([problem.query.rows, left], 1), torch.cat([problem.keys[0].rows, right], 1)
     problem = replace(problem, query=KeySet(query), keys=(KeySet(key),))
     upstream = Upstream(torch.zeros_like(weight), weight * problem.temperature.values)
@@ -258,7 +265,7 @@ def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> 
 def _checked_teacher(
     query: Tensor, key: Tensor, teacher_query: Any, teacher_key: Any, teacher_scores: Any
 ) -> list[Tensor]:
-    """Return the two embeddings or the scores, without a gradient."""
+    """Return the teacher's two embeddings, or its scores, checked and detached."""
     n, m = len(query), len(key)
     if (teacher_query is None) != (teacher_key is None) or (teacher_query is None) == (teacher_scores is None):
         raise ValueError("a teacher is teacher_query and teacher_key, or teacher_scores: pass the two or the one")
@@ -279,11 +286,28 @@ def _checked_teacher(
 
 
 class DistillationLoss(ContrastiveLoss):
-    """InfoNCE with a teacher's soft targets; see `distilled_info_nce`.
+    """InfoNCE with a teacher's soft targets, as a module.
+
+    The function `distilled_info_nce` has the formula.
 
     Args:
-        temperature, reduction, teacher_temperature, objective, alpha, temperature_squared, symmetric, normalize,
-            normalize_teacher, ignore_index, backend, workspace_limit: as in `distilled_info_nce`.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per query).
+        teacher_temperature: the teacher's, a positive number or a tensor; None: `temperature` for a teacher's
+            embeddings, 1 for its scores.
+        objective: "cross_entropy", or "kl_div", which subtracts the entropy of the soft targets.
+        alpha: the share of the soft targets, in [0, 1]; the rest is InfoNCE with labels.
+        temperature_squared: multiply the soft part by t^2, so that its gradient depends less on t.
+        symmetric: take the mean with the loss of the keys against the queries.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        normalize_teacher: divide every row of the teacher's embeddings by its norm first.
+        ignore_index: a row with this `target` does not count.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = DistillationLoss(temperature=0.05, symmetric=True)
@@ -337,6 +361,7 @@ class DistillationLoss(ContrastiveLoss):
         target: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss of a student's embeddings, given a teacher's embeddings or `teacher_scores`."""
         return distilled_info_nce(
             query,
             key,

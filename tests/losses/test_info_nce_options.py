@@ -14,8 +14,8 @@ from oracles import info_nce as dense
 from oracles.row_lists import reduce, rows_of
 from support.helpers import DEVICE, FACTORS, both_backends, cases, error, evaluate, make_call, on, two, valid
 
-from fused_infonce import FusedInfoNCELoss, contrast, explain, info_nce
-from fused_infonce.backends import plan
+from fused_infonce import FusedInfoNCELoss, explain, info_nce
+from fused_infonce.backends import plan, registry
 
 
 def by_hand(reduction="mean", **options):
@@ -256,7 +256,7 @@ def test_triton_on_a_cpu_says_why_not(tmp_path):
 
 
 def test_auto_on_a_cpu_is_torch():
-    assert contrast.resolve("auto", torch.ones(1)) == "torch"  # even where the interpreter could run Triton
+    assert registry.resolve("auto", torch.ones(1)) == "torch"  # even where the interpreter could run Triton
 
 
 @both_backends
