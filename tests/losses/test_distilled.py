@@ -152,6 +152,47 @@ def test_kl_of_the_teacher_itself_is_zero(backend, teacher):
         torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-11)
 
 
+def large_logits(size, agrees, n, d=16):
+    """Return a student and a teacher whose logits are of that size, and whose favourites are not the pairs."""
+    a = F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1)
+    b = F.normalize(a.roll(7, 0) + 0.3 * F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1), dim=1)
+    a, b = a * size**0.5, b * size**0.5
+    q, k = (x + 0.02 * torch.randn_like(x) if agrees else torch.randn_like(x) for x in (a, b))
+    return [x.float().double() for x in (q, k, a, b)]
+
+
+@both_backends
+@pytest.mark.parametrize("teacher", ["embeddings", "scores"])
+@pytest.mark.parametrize("size", [30, 800, 14000])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"alpha": 0.5}, {"target": True}], ids=str)
+@pytest.mark.parametrize("agrees", [False, True])
+def test_large_logits_of_a_teacher_cancel_exactly(backend, teacher, size, options, agrees):
+    """In float32 the divergence of a teacher that is certain, of another key than the pair, has no error of theirs.
+
+    Errors were that of the teacher's logits, 2e-4 to 4e-3, and with `symmetric` that of their exponentials: up to 20.
+    """
+    q, k, a, b = large_logits(size, agrees, n=60 if backend == "torch" else 20)
+    options = {"objective": "kl_div", "reduction": "none", "temperature": 0.05, "teacher_temperature": 1.0} | options
+    if options.pop("target", False):
+        options["target"] = torch.arange(len(q)).masked_fill(torch.arange(len(q)) % 5 == 0, -100)
+    given = {"teacher_query": a, "teacher_key": b, "normalize_teacher": False}
+    if teacher == "scores":
+        given = {"teacher_scores": (a @ b.T).float().double()}
+    leaves = [x.requires_grad_() for x in (q, k)]
+    want = dense.distilled_info_nce(*leaves, **given, **options)
+    exact = torch.autograd.grad(want.sum(), leaves)
+    device = DEVICE[backend]
+    rows = [x.detach().float().to(device).requires_grad_() for x in leaves]
+    moved = {name: x.float().to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    here = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    loss = distilled_info_nce(*rows, **moved, **here, backend=backend)
+    eps = torch.finfo(torch.float32).eps
+    absolute = eps / 0.05 if agrees and "symmetric" in options else 0  # of the student's logits
+    assert ((loss.cpu() - want).abs() <= 4 * absolute + 30 * eps + 8 * eps * want.abs()).all()
+    for got, truth in zip(torch.autograd.grad(loss.sum(), rows), exact, strict=True):
+        assert error(got, truth) <= (1e-3 if absolute else 1e-5)
+
+
 @both_backends
 @pytest.mark.parametrize("teacher", ["embeddings", "scores"])
 def test_a_teacher_that_is_certain_gives_info_nce(backend, teacher):
