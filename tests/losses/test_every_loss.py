@@ -56,7 +56,7 @@ CALLS = {
         lambda **o: MatryoshkaLoss(FusedInfoNCELoss(learnable_temperature=True, **o), [D, D // 2], [1, 0.5]),
         lambda: (rows(N), rows(N)),
     ),
-    "MoCoLoss": (lambda **o: MoCoLoss(D, 20, **o), lambda: (rows(N), torch.randn(N, D))),
+    "MoCoLoss": (lambda **o: MoCoLoss(D, queue_size=20, **o), lambda: (rows(N), torch.randn(N, D))),
     "MultipleNegativesLoss": (
         lambda **o: MultipleNegativesLoss(
             directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
