@@ -223,7 +223,7 @@ BAD = {
     "labels' shape": (
         {"labels": torch.zeros(4, 2).long()},
         ValueError,
-        r"labels must be one integer a sample, shape \(4,\)",
+        r"one integer a sample, shape \(4,\)",
     ),
     "labels' dtype": ({"labels": torch.rand(4)}, TypeError, "labels must be an integer tensor"),
     "labels' type": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be an integer tensor"),
