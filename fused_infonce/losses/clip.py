@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BackendName, Reduction
+from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
@@ -54,13 +54,23 @@ def clip_loss(
 
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
-    problem = _pairs(image_features, text_features, logit_scale, normalize)
-    bias = bias_of(logit_bias)
-    loss = reduced(problem, call_options(backend, workspace_limit, reduction), "infonce")
+    _check_pairs(image_features, text_features)
+    options = call_options(backend, workspace_limit, reduction)
+    return _of_pairs(
+        image_features, text_features, temperature_of(logit_scale, image_features), logit_bias, normalize, options
+    )
+
+
+def _of_pairs(
+    image: Tensor, text: Tensor, temperature: float | Tensor, logit_bias: Any, normalize: bool, options: Options
+) -> Tensor:
+    t, bias = checks.temperature(temperature, image, statistics_dtype(image)), bias_of(logit_bias)
+    problem = Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
+    loss = reduced(problem, options, "infonce")
     return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
 
 
-def _pairs(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: bool) -> Problem:
+def _check_pairs(image: Any, text: Any) -> None:
     if not checks.alike(image, text):
         checks.embeddings("image_features", image, 2, "(N, D)")
         checks.embeddings("text_features", text, 2, "(N, D)")
@@ -69,8 +79,6 @@ def _pairs(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: 
             raise ValueError(
                 f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
             )
-    t = checks.temperature(temperature_of(logit_scale, image), image, statistics_dtype(image))
-    return Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
 
 
 def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
@@ -104,7 +112,7 @@ class ClipLoss(ContrastiveLoss):
         learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP's model does; the
             loss is then called without a scale. Give `loss.parameters()` to the optimizer, without weight decay.
         temperature: the starting point of a learnable temperature, by default CLIP's 0.07; or what a call without a
-            scale takes, as `HasTemperature` does.
+            scale takes, see `HasTemperature`. None, and not learnable: a call must pass a scale.
         max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
 
     Example:
@@ -117,6 +125,7 @@ class ClipLoss(ContrastiveLoss):
     """
 
     hidden = ContrastiveLoss.hidden | {"normalize": False}
+    needs_temperature = False
 
     def __init__(
         self,
@@ -129,11 +138,11 @@ class ClipLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
+        if temperature is None and learnable_temperature:
+            temperature = 0.07
         super().__init__(
-            0.07 if temperature is None else temperature, learnable_temperature, max_logit_scale, reduction, normalize,
-            backend, workspace_limit,
-        )  # fmt: skip
-        self.given = temperature is not None or learnable_temperature
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
 
     def forward(
         self,
@@ -144,11 +153,13 @@ class ClipLoss(ContrastiveLoss):
     ) -> Tensor:
         """Return the loss; `logit_scale` is what multiplies the products, already exponentiated: CLIP's
         `logit_scale.exp()`. None: 1 / temperature of this loss."""
-        if logit_scale is None:
-            if not self.given:
-                raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
-            logit_scale = 1 / self.temperature
-        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        if logit_scale is not None:
+            return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        if self.logit_scale is None and self.held_temperature is None:
+            raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
+        _check_pairs(image_features, text_features)
+        options = call_options(self.backend, self.workspace_limit, self.reduction)
+        return _of_pairs(image_features, text_features, self.temperature, logit_bias, self.normalize, options)
 
     def shown_temperature(self) -> dict[str, Any]:
-        return super().shown_temperature() if self.given else {}
+        return {name: shown for name, shown in super().shown_temperature().items() if shown is not None}

@@ -67,7 +67,8 @@ def distilled_info_nce(
         teacher_temperature: t', as `temperature`. None: `temperature` for embeddings, 1 for scores.
         objective: "cross_entropy" or "kl_div".
         alpha: in [0, 1]. Below 1 the rows need labels: `target`, or N = M.
-        temperature_squared: multiply soft_i by t_i^2, so that the size of its gradient depends less on t.
+        temperature_squared: multiply soft_i by t_i^2, so that the size of its gradient depends less on t. No gradient
+            flows through the factor, which would make a learned temperature vanish.
         symmetric: the mean of this loss and of that of the keys against the queries, whose soft targets are the softmax
             of the teacher's similarities over the queries. Needs N = M and no `target`; key j has the temperatures of
             row j.
@@ -128,7 +129,7 @@ def distilled_info_nce(
             mean = dots(rows_seen, soft_targets.mixture) / t.values
             soft = _cross_entropy(hard, student.pos, soft_targets.others, mean)
             soft = soft - soft_targets.entropy if objective == "kl_div" else soft
-            soft = t.values**2 * soft if temperature_squared else soft
+            soft = t.values.detach() ** 2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
         return reduced_rows(torch.stack(losses).mean(0), problem, reduction, weight)
 

@@ -61,6 +61,7 @@ def info_nce(
         symmetric: the mean of this loss and of that of the keys against the queries, as CLIP has it. Needs N = M and no
             `target`. Explicit negatives enter the query direction only; column j has the temperature of row j.
         normalize: divide every row by max(norm, 1e-12), as `torch.nn.functional.normalize`; else s_ij = q_i.k_j / t_i.
+            A row whose norm overflows (1.8e19 in float32) is NaN, and not zeros as there.
         in_batch_negatives: whether the other rows of `positive_key` are negatives too. None: only if there are no
             `negative_keys`.
         ignore_index: rows with this target count neither in the loss nor in the mean.

@@ -13,6 +13,7 @@ from ..backends import BackendName, Reduction, plan_of
 from ..backends.contract import KeySet, Problem
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import closed_form, reduced
+from ..compose.rows import unit
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans
 
@@ -155,7 +156,7 @@ class MoCoLoss(ContrastiveLoss):
         kept = key[max(count - size, 0) :]
         if self.normalize:
             wide = torch.promote_types(key.dtype, torch.float32)  # the norm of 16-bit rows needs more than their range
-            kept = F.normalize(kept.to(wide), dim=1)
+            kept = unit(kept, True, wide)
         last = self.queue_ptr + count
         columns = (last + torch.arange(-len(kept), 0, device=key.device)) % size
         self.queue.T.index_copy_(0, columns, kept.to(self.queue.dtype))

@@ -23,7 +23,7 @@ def load(name: str) -> ModuleType:
     """What gathers the bank's rows is in a module that imports a class of torchvision, for models: where that is not
     installed another class stands in while the module loads."""
     names = [] if importlib.util.find_spec("torchvision") else ["torchvision", "torchvision.ops"]
-    stubs = {x: ModuleType(x) for x in names}
+    stubs: dict[str, Any] = {x: ModuleType(x) for x in names}
     for stub in stubs.values():
         stub.StochasticDepth = torch.nn.Identity
     sys.modules.update(stubs)

@@ -31,11 +31,11 @@ def test_equals_the_original(number):
     draw = random.Random(number)
     torch.manual_seed(number)
     dtype = draw.choice([torch.float32, torch.float32, torch.float64])
-    n, d, columns = draw.randint(2, 20), draw.randint(3, 40), draw.randint(2, 3)
+    n, d, number = draw.randint(2, 20), draw.randint(3, 40), draw.randint(2, 3)
     dims = draw.sample(range(1, d + 1), draw.randint(1, 3))
     weights = draw.choice([None, [draw.uniform(0, 2) for _ in dims]])
     scale = draw.choice([1.0, 10.0, 20.0])
-    columns = [torch.randn(n, d, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(columns)]
+    columns = [torch.randn(n, d, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(number)]
     ours = MatryoshkaLoss(FusedInfoNCELoss(1 / scale, in_batch_negatives=True), dims, weights)(*columns)
     results = [(ours, *torch.autograd.grad(ours, columns))]
     for kind in (dtype, torch.float64):

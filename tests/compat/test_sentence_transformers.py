@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_a_bad_option_raises_what_the_original_raises(name, options):
 
 
 X = torch.ones(4, 3)
-BAD_COLUMNS = {
+BAD_COLUMNS: dict[str, list[Any]] = {
     "no column": [], "one column": [X], "lists": [[[1.0]], [[1.0]]], "integers": [X.long(), X.long()],
     "components": [X, torch.ones(4, 2)], "mixed": [X, X.double()], "too few positives": [X, X[1:]],
     "three dimensions": [X[None], X[None]], "anchors alone": [X, None],

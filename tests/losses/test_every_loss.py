@@ -137,3 +137,26 @@ def test_create_graph_is_refused(name):
     module, inputs = make(name)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(module(*inputs), inputs[0], create_graph=True)
+
+
+@every_loss
+@pytest.mark.parametrize("backend", ["torch", TRITON, "reference"])
+def test_a_row_whose_norm_overflows_makes_the_loss_nan(name, backend):
+    """Taken for zeros, as by F.normalize, it would be a legitimate row and the loss a plausible number."""
+    loss, inputs = make(name, backend=backend)
+    device = DEVICE.get(backend, "cpu")
+    inputs = [x.detach().to(device, copy=True) for x in inputs]
+    assert loss.to(device)(*inputs).isfinite().all()
+    inputs[0][1] *= 1e20
+    assert inputs[0].isfinite().all()
+    if name == "DCLLoss" and device == "cpu":  # whose weights of the positives are checked where that is free
+        with pytest.raises(ValueError, match="positive_weight must be finite, got nan"):
+            loss(*inputs)
+    else:
+        assert loss(*inputs).isnan()
+
+
+def test_a_queue_does_not_take_a_key_whose_norm_overflows_for_zeros():
+    loss = MoCoLoss(4, queue_size=6)
+    loss.enqueue(torch.full((1, 4), 1e20))
+    assert loss.queue[:, 0].isnan().all()

@@ -1,6 +1,7 @@
 """Against info-nce-pytorch 0.1.4, whose contract the functions keep, and the documented improvements on it."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_import_as_the_original():
     torch.testing.assert_close(InfoNCE()(query, key), original.InfoNCE()(query, key), rtol=1e-6, atol=0)
 
 
-VALID = {"query": (N, D), "positive_key": (N, D)}
-INVALID = {  # the eight conditions, shapes by argument
+VALID: dict[str, Any] = {"query": (N, D), "positive_key": (N, D)}
+INVALID: dict[str, dict[str, Any]] = {  # the eight conditions, shapes by argument
     "query is not 2-d": {"query": (N, 2, D)},
     "positive_key is not 2-d": {"positive_key": (N, 2, D)},
     "unpaired negatives are not 2-d": {"negative_keys": (N, H, D)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_autocast_rounds_the_rows_and_nothing_else(dtype: torch.dtype) -> None:
 
 GOOD = torch.randn(4, 2, 3)
 EYE = torch.eye(4)
-BAD = {
+BAD: dict[str, Any] = {
     "a list": ({"features": [1.0]}, TypeError, "features must be a tensor"),
     "two dimensions": ({"features": GOOD[:, 0]}, ValueError, "features must have at least 3 dimensions"),
     "no views": ({"features": GOOD[:, :0]}, ValueError, "features must have at least one view"),

@@ -1,6 +1,7 @@
 """FlagEmbedding's model classes over a table of embeddings, plain and fused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ FUSED = {kind: type(model.__name__, (FusedEmbedderMixin, model), {}) for kind, m
 TOKENS = 3
 
 
-def exact(model: type[nn.Module]) -> type[nn.Module]:
+def exact(model: Any) -> type[nn.Module]:
     """Return the model with scores and losses in float64, of the embeddings as products would see them."""
 
     def widened(x):

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 WORLD = 2
 
 
 def in_two_processes(worker: Callable[[int], None], folder: Path) -> None:
     """Run worker(rank), a function of a test module, in each of two processes, and fail if one does."""
-    mp.spawn(_process, (worker.__code__.co_filename, worker.__name__, str(folder / "store")), WORLD)
+    spawn(_process, (worker.__code__.co_filename, worker.__name__, str(folder / "store")), WORLD)
 
 
 def _process(rank: int, path: str, name: str, store: str) -> None:

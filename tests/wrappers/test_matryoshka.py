@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def per_row(backend):
 
 
 # name -> (module of a backend, its embeddings, the rest of its arguments, both by name)
-CALLS = {
+CALLS: dict[str, Any] = {
     "info_nce": (
         lambda b: FusedInfoNCELoss(0.3, negative_mode="paired", in_batch_negatives=True, backend=b),
         lambda b: named(b, query=(N,), positive_key=(N,), negative_keys=(N, 3)),
