@@ -86,7 +86,7 @@ def clip(normalize: bool = False) -> tuple[Loss, Loss]:
 
 def moco() -> tuple[Loss, Loss]:
     """MoCoLoss and its dense form, on the queue of the former, which stays as it is."""
-    loss = ours.MoCoLoss(WIDTH, QUEUE, TEMPERATURE)
+    loss = ours.MoCoLoss(WIDTH, queue_size=QUEUE, temperature=TEMPERATURE)
     return lambda q, k: loss(q, k, enqueue=False), lambda q, k: dense.moco(q, k, loss.queue)
 
 

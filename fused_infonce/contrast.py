@@ -176,7 +176,8 @@ class _Statistics(torch.autograd.Function):
         dt = None
         if ctx.needs_input_grad[2]:
             logits = u * rows.mean + v * rows.pos
-            logits = logits if columns is None else logits + column_u * columns.mean
+            if columns is not None and column_u is not None:
+                logits = logits + column_u * columns.mean
             dt = temperature_gradient(logits, problem.temperature)
         return None, None, dt, *_unscale(problem, grads)
 

@@ -16,6 +16,8 @@ import info_nce as original
 from torch import Tensor
 
 from .. import functional
+from ..backends import Reduction
+from ..compose.arguments import NegativeMode
 from .common import loss_dtype, one_number, said, say_once
 
 __all__ = ["InfoNCE", "info_nce"]
@@ -38,8 +40,8 @@ def info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
 ) -> Tensor:
     """InfoNCE of (N, D) queries and keys, normalised, with explicit negatives or the other keys as negatives.
 

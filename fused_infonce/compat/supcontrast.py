@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..functional import sup_con
+from ..losses.sup_con import ContrastMode, sup_con
 
 __all__ = ["SupConLoss"]
 
@@ -41,7 +41,7 @@ class SupConLoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float | Tensor = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07
+        self, temperature: float | Tensor = 0.07, contrast_mode: ContrastMode = "all", base_temperature: float = 0.07
     ) -> None:
         super().__init__()
         self.temperature = temperature

@@ -67,7 +67,7 @@ def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: T
 
 
 def _counted(rows: Tensor, problem: Problem) -> Tensor:
-    return rows if problem.every_row_counts else rows.masked_fill(problem.target == -1, 0)
+    return rows if problem.self_similar or problem.target is None else rows.masked_fill(problem.target == -1, 0)
 
 
 def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

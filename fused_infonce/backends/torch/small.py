@@ -37,7 +37,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
     if plan.bounded or _fits(rows.longest(), inv_t, problem):
         e.exp2_()
         exponentials: list[Tensor] = [e] * len(dims)
-        shifts: list[Tensor | None] = [None] * len(dims)
+        shifts: Sequence[Tensor | None] = [None] * len(dims)
     else:
         pos, exponentials, shifts = _shifted(e, pos, dims, left_out=1 if target is None else 2)
     sums = [exponential.sum(dim) for exponential, dim in zip(exponentials, dims, strict=True)]
@@ -98,13 +98,13 @@ def _fits(longest: float, inv_t: float, problem: Problem) -> bool:
 
 def _shifted(
     e: Tensor, pos: Tensor, dims: Sequence[int], left_out: int
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor], Sequence[Tensor | None]]:
     """Return the positives and, for each of `dims`, exponentials less the maxima along it, and these; `e` is reused.
 
     left_out: how many scores of a row are -inf because they are no negatives. An infinite logit is never legitimate:
     its row's positive becomes NaN.
     """
-    shifts: list[Tensor] = [e.amax(dim) for dim in dims]
+    shifts = [e.amax(dim) for dim in dims]
     lost = (e == -torch.inf).sum(1) > left_out
     pos = (pos + (pos - pos)).masked_fill_(lost, torch.nan)
     exponentials = [torch.sub(e, m.unsqueeze(dim)).exp2_() for m, dim in zip(shifts[1:], dims[1:], strict=True)]
