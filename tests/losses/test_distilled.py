@@ -82,7 +82,8 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, ca
     def truth(q, k, t=t):
         return dense.of_similarities(q, k, z, t, **of_dense)
 
-    assert torch.autograd.gradcheck(ours, inputs, fast_mode=True)
+    checked = inputs[:2] if case["temperature_squared"] else inputs  # t^2 is a factor without a gradient
+    assert torch.autograd.gradcheck(ours, checked, fast_mode=True)
     for got, want in both([ours, truth], inputs):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -354,7 +355,7 @@ BAD = {
     "scores' shape": ({"teacher_scores": SCORES[1:]}, ValueError, r"teacher_scores must have shape \(4, 4\), got"),
     "scores' dtype": ({"teacher_scores": SCORES.long()}, TypeError, "teacher_scores must be float16"),
     "scores' type": ({"teacher_scores": [[1.0]]}, TypeError, "teacher_scores must be a tensor"),
-    "scores elsewhere": ({"teacher_scores": SCORES.to("meta")}, ValueError, "teacher_scores must be on cpu"),
+    "scores without values": ({"teacher_scores": SCORES.to("meta")}, TypeError, "teacher_scores must hold values"),
     "teacher's rows": (
         {"teacher_scores": None, "teacher_query": ROWS[1:], "teacher_key": ROWS}, ValueError,
         r"teacher_query must have shape \(4, 3\), got \(3, 3\)",
@@ -371,14 +372,14 @@ BAD = {
     "symmetric": ({"key": ROWS[1:], "teacher_scores": SCORES[:, 1:], "symmetric": True}, ValueError, "key must have 4"),
     "symmetric target": ({"target": torch.zeros(4).long(), "symmetric": True}, ValueError, "cannot be used with targ"),
     "target": ({"target": torch.full((4,), 4)}, ValueError, r"target must be in \[0, 4\)"),
-    "weight": ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \(4,\)"),
+    "weight": ({"weight": torch.ones(3)}, ValueError, r"weight must be a floating tensor of shape \(4,\)"),
     "alpha": ({"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\]"),
     "objective": ({"objective": "mse"}, ValueError, "objective must be one of"),
     "temperature": ({"temperature": 0}, ValueError, "temperature must be positive and finite"),
     "teacher's temperature": ({"teacher_temperature": -1.0}, ValueError, "temperature must be positive and finite"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }  # fmt: skip
 
 
