@@ -139,7 +139,7 @@ BAD = {
     "biases": ({"logit_bias": torch.ones(N)}, ValueError, "logit_bias must be a number or a one-element"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def test_compiled_equals_eager(options):
 def test_module_equals_function():
     a, b, c = (torch.randn(6, 5) for _ in range(3))
     w = torch.rand(12)
-    got = DCLLoss(0.2, "none")(a, b, positive_weight=w)
+    got = DCLLoss(0.2, reduction="none")(a, b, positive_weight=w)
     assert torch.equal(got, decoupled_nt_xent(a, b, 0.2, "none", positive_weight=w))
     got = DCLLoss(sigma=0.4, normalize=False)(a, b)
     w = von_mises_fisher_weight(a, b, 0.4, normalize=False).repeat(2)

@@ -56,7 +56,7 @@ CALLS = {
         lambda **o: MatryoshkaLoss(FusedInfoNCELoss(learnable_temperature=True, **o), [D, D // 2], [1, 0.5]),
         lambda: (rows(N), rows(N)),
     ),
-    "MoCoLoss": (lambda **o: MoCoLoss(D, 20, **o), lambda: (rows(N), torch.randn(N, D))),
+    "MoCoLoss": (lambda **o: MoCoLoss(D, queue_size=20, **o), lambda: (rows(N), torch.randn(N, D))),
     "MultipleNegativesLoss": (
         lambda **o: MultipleNegativesLoss(
             directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
@@ -84,8 +84,8 @@ def gradients(value, module, inputs):
 
 def test_every_exported_loss_is_tested_here():
     exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
-    assert exported == set(CALLS)
-    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in exported)
+    assert exported - {"RowStatistics", "Statistics"} == set(CALLS)
+    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CALLS)
 
 
 @every_loss

@@ -272,7 +272,7 @@ BAD = {
     ),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }  # fmt: skip
 
 

@@ -12,12 +12,13 @@ from oracles import moco as dense
 from support.helpers import DEVICE, both_backends, cases, error, watch_plans
 
 from fused_infonce import MoCoLoss, moco_loss
+from fused_infonce.compose.reduction import reduced
 
 N, D, K = 5, 4, 12
 
 
 def make(backend="auto", size=K, **options) -> MoCoLoss:
-    return MoCoLoss(D, size, backend=backend, **options).double().to(DEVICE.get(backend, "cpu"))
+    return MoCoLoss(D, queue_size=size, backend=backend, **options).double().to(DEVICE.get(backend, "cpu"))
 
 
 def batch(n: int = N, device="cpu", dtype=torch.float64):
@@ -84,10 +85,12 @@ def test_the_gradient_after_enqueue_is_that_of_the_queue_before(name, reduction,
 
 def test_the_queue_is_copied_only_where_the_backward_needs_it(monkeypatch):
     seen = []
-    from fused_infonce.losses import moco
 
-    original = moco.reduced
-    monkeypatch.setattr(moco, "reduced", lambda *x: (seen.append(x[0].keys[1].rows), original(*x))[1])
+    def watched(problem, *arguments):
+        seen.append(problem.keys[1].rows)
+        return reduced(problem, *arguments)
+
+    monkeypatch.setattr("fused_infonce.losses.moco.reduced", watched)
     loss = make()
     query, key = batch()
     for reduction, copied in (("mean", False), ("none", True)):
@@ -119,7 +122,7 @@ def test_enqueue_wraps_around(sizes, normalize):
 
 def test_enqueue_reads_no_value_on_the_host():
     """Of a tensor without data that would be an error."""
-    loss = MoCoLoss(D, K).to("meta")
+    loss = MoCoLoss(D, queue_size=K).to("meta")
     for size in (3, 0, K + 1):
         loss.enqueue(torch.randn(size, D, device="meta"))
     assert columns_are_contiguous(loss)
@@ -201,7 +204,7 @@ def test_the_pointer_stays_an_integer_and_training_goes_on_after_half():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype):
     device = DEVICE[backend]
-    loss = MoCoLoss(D, 40, backend=backend).to(device, dtype)
+    loss = MoCoLoss(D, queue_size=40, backend=backend).to(device, dtype)
     query, key = batch(9, device, dtype)
     with torch.no_grad():
         key += query
@@ -216,7 +219,7 @@ def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype):
 
 
 def test_autocast_takes_a_16_bit_batch_and_a_float32_queue():
-    loss = MoCoLoss(D, K)
+    loss = MoCoLoss(D, queue_size=K)
     query, key = batch(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = loss(query.bfloat16(), key.bfloat16())
@@ -227,7 +230,7 @@ def test_autocast_takes_a_16_bit_batch_and_a_float32_queue():
 
 def test_a_training_loop_learns():
     torch.manual_seed(0)
-    loss = MoCoLoss(8, 64, temperature=0.2)
+    loss = MoCoLoss(8, queue_size=64, temperature=0.2)
     encoder, data = torch.nn.Linear(8, 8), torch.randn(48, 8)
     momentum = copy.deepcopy(encoder)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.5)
@@ -266,7 +269,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_batch_is_refused_and_not_enqueued(what):
     replaced, kind, message = BAD[what]
-    loss = MoCoLoss(D, K)
+    loss = MoCoLoss(D, queue_size=K)
     before = loss.queue.clone()
     with pytest.raises(kind, match=message):
         loss(**({"query": ROWS, "key": ROWS} | replaced))
@@ -285,7 +288,7 @@ def test_a_bad_batch_is_refused_and_not_enqueued(what):
         ({"temperature": None}, TypeError, "temperature must be a number"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
-        ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+        ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
     ],
 )
 def test_a_bad_option_is_refused(options, kind, message):
@@ -308,4 +311,4 @@ def test_a_bad_option_is_refused(options, kind, message):
 )
 def test_bad_keys_are_not_enqueued(key, kind, message):
     with pytest.raises(kind, match=message):
-        MoCoLoss(D, K).enqueue(key)
+        MoCoLoss(D, queue_size=K).enqueue(key)
