@@ -92,6 +92,19 @@ def test_gradients_are_those_of_finite_differences(
     )  # fmt: skip
 
 
+@both_backends
+@pytest.mark.parametrize("kind", ["views", "labels"])
+def test_the_factor_is_a_constant(backend: str, kind: str) -> None:
+    """With t / base_temperature in the graph, a learned temperature would shrink the loss by shrinking the factor."""
+    inputs = {"features": torch.randn(N, 2, D), "temperature": torch.tensor(0.3), **positives(kind)}
+    inputs = {key: x.to(DEVICE[backend]) for key, x in inputs.items()}
+    loss, gradients = evaluate(sup_con, inputs, base_temperature=0.1, backend=backend)
+    plain, want = evaluate(sup_con, inputs, base_temperature=None, backend=backend)
+    torch.testing.assert_close(loss, 3 * plain)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, 3 * want[name])
+
+
 @cases(
     pairs_are=["tight", "loose"],
     t=[1.0, 0.07, 0.02, 0.01],
