@@ -228,7 +228,7 @@ class _Ranking:
             negs.append(against(mine, self.every))
         if "doc_to_doc" in self.directions:
             hard, ids = self.hard(others=True)
-            itself = self.local and not hard
+            itself = self.local and len(hard) == 0
             negs.append(against(positives if itself else mine, positives, ids, *hard, itself=itself))
         return rows.pos, negs
 

@@ -125,13 +125,13 @@ BAD = {
     "fewer texts": ({"text_features": torch.ones(N - 1, D)}, ValueError, r"text_features must have shape \(7, 5\)"),
     "integers": ({"image_features": ONE.long()}, TypeError, "image_features must be float16"),
     "mixed dtypes": ({"text_features": ONE.double()}, TypeError, "text_features must be torch.float32"),
-    "mixed devices": ({"text_features": ONE.to("meta")}, ValueError, "text_features must be on cpu"),
+    "without values": ({"text_features": ONE.to("meta")}, TypeError, "text_features must hold values"),
     "no scale": ({"logit_scale": None}, TypeError, "logit_scale must be a number"),
     "scale 0": ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive and finite"),
     "infinite scale": ({"logit_scale": torch.tensor(float("inf"))}, ValueError, "logit_scale must be positive"),
     "negative scale": ({"logit_scale": torch.tensor(-1.0)}, ValueError, "logit_scale must be positive and finite"),
     "integer scale": ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale must be a number or a floating"),
-    "scales": ({"logit_scale": torch.ones(N + 1)}, ValueError, "logit_scale must be .*one value per pair"),
+    "scales": ({"logit_scale": torch.ones(N + 1)}, ValueError, "logit_scale must be .*one value per row"),
     "scales elsewhere": ({"logit_scale": torch.ones(N, device="meta")}, ValueError, "logit_scale must be on cpu"),
     "bias": ({"logit_bias": "0"}, TypeError, "logit_bias must be a number"),
     "boolean bias": ({"logit_bias": True}, TypeError, "logit_bias must be a number"),
@@ -139,7 +139,7 @@ BAD = {
     "biases": ({"logit_bias": torch.ones(N)}, ValueError, "logit_bias must be a number or a one-element"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }  # fmt: skip
 
 

@@ -84,8 +84,8 @@ def gradients(value, module, inputs):
 
 def test_every_exported_loss_is_tested_here():
     exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
-    assert exported == set(CALLS)
-    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in exported)
+    assert exported - {"RowStatistics", "Statistics"} == set(CALLS)
+    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CALLS)
 
 
 @every_loss

@@ -222,7 +222,7 @@ BAD = {
     "passages by group": ({"passages": PASSAGES.view(N, G, D)}, ValueError, "passages must have 2 dimensions"),
     "integers": ({"passages": PASSAGES.long()}, TypeError, "passages must be float16"),
     "mixed dtypes": ({"passages": PASSAGES.double()}, TypeError, "passages must be torch.float32"),
-    "mixed devices": ({"passages": PASSAGES.to("meta")}, ValueError, "passages must be on cpu"),
+    "without values": ({"passages": PASSAGES.to("meta")}, TypeError, "passages must hold values"),
     "components": ({"passages": torch.ones(N * G, D + 1)}, ValueError, f"passages must have {D} components"),
     "rows": ({"passages": PASSAGES[1:]}, ValueError, f"multiple of group_size={G} rows, got {N * G - 1}"),
     "too few groups": ({"passages": PASSAGES[G:]}, ValueError, f"passages must have {N * G} rows or more"),
@@ -267,12 +267,13 @@ BAD = {
     "teacher shape": (
         {"distillation": "kl_div", "teacher_scores": TEACHER.T}, ValueError, r"teacher_scores must have shape \(4, 3\)",
     ),
-    "teacher elsewhere": (
-        {"distillation": "kl_div", "teacher_scores": TEACHER.to("meta")}, ValueError, "teacher_scores must be on cpu",
+    "teacher without values": (
+        {"distillation": "kl_div", "teacher_scores": TEACHER.to("meta")}, TypeError,
+        "teacher_scores must hold values",
     ),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }  # fmt: skip
 
 

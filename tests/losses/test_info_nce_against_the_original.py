@@ -138,11 +138,11 @@ IMPROVED = {
         {"negative_keys": torch.ones(H, D, dtype=torch.float64)}, TypeError,
         "negative_keys must be torch.float32", "float64",
     ),
-    "mixed devices": (
-        {"positive_key": torch.ones(N, D, device="meta")}, ValueError, "positive_key must be on cpu", "meta",
+    "keys without values": (
+        {"positive_key": torch.ones(N, D, device="meta")}, TypeError, "positive_key must hold values", "meta",
     ),
-    "negatives elsewhere": (
-        {"negative_keys": torch.ones(H, D, device="meta")}, ValueError, "negative_keys must be on cpu", "meta",
+    "negatives without values": (
+        {"negative_keys": torch.ones(H, D, device="meta")}, TypeError, "negative_keys must hold values", "meta",
     ),
     "temperatures elsewhere": (
         {"temperature": torch.ones(N, device="meta")}, ValueError, "temperature must be on cpu", "meta",
@@ -156,7 +156,7 @@ IMPROVED = {
     "target below 0": ({"target": torch.arange(N) - 1}, ValueError, f"target must be in [0, {N})", "-1"),
     "ids": ({"key_ids": torch.zeros(N + 1).long()}, ValueError, f"key_ids must have shape ({N},)", f"({N + 1},)"),
     "ids dtype": ({"key_ids": torch.zeros(N)}, TypeError, "key_ids must be an integer tensor", "torch.float32"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive", "0"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes", "0"),
     "workspace type": ({"workspace_limit": 1.5}, TypeError, "workspace_limit must be a number of bytes", "float"),
 }  # fmt: skip
 
