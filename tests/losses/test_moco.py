@@ -271,7 +271,7 @@ BAD = {
     "another dtype than the queue": (
         {"query": ROWS.double(), "key": ROWS.double()}, TypeError, "queue must be torch.float64",
     ),
-    "without values": ({"key": ROWS.to("meta")}, TypeError, "key must hold values"),
+    "without values": ({"key": ROWS.to("meta")}, ValueError, "key must be on cpu"),
     "components": ({"query": torch.ones(N, 3), "key": torch.ones(N, 3)}, ValueError, "queue must have 3 rows"),
 }  # fmt: skip
 
@@ -315,7 +315,7 @@ def test_a_bad_option_is_refused(options, kind, message):
         (None, TypeError, "key must be a tensor"),
         (torch.ones(D), ValueError, "key must have 2 dimensions"),
         (torch.ones(N, D + 1), ValueError, "key must have 4 components"),
-        (torch.ones(N, D, device="meta"), TypeError, "key must hold values"),
+        (torch.ones(N, D, device="meta"), ValueError, "key must be on cpu"),
         (torch.ones(N, D).long(), TypeError, "key must be float16"),
     ],
 )
