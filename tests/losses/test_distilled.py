@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import distilled as dense
-from support.helpers import DEVICE, both, both_backends, bounds, cases, embeddings, error
+from support.helpers import DEVICE, both, both_backends, bounds, cases, elsewhere, embeddings, error
 from support.memory import MIB, PeakMemory
 
 from fused_infonce import DistillationLoss, distilled_info_nce, info_nce
@@ -355,7 +355,7 @@ BAD = {
     "scores' shape": ({"teacher_scores": SCORES[1:]}, ValueError, r"teacher_scores must have shape \(4, 4\), got"),
     "scores' dtype": ({"teacher_scores": SCORES.long()}, TypeError, "teacher_scores must be float16"),
     "scores' type": ({"teacher_scores": [[1.0]]}, TypeError, "teacher_scores must be a tensor"),
-    "scores without values": ({"teacher_scores": SCORES.to("meta")}, TypeError, "teacher_scores must hold values"),
+    "scores elsewhere": ({"teacher_scores": elsewhere(*SCORES.shape)}, ValueError, "teacher_scores must be on cpu"),
     "teacher's rows": (
         {"teacher_scores": None, "teacher_query": ROWS[1:], "teacher_key": ROWS}, ValueError,
         r"teacher_query must have shape \(4, 3\), got \(3, 3\)",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import DEVICE, both_backends, bounds, cases, error, evaluate, on
+from support.helpers import DEVICE, both_backends, bounds, cases, elsewhere, error, evaluate, on
 
 import fused_infonce
 from fused_infonce import FusedInfoNCELoss
@@ -138,17 +138,17 @@ IMPROVED = {
         {"negative_keys": torch.ones(H, D, dtype=torch.float64)}, TypeError,
         "negative_keys must be torch.float32", "float64",
     ),
-    "keys without values": (
-        {"positive_key": torch.ones(N, D, device="meta")}, TypeError, "positive_key must hold values", "meta",
+    "mixed devices": (
+        {"positive_key": elsewhere(N, D)}, ValueError, "positive_key must be on cpu", "cuda:0",
     ),
-    "negatives without values": (
-        {"negative_keys": torch.ones(H, D, device="meta")}, TypeError, "negative_keys must hold values", "meta",
+    "negatives elsewhere": (
+        {"negative_keys": elsewhere(H, D)}, ValueError, "negative_keys must be on cpu", "cuda:0",
     ),
     "temperatures elsewhere": (
-        {"temperature": torch.ones(N, device="meta")}, ValueError, "temperature must be on cpu", "meta",
+        {"temperature": elsewhere(N)}, ValueError, "temperature must be on cpu", "cuda:0",
     ),
     "target elsewhere": (
-        {"target": torch.zeros(N, dtype=torch.int64, device="meta")}, ValueError, "target must be on cpu", "meta",
+        {"target": elsewhere(N, dtype=torch.int64)}, ValueError, "target must be on cpu", "cuda:0",
     ),
     "target dtype": ({"target": torch.zeros(N)}, TypeError, "target must be an integer tensor", "torch.float32"),
     "target shape": ({"target": torch.zeros(N, 1).long()}, ValueError, f"target must have shape ({N},)", f"({N}, 1)"),

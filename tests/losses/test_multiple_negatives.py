@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import multiple_negatives as dense
-from support.helpers import DEVICE, TRITON, both_backends, cases
+from support.helpers import DEVICE, TRITON, both_backends, cases, elsewhere
 from support.ranking_calls import JOINT, KINDS, SOFTMAXES, D, N, arguments, call, run
 
 from fused_infonce import MultipleNegativesLoss, contrast, multiple_negatives
@@ -227,7 +227,7 @@ BAD = {
     "a flat document": ({"documents": [POSITIVE[0]]}, ValueError, r"documents\[0\] must have 2 dimensions"),
     "integers": ({"documents": [POSITIVE.long()]}, TypeError, r"documents\[0\] must be float16"),
     "mixed dtypes": ({"documents": [POSITIVE, POSITIVE.double()]}, TypeError, r"documents\[1\] must be torch.float32"),
-    "values": ({"documents": [POSITIVE.to("meta")]}, TypeError, r"documents\[0\] must hold values"),
+    "devices": ({"documents": [elsewhere(*POSITIVE.shape)]}, ValueError, r"documents\[0\] must be on cpu"),
     "components": ({"documents": [torch.ones(N, D + 1)]}, ValueError, rf"documents\[0\] must have shape \({N}, {D}\)"),
     "rows": ({"documents": [POSITIVE, WIDE]}, ValueError, rf"documents\[1\] must have shape \({N}, {D}\)"),
     "too few": ({"documents": [POSITIVE[1:]]}, ValueError, f"documents must have {N} rows or more"),
