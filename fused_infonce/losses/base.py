@@ -59,7 +59,7 @@ class ContrastiveLoss(HasTemperature, Explained):
     hidden: dict[str, Any] = {"normalize": True, "backend": "auto", "workspace_limit": None}  # noqa: RUF012  # defaults
 
     def __init__(
-        self, temperature: TemperatureLike, learnable_temperature: bool, max_logit_scale: float | None,
+        self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,
         reduction: Reduction, normalize: bool, backend: BackendName, workspace_limit: int | None,
     ):  # fmt: skip
         super().__init__(temperature, learnable_temperature, max_logit_scale)
