@@ -279,8 +279,7 @@ def _checked_teacher(
     for name, (value, *shape) in shapes.items():
         if list(value.shape) != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-        if value.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} as query is, got {value.device}")
+        checks.on(name, value, query.device)
     return [value.detach() for value, *_ in shapes.values()]
 
 

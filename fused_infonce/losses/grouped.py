@@ -195,8 +195,7 @@ def _check_distillation(
         raise ValueError(
             f"teacher_scores must have shape {(len(query), group_size)}, got {tuple(teacher_scores.shape)}"
         )
-    if teacher_scores.device != query.device:
-        raise ValueError(f"teacher_scores must be on {query.device} as query is, got {teacher_scores.device}")
+    checks.on("teacher_scores", teacher_scores, query.device)
 
 
 class GroupedInfoNCELoss(ContrastiveLoss):

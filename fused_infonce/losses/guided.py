@@ -219,8 +219,7 @@ def _guides(
             raise ValueError(
                 f"{name} must have {guide_query.shape[-1]} components as guide_query has, got {guide.shape[-1]}"
             )
-        if guide.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} as query is, got {guide.device}")
+        checks.on(name, guide, query.device)
         if guide.dtype != guide_query.dtype or accumulator(guide.dtype) != accumulator(query.dtype):
             raise TypeError(
                 f"{name} must be of one dtype with guide_query, and float64 exactly if query is, got {guide.dtype} "

@@ -166,8 +166,7 @@ class MoCoLoss(ContrastiveLoss):
         dim, size = self.queue.shape
         if key.shape[1] != dim:
             raise ValueError(f"key must have {dim} components, the dim of this loss, got {key.shape[1]}")
-        if key.device != self.queue.device:
-            raise ValueError(f"key must be on {self.queue.device} as queue is, got {key.device}")
+        checks.on("key", key, self.queue.device, "queue")
         count = len(key)
         kept = key[max(count - size, 0) :]
         if self.normalize:
