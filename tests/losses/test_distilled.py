@@ -82,7 +82,8 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, ca
     def truth(q, k, t=t):
         return dense.of_similarities(q, k, z, t, **of_dense)
 
-    assert torch.autograd.gradcheck(ours, inputs, fast_mode=True)
+    # the factor of the squared temperature is a constant, which finite differences in the temperature would move
+    assert torch.autograd.gradcheck(ours, inputs[:2] if case["temperature_squared"] else inputs, fast_mode=True)
     for got, want in both([ours, truth], inputs):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
