@@ -98,14 +98,16 @@ def same_kind(tensors: dict[str, Tensor]) -> None:
 def real(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value if torch.compiler.is_compiling() else float(value)  # type: ignore[return-value]  # symbolic there
+    if torch.compiler.is_compiling():
+        return value  # type: ignore[return-value]  # which may be symbolic
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {value}") from None
 
 
 def finite(name: str, value: Any) -> float:
-    try:
-        number = real(name, value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got {value}") from None
+    number = real(name, value)
     if not torch.compiler.is_compiling() and not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     return number

@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from support.examples import from_example
 from support.helpers import DEVICE, TRITON
 from torch import nn
 
@@ -69,6 +70,9 @@ CALLS = {
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
 }
+# A loss that has no entry is made and called as in the example of its docstring.
+CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CLASSES - set(CALLS))}
 every_loss = pytest.mark.parametrize("name", CALLS)
 
 
@@ -82,10 +86,21 @@ def gradients(value, module, inputs):
     return torch.autograd.grad(value, leaves)
 
 
-def test_every_exported_loss_is_tested_here():
+def test_every_exported_class_is_a_loss_or_its_statistics():
     exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
-    assert exported - {"RowStatistics", "Statistics"} == set(CALLS)
-    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CALLS)
+    assert exported == CLASSES | {"RowStatistics", "Statistics"}
+    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CLASSES)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_the_example_of_a_docstring_runs(name):
+    make, inputs = from_example(getattr(fused_infonce, name))
+    loss = make()
+    assert isinstance(loss, getattr(fused_infonce, name))
+    extra = (10.0,) if name == "ClipLoss" else ()  # whose example passes the scale by name
+    value = loss(*inputs(), *extra[: 3 - len(inputs())])
+    value.backward()
+    assert value.isfinite()
 
 
 @every_loss

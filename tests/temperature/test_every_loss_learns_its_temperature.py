@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from support.examples import from_example
 from support.helpers import DEVICE, TRITON
 from torch import nn
 
@@ -60,6 +61,10 @@ LOSSES = {
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
     "SupConLoss of views": (SupConLoss, lambda: (rows(N, 2),)),
 }
+# A loss that has no entry is made and called as in the example of its docstring.
+CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+MISSING = sorted(CLASSES - {name.partition(" ")[0] for name in LOSSES})
+LOSSES |= {name: from_example(getattr(fused_infonce, name)) for name in MISSING}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 START = 0.3
 
