@@ -91,7 +91,7 @@ class FusedEmbedderMixin(Embedder):
     ) -> Tensor:
         """Return the loss of the queries and passages of all processes, equal in every process."""
         device, acc = q_reps.device.type, accumulator(q_reps.dtype)
-        dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # of the original's cross-entropy
+        dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # the dtype of the original's cross-entropy
         if teacher_targets is not None:
             dtype = torch.promote_types(dtype, teacher_targets.dtype)
         options: dict[str, Any] = {

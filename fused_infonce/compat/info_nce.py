@@ -63,11 +63,11 @@ def info_nce(
     """
     arguments = (query, positive_key, negative_keys, temperature, reduction, negative_mode)
     try:
-        if getattr(temperature, "shape", None) != (len(query), 1):  # (N,) is one a column
+        if getattr(temperature, "shape", None) != (len(query), 1):  # (N,) is one per column in the original
             one_number("temperature", temperature)
         loss = functional.info_nce(*arguments)
     except (TypeError, ValueError) as why:
-        loss = original.info_nce(*arguments)  # or its error, in the context of ours
+        loss = original.info_nce(*arguments)  # or raise its error, which shows ours as its context
         say_once("info_nce", said(why))
         return loss
     return loss.to(loss_dtype(query, temperature))

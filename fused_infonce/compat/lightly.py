@@ -57,7 +57,7 @@ class NTXentLoss(original.NTXentLoss):
             one_number("temperature", self.temperature)
             loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
         except (TypeError, ValueError) as why:
-            loss = super().forward(out0, out1)  # or its error, in the context of ours
+            loss = super().forward(out0, out1)  # or raise its error, which shows ours as its context
             say_once("NTXentLoss", said(why))
             return loss
         return loss.to(loss_dtype(out0, self.temperature))
@@ -68,7 +68,7 @@ class NTXentLoss(original.NTXentLoss):
         _, negatives = self.memory_bank(key)  # (D, K), a copy
         signed, t = self._signed(query)
         loss = info_nce(signed, key, negatives.T.to(query.device), temperature=t, normalize=False)
-        if query.requires_grad:  # which it does not under no_grad
+        if query.requires_grad:  # not so under no_grad, where the original leaves the bank alone
             self.memory_bank(key, update=True)
         return loss
 
@@ -79,9 +79,9 @@ class NTXentLoss(original.NTXentLoss):
         gathered = self.gather_distributed and dist.world_size() > 1
         if not gathered and not isinstance(self.temperature, Tensor) and self.temperature > 0:
             return nt_xent(out0, out1, self.temperature)
-        with without_autocast(out0.device.type):  # autocast would refuse rows of its other 16-bit dtype
+        with without_autocast(out0.device.type):  # autocast refuses rows of another 16-bit dtype than its own
             rows, products = wide(torch.cat([out0, out1]))
-        n = len(rows)  # 2 N; of W processes the keys are (W 2 N, D), those of this one from rank 2 N on
+        n = len(rows)  # 2 N; with W processes the keys are (W 2 N, D), and this process's begin at rank * 2 N
         keys = torch.cat(dist.gather(rows.contiguous())) if gathered else rows
         own = torch.arange(n, device=rows.device) + (dist.rank() * n if gathered else 0)
         query, t = self._signed(rows)

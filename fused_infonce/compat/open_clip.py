@@ -65,7 +65,7 @@ class ClipLoss(original.ClipLoss):
         try:
             loss = self._fused(image_features, text_features, logit_scale, logit_bias)
         except (TypeError, ValueError) as why:
-            # or its error, in the context of ours
+            # or raise the original's error, which shows ours as its context
             result = super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
             say_once("ClipLoss", said(why))
             return result

@@ -47,7 +47,7 @@ from ..compose.rows import class_sums, dots, unit
 from .common import one_number, said, say_once
 
 SIMILARITIES = (distances.CosineSimilarity, distances.DotProductSimilarity)
-CHECKED = 2**20  # pairs of a tuple that are looked at together
+CHECKED = 2**20  # pairs of a tuple that are looked at in one part
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Fused:
 
     backend: str = "auto"
     workspace_limit: int | None = None
-    original: Any  # the class whose losses these are
+    original: Any  # the class of the library that a drop-in stands in for
 
     def compute_loss(
         self: Any, embeddings: Any, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any
@@ -99,7 +99,7 @@ class _Fused:
             loss = super().compute_loss(embeddings, labels, made, ref_emb, ref_labels)  # type: ignore[misc]
             say_once(type(self).__name__, why)
             return loss
-        if found.positives <= 1 and found.negatives <= 1:  # the original's rule, before it looks at a distance
+        if found.positives <= 1 and found.negatives <= 1:  # here the original does not even look at distances
             return self.zero_losses()
         self._record_norms(embeddings, ref_emb)
         if not found.positives or not found.negatives:
@@ -108,11 +108,11 @@ class _Fused:
         normalize = self.distance.normalize_embeddings
         rows, context = wide(embeddings)
         keys = rows if ref_emb is embeddings else wide(ref_emb)[0]
-        if keys is ref_emb and not ref_emb.requires_grad:  # a memory, which may be overwritten before the backward
+        if keys is ref_emb and not ref_emb.requires_grad:  # a memory may be overwritten before the backward
             keys = keys.clone()
         t = checks.temperature(self.temperature, rows, rows.dtype)
         options = call_options(self.backend, self.workspace_limit)
-        twins = found.twins and keys is rows  # then half of the symmetric matrix will do
+        twins = found.twins and keys is rows  # half of a symmetric matrix will do
         problem = Problem(KeySet(rows), (KeySet(keys),), t, normalize=normalize, self_similar=twins)
         with context:
             terms, indices, kind = self._terms(problem, found, options)
@@ -162,7 +162,7 @@ class NTXentLoss(_Fused, losses.NTXentLoss):
             stats = contrast.statistics(replace(problem, target=pairs[1]), options).rows
             return infonce(stats.neg - stats.pos), pairs, "pos_pair"
         others = _with_ids(problem, torch.full_like(labels.rows, -1), labels.rows, labels.keys)
-        neg = contrast.statistics(others, options).rows.neg  # over all that are not of the row's label
+        neg = contrast.statistics(others, options).rows.neg  # over the keys of other labels
         with without_autocast(neg.device.type):
             x, y = _units(problem)
             margins = pair_margins(neg, x / problem.temperature.values, y, *pairs, options.workspace_limit)
@@ -184,7 +184,7 @@ class SupConLoss(_Fused, losses.SupConLoss):
     def _terms(self, problem: Problem, labels: Labels, options: Options) -> tuple[Tensor, Any, str]:
         order, first, count = members(labels.rows, labels.keys)
         own, last = labels.own, len(order) - 1
-        place = first + (order[first.clamp(max=last)] == own).long()  # the first of the row's label that is not own
+        place = first + (order[first.clamp(max=last)] == own).long()  # of the first positive that is not own
         target = torch.where(place < first + count, order[place.clamp(max=last)], -1)
         count = count - (own >= 0).long()
         index = torch.arange(len(own), device=own.device)
@@ -198,7 +198,8 @@ class SupConLoss(_Fused, losses.SupConLoss):
             total, _ = class_sums(labels.keys, y, labels.rows)
             total = total - torch.where((own >= 0)[:, None], y[own.clamp(min=0)], 0)
             mean = dots(x, total) / (problem.temperature.values * count.clamp(min=1))
-            # lse over all others - mean, in two parts: of a single positive the second is 0 and the first exact
+            # The logsumexp over all others less the mean, in two parts: with one positive the second is 0, and the
+            # first is exact however small the loss.
             terms = infonce(stats.neg - stats.pos) + torch.where(count == 1, 0, stats.pos - mean)
             return torch.where(count == 0, 0, terms), index, "element"
 
@@ -220,7 +221,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             super().create_indices_tuple, embeddings, labels, E_mem, L_mem, input_indices_tuple,
             do_remove_self_comparisons,
         )  # fmt: skip
-        few = len(embeddings) < 2  # of a single row the original keeps the pair with itself
+        few = len(embeddings) < 2  # of a single row the original keeps the pair with itself, which `own` would drop
         if self.miner or input_indices_tuple is not None or few or not isinstance(self.loss, _Fused):
             return make()
         own = self.curr_batch_idx if do_remove_self_comparisons else torch.full_like(labels, -1, dtype=torch.long)
@@ -231,7 +232,7 @@ def _dtype(embeddings: Tensor, temperature: Any) -> torch.dtype:
     """Return the dtype of the original's losses, which is that of its products and its temperature."""
     dtype, device = product_dtype(embeddings), embeddings.device.type
     if torch.is_autocast_enabled(device) and device != "cpu" and dtype != torch.float64:
-        return torch.float32  # there autocast makes exponentials and sums in float32
+        return torch.float32  # where autocast makes exponentials and sums in float32
     return torch.result_type(torch.empty(1, 1, dtype=dtype), temperature)
 
 
@@ -259,7 +260,8 @@ def _labels(labels: Any, indices_tuple: Any, ref_labels: Any) -> tuple[Labels | 
             return None, "labels are NaN"
         rows, keys = torch.unique(both, return_inverse=True)[1].split([n, m])
     else:
-        rows, keys = (x.to(torch.int64, copy=True) for x in (labels, ref_labels))  # as of a memory of embeddings
+        # copies, since a memory's labels may be overwritten before the backward
+        rows, keys = (x.to(torch.int64, copy=True) for x in (labels, ref_labels))
     count = members(rows, keys)[2]
     twins = False
     own: Tensor | None = torch.full_like(rows, -1)
@@ -304,7 +306,7 @@ def _are_pairs(rows: Tensor, keys: Tensor, row_ids: Tensor, key_ids: Tensor, equ
     n, m = len(row_ids), len(key_ids)
     good = torch.ones((), dtype=torch.bool, device=rows.device)
     for start in range(0, len(rows), CHECKED):
-        part = slice(max(start - 1, 0), start + CHECKED)  # from the last of the part before, for the order
+        part = slice(max(start - 1, 0), start + CHECKED)  # with the last pair of the part before, to see the order
         i, j = rows[part], keys[part]
         good &= ((i >= 0) & (i < n) & (j >= 0) & (j < m)).all()
         good &= ((row_ids[i.clamp(0, n - 1)] == key_ids[j.clamp(0, m - 1)]) == equal).all()

@@ -81,7 +81,7 @@ class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
         try:
             return _multiple_negatives(self, embeddings)
         except (TypeError, ValueError) as why:
-            loss = super().compute_loss_from_embeddings(embeddings, labels)  # or its error, in the context of ours
+            loss = super().compute_loss_from_embeddings(embeddings, labels)  # or raise its error
             say_once("MultipleNegativesRankingLoss", said(why))
             return loss
 
@@ -136,7 +136,7 @@ class GISTEmbedLoss(original.GISTEmbedLoss):
         columns = list(sentence_features)
         untouched = [dict(column) for column in columns]  # models write into what they are given
         if not 2 <= len(columns) <= 3:
-            return super().forward(columns, labels)  # its error
+            return super().forward(columns, labels)  # which raises its error
         rows = embed_columns(self.model, columns)
         with torch.no_grad():
             guides = embed_columns(self.guide, _features_of_guide(self, untouched))
@@ -177,7 +177,7 @@ def _features_of_guide(loss: Any, columns: Sequence[dict[str, Any]]) -> list[dic
     features = []
     for column in columns:
         tokens = column["input_ids"]
-        if "cu_seq_lens_q" in column:  # the texts of a column in one row, from each of these places to the next
+        if "cu_seq_lens_q" in column:  # a column's texts lie in one row, between these places
             tokens = [row.tolist() for row in torch.tensor_split(tokens[0].cpu(), column["cu_seq_lens_q"][1:-1].cpu())]
         texts = loss.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         features.append(batch_to_device(loss.guide.preprocess(texts), loss.guide.device))
@@ -219,7 +219,8 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
     )
     with torch.no_grad():
         one = loss.sim_matrix(query[:1], query[:1]) / loss.temperature
-        dtype = entropy(one, torch.zeros(len(one), dtype=torch.int64, device=one.device)).dtype  # the original's
+        # the dtype that the original's loss has
+        dtype = entropy(one, torch.zeros(len(one), dtype=torch.int64, device=one.device)).dtype
     return value.to(dtype)
 
 
@@ -256,7 +257,7 @@ def _temperature(scale: Any, rows: Tensor) -> Any:
 def _is_cosine(similarity: Any) -> bool:
     """Return whether a similarity is the cosine, and not the dot product; any other is refused."""
     kind = getattr(getattr(similarity, "__self__", None), "similarity_fn_name", None)
-    if kind is not None and getattr(similarity, "__name__", "") == "similarity":  # that of a model
+    if kind is not None and getattr(similarity, "__name__", "") == "similarity":  # a model's method
         similarity = SimilarityFunction.to_similarity_fn(kind)
     if similarity is dot_score:
         return False

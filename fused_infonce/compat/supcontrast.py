@@ -65,7 +65,7 @@ class SupConLoss(nn.Module):
             mask = mask.to(features.device) if isinstance(mask, Tensor) else mask
         base = checks.positive_float("base_temperature", self.base_temperature)
         loss = sup_con(features, labels, mask, self.temperature, self.contrast_mode, None, normalize=False)
-        return loss * (self.temperature / base)  # with a gradient through the factor, as the original's
+        return loss * (self.temperature / base)  # a gradient flows through the factor, as in the original
 
 
 def _classes(labels: Tensor, device: torch.device) -> Tensor:

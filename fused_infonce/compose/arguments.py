@@ -159,7 +159,7 @@ def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normal
 
 def stacked(views: Sequence[Tensor]) -> Tensor:
     """Return the (V N, D) rows of all views, one view after another."""
-    with without_autocast(views[0].device.type):  # autocast would refuse rows of its other 16-bit dtype
+    with without_autocast(views[0].device.type):  # autocast refuses rows of another 16-bit dtype than its own
         return torch.cat(list(views))
 
 

@@ -29,7 +29,7 @@ def equal_pairs(row_ids: Tensor, key_ids: Tensor, own: Tensor | None = None) -> 
     """
     order, first, count = members(row_ids, key_ids)
     rows = torch.arange(len(row_ids), device=row_ids.device).repeat_interleave(count)
-    start = count.cumsum(0) - count  # of a row's pairs
+    start = count.cumsum(0) - count  # where a row's pairs begin
     keys = order[torch.arange(len(rows), device=rows.device) + (first - start)[rows]]
     if own is None:
         return rows, keys
@@ -52,7 +52,7 @@ class _Margins(torch.autograd.Function):
     def forward(ctx: Any, neg: Tensor, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, limit: int) -> Tensor:
         ctx.save_for_backward(x, y, rows, keys)
         margins = neg[rows]
-        step = max(1, limit // max(3 * x.shape[1] * x.element_size(), 1))  # rows, keys and their products
+        step = max(1, limit // max(3 * x.shape[1] * x.element_size(), 1))  # for rows, keys and their products
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             margins[part] -= torch.linalg.vecdot(x[rows[part]], y[keys[part]])

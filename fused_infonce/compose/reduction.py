@@ -65,7 +65,7 @@ def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: T
     if reduction == "none":
         return _counted(rows if weight is None else weight * rows, problem)
     w, empty = row_weights(problem, reduction, weight)
-    # the loss of a row of weight 0 is the gradient of its weight
+    # A row of weight 0 counts for nothing, but where weights have a gradient the row's loss is the gradient.
     total = (_counted(w * rows, problem) if w.requires_grad else weighted(rows, w)).sum()
     return total if empty is None else torch.where(empty, torch.nan, total)
 

@@ -33,7 +33,7 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     """
     wanted = classes if wanted is None else wanted
     ordered, _ = torch.sort(classes)
-    place = torch.searchsorted(ordered, classes)  # of the class's first row: the same for all of it
+    place = torch.searchsorted(ordered, classes)  # of the first row of the class
     sums = add_rows(x.new_zeros(len(x) + 1, x.shape[1]), place, x)
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first

@@ -134,11 +134,11 @@ def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
     the first part -inf unless y < 0.
     """
     t, x = problem.temperature.values, rows.neg - rows.pos
-    none = x == -torch.inf  # no negatives
+    none = x == -torch.inf  # the row has no negatives
     x = x.masked_fill(none, 0)
     n = negatives(problem).clamp(min=1).to(x.dtype)
     y = torch.log(n * tau) - x
-    over = y > -torch.finfo(y.dtype).tiny  # false of NaN, which stays; of a smaller -y the slope 1 / y is infinite
+    over = y > -torch.finfo(y.dtype).tiny  # NaN is not over, and stays; below this -y the slope 1 / y is infinite
     log1mexp = torch.log(-torch.expm1(y.masked_fill(over, -1)))
     estimate = (x + log1mexp - torch.log1p(-tau)).masked_fill(over, -torch.inf)
     floor = torch.log(n) - 1 / t - rows.pos

@@ -83,7 +83,7 @@ def grouped_info_nce(
     _check_distillation(query, group_size, target, in_batch_negatives, teacher_scores, distillation)
     n = len(query)
     t = temperature_of(temperature, query)
-    # (N, G, D), a view; unused with a target
+    # a view (N, G, D) of the passages; a target replaces the groups
     own = None if target is not None else passages[offset : offset + n * group_size].unflatten(0, (n, group_size))
 
     contrastive: Tensor | None = None
@@ -134,7 +134,7 @@ def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tenso
 
 def _falling_groups(outside: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
     """Compute `sum_k weight_ik log(1 + exp(x_ik))` with x_ik = log(exp(outside_i) + sum_{l > k} exp(s_il)) - s_ik."""
-    # of a single group nothing is outside: in the gradient of logsumexp -inf - -inf would be NaN
+    # With a single group nothing is outside, and -inf - -inf in the gradient of logsumexp would be NaN.
     later = outside[:, None].clamp_min(-1e30)
     terms = []
     for k in range(scores.shape[1] - 1, -1, -1):

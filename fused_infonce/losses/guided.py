@@ -160,7 +160,7 @@ def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> 
     """Return a mask (N, H) of the queries' own negatives that the guide leaves out, made within `limit` bytes."""
     n, h, d = negatives.shape
     rejected = torch.empty((n, h), dtype=torch.bool, device=query.device)
-    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # a copy, its norms' squares, unit rows
+    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # for a copy, squares, unit rows
     with torch.autocast(query.device.type, enabled=False):
         for start in range(0, n, step):
             rows = slice(start, start + step)

@@ -139,7 +139,7 @@ def _row_pull(problem: Problem) -> Tensor:
     if problem.in_batch and m:
         key_ids = problem.keys[0].ids
         total, count = y.sum(0).expand_as(x), count * m
-        if row_ids is not None and key_ids is not None:  # all of the row's id are left out, but its positive
+        if row_ids is not None and key_ids is not None:  # keys of the row's id are left out, its positive not
             same, times = class_sums(key_ids, y, row_ids)
             again = ((key_ids if target is None else key_ids[target]) == row_ids).to(t.dtype)
             total, count = total - same + again[:, None] * positive, count - times + again

@@ -74,7 +74,7 @@ def moco_loss(
         normalize=normalize,
     )  # fmt: skip
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
-    if plan.gradients and not plan.one_pass:  # the backward reads the negatives
+    if plan.gradients and not plan.one_pass:  # the backward reads negatives that may be overwritten before it runs
         problem.keys = (problem.keys[0], negatives._replace(rows=negatives.rows.clone()))
     return reduced(problem, checked, "infonce")
 
@@ -170,7 +170,7 @@ class MoCoLoss(ContrastiveLoss):
         count = len(key)
         kept = key[max(count - size, 0) :]
         if self.normalize:
-            wide = torch.promote_types(key.dtype, torch.float32)  # the norm of 16-bit rows needs more than their range
+            wide = torch.promote_types(key.dtype, torch.float32)  # squares of 16-bit components may exceed their range
             kept = unit(kept, True, wide)
         last = self.queue_ptr + count
         columns = (last + torch.arange(-len(kept), 0, device=key.device)) % size

@@ -119,7 +119,7 @@ def multiple_negatives(
             negs[0] = log_add(negs[0], ranking.own_negatives())
         if partition == "per_direction":
             return reduced_mean(torch.stack([infonce(neg - pos) for neg in negs]).mean(0), reduction)
-        # with doc_to_query the positive is there twice: log(k + exp(x)) = log k + log(1 + exp(x - log k))
+        # With doc_to_query the sum holds the positive twice: log(k + exp(x)) = log k + log(1 + exp(x - log k)).
         log_k = math.log(1 + ("doc_to_query" in directions))
         return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), reduction)
 
@@ -181,7 +181,7 @@ class _Ranking:
         hard = self.documents[1:]
         if not hard:
             return (), None
-        with without_autocast(self.query.device.type):  # autocast would refuse rows of its other 16-bit dtype
+        with without_autocast(self.query.device.type):  # autocast refuses rows of another 16-bit dtype than its own
             rows = torch.cat(hard) if len(hard) > 1 else hard[0]
         if not others:
             return (KeySet(rows),), None

@@ -107,8 +107,8 @@ def sup_con(
         )
         query = x[:anchors]
         mean = (dots(query, total) - own * dots(query, query)) / (t.values * torch.where(count == 0, 1, count))
-        # lse over all others - mean = softplus(neg - s_iy) + (s_iy - mean), y one of the positives. Where it is the
-        # only one the second part is 0, and the first is exact however small the loss
+        # The logsumexp over all others less the mean is softplus(neg - s_iy) + (s_iy - mean), for any positive y. If a
+        # row has one positive, the second part is 0 and the first is exact however small the loss.
         loss = infonce(stats.neg - stats.pos) + torch.where(single, 0, stats.pos - mean)
         return factor * reduced_mean(torch.where(count == 0, 0, loss), reduction)
 
@@ -159,7 +159,8 @@ def _of_mask(weights: Tensor, views: int) -> _Positives:
         return _Positives(index, own, own == 1)
     heaviest, sample = weights.max(1)
     row = torch.arange(views, device=weights.device)[:, None] * n
-    target = torch.where(sample == index, (row + n + index) % (views * n), row + sample)  # its next view, not itself
+    # where the heaviest is the sample itself, its next view: no row is its own target
+    target = torch.where(sample == index, (row + n + index) % (views * n), row + sample)
     single = views * (weights > 0).sum(1) - (own > 0).long() == 1
     return _Positives(torch.where(heaviest == 0, -1, target).flatten(), own, single)
 

@@ -37,8 +37,8 @@ class MatryoshkaLoss(Explained):
     gives it, also where it is passed by position. `SupConLoss` flattens features of more than three dimensions: here
     they must be flat.
 
-    A prefix is a view with the strides of its embeddings: no copy is made of it but by l. It is l that makes unit
-    vectors of prefixes: those of unit vectors are none, so `ClipLoss` wants `normalize=True` here.
+    A prefix is a view of its embeddings, and this module copies none. A prefix of a unit vector is not a unit vector,
+    so that l must normalise: `ClipLoss` wants `normalize=True` here.
 
     Args:
         loss: l, a module, whose parameters are then this one's too, or a function; it returns a tensor of any shape.
