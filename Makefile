@@ -29,10 +29,10 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed-demo ## train a text retriever and ask it questions (ASK="..." for your own)
+demo: $(VENV)/.installed-demo ## train a text retriever and show what it finds; ASK="..." then asks the saved model
 	$(BIN)/python -m examples.retrieval $(DEMO_ARGS)
 
-demo-temperature: $(VENV)/.installed-demo ## the same at several temperatures
+demo-temperature: $(VENV)/.installed-demo ## train the text retriever at several temperatures
 	$(BIN)/python -m examples.retrieval --temperatures $(DEMO_ARGS)
 
 # The tests see the installed layout, ahead of the editable install and of the repository itself.

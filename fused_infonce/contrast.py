@@ -66,19 +66,6 @@ def row_losses(statistics: Statistics, loss: str) -> Tensor:
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 
-def gradients(
-    problem: Problem, options: Options, statistics: Statistics, upstream: Upstream, dtypes: Sequence[Any]
-) -> list[Tensor | None]:
-    """Return what a backward of `statistics` would, without a graph; see `Backend.gradients`."""
-    plan = backends.plan_of(problem, options, reduced=False)
-    if _explained:
-        _explained[-1].append(plan)
-        found = zip(problem.inputs, dtypes, strict=True)
-        return [None if dtype is None else torch.zeros_like(x, dtype=dtype) for x, dtype in found]
-    with without_autocast(problem.query.rows.device.type):
-        return backends.get(plan.backend).gradients(problem, plan, statistics, upstream, dtypes)
-
-
 def _statistics(problem: Problem, plan: Plan) -> Statistics:
     if _explained:
         _explained[-1].append(plan)

@@ -17,7 +17,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for demo/ and benchmarks/; at the end, so that the installed fused_infonce comes first
+sys.path.append(str(ROOT))  # for examples/ and benchmarks/; at the end, so that the installed fused_infonce comes first
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)

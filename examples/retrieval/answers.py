@@ -127,9 +127,10 @@ def _ranked(retriever: Retriever, asked: list[tuple[str, list[int]]]) -> list[Kn
 def print_known(known: list[Known], held_out: list[Known], of_held_out: list[Known], objects: int) -> None:
     """Prints the shown held-out questions and our own, right and wrong answers alike."""
     shares = [sum(one.rank <= rank for one in of_held_out) / max(1, len(of_held_out)) for rank in (1, 10)]
-    print(f"\nWhat it finds among all {objects} objects, from paths, names and arguments alone.")
-    print(f"Of the {len(of_held_out)} held-out docstrings, their names removed, {shares[0]:.0%} find their own object")
-    print(f"first and {shares[1]:.0%} among the first ten. Evenly spaced ones, whatever came out, best rank first:")
+    asked = len(of_held_out)
+    print(f"\nAnswers from paths, names and arguments alone, among all {objects} objects (the scores above: {asked}).")
+    print(f"Of the {asked} held-out docstrings, their names removed, {shares[0]:.0%} find their own object first and")
+    print(f"{shares[1]:.0%} among the first ten. Evenly spaced ones, whatever came out, best rank first:")
     _print_ranked(held_out)
     if known:
         right = sum(one.rank == 1 for one in known)

@@ -12,9 +12,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from fused_infonce import FusedInfoNCELoss
 
+Result = TypeVar("Result")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 CONTESTANTS = ("fused", "dense")
@@ -69,12 +72,8 @@ def measure_costs(batches: list[int], dim: int, temperature: float, device: torc
     costs = []
     with tqdm(batches, desc="time and memory", unit="size", disable=None, file=sys.stderr) as bar:
         for batch in bar:
-            before = _other_seconds()
-            began = time.perf_counter()
-            losses, times = _interleaved_times(batch, dim, temperature, device)
-            cores_seconds = (time.perf_counter() - began) * (os.cpu_count() or 1)
-            after = _other_seconds()
-            others = None if before is None or after is None else max(0.0, after - before) / cores_seconds
+            timing = partial(_interleaved_times, batch, dim, temperature, device)
+            (losses, times), others = with_other_load(timing)
             if abs(losses["fused"] - losses["dense"]) > 1e-4 * max(1.0, abs(losses["dense"])):
                 raise RuntimeError(f"the losses differ at batch {batch}: {losses}")
             for contestant in CONTESTANTS:
@@ -105,10 +104,20 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def disturbed(costs: list[Cost]) -> float | None:
+def disturbed(loads: Iterable[float | None]) -> float | None:
     """Finds the largest share of the processor that other programs used, where that spoils the times, else None."""
-    largest = max((cost.others for cost in costs if cost.others is not None), default=0.0)
+    largest = max((load for load in loads if load is not None), default=0.0)
     return largest if largest > QUIET else None
+
+
+def with_other_load(work: Callable[[], Result]) -> tuple[Result, float | None]:
+    """Runs `work`, and measures the share of the processor that other programs used meanwhile."""
+    before, began = _other_seconds(), time.perf_counter()
+    result = work()
+    seconds, after = time.perf_counter() - began, _other_seconds()
+    if before is None or after is None:
+        return result, None
+    return result, max(0.0, after - before) / (seconds * (os.cpu_count() or 1))
 
 
 def faster_from(costs: list[Cost]) -> int | None:

@@ -93,8 +93,8 @@ def _draw_cost(axes: Axes, report: dict[str, Any], field: str, label: str, title
                 f"{values[-1]:.0f}", (batches[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
                 va="center", color=COLOURS[contestant], fontsize=9,
             )  # fmt: skip
-    if report["cost"]:
-        batches = sorted({cost["batch"] for cost in report["cost"]})
+    batches = sorted({cost["batch"] for cost in report["cost"] if cost[field] is not None})
+    if batches:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(batches, [str(batch) for batch in batches])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 
 from . import saved
 from .answers import as_report, evenly, held_out_answers, known_answers, print_known
-from .cost import WORTH_IT, Cost, disturbed, faster_from, measure_costs, step_savings
+from .cost import WORTH_IT, Cost, disturbed, faster_from, measure_costs, step_savings, with_other_load
 from .evaluate import FORMS, Scores, encoder_scores, tfidf_scores
 from .picture import draw_demo
 from .report import FORM_TITLES, Claim, environment, print_claims, print_table, write_json
@@ -29,11 +30,11 @@ def run(settings: Settings) -> int:
     data = TrainingData.of(split.train)
     batch = min(options.batch, len(data))
 
-    trained = train(data, options, label="fused loss")
+    trained, training_load = with_other_load(partial(train, data, options, label="fused loss"))
     reference = train(data, options, backend="reference", max_steps=REFERENCE_STEPS, label="reference loss")
     step, reference_step = (1e3 * one.seconds / max(1, len(one.losses)) for one in (trained, reference))
-    print(f"Trained {len(trained.losses)} steps of {batch} pairs in {trained.seconds:.0f} s, {step:.0f} ms a step;")
-    print(f"{len(reference.losses)} steps with the dense reference loss took {reference_step:.0f} ms each.")
+    print(f"Trained {len(trained.losses)} steps of {batch} pairs in {trained.seconds:.0f} s with the fused loss, and")
+    print(f"{len(reference.losses)} of the same steps with the dense reference.")
     retriever = Retriever.of(trained.encoder, pairs, split, options.device)
     model = saved.save(settings, retriever)
 
@@ -46,7 +47,8 @@ def run(settings: Settings) -> int:
         "trained": encoder_scores(trained.encoder, split.held_out, options.device),
     }
     costs = measure_costs(list(settings.cost_batches), options.dim, options.temperature, options.device)
-    savings = None if disturbed(costs) else step_savings(costs, batch, step)
+    load = disturbed([training_load, *(cost.others for cost in costs)])
+    savings = None if load else step_savings(costs, batch, step)
     claims = [*retrieval_claims(scores), curve_claim(trained, reference)]
     known = known_answers(retriever)
     of_held_out = held_out_answers(retriever, split)
@@ -67,8 +69,8 @@ def run(settings: Settings) -> int:
         "tfidf_settings": {name: {form: asdict(of_form) for form, of_form in by.items()} for name, by in tfidf.items()},
         "loss": {"fused": trained.losses, "reference": reference.losses},
         "cost": [asdict(cost) for cost in costs],
-        "disturbed": disturbed(costs),
-        "faster_from": faster_from(costs),
+        "other_load": load,
+        "faster_from": None if load else faster_from(costs),
         "step_savings": savings,
         "claims": [asdict(claim) for claim in claims],
         "answers": {
@@ -81,7 +83,7 @@ def run(settings: Settings) -> int:
     draw_demo(settings.output / "demo.png", report)
     print_retrieval(scores)
     print_costs(costs)
-    print_gain(costs, batch, step, savings)
+    print_gain(costs, load, batch, (step, reference_step), savings)
     print_known(known, shown_held_out, of_held_out, len(pairs))
     status = print_claims(claims, settings.strict)
     output = settings.output
@@ -163,11 +165,15 @@ def print_costs(costs: list[Cost]) -> None:
     )
 
 
-def print_gain(costs: list[Cost], batch: int, step: float, savings: dict[int, float] | None) -> None:
-    """Says from which batch the fused loss is faster by itself, and from which a training is shorter for it."""
+def print_gain(
+    costs: list[Cost], load: float | None, batch: int, steps: tuple[float, float], savings: dict[int, float] | None
+) -> None:
+    """Says from which batch the fused loss is faster by itself, and from which a training is shorter for it.
+
+    `steps` are the milliseconds of a training step with the fused loss and with the reference.
+    """
     if not costs:
         return
-    load = disturbed(costs)
     if load is not None:
         print(f"Other programs used up to {load:.0%} of the processor meanwhile: the times above decide nothing, the")
         print("memory does. Run it again on an idle machine to see which loss is faster.")
@@ -181,9 +187,11 @@ def print_gain(costs: list[Cost], batch: int, step: float, savings: dict[int, fl
     )
     if savings is None:
         return
-    share = next(cost for cost in costs if cost.batch == batch).milliseconds / step
-    print(f"A training step took {step:.0f} ms at batch {batch}, {share:.1%} of it the loss.")
-    print("Estimated, as if all but the loss grew with the batch,")
+    share = next(cost for cost in costs if cost.batch == batch).milliseconds / steps[0]
+    print(
+        f"A training step at batch {batch} took {steps[0]:.0f} ms, {share:.1%} of it the loss; with the dense reference"
+    )
+    print(f"it took {steps[1]:.0f} ms. Estimated, as if all but the loss grew with the batch,")
     shares = ", ".join(f"{saved:.1%} at {size}" for size, saved in savings.items())
     print(f"the fused loss shortens a step by {shares}.")
     paying = [size for size in savings if all(savings[other] >= WORTH_IT for other in savings if other >= size)]

@@ -136,5 +136,5 @@ def train(
                 bar.update()
                 if not bar.disable and bar.n % 4 == 0:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
-    values = torch.stack(losses).tolist()
+    values = torch.stack(losses).tolist() if losses else []
     return Training(encoder.eval(), values, time.perf_counter() - started)

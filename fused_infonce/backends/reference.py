@@ -25,8 +25,13 @@ def unavailable(tensor: Tensor) -> str:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Compute `F.normalize(x, dim=-1)`, but a row with a norm up to EPS has no gradient (there it would be 1e12)."""
+    """Compute `F.normalize(x, dim=-1)`, but for two kinds of rows.
+
+    A row with a norm up to EPS has no gradient (there it would be 1e12), and a row whose norm overflows is NaN (there
+    it would be zeros).
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = norm.masked_fill(norm == math.inf, math.nan)
     small = norm <= EPS
     return torch.where(small, x.detach() / EPS, x / torch.where(small, 1, norm))
 

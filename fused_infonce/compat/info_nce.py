@@ -32,6 +32,7 @@ class InfoNCE(original.InfoNCE):
     """
 
     def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+        """Return the loss of (N, D) queries, their keys and explicit negatives."""
         return info_nce(query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode)
 
 
@@ -47,10 +48,18 @@ def info_nce(
 
         loss_i = -log( exp(s_ii) / (exp(s_ii) + sum_j exp(s_ij)) ),    s_ij = cos(q_i, k_j) / t
 
-    Arguments and errors: see `fused_infonce.info_nce` and the top of this module. A temperature tensor has one element,
-    or is (N, 1).
+    Args:
+        query, positive_key: (N, D) each, row i of one the positive of row i of the other.
+        negative_keys: (M, D) if `negative_mode` is "unpaired", (N, H, D) if "paired"; None: the other keys.
+        temperature: t, a number, or a tensor of one element or (N, 1).
+        reduction: "mean", "sum" or "none" (one value per query).
+        negative_mode: "unpaired" (negatives shared by all queries) or "paired" (each query has its own).
 
-    Returns: a 0-d loss, or (N,) for the reduction "none", in the inputs' dtype; in float32 under autocast.
+    Returns:
+        A 0-d loss, or (N,) for "none", in the inputs' dtype; in float32 under autocast.
+
+    Raises:
+        ValueError, TypeError: where the original does; see the top of this module.
     """
     arguments = (query, positive_key, negative_keys, temperature, reduction, negative_mode)
     try:

@@ -48,9 +48,9 @@ class NTXentLoss(original.NTXentLoss):
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The 0-d loss of two (N, D) views, in their dtype, float32 under autocast.
+        """Return the 0-d loss of two (N, D) views, in their dtype, float32 under autocast, and fill the memory bank.
 
-        Then, where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the memory bank.
+        Where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the bank after the loss.
         """
         try:
             views(out0, out1, ())
@@ -63,7 +63,7 @@ class NTXentLoss(original.NTXentLoss):
         return loss.to(loss_dtype(out0, self.temperature))
 
     def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The bank is taken as it is."""
+        """Return the loss against `out1` and the rows of the memory bank, which are not normalised again."""
         query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         _, negatives = self.memory_bank(key)  # (D, K), a copy
         signed, t = self._signed(query)
@@ -73,6 +73,7 @@ class NTXentLoss(original.NTXentLoss):
         return loss
 
     def _in_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the loss of two views, with negatives from their batch, or from the batches of all processes."""
         if not len(out0):
             raise ValueError("out0 must have rows, got none")
         gathered = self.gather_distributed and dist.world_size() > 1
@@ -91,7 +92,7 @@ class NTXentLoss(original.NTXentLoss):
             )  # fmt: skip
 
     def _signed(self, rows: Tensor) -> tuple[Tensor, float | Tensor]:
-        """Queries and temperature of the logits cos / t = (sign cos) / |t|, the sign being the queries'."""
+        """Return queries with the sign of the temperature, and its size: cos / t = (sign cos) / |t|."""
         t = self.temperature
         sign = torch.sign(t.detach()).to(rows) if isinstance(t, Tensor) else math.copysign(1, t)
         return sign * rows, abs(t)

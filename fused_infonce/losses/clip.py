@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BackendName, Reduction
+from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
@@ -38,29 +38,41 @@ def clip_loss(
     Args:
         image_features, text_features: (N, D) each, row i of one the pair of row i of the other; float16, bfloat16,
             float32 or float64. Unit rows, as CLIP's models return them, unless `normalize`.
-        logit_scale: what multiplies the products, already exponentiated: a positive number, a one-element tensor (on
-            the CPU too), or (N,) or (N, 1) per pair; gradients flow to tensors. Values of tensors are checked on a CPU;
-            on a GPU a bad one gives NaN.
+        logit_scale: the factor of the products, 1 / temperature, already exponentiated: a positive number, a
+            one-element tensor (on the CPU too), or (N,) or (N, 1) per pair; gradients flow to tensors. Values of
+            tensors are checked on a CPU; on a GPU a bad one gives NaN.
         logit_bias: a number or a one-element tensor. Added to every logit it changes no softmax: the loss does not
             depend on it, and its gradient is 0.
         normalize: divide every row by max(norm, 1e-12) first.
         reduction: "mean" over the N pairs, "sum", or "none": (N,).
-        backend, workspace_limit: as in `info_nce`.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
-    problem = _pairs(image_features, text_features, logit_scale, normalize)
-    bias = bias_of(logit_bias)
-    loss = reduced(problem, call_options(backend, workspace_limit, reduction), "infonce")
+    _check_pairs(image_features, text_features)
+    options = call_options(backend, workspace_limit, reduction)
+    return _of_pairs(
+        image_features, text_features, temperature_of(logit_scale, image_features), logit_bias, normalize, options
+    )
+
+
+def _of_pairs(
+    image: Tensor, text: Tensor, temperature: float | Tensor, logit_bias: Any, normalize: bool, options: Options
+) -> Tensor:
+    t, bias = checks.temperature(temperature, image, statistics_dtype(image)), bias_of(logit_bias)
+    problem = Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
+    loss = reduced(problem, options, "infonce")
     return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
 
 
-def _pairs(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: bool) -> Problem:
+def _check_pairs(image: Any, text: Any) -> None:
     if not checks.alike(image, text):
         checks.embeddings("image_features", image, 2, "(N, D)")
         checks.embeddings("text_features", text, 2, "(N, D)")
@@ -69,8 +81,6 @@ def _pairs(image: Tensor, text: Tensor, logit_scale: float | Tensor, normalize: 
             raise ValueError(
                 f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
             )
-    t = checks.temperature(temperature_of(logit_scale, image), image, statistics_dtype(image))
-    return Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
 
 
 def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
@@ -81,7 +91,7 @@ def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
 
 
 def bias_of(logit_bias: Any) -> Tensor | None:
-    """Checked; 0-d where it takes part in the gradient, else None."""
+    """Return a checked bias, 0-d, where it takes part in the gradient; else None."""
     if logit_bias is None:
         return None
     if not isinstance(logit_bias, Tensor):
@@ -90,22 +100,28 @@ def bias_of(logit_bias: Any) -> Tensor | None:
         return None
     if logit_bias.dtype not in checks.FLOATS:
         raise TypeError(f"logit_bias must be a number or a floating tensor, got {logit_bias.dtype}")
+    checks.dense("logit_bias", logit_bias)
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must be a number or a one-element tensor, got shape {tuple(logit_bias.shape)}")
     return logit_bias.reshape(()) if logit_bias.requires_grad and torch.is_grad_enabled() else None
 
 
 class ClipLoss(ContrastiveLoss):
-    """CLIP's symmetric loss, called as open_clip's `ClipLoss`; see `clip_loss`.
+    """CLIP's symmetric loss as a module, called as open_clip's `ClipLoss`: images, texts and the exponentiated scale.
+
+    The function `clip_loss` has the formula. Alone among the losses this one takes rows as they are, since CLIP's
+    models return unit rows, unless `normalize` says otherwise.
 
     Args:
-        normalize, reduction, backend, workspace_limit: as in `clip_loss`: alone among the losses, it takes rows as they
-            are unless `normalize`.
-        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP's model does; the
-            loss is then called without a scale. Give `loss.parameters()` to the optimizer, without weight decay.
-        temperature: the starting point of a learnable temperature, by default CLIP's 0.07; or what a call without a
-            scale takes, as `HasTemperature` does.
-        max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
+        temperature: 1 / scale for calls without a scale: a positive number, a tensor, or a callable of no arguments,
+            evaluated at every call; the start of a learnable one, by default 0.07. None: calls must give a scale.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        reduction: "mean", "sum" or "none" (one value per pair).
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = ClipLoss()
@@ -117,6 +133,7 @@ class ClipLoss(ContrastiveLoss):
     """
 
     hidden = ContrastiveLoss.hidden | {"normalize": False}
+    needs_temperature = False
 
     def __init__(
         self,
@@ -129,11 +146,11 @@ class ClipLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
     ):
+        if temperature is None and learnable_temperature:
+            temperature = 0.07
         super().__init__(
-            0.07 if temperature is None else temperature, learnable_temperature, max_logit_scale, reduction, normalize,
-            backend, workspace_limit,
-        )  # fmt: skip
-        self.given = temperature is not None or learnable_temperature
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
+        )
 
     def forward(
         self,
@@ -142,13 +159,19 @@ class ClipLoss(ContrastiveLoss):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; `logit_scale` is what multiplies the products, already exponentiated: CLIP's
-        `logit_scale.exp()`. None: 1 / temperature of this loss."""
-        if logit_scale is None:
-            if not self.given:
-                raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
-            logit_scale = 1 / self.temperature
-        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        """Return the loss of (N, D) images and their texts.
+
+        logit_scale: the factor of the products, already exponentiated: CLIP's `logit_scale.exp()`. None: 1 /
+            `temperature` of this module.
+        logit_bias: accepted as in open_clip; it does not change the loss.
+        """
+        if logit_scale is not None:
+            return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        if self.logit_scale is None and self.held_temperature is None:
+            raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
+        _check_pairs(image_features, text_features)
+        options = call_options(self.backend, self.workspace_limit, self.reduction)
+        return _of_pairs(image_features, text_features, self.temperature, logit_bias, self.normalize, options)
 
     def shown_temperature(self) -> dict[str, Any]:
-        return super().shown_temperature() if self.given else {}
+        return {name: shown for name, shown in super().shown_temperature().items() if shown is not None}

@@ -38,7 +38,7 @@ def grouped_info_nce(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """InfoNCE over groups: query i's own passages are rows `offset + i G + k`: its positive, k = 0, and hard negatives.
+    """InfoNCE over groups of G passages: query i's are rows `offset + i G + k`, a positive (k = 0) and hard negatives.
 
         loss_i = -log( exp(s_i,y) / sum_j exp(s_ij) ),    s_ij = cos(q_i, p_j) / t_i,  y = offset + i G
 
@@ -54,8 +54,9 @@ def grouped_info_nce(
         query: (N, D), float16, bfloat16, float32 or float64.
         passages: (M G, D) in M >= N groups of `group_size` rows; M > N where they were gathered from other processes.
         group_size: G, the positive included.
-        temperature: as in `info_nce`.
-        normalize: as in `info_nce`.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
+            flow to tensors.
+        normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         in_batch_negatives: whether the passages of other groups are negatives too. Without them G must be 2 or more.
         target: (N,) integer rows of `passages`, each query's positive in place of `offset + i G`; the others are its
             negatives, and -100 leaves the query out. Needs in-batch negatives, no `offset` and no distillation.
@@ -63,10 +64,12 @@ def grouped_info_nce(
         reduction: "mean", "sum" or "none" (one value per query).
         teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
         distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
-        backend, workspace_limit: as in `info_nce`. Without in-batch negatives passages are not copied; a distillation
-            holds the (N, G, D) own passages once in float32.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere. A
+            distillation holds the (N, G, D) own passages once in float32 beside it.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -192,17 +195,27 @@ def _check_distillation(
         raise ValueError(
             f"teacher_scores must have shape {(len(query), group_size)}, got {tuple(teacher_scores.shape)}"
         )
-    if teacher_scores.device != query.device:
-        raise ValueError(f"teacher_scores must be on {query.device} as query is, got {teacher_scores.device}")
+    checks.on("teacher_scores", teacher_scores, query.device)
 
 
 class GroupedInfoNCELoss(ContrastiveLoss):
-    """InfoNCE over groups of a positive and its hard negatives; see `grouped_info_nce`.
+    """InfoNCE over groups of a positive and its hard negatives, as a module, perhaps with a teacher's scores.
+
+    The function `grouped_info_nce` has the formulas.
 
     Args:
-        group_size: passages a query, the positive included.
-        temperature, normalize, in_batch_negatives, reduction, distillation, backend, workspace_limit: as in
-            `grouped_info_nce`.
+        group_size: passages per query, the positive first among them.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        in_batch_negatives: whether the passages of other queries are negatives too.
+        reduction: "mean", "sum" or "none" (one value per query).
+        distillation: what `teacher_scores` are used for, "kl_div" or "m3_kd_loss" of FlagEmbedding; None: no teacher.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = GroupedInfoNCELoss(group_size=8)
@@ -244,6 +257,7 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         target: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
+        """Return the loss of (N, D) queries and (M G, D) passages, with a distillation of (N, G) `teacher_scores`."""
         return grouped_info_nce(
             query,
             passages,

@@ -22,50 +22,55 @@ class HasTemperature(nn.Module):
         a tensor                     of one element or one per row; an `nn.Parameter` is saved as "temperature"
         a callable of no arguments   evaluated at every forward: `lambda: torch.exp(-model.logit_scale)`, or a module,
                                      whose parameters are then this one's too
-        learnable                    the parameter `logit_scale = log(1 / temperature)`, (1,) float32, as CLIP holds it
+        learnable                    the parameter `logit_scale = log(1 / temperature)`, (1,) float32, as CLIP holds it;
+                                     a number or a tensor of one element may be assigned, from which it goes on
 
     Args:
         temperature: one of the above; the starting point where it is learnable.
         learnable: hold `logit_scale`. Give `loss.parameters()` to the optimizer, without weight decay, which would pull
-            the temperature towards 1.
+            the temperature towards 1. Keep it in float32: `.bfloat16()` casts it as it does any parameter, and the
+            optimizer's small steps are then rounded away.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100).
 
     Raises:
-        TypeError: a temperature of another type. ValueError: one that is not positive, or that is a tensor computed
-        from others, whose graph is gone after the first backward; a Parameter or callable that is to be learnable too;
-        max_logit_scale without learnable.
+        TypeError: a temperature of another type. ValueError: one that is not positive and finite, or that is a tensor
+        computed from others, whose graph is gone after the first backward; one that has a gradient or a callable of
+        its own, and is to be learnable too; max_logit_scale without learnable.
 
     Reference: Radford et al. 2021, arXiv:2103.00020 (section 2.5).
     """
 
+    needs_temperature = True  # whether None is refused
     logit_scale: nn.Parameter | None
     max_logit_scale: float | None
+    _temperature: TemperatureLike
 
-    def __init__(self, temperature: TemperatureLike, learnable: bool, max_logit_scale: float | None):
+    def __init__(self, temperature: TemperatureLike | None, learnable: bool, max_logit_scale: float | None):
         super().__init__()
         if max_logit_scale is not None:
             checks.positive_float("max_logit_scale", max_logit_scale)
             if not learnable:
                 raise ValueError("max_logit_scale bounds a learnable temperature: pass learnable_temperature=True")
-        if learnable and (isinstance(temperature, nn.Parameter) or callable(temperature)):
-            raise ValueError(
-                "learnable_temperature=True holds a parameter of its own: pass the number to start from, or the "
-                f"{'callable' if callable(temperature) else 'Parameter'} without learnable_temperature"
-            )
-        if isinstance(temperature, Tensor) and temperature.grad_fn is not None:
+        if not learnable and isinstance(temperature, Tensor) and temperature.grad_fn is not None:
             raise ValueError(
                 "temperature must not be computed from other tensors, whose graph is gone after the first backward: "
                 "pass learnable_temperature=True, or a callable such as lambda: torch.exp(-logit_scale)"
             )
         self.max_logit_scale = max_logit_scale
-        self.logit_scale = nn.Parameter(torch.zeros(1)) if learnable else None
-        self.temperature = temperature
+        self.logit_scale = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if learnable else None
+        self.temperature = temperature  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == NAME and not hasattr(self._modules.get("parametrizations"), NAME):
-            self._hold(value)
-        else:
+        if name != NAME:
             super().__setattr__(name, value)
+            return
+        self._check(value)
+        if self.logit_scale is not None:
+            self._start_from(value)
+        elif self._is_parametrized(NAME):
+            self._assign_parametrized(value)
+        else:
+            self._hold(value)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -73,7 +78,12 @@ class HasTemperature(nn.Module):
         if self.logit_scale is not None:
             return torch.exp(-self.logit_scale)
         held = self.held_temperature
-        return held if isinstance(held, (float, int, Tensor)) else held()
+        if not callable(held):
+            return held
+        try:
+            return held()
+        except AttributeError as error:  # of a property nn.Module would say that there is no such attribute
+            raise RuntimeError(f"the callable that is the temperature raised AttributeError: {error}") from error
 
     @temperature.setter
     def temperature(self, value: TemperatureLike) -> None:
@@ -85,29 +95,73 @@ class HasTemperature(nn.Module):
         for held in (self._parameters, self._modules):
             if NAME in held:
                 return held[NAME]  # type: ignore[return-value]
-        return self._temperature
+        return self.temperature if self._is_parametrized(NAME) else self._temperature
 
-    def _hold(self, value: Any) -> None:
-        if self.logit_scale is not None:
-            scalar = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-            with torch.no_grad():
-                self.logit_scale.fill_(-math.log(checks.positive_float(NAME, scalar)))
-            return
+    def _is_parametrized(self, name: str) -> bool:
+        """Return whether `torch.nn.utils.parametrize` computes this parameter from another."""
+        parametrized = self._modules.get("parametrizations")
+        return isinstance(parametrized, nn.ModuleDict) and name in parametrized
+
+    def _start_from(self, value: Any) -> None:
+        """Give `logit_scale` the value of this temperature."""
+        if callable(value) or (isinstance(value, Tensor) and value.requires_grad):
+            kind = "callable" if callable(value) else "Parameter" if isinstance(value, nn.Parameter) else "tensor"
+            raise ValueError(
+                f"learnable_temperature=True holds a parameter of its own, and would not train the {kind}: pass the "
+                f"number to start from, or the {kind} without learnable_temperature"
+            )
+        if not isinstance(value, Tensor):
+            self._rescale(-math.log(value))
+        elif value.numel() == 1:
+            self._rescale(-torch.log(value.reshape(1)))
+        else:
+            raise TypeError(f"temperature must be one number where it is learnable, got shape {tuple(value.shape)}")
+
+    def _check(self, value: Any) -> None:
         if isinstance(value, Tensor):
             if value.dtype not in checks.FLOATS:
                 raise TypeError(f"temperature must be a number or a floating tensor, got {value.dtype}")
-            good = (value > 0) & value.isfinite()
-            if checks.values_are_free(value) and not good.all():
-                raise ValueError(f"temperature must be positive and finite, got {value[~good].flatten()[0].item()}")
-        elif not callable(value):
+            if type(value) in (Tensor, nn.Parameter) and checks.values_are_free(value):  # unlike those of a DTensor
+                checks.only(NAME, value, (value > 0) & value.isfinite(), "be positive and finite")
+        elif not callable(value) and (value is not None or self.needs_temperature or self.logit_scale is not None):
             checks.positive_float(NAME, value)
-        self._parameters.pop(NAME, None)  # a Parameter or module of the user's gives way to what is assigned
-        self._modules.pop(NAME, None)
-        self._temperature: TemperatureLike = value if not isinstance(value, (nn.Parameter, nn.Module)) else math.nan
+
+    def _hold(self, value: Any) -> None:
+        """Put a temperature where a value of its kind is held."""
+        # what was held gives way; in new dictionaries, since a shallow copy of a module shares them
+        if NAME in self._parameters:
+            self._parameters = {name: x for name, x in self._parameters.items() if name != NAME}
+        if NAME in self._modules:
+            self._modules = {name: x for name, x in self._modules.items() if name != NAME}
+        if not isinstance(value, (nn.Parameter, nn.Module)):
+            self._temperature = value
+            return
+        self.__dict__.pop("_temperature", None)
         if isinstance(value, nn.Parameter):
-            self._parameters[NAME] = value
-        elif isinstance(value, nn.Module):
-            self._modules[NAME] = value
+            self._parameters = self._parameters | {NAME: value}
+        else:
+            self._modules = self._modules | {NAME: value}
+
+    def _assign_parametrized(self, value: Any) -> None:
+        """Assign a number or a tensor through the parametrization's `right_inverse`."""
+        if value is None or callable(value) or isinstance(value, nn.Parameter):
+            raise ValueError(
+                "temperature is computed by torch.nn.utils.parametrize: assign a number or a tensor, or call "
+                "parametrize.remove_parametrizations(loss, 'temperature') first"
+            )
+        now = torch.as_tensor(self.temperature)
+        super().__setattr__(NAME, value.to(now) if isinstance(value, Tensor) else torch.full_like(now, value))
+
+    @torch.no_grad()
+    def _rescale(self, scale: float | Tensor) -> None:
+        """Give `logit_scale` this value, through `right_inverse` where it is parametrized."""
+        held = self.logit_scale
+        assert held is not None
+        new = scale.to(held) if isinstance(scale, Tensor) else torch.full_like(held, scale)
+        if self._is_parametrized("logit_scale"):
+            self.logit_scale = new  # type: ignore[assignment]
+        else:
+            held.copy_(new)
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:
@@ -115,7 +169,7 @@ class HasTemperature(nn.Module):
         forward would stop the gradient at the bound."""
         if self.logit_scale is None or self.max_logit_scale is None:
             raise RuntimeError("clamp_logit_scale_ needs learnable_temperature=True and a max_logit_scale")
-        self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        self._rescale(self.logit_scale.clamp(max=math.log(self.max_logit_scale)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, also from version 0.1, where `logit_scale` was 0-d and a Parameter had the name "_temperature"."""
@@ -130,5 +184,7 @@ class HasTemperature(nn.Module):
         """Return what a representation shows of the temperature."""
         if self.logit_scale is None:
             return {NAME: self.held_temperature}
-        learnable = {NAME: float(f"{torch.exp(-self.logit_scale.detach()).item():.6g}"), "learnable_temperature": True}
-        return learnable if self.max_logit_scale is None else learnable | {"max_logit_scale": self.max_logit_scale}
+        shown: dict[str, Any] = {"learnable_temperature": True}
+        if type(self.logit_scale) in (Tensor, nn.Parameter) and not self.logit_scale.is_meta:  # its value is here
+            shown = {NAME: float(f"{torch.exp(-self.logit_scale.detach()).item():.6g}")} | shown
+        return shown if self.max_logit_scale is None else shown | {"max_logit_scale": self.max_logit_scale}

@@ -120,6 +120,53 @@ def test_rows_that_are_not_finite_poison_the_rows_that_see_them_alone(backend, v
     torch.testing.assert_close(gradients["query"][finite], clean["query"][finite], **TOLERANCE)
 
 
+TOO_LONG = {torch.bfloat16: 1e20, torch.float32: 1e20, torch.float64: 1e160}  # their squares overflow
+
+
+@cases(
+    dtype=list(TOO_LONG),
+    where=["query", "positive_key", "unpaired", "paired"],
+    options=[{}, {"symmetric": True}, {"reduction": "none"}, {"reduction": "none", "query_ids": True}],
+)
+def test_a_row_whose_norm_overflows_is_not_taken_for_zeros(backend, dtype, where, options):
+    """F.normalize makes zeros of such a row, which are a legitimate input; NaN shows what has happened."""
+    mode = where if where in ("paired", "unpaired") else None
+    inputs = call_of(8, 5, dtype=dtype, negatives=() if mode is None else (8, 3) if mode == "paired" else (3,))
+    options = dict(options)
+    if mode is not None:
+        options |= {"negative_mode": mode, "in_batch_negatives": True}
+    if options.pop("query_ids", False):
+        inputs |= {"query_ids": torch.arange(8), "key_ids": torch.arange(10, 18)}
+    name = where if mode is None else "negative_keys"
+    index = (5, 1) if mode == "paired" else 1
+    inputs[name][index] *= TOO_LONG[dtype]
+    assert inputs[name].isfinite().all()
+    seen = torch.full((8,), where in ("positive_key", "unpaired"))
+    seen[{"query": 1, "paired": 5}.get(where, 0)] = True
+    for used in (backend, "reference"):
+        given = {n: x.clone() for n, x in on(DEVICE[backend], inputs).items()}
+        loss, gradients = evaluate(info_nce, given, backend=used, **options)
+        assert torch.equal(loss.isnan().cpu(), seen if loss.dim() else torch.tensor(True))
+        assert gradients["query"].isnan().any(1).cpu()[seen].all()
+
+
+@cases(dtype=[torch.float16, torch.float32], options=[{}, {"symmetric": True}, {"reduction": "none"}])
+def test_rows_as_long_as_their_dtype_lets_them_keep_the_bounds(backend, dtype, options):
+    """Norms up to 1.8e19 in float32, the square root of its largest number, and any in float16."""
+    inputs = call_of(9, 12, "medium", dtype)
+    length = {torch.float16: 6e4, torch.float32: 1.5e19}[dtype]
+    for name in ("query", "positive_key"):
+        inputs[name] = inputs[name] * length
+        assert inputs[name].isfinite().all()
+    want, exact = oracle(inputs, **options)
+    upstream = torch.full_like(want, length)  # else gradients are too small for their dtype
+    loss, gradients = evaluate(info_nce, on(DEVICE[backend], inputs), upstream, backend=backend, **options)
+    loss_bound, bound = bounds(dtype, 0.1)
+    assert error(loss, want) <= loss_bound
+    for name in ("query", "positive_key"):
+        assert error(gradients[name].double() / length, exact[name]) <= bound
+
+
 @both_backends
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("t", [0.01, 1e-3, 1e-4])

@@ -14,7 +14,6 @@ pytest.importorskip("sklearn", reason="the demo's packages are absent")
 pytest.importorskip("matplotlib", reason="the demo's packages are absent")
 pytest.importorskip("tqdm", reason="the demo's packages are absent")
 
-sys.path.append(str(Path(__file__).parents[1]))  # at the end: the installed fused_infonce comes first
 from examples.retrieval import answers, cost, evaluate, mining, model, report, saved, show, split, text
 from examples.retrieval.__main__ import main
 from examples.retrieval.settings import parse_arguments
@@ -220,7 +219,7 @@ def test_contestants_agree_and_cost_something() -> None:
 
 def costs_of(fused: list[float], dense: list[float], batch: int = 64, others: float | None = None) -> list[cost.Cost]:
     times = {"fused": fused, "dense": dense}
-    return [cost._cost(name, batch, 8, times, others, None, 1.0) for name in cost.CONTESTANTS]
+    return [cost._cost(name, batch, 8, times, None, None, 1.0) for name in cost.CONTESTANTS]
 
 
 def test_spread_and_speedup_over_the_rounds() -> None:
@@ -239,15 +238,34 @@ def test_a_gain_within_the_spread_is_not_called_one() -> None:
 
 
 def test_times_beside_other_load_decide_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    quiet, busy = (costs_of([1.0] * 5, [2.0] * 5, others=others) for others in (0.02, 0.6))
-    assert cost.disturbed(quiet) is None
-    assert cost.disturbed(quiet + busy) == 0.6
-    show.print_gain(quiet, 64, 4000.0, cost.step_savings(quiet, 64, 4000.0))
+    assert cost.disturbed([0.02, None, 0.05]) is None
+    assert cost.disturbed([0.02, 0.6, None]) == 0.6
+    costs = costs_of([1.0] * 5, [2.0] * 5)
+    show.print_gain(costs, None, 64, (4000.0, 4100.0), cost.step_savings(costs, 64, 4000.0))
     assert "faster from batch 64 on" in capsys.readouterr().out
-    show.print_gain(quiet + busy, 64, 4000.0, None)
+    show.print_gain(costs, 0.6, 64, (4000.0, 4100.0), None)
     printed = capsys.readouterr().out
     assert "Other programs used up to 60%" in printed
     assert "faster from" not in printed
+
+
+def test_the_share_of_the_processor_that_others_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0])  # the work takes 4 seconds of 2 cores, of which others use 2
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cost.os, "cpu_count", lambda: 2)
+    seconds = iter([50.0, 52.0])
+    monkeypatch.setattr(cost, "_other_seconds", lambda: next(seconds))
+    assert cost.with_other_load(lambda: "done") == ("done", 0.25)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_the_processor_seconds_of_others_only_grow() -> None:
+    before = cost._other_seconds()
+    assert sum(range(3_000_000)) > 0  # our own work
+    after = cost._other_seconds()
+    assert before is not None
+    assert after is not None
+    assert after >= before - 0.1  # /proc/stat counts in hundredths of a second a core
 
 
 def test_share_of_a_training_step_that_the_loss_saves() -> None:
@@ -308,6 +326,17 @@ def test_a_tiny_run_writes_its_report_picture_and_model(
     assert len(verdicts) == len(ranks)
     assert 'make demo ASK="..." DEMO_ARGS=' in printed.out
     assert printed.err == ""  # no progress bar where there is no terminal
+
+
+@pytest.mark.parametrize(
+    "more", [("--epochs", "0"), ("--batch", "4096"), ("--held-out", "1"), ("--cost-batches", "16", "32")]
+)
+def test_a_short_run_is_no_error(
+    synthetic_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(cost, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(cost, "_in_fresh_process", lambda *arguments: None)
+    assert tiny_run(synthetic_source, tmp_path / "out", *more) == 0
 
 
 def test_a_claim_that_was_not_shown_is_an_error_to_a_strict_run_alone(capsys: pytest.CaptureFixture[str]) -> None:

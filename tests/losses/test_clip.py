@@ -131,7 +131,7 @@ BAD = {
     "infinite scale": ({"logit_scale": torch.tensor(float("inf"))}, ValueError, "logit_scale must be positive"),
     "negative scale": ({"logit_scale": torch.tensor(-1.0)}, ValueError, "logit_scale must be positive and finite"),
     "integer scale": ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale must be a number or a floating"),
-    "scales": ({"logit_scale": torch.ones(N + 1)}, ValueError, "logit_scale must be .*one value per pair"),
+    "scales": ({"logit_scale": torch.ones(N + 1)}, ValueError, "logit_scale must be .*one value per row"),
     "scales elsewhere": ({"logit_scale": elsewhere(N)}, ValueError, "logit_scale must be on cpu"),
     "bias": ({"logit_bias": "0"}, TypeError, "logit_bias must be a number"),
     "boolean bias": ({"logit_bias": True}, TypeError, "logit_bias must be a number"),

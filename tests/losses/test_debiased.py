@@ -345,7 +345,11 @@ BAD = {
     "prior NaN": ({"tau_plus": math.nan}, ValueError, r"tau_plus must be in \[0, 1\)"),
     "prior's type": ({"tau_plus": "0.1"}, TypeError, "tau_plus must be a number"),
     "priors' dtype": ({"tau_plus": torch.zeros(4).long()}, TypeError, "tau_plus must be a number or a floating"),
-    "priors' shape": ({"tau_plus": torch.zeros(4, 1)}, ValueError, r"tau_plus must be a number or have shape \(4,\)"),
+    "priors' shape": (
+        {"tau_plus": torch.zeros(4, 1)},
+        ValueError,
+        r"tau_plus must be .* tensor of shape \(4,\)",
+    ),
     "a prior": ({"tau_plus": torch.ones(4)}, ValueError, r"tau_plus must be in \[0, 1\), got 1.0"),
     "priors elsewhere": ({"tau_plus": elsewhere(4)}, ValueError, "tau_plus must be on cpu"),
     "learnt priors": ({"tau_plus": torch.zeros(4, requires_grad=True)}, ValueError, "must not require a gradient"),

@@ -276,7 +276,7 @@ ROWS = torch.ones(4, 3)
 BAD_CALLS = {
     "weights' type": ({"positive_weight": [1.0] * 4}, TypeError, "positive_weight must be a floating tensor of shape"),
     "weights' dtype": ({"positive_weight": torch.ones(4).long()}, TypeError, "positive_weight must be a floating"),
-    "weights' shape": ({"positive_weight": torch.ones(5)}, ValueError, r"a floating tensor of shape \(4,\)"),
+    "weights' shape": ({"positive_weight": torch.ones(5)}, ValueError, r"be a floating tensor of shape \(4,\), got"),
     "infinite weight": ({"positive_weight": torch.full((4,), torch.inf)}, ValueError, "positive_weight must be finite"),
     "weights elsewhere": ({"positive_weight": elsewhere(4)}, ValueError, "positive_weight must be on cpu"),
     "rows": ({"positive_key": ROWS[1:]}, ValueError, "positive_key must have 4 rows"),

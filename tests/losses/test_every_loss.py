@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from support.examples import from_example
 from support.helpers import DEVICE, TRITON, watch_plans
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,9 @@ CALLS = {
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
 }
+# A loss that has no entry is made and called as in the example of its docstring.
+CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CLASSES - set(CALLS))}
 every_loss = pytest.mark.parametrize("name", CALLS)
 
 
@@ -83,10 +87,21 @@ def gradients(value, module, inputs):
     return torch.autograd.grad(value, leaves)
 
 
-def test_every_exported_loss_is_tested_here():
+def test_every_exported_class_is_a_loss_or_its_statistics():
     exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
-    assert exported - {"RowStatistics", "Statistics"} == set(CALLS)
-    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CALLS)
+    assert exported == CLASSES | {"RowStatistics", "Statistics"}
+    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CLASSES)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_the_example_of_a_docstring_runs(name):
+    make, inputs = from_example(getattr(fused_infonce, name))
+    loss = make()
+    assert isinstance(loss, getattr(fused_infonce, name))
+    extra = (10.0,) if name == "ClipLoss" else ()  # whose example passes the scale by name
+    value = loss(*inputs(), *extra[: 3 - len(inputs())])
+    value.backward()
+    assert value.isfinite()
 
 
 @every_loss
@@ -179,3 +194,26 @@ def test_create_graph_is_refused(name):
     module, inputs = make(name)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(module(*inputs), inputs[0], create_graph=True)
+
+
+@every_loss
+@pytest.mark.parametrize("backend", ["torch", TRITON, "reference"])
+def test_a_row_whose_norm_overflows_makes_the_loss_nan(name, backend):
+    """Taken for zeros, as by F.normalize, it would be a legitimate row and the loss a plausible number."""
+    loss, inputs = make(name, backend=backend)
+    device = DEVICE.get(backend, "cpu")
+    inputs = [x.detach().to(device, copy=True) for x in inputs]
+    assert loss.to(device)(*inputs).isfinite().all()
+    inputs[0][1] *= 1e20
+    assert inputs[0].isfinite().all()
+    if name == "DCLLoss" and device == "cpu":  # whose weights of the positives are checked where that is free
+        with pytest.raises(ValueError, match="positive_weight must be finite, got nan"):
+            loss(*inputs)
+    else:
+        assert loss(*inputs).isnan()
+
+
+def test_a_queue_does_not_take_a_key_whose_norm_overflows_for_zeros():
+    loss = MoCoLoss(4, queue_size=6)
+    loss.enqueue(torch.full((1, 4), 1e20))
+    assert loss.queue[:, 0].isnan().all()

@@ -157,7 +157,7 @@ IMPROVED = {
     "ids": ({"key_ids": torch.zeros(N + 1).long()}, ValueError, f"key_ids must have shape ({N},)", f"({N + 1},)"),
     "ids dtype": ({"key_ids": torch.zeros(N)}, TypeError, "key_ids must be an integer tensor", "torch.float32"),
     "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes", "0"),
-    "workspace type": ({"workspace_limit": 1.5}, TypeError, "workspace_limit must be a number of bytes", "float"),
+    "workspace type": ({"workspace_limit": 1.5}, TypeError, "workspace_limit must be an integer number", "float"),
 }  # fmt: skip
 
 

@@ -234,7 +234,11 @@ BAD: dict[str, Any] = {
     "integers": ({"features": GOOD.long()}, TypeError, "features must be float16"),
     "both": ({"labels": torch.arange(4), "mask": EYE}, ValueError, "labels and mask both"),
     "labels' number": ({"labels": torch.arange(3)}, ValueError, r"labels must have shape \(4,\)"),
-    "labels' shape": ({"labels": torch.zeros(4, 2).long()}, ValueError, r"labels must have shape \(4, 1\)"),
+    "labels' shape": (
+        {"labels": torch.zeros(4, 2).long()},
+        ValueError,
+        r"one integer a sample, shape \(4,\)",
+    ),
     "labels' dtype": ({"labels": torch.rand(4)}, TypeError, "labels must be an integer tensor"),
     "labels' type": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be an integer tensor"),
     "mask's shape": ({"mask": torch.eye(3)}, ValueError, r"mask must have shape \(4, 4\)"),
@@ -250,7 +254,7 @@ BAD: dict[str, Any] = {
     "temperature's type": ({"temperature": "0.1"}, TypeError, "temperature must be a number"),
     "per row": ({"temperature": torch.ones(8)}, ValueError, "temperature must be a number or a one-element tensor"),
     "base": ({"base_temperature": -1.0}, ValueError, "base_temperature must be positive"),
-    "base's type": ({"base_temperature": "0.1"}, TypeError, "base_temperature must be a number"),
+    "base's type": ({"base_temperature": "0.07"}, TypeError, "base_temperature must be a number"),
     "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }
 

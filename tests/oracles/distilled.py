@@ -49,7 +49,7 @@ def of_similarities(
         soft = -(targets * logs).sum(1)
         if objective == "kl_div":
             soft = soft + torch.xlogy(targets, targets).sum(1)
-        soft = soft * (t[:, 0] ** 2 if temperature_squared else 1)
+        soft = soft * (t[:, 0].detach() ** 2 if temperature_squared else 1)
         hard = F.nll_loss(logs, y, reduction="none", ignore_index=ignore_index) if alpha < 1 else 0
         rows.append(alpha * soft + (1 - alpha) * hard)
     w = valid.to(query.dtype) * (1 if weight is None else weight)

@@ -45,7 +45,8 @@ def nt_xent(
 
 def sup_con(
     features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None, temperature: Any = 0.07,
-    contrast_mode: str = "all", base_temperature: float = 0.07, reduction: str = "mean", *, normalize: bool = True,
+    contrast_mode: str = "all", base_temperature: float | None = 0.07, reduction: str = "mean", *,
+    normalize: bool = True,
 ) -> Tensor:  # fmt: skip
     """Return the loss of (N, V, ...) features, each anchor's mean over its weighted positives."""
     samples, views = features.shape[:2]
@@ -69,4 +70,5 @@ def sup_con(
     pairs = torch.where(largest, -F.logsigmoid(logits - rest), lse - logits)  # lse - the largest logit would cancel
     count = weights.sum(1)
     loss = torch.where(weights > 0, weights * pairs, 0).sum(1) / torch.where(count == 0, 1, count)
-    return reduce(loss * (t.detach() / base_temperature), reduction)  # a constant: with it a learned t would vanish
+    factor = 1 if base_temperature is None else t.detach() / base_temperature  # a gradient of it would shrink t
+    return reduce(loss * factor, reduction)

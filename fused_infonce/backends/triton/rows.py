@@ -37,30 +37,39 @@ def side(
     if normalize or temperature is not None:
         others, target = positive or (None, None)
         y = None if others is None else contiguous_rows(others.rows)
-        _launch(
-            x, y, A_ptr=inverse, S_ptr=scale, U_ptr=u, R_ptr=None if statistics is None else statistics.scale,
-            W_ptr=weight, B_ptr=None if others is None else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos,
-            at_eps=1 / EPS, NORMALIZE=normalize, **temperature_arguments(temperature),
+        run(
+            side_kernel, **_rows_arguments(x, y), **temperature_arguments(temperature), A_ptr=inverse, S_ptr=scale,
+            U_ptr=u, R_ptr=None if statistics is None else statistics.scale, W_ptr=weight,
+            B_ptr=None if others is None else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos, at_eps=1 / EPS,
+            NORMALIZE=normalize,
         )  # fmt: skip
-    guide = norms = None
-    if keys.guide is not None:
-        guide = contiguous_rows(keys.guide)
-        norms = vector(guide, guide.shape[0])
-        none = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
-        _launch(guide, None, A_ptr=norms, at_eps=0.0, NORMALIZE=True, **temperature_arguments(None), **none)
+    guide = None if keys.guide is None else contiguous_rows(keys.guide)
+    norms = None if guide is None else _inverse_norms(guide)
     shift = None if statistics is None else statistics.maximum
     zero_row = 1 / EPS if normalize else math.inf
     return Side(x, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), zero_row), pos
 
 
-def _launch(x: Tensor, y: Tensor | None, **arguments: Any) -> None:
-    block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
+def _inverse_norms(guide: Tensor) -> Tensor:
+    """Return 1 / max(|g_i|, EPS) of a guide's rows, 0 for those that count as zero."""
+    norms = vector(guide, guide.shape[0])
+    none = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
     run(
-        side_kernel, (cdiv(x.shape[0], block_m),),
-        X_ptr=x, Y_ptr=y, size_x=x.shape[0], size_y=0 if y is None else y.shape[0], D=x.shape[1],
-        stride_xm=x.stride(0), stride_yn=0 if y is None else y.stride(0), eps=EPS, log2e=LOG2E, ACC=acc_of(x),
-        BLOCK_M=block_m, BLOCK_D=block_d, **arguments,
+        side_kernel, **_rows_arguments(guide, None), **temperature_arguments(None), **none, A_ptr=norms, at_eps=0.0,
+        NORMALIZE=True,
     )  # fmt: skip
+    return norms
+
+
+def _rows_arguments(x: Tensor, y: Tensor | None) -> dict[str, Any]:
+    """Return what the kernel is told of rows x and of the rows y that hold their targets."""
+    block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
+    return {
+        "grid": (cdiv(x.shape[0], block_m),), "X_ptr": x, "Y_ptr": y, "size_x": x.shape[0], "D": x.shape[1],
+        "size_y": 0 if y is None else y.shape[0], "stride_xm": x.stride(0),
+        "stride_yn": 0 if y is None else y.stride(0), "eps": EPS, "log2e": LOG2E, "ACC": acc_of(x),
+        "BLOCK_M": block_m, "BLOCK_D": block_d,
+    }  # fmt: skip
 
 
 def scaled_rows(
