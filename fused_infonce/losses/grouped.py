@@ -68,8 +68,8 @@ def grouped_info_nce(
         teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
         distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere. Beside
-            it "m3_kd_loss" holds the (N, G, D) own passages once in float32, and N G^2 / 2 numbers.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+            Beside it "m3_kd_loss" holds the (N, G, D) own passages once in float32, and N G^2 / 2 numbers.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
