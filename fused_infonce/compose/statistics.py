@@ -85,4 +85,6 @@ def statistics(
 
 def _natural(rows: RowStatistics) -> RowStatistics:
     """Return statistics whose maximum is a logit; backends hold it in base 2, and 0 where there are no negatives."""
-    return rows._replace(maximum=torch.where(rows.neg == -torch.inf, -torch.inf, rows.maximum * LN2))
+    neg = rows.neg.detach()
+    lost = neg.isnan() | (neg == -torch.inf)  # a kernel's maximum passes over NaN
+    return rows._replace(maximum=torch.where(lost, neg, rows.maximum * LN2))

@@ -116,10 +116,13 @@ def distilled_info_nce(
         x, y = unit(query, normalize, t.values.dtype), unit(key, normalize, t.values.dtype)
         teachers = _teachers(teacher, normalize_teacher, teacher_t.values, x.dtype, symmetric, options)
         # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
-        # Where it holds most of both distributions no digits are lost. The hard loss and columns need the label
-        pivot = None if alpha == 1 and not symmetric else _own(x) if labels is None else labels
-        taught = [_soft_targets(z, seen, pivot, options) for z, seen in zip(teachers, (y, x), strict=False)]
-    if pivot is None:
+        # Where it holds most of both distributions no digits are lost; but the hard loss and columns need the label
+        own = labels is None and len(x) == m and objective == "cross_entropy"  # and a diagonal takes less time
+        free = alpha == 1 and not symmetric and not own
+        pivot = None if free else torch.arange(len(x), device=x.device) if labels is None else labels
+        divergence = objective == "kl_div"
+        taught = [_soft_targets(z, seen, pivot, divergence, options) for z, seen in zip(teachers, (y, x), strict=False)]
+    if free:
         favourite = taught[0].pivot
         labels = favourite if labels is None else torch.where((labels >= 0) & (labels < m), favourite, labels)
     problem = Problem(KeySet(query), (KeySet(key),), t, labels, columns=symmetric, normalize=normalize)
@@ -130,14 +133,10 @@ def distilled_info_nce(
         for student, targets, seen in zip(students, taught, (x, y), strict=False):
             hard = infonce(student.neg - student.pos)
             soft = hard + (targets.others * student.pos - dots(seen, targets.mixture) / t.values)
-            soft = soft - targets.entropy if objective == "kl_div" else soft
+            soft = soft - targets.entropy if divergence else soft
             soft = t.values.detach() ** 2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
         return reduced_rows(torch.stack(losses).mean(0), problem, reduction, weight)
-
-
-def _own(x: Tensor) -> Tensor:
-    return torch.arange(len(x), device=x.device)
 
 
 class Teacher(NamedTuple):
@@ -165,7 +164,7 @@ class SoftTargets(NamedTuple):
 
     others: Tensor  # (N,): sum_{j != y} T_ij
     mixture: Tensor  # (N, D): sum_{j != y} T_ij y_j, differentiable in the keys y_j as the logits see them
-    entropy: Tensor  # (N,)
+    entropy: Tensor  # (N,); 0 where it is not asked for
     pivot: Tensor  # (N,) int64
 
 
@@ -186,14 +185,14 @@ def _teachers(
     return every if symmetric else every[:1]
 
 
-def _soft_targets(teacher: Teacher, y: Tensor, pivot: Tensor | None, options: Options) -> SoftTargets:
+def _soft_targets(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool, options: Options) -> SoftTargets:
     """Return the soft targets of a teacher with these pivots; None: in each row its favourite."""
     if options.backend == "reference":  # which is differentiable any number of times
-        return _targets_of(teacher, y, pivot)
-    return SoftTargets(*_SoftTargets.apply(*teacher, pivot, y))
+        return _targets_of(teacher, y, pivot, entropy)
+    return SoftTargets(*_SoftTargets.apply(*teacher, pivot, y, entropy))
 
 
-def _targets_of(teacher: Teacher, y: Tensor, pivot: Tensor | None) -> SoftTargets:
+def _targets_of(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool) -> SoftTargets:
     """Compute T_ij = e_ij / (1 + r_i), where the favourite's e is 1 and r_i is the sum of the others'.
 
     The entropy, log(1 + r_i) - sum_j e_ij log(e_ij) / (1 + r_i), has no negative terms: however large the logits are,
@@ -202,15 +201,15 @@ def _targets_of(teacher: Teacher, y: Tensor, pivot: Tensor | None) -> SoftTarget
     found = []
     for part in teacher.parts():
         e, favourite = teacher.exponentials(part)
-        surprise = torch.special.entr(e).sum(1)
+        surprise = torch.special.entr(e).sum(1) if entropy else None
         first = favourite[:, None]
         one = e.gather(1, first)  # or NaN
         rest = e.scatter_(1, first, 0).sum(1)
         place = first if pivot is None else pivot[part, None].clamp(0, e.shape[1] - 1)
         e.scatter_(1, first, one).scatter_(1, place, 0)
         total = one[:, 0] + rest
-        entropy = torch.log1p(rest) + surprise / total
-        found.append(SoftTargets(e.sum(1) / total, e @ y / total[:, None], entropy, place[:, 0]))
+        spread = torch.zeros_like(rest) if surprise is None else torch.log1p(rest) + surprise / total
+        found.append(SoftTargets(e.sum(1) / total, e @ y / total[:, None], spread, place[:, 0]))
     if not found:
         none = y.new_zeros(0)
         return SoftTargets(none, y.new_zeros(0, y.shape[1]), none, none.long())
@@ -222,9 +221,16 @@ class _SoftTargets(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, keys: Tensor | None, t: Tensor, step: int, pivot: Tensor | None, y: Tensor
+        ctx: Any,
+        rows: Tensor,
+        keys: Tensor | None,
+        t: Tensor,
+        step: int,
+        pivot: Tensor | None,
+        y: Tensor,
+        entropy: bool,
     ) -> Any:
-        found = _targets_of(Teacher(rows, keys, t, step), y, pivot)
+        found = _targets_of(Teacher(rows, keys, t, step), y, pivot, entropy)
         ctx.step = step
         ctx.save_for_backward(rows, keys, t, found.pivot)
         ctx.mark_non_differentiable(found.others, found.entropy, found.pivot)
@@ -241,7 +247,7 @@ class _SoftTargets(torch.autograd.Function):
             e, _ = teacher.exponentials(part)
             total = e.sum(1, keepdim=True)
             grad.addmm_(e.scatter_(1, pivot[part, None], 0).T, upstream[part] / total)
-        return None, None, None, None, None, grad
+        return None, None, None, None, None, grad, None
 
 
 def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> None:

@@ -10,7 +10,10 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.plan import default_limit
+from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce
+from ..backends.torch.keys import Rows
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_mean
 from ..compose.rows import unit
@@ -65,8 +68,8 @@ def grouped_info_nce(
         teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
         distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere. A
-            distillation holds the (N, G, D) own passages once in float32 beside it.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+            Beside it "m3_kd_loss" holds the (N, G, D) own passages once in float32, and N G^2 / 2 numbers.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -86,30 +89,43 @@ def grouped_info_nce(
     # a view (N, G, D) of the passages; a target replaces the groups
     own = None if target is not None else passages[offset : offset + n * group_size].unflatten(0, (n, group_size))
 
-    contrastive: Tensor | None = None
-    if distillation != "m3_kd_loss":
-        shared: dict[str, Any] = {
-            "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
-            "workspace_limit": workspace_limit,
-        }  # fmt: skip
-        if own is not None and not in_batch_negatives:
-            contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared)
-        else:
-            if target is None:
-                target = torch.arange(n, device=query.device) * group_size + offset
-            contrastive = info_nce(query, passages, target=target, **shared)
-    if own is None or distillation is None or teacher_scores is None:
-        assert contrastive is not None
-        return contrastive
-
-    weight = torch.softmax(teacher_scores.detach().to(t.values.dtype), dim=1)
-    scores = _own_scores(query, own, t.values, normalize)
-    if distillation == "kl_div":
-        rows = -(weight * torch.log_softmax(scores, dim=1)).sum(1)
+    distilled: Tensor | None = None
+    if own is not None and distillation is not None and teacher_scores is not None:
+        teacher = teacher_scores.detach()
+        if distillation == "m3_kd_loss":
+            outside = _outside(query, passages, group_size, offset, t, normalize, options)
+            rows = _falling_groups(outside, _own_scores(query, own, t.values, normalize), _weights(teacher, t))
+            return reduced_mean(rows, reduction)
+        # made first, so that its gradients are made last: those of the passages are then not held meanwhile
+        rows = _divergence(query, passages, own, t, teacher, offset, normalize, options)
+        distilled = reduced_mean(rows, reduction)
+    shared: dict[str, Any] = {
+        "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
+        "workspace_limit": workspace_limit,
+    }  # fmt: skip
+    if own is not None and not in_batch_negatives:
+        contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared)
     else:
-        rows = _falling_groups(_outside(query, passages, group_size, offset, t, normalize, options), scores, weight)
-    loss = reduced_mean(rows, reduction)
-    return loss if contrastive is None else contrastive + loss
+        if target is None:
+            target = torch.arange(n, device=query.device) * group_size + offset
+        contrastive = info_nce(query, passages, target=target, **shared)
+    return contrastive if distilled is None else contrastive + distilled
+
+
+def _weights(teacher: Tensor, t: Temperature) -> Tensor:
+    return torch.softmax(teacher.to(t.values.dtype), dim=1)
+
+
+def _divergence(
+    query: Tensor, passages: Tensor, own: Tensor, t: Temperature, teacher: Tensor, offset: int, normalize: bool,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """Return the (N,) cross-entropies of the teacher's weights and each query's scores of its own group."""
+    if options.backend == "reference":  # which is differentiable any number of times
+        scores = _own_scores(query, own, t.values, normalize)
+        return -(_weights(teacher, t) * torch.log_softmax(scores, dim=1)).sum(1)
+    limit = options.workspace_limit or default_limit(query.device.type)
+    return _Divergence.apply(query, passages, t.values, teacher, offset, normalize, limit)
 
 
 def _outside(
@@ -130,6 +146,67 @@ def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tenso
     with torch.autocast(query.device.type, enabled=False):
         q, p = unit(query, normalize, t.dtype), unit(own, normalize, t.dtype)
         return torch.bmm(p, q[:, :, None])[..., 0] / t[:, None]
+
+
+class _Divergence(torch.autograd.Function):
+    """The cross-entropy of a teacher's weights w and the scores s of each query's own group, (N,).
+
+        loss_i = -sum_k w_ik log p_ik,    dloss_i / ds_ik = p_ik sum_l w_il - w_ik
+
+    Groups are worked on a few at a time, within the limit, and once more in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, passages: Tensor, t: Tensor, teacher: Tensor, offset: int, normalize: bool, limit: int
+    ) -> Tensor:
+        ctx.save_for_backward(query, passages, t, teacher)
+        n, size = teacher.shape
+        # unit rows, their gradients or squares, and some vectors
+        step = max(1, limit // max(size * (2 * query.shape[1] + 4) * t.element_size(), 1))
+        ctx.parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+        ctx.offset, ctx.normalize = offset, normalize
+        loss = t.new_zeros(n)
+        with without_autocast(query.device.type):
+            for part in ctx.parts:
+                *_, scores, weight = _group_scores(query, passages, t, teacher, part, offset, normalize)
+                loss[part] = weight.mul_(torch.log_softmax(scores, dim=1)).sum(1).neg_()
+        return loss
+
+    @staticmethod
+    @contrast.differentiable_once
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        query, passages, t, teacher = ctx.saved_tensors
+        n, size = teacher.shape
+        grad_query, grad_passages, grad_t = torch.zeros_like(query), torch.zeros_like(passages), t.new_zeros(n)
+        with without_autocast(query.device.type):
+            for part in ctx.parts:
+                x, y, scores, weight = _group_scores(*ctx.saved_tensors, part, ctx.offset, ctx.normalize)
+                slope = torch.softmax(scores, dim=1).mul_(weight.sum(1, keepdim=True)).sub_(weight)
+                slope *= (upstream[part] / _of_rows(t, part))[:, None]
+                grad_t[part] = -torch.linalg.vecdot(slope, scores)
+                grad_query[part] = x.finish(torch.bmm(slope[:, None], y.unit)[:, 0])
+                grad = y.finish(slope[:, :, None] * x.unit[:, None])
+                grad_passages[_members(ctx.offset, size, part)] = grad.flatten(0, 1)
+        return grad_query, grad_passages, grad_t.sum(0, True) if len(t) == 1 else grad_t, None, None, None, None
+
+
+def _group_scores(
+    query: Tensor, passages: Tensor, t: Tensor, teacher: Tensor, part: slice, offset: int, normalize: bool
+) -> tuple[Rows, Rows, Tensor, Tensor]:
+    """Return some queries and their groups as the scores see them, the scores, and the teacher's weights."""
+    own = passages[_members(offset, teacher.shape[1], part)].unflatten(0, (-1, teacher.shape[1]))
+    x, y = (Rows(rows, normalize, None, t.dtype) for rows in (query[part], own))
+    scores = torch.bmm(y.unit, x.unit[:, :, None])[..., 0].div_(_of_rows(t, part)[:, None])
+    return x, y, scores, torch.softmax(teacher[part].to(t.dtype), dim=1)
+
+
+def _members(offset: int, size: int, part: slice) -> slice:
+    return slice(offset + part.start * size, offset + part.stop * size)
+
+
+def _of_rows(t: Tensor, part: slice) -> Tensor:
+    return t if len(t) == 1 else t[part]
 
 
 def _falling_groups(outside: Tensor, scores: Tensor, weight: Tensor) -> Tensor:

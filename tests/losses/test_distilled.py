@@ -191,7 +191,7 @@ def test_large_logits_of_a_teacher_cancel_exactly(backend, teacher, size, option
     absolute = eps / 0.05 if agrees and "symmetric" in options else 0  # of the student's logits
     assert ((loss.cpu() - want).abs() <= 4 * absolute + 30 * eps + 8 * eps * want.abs()).all()
     for got, truth in zip(torch.autograd.grad(loss.sum(), rows), exact, strict=True):
-        assert error(got, truth) <= (1e-3 if absolute else 1e-5)
+        assert error(got, truth) <= (1e-2 if absolute else 1e-5)  # a gradient near 0 beside its parts
 
 
 @both_backends
