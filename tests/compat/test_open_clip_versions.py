@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ class Main(Loss):
 
 def stand_in(version, calls):
     """Return an `open_clip.loss` of a version; its `gather_features` notes its arguments, and copies the features."""
-    module = ModuleType("open_clip.loss")
+    module: Any = ModuleType("open_clip.loss")
 
     def gathered(image_features, text_features, *options):
         calls.append(options)
@@ -80,7 +81,7 @@ def over(monkeypatch):
 
     def load(version):
         calls: list[tuple] = []
-        package = ModuleType("open_clip")
+        package: Any = ModuleType("open_clip")
         package.__path__ = []
         package.loss = stand_in(version, calls)
         monkeypatch.setitem(sys.modules, "open_clip", package)
