@@ -172,14 +172,15 @@ def _teachers(
     teacher: list[Tensor], normalize: bool, t: Tensor, dtype: torch.dtype, symmetric: bool, options: Options
 ) -> list[Teacher]:
     """Return a teacher's directions, from its two embeddings or its scores."""
-    limit = options.workspace_limit or default_limit(t.device.type)
+    sides: list[tuple[Tensor, Tensor | None]]
     if len(teacher) == 1:
-        sides = [(teacher[0], None), (teacher[0].T, None)]
-        widths = teacher[0].shape[::-1]
+        (scores,) = teacher
+        sides, widths = [(scores, None), (scores.T, None)], [scores.shape[1], scores.shape[0]]
     else:
         a, b = (unit(z, normalize, dtype) for z in teacher)
-        sides, widths = [(a, b), (b, a)], (len(b), len(a))
+        sides, widths = [(a, b), (b, a)], [len(b), len(a)]
     # the logits of a row, before and after their division, and the terms of its entropy
+    limit = options.workspace_limit or default_limit(t.device.type)
     steps = [max(1, limit // max(3 * width * dtype.itemsize, 1)) for width in widths]
     every = [Teacher(*side, t.to(dtype), step) for side, step in zip(sides, steps, strict=True)]
     return every if symmetric else every[:1]
@@ -201,15 +202,18 @@ def _targets_of(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool
     found = []
     for part in teacher.parts():
         e, favourite = teacher.exponentials(part)
-        surprise = torch.special.entr(e).sum(1) if entropy else None
-        first = favourite[:, None]
-        one = e.gather(1, first)  # or NaN
-        rest = e.scatter_(1, first, 0).sum(1)
-        place = first if pivot is None else pivot[part, None].clamp(0, e.shape[1] - 1)
-        e.scatter_(1, first, one).scatter_(1, place, 0)
-        total = one[:, 0] + rest
-        spread = torch.zeros_like(rest) if surprise is None else torch.log1p(rest) + surprise / total
-        found.append(SoftTargets(e.sum(1) / total, e @ y / total[:, None], spread, place[:, 0]))
+        place = favourite[:, None] if pivot is None else pivot[part, None].clamp(0, e.shape[1] - 1)
+        total = e.sum(1)
+        surprise = torch.special.entr(e).sum(1) if entropy else torch.zeros_like(total)
+        rest = None
+        if entropy and pivot is not None:
+            first = favourite[:, None]
+            one = e.gather(1, first)
+            rest = e.scatter_(1, first, 0).sum(1)
+            e.scatter_(1, first, one)
+        others = e.scatter_(1, place, 0).sum(1)
+        spread = torch.log1p(others if rest is None else rest) + surprise / total if entropy else surprise
+        found.append(SoftTargets(others / total, e @ y / total[:, None], spread, place[:, 0]))
     if not found:
         none = y.new_zeros(0)
         return SoftTargets(none, y.new_zeros(0, y.shape[1]), none, none.long())
@@ -244,7 +248,7 @@ class _SoftTargets(torch.autograd.Function):
         count = rows.shape[1] if keys is None else len(keys)
         grad = upstream.new_zeros(count, upstream.shape[1])
         for part in teacher.parts():
-            e, _ = teacher.exponentials(part)
+            e = teacher.exponentials(part)[0]
             total = e.sum(1, keepdim=True)
             grad.addmm_(e.scatter_(1, pivot[part, None], 0).T, upstream[part] / total)
         return None, None, None, None, None, grad, None

@@ -181,7 +181,7 @@ class _Divergence(torch.autograd.Function):
         grad_query, grad_passages, grad_t = torch.zeros_like(query), torch.zeros_like(passages), t.new_zeros(n)
         with without_autocast(query.device.type):
             for part in ctx.parts:
-                x, y, scores, weight = _group_scores(*ctx.saved_tensors, part, ctx.offset, ctx.normalize)
+                x, y, scores, weight = _group_scores(query, passages, t, teacher, part, ctx.offset, ctx.normalize)
                 slope = torch.softmax(scores, dim=1).mul_(weight.sum(1, keepdim=True)).sub_(weight)
                 slope *= (upstream[part] / _of_rows(t, part))[:, None]
                 grad_t[part] = -torch.linalg.vecdot(slope, scores)
