@@ -34,6 +34,11 @@ class explaining:
         _explained.pop()
 
 
+def is_explaining() -> bool:
+    """Return whether calls compute nothing now."""
+    return bool(_explained)
+
+
 def statistics(problem: Problem, options: Options, full: bool = False) -> Statistics:
     """Return the statistics, differentiable in every input and the temperature.
 
