@@ -188,5 +188,5 @@ def test_the_gradient_of_logit_scale_is_that_of_the_temperature(name):
         copy.deepcopy(loss)(*x).backward()  # a copy's backward leaves this one alone, and its queue
         assert learned.grad is None
         loss(*x).backward()
-        gradients.append(learned.grad.flatten())
+        gradients.append(learned.grad.flatten())  # type: ignore[attr-defined, union-attr]
     torch.testing.assert_close(gradients[0], -START * gradients[1], rtol=1e-4, atol=1e-6)

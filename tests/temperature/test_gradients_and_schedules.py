@@ -51,8 +51,8 @@ def test_a_temperature_per_row_is_learned_as_a_parameter_or_by_a_callable(shape,
         held, called = make(parameter), make(lambda: torch.exp(-scale))
         for loss in (held, called):
             loss(query, key).backward()
-        assert parameter.grad.shape == shape
-        assert parameter.grad.ne(0).all()
+        assert parameter.grad.shape == shape  # type: ignore[attr-defined, union-attr]
+        assert parameter.grad.ne(0).all()  # type: ignore[attr-defined, union-attr]
         torch.testing.assert_close(scale.grad, -start * parameter.grad, rtol=1e-4, atol=1e-7)
 
 
