@@ -12,7 +12,7 @@ from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.plan import default_limit
 from ..backends.precision import without_autocast
-from ..backends.row_losses import infonce
+from ..backends.row_losses import infonce, temperature_gradient
 from ..backends.torch.keys import Rows
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_mean
@@ -178,17 +178,18 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         query, passages, t, teacher = ctx.saved_tensors
         n, size = teacher.shape
-        grad_query, grad_passages, grad_t = torch.zeros_like(query), torch.zeros_like(passages), t.new_zeros(n)
+        grad_query, grad_passages, logits = torch.zeros_like(query), torch.zeros_like(passages), t.new_zeros(n)
         with without_autocast(query.device.type):
             for part in ctx.parts:
                 x, y, scores, weight = _group_scores(query, passages, t, teacher, part, ctx.offset, ctx.normalize)
                 slope = torch.softmax(scores, dim=1).mul_(weight.sum(1, keepdim=True)).sub_(weight)
-                slope *= (upstream[part] / _of_rows(t, part))[:, None]
-                grad_t[part] = -torch.linalg.vecdot(slope, scores)
+                slope *= upstream[part, None]
+                logits[part] = torch.linalg.vecdot(slope, scores)
+                slope /= _of_rows(t, part)[:, None]
                 grad_query[part] = x.finish(torch.bmm(slope[:, None], y.unit)[:, 0])
                 grad = y.finish(slope[:, :, None] * x.unit[:, None])
                 grad_passages[_members(ctx.offset, size, part)] = grad.flatten(0, 1)
-        return grad_query, grad_passages, grad_t.sum(0, True) if len(t) == 1 else grad_t, None, None, None, None
+        return grad_query, grad_passages, temperature_gradient(logits, Temperature(t)), None, None, None, None
 
 
 def _group_scores(
