@@ -148,12 +148,14 @@ class _Statistics(torch.autograd.Function):
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[1] = None
         problem = _bind(problem, temperature, inputs)
+        kept: list[Tensor] = []
         with without_autocast(inputs[0].device.type):
-            found = backends.get(plan.backend).statistics(problem, plan)
+            found = backends.get(plan.backend).statistics(problem, plan, kept)
         ctx.plan, ctx.inputs = plan, len(problem.tensors())
         ctx.set_materialize_grads(False)  # of what has none: each would be a kernel
         ctx.problem = problem.with_tensors([None] * ctx.inputs)
-        ctx.save_for_backward(*problem.tensors(), *found.tensors())
+        ctx.save_for_backward(*problem.tensors(), *found.tensors(), *kept)
+        ctx.kept = len(kept)
         aside = [x for rows in found if rows is not None for x in rows[2:]]
         ctx.mark_non_differentiable(*aside)
         return tuple(found.tensors())
@@ -162,13 +164,14 @@ class _Statistics(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         tensors = ctx.saved_tensors
-        problem, found = ctx.problem.with_tensors(tensors[: ctx.inputs]), Statistics.of(tensors[ctx.inputs :])
+        end = len(tensors) - ctx.kept
+        problem, found = ctx.problem.with_tensors(tensors[: ctx.inputs]), Statistics.of(tensors[ctx.inputs : end])
         rows, columns = found
         v, u = (_given(slope, rows.pos) for slope in upstream[:2])
         column_u = None if columns is None else _given(upstream[len(rows)], rows.pos)
         with without_autocast(problem.query.rows.device.type):
             backend = backends.get(ctx.plan.backend)
-            grads = backend.gradients(problem, ctx.plan, found, Upstream(v, u, column_u), ctx.dtypes)
+            grads = backend.gradients(problem, ctx.plan, found, Upstream(v, u, column_u), ctx.dtypes, tensors[end:])
         dt = None
         if ctx.needs_input_grad[2]:
             logits = u * rows.mean + v * rows.pos

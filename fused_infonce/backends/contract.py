@@ -107,6 +107,13 @@ class Problem:
         (_, ids, _, _), *others = self.keys
         return not others and ids is None and self.every_row_counts and self.in_batch and self.ceiling is None
 
+    @property
+    def joint(self) -> bool:
+        """Return whether the scores are one matrix: every key of all sets against every query, and columns of one."""
+        if len(self.keys) == 1:
+            return self.in_batch
+        return self.in_batch and not self.columns and all(keys.rows.dim() == 2 for keys in self.keys)
+
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
         query, (key, *_) = self.query, self.keys
@@ -211,7 +218,9 @@ class Backend(Protocol):
         """Return why the backend cannot run on such a tensor; "" if it can."""
         ...
 
-    def statistics(self, problem: Problem, plan: Plan) -> Statistics: ...
+    def statistics(self, problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
+        """Return the statistics; `keep` may be given what `gradients` is then spared from making again."""
+        ...
 
     def gradients(
         self,
@@ -220,7 +229,10 @@ class Backend(Protocol):
         statistics: Statistics,
         upstream: Upstream,
         dtypes: Sequence[torch.dtype | None],
-    ) -> list[Tensor | None]: ...
+        kept: Sequence[Tensor] = (),
+    ) -> list[Tensor | None]:
+        """Return the gradients; kept: what `statistics` of this problem and plan put into `keep`, or nothing."""
+        ...
 
     def onepass(self, problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
         """Return `sum_i weight_i loss_i` and its gradients, for a plan that is `one_pass`.

@@ -31,12 +31,12 @@ class Recorded:
     def unavailable(self, tensor: Tensor) -> str:
         return load(self.name).unavailable(tensor)
 
-    def statistics(self, problem: Problem, plan: Plan) -> Statistics:
+    def statistics(self, problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
         return Statistics.of(statistics(*flatten(problem, plan)))
 
     def gradients(
         self, problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream,
-        dtypes: Sequence[torch.dtype | None],
+        dtypes: Sequence[torch.dtype | None], kept: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:  # fmt: skip
         codes = [DTYPES.index(dtype) for dtype in dtypes]
         found = gradients(*flatten(problem, plan), statistics.tensors(), list(upstream), codes)
@@ -104,7 +104,7 @@ def gradients(
     slopes: list[Any] = list(upstream)
     found = Statistics.of(stats)
     grads = load(backend).gradients(problem, _plan(plan, sizes), found, Upstream(*slopes), wanted)
-    return _or_empty(grads, problem.temperature.values)
+    return _or_empty(_apart(grads), problem.temperature.values)
 
 
 @gradients.register_fake

@@ -114,6 +114,7 @@ class Call:
     bounded: bool  # whether exp of every logit is known to fit the accumulator
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
+    joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
 
     @property
     def empty(self) -> bool:
@@ -167,7 +168,7 @@ REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "backend='refere
 TORCH: tuple[Rule, ...] = (
     (
         "dense",
-        lambda c: c.reduced and c.plain and not c.per_row and c.n * c.m <= _few(c),
+        lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c),
         6,
         "the scores are few, so that dividing them would cost more than it saves",
     ),
@@ -228,10 +229,10 @@ def choose(full: bool = False, **sizes: Any) -> Plan:
 
 
 def _few(call: Call) -> int:
-    """Return how many scores the dense plan may hold a few times; none where a row may have no negatives."""
-    if call.device != "cpu" or call.n <= 1 + call.self_similar:
+    """Return how many scores the dense plan may hold a few times."""
+    if call.device != "cpu" or call.empty:
         return -1
-    matrices = 2 if call.bounded else 3
+    matrices = 2 + (not call.bounded) + (not (call.reduced and call.plain)) + call.guided
     return min(DENSE_SELF if call.self_similar else DENSE, call.limit // (matrices * call.acc_itemsize))
 
 

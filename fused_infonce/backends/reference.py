@@ -36,7 +36,7 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(small, x.detach() / EPS, x / torch.where(small, 1, norm))
 
 
-def statistics(problem: Problem, plan: Plan) -> Statistics:
+def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
     return _statistics(problem)
 
 
@@ -56,8 +56,9 @@ def _statistics(problem: Problem) -> Statistics:
 
 
 def gradients(
-    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
+    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None],
+    kept: Sequence[Tensor] = (),
+) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients, recorded for another differentiation where gradients are enabled."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -141,6 +141,7 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
         self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
         per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.workspace_limit or default_limit(device), full=full,
+        joint=problem.joint,
     )  # fmt: skip
 
 

@@ -41,9 +41,12 @@ ROW_LOSSES = {"infonce": RowLoss(infonce, torch.sigmoid), "decoupled": RowLoss(d
 
 
 def weighted(values: Tensor, weight: Tensor) -> Tensor:
-    """Return `weight_i values_i`, weight (1,) or (N,); a row of weight 0 counts for nothing, even where it is NaN."""
+    """Return `weight_i values_i` of (..., N) values and (1,) or (N,) weights.
+
+    A row of weight 0 counts for nothing, even where it is NaN.
+    """
     values = values * weight
-    of_all = weight.shape[0] == 1 < values.shape[0]  # then it is not 0
+    of_all = weight.shape[0] == 1 < values.shape[-1]  # then it is not 0
     return values if of_all else values.masked_fill(weight == 0, 0)
 
 

@@ -172,7 +172,7 @@ def _next(classes: Tensor) -> Tensor:
     index = torch.arange(len(classes), device=classes.device)
     place = torch.where(index + 1 < end, index + 1, first)
     following = torch.where(end - first == 1, -1, order[place])
-    return torch.empty_like(order).scatter_(0, order, following)
+    return order.scatter(0, order, following)
 
 
 def _check(features: Any, labels: Any, mask: Any, temperature: Any, contrast_mode: str) -> None:

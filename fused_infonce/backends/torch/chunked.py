@@ -21,7 +21,9 @@ from . import small
 from .work import Chunk, State, Tile, Work, finite, log_sum, merge, over_chunks, statistics_of
 
 
-def statistics(problem: Problem, plan: Plan) -> Statistics:
+def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
+    if plan.name == "dense":
+        return small.statistics(problem, plan, keep)
     work = Work(problem, plan, [None] * len(problem.inputs))
     first, second = work.buffers(2)
     found: list[RowStatistics] = []
@@ -48,8 +50,11 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
 
 
 def gradients(
-    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
+    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None],
+    kept: Sequence[Tensor] = (),
+) -> list[Tensor | None]:  # fmt: skip
+    if plan.name == "dense":
+        return small.gradients(problem, plan, statistics, upstream, dtypes, kept)
     triangular = plan.name == "triangular"  # then both sides' gradients are one, in the accumulator of the keys
     query_dtype, *key_dtypes = dtypes
     if triangular:

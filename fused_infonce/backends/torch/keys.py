@@ -7,6 +7,7 @@ below x (R, D) are the queries of a chunk, y the keys, and W (R, T) the coeffici
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,12 +31,22 @@ class Rows:
             self.scale = scale.to(acc)[..., None]
             self.unit = x * self.scale
 
+    @staticmethod
+    def made(tensors: Sequence[Tensor], normalize: bool, scaled: bool) -> Rows:
+        """Return rows from what `tensors` returned of them, perhaps followed by others."""
+        rows = object.__new__(Rows)
+        rows.unit = tensors[0]
+        rows.norm = tensors[1] if normalize else None
+        rows.scale = tensors[1] if scaled and not normalize else None
+        return rows
+
     def __getitem__(self, rows: slice) -> Rows:
-        part = object.__new__(Rows)
-        part.unit = self.unit[rows]
-        part.norm = None if self.norm is None else self.norm[rows]
-        part.scale = None if self.scale is None else self.scale[rows]
-        return part
+        part = [x[rows] for x in self.tensors()]
+        return Rows.made(part, self.norm is not None, self.scale is not None)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the unit rows, and what `finish` needs beside them."""
+        return [x for x in (self.unit, self.norm, self.scale) if x is not None]
 
     def longest(self) -> float:
         """Return the largest norm among the rows as the logits see them."""

@@ -1,4 +1,12 @@
-"""Small problems in PyTorch, all scores at once: there calls of operators are the cost, and not their arithmetic."""
+"""Small problems in PyTorch, all scores at once: there calls of operators are the cost, and not their arithmetic.
+
+S (N, M) are the scores in base 2 and E their exponentials, less the maximum of a row or column where they need it;
+x are the queries' rows as the logits see them, and y those of all sets of keys. W is as in `chunked`, times t:
+
+    one direction   W = f E               f_i = u_i / sum_j E_ij
+    both            W = (f + f') E        columns' f' beside the rows' f
+    Q is K          W + W^T               what multiplies x for the gradient of both sides
+"""
 
 from __future__ import annotations
 
@@ -7,110 +15,264 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import LN2, LOG2E, OnePass, Problem
-from ..plan import Plan
+from ..contract import LN2, LOG2E, KeySet, OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..plan import DENSE, Plan
 from ..precision import EXPONENT_ROOM
-from ..row_losses import ROW_LOSSES
-from .keys import Rows
+from ..row_losses import ROW_LOSSES, weighted
+from .keys import Guide, Rows
+from .work import FLOOR, State, finite, log_sum, statistics_of
+
+
+class _Dense:
+    """A problem made ready: x, y, and what is no negative.
+
+    Unit rows are made for queries and keys in one. `kept` are such, where they have been made before.
+    """
+
+    def __init__(self, problem: Problem, kept: Sequence[Tensor] = ()):
+        query, *keys = problem.sets
+        target, n, acc = problem.target, query.rows.shape[0], problem.acc_dtype
+        self.problem, self.fits = problem, False
+        self.same = problem.self_similar or (len(keys) == 1 and query.rows is keys[0].rows)  # keys are the queries
+        self.rows: list[Rows] = []
+        if kept:
+            self.rows = [Rows.made(kept, True, False)]
+        elif problem.normalize:
+            rows = query.rows if self.same else torch.cat(problem.inputs)
+            self.rows = [Rows(rows, True, None, acc)]
+        else:
+            self.rows = [Rows(query.rows, False, query.scale, acc)]
+            if not self.same:
+                self.rows.append(_together(keys, acc))
+        unit = self.rows[0].unit
+        if self.same or not problem.normalize:
+            self.x, self.y = unit, self.rows[-1].unit
+        else:
+            self.x, self.y = unit[:n], unit[n:]
+        self.inv_t = 1 / problem.temperature.values.item()
+        self.index = None if target is None else target.unsqueeze(1)
+        self.inside: Tensor | None = None  # (N, 1): which targets are there; None: all
+        if target is not None and not problem.self_similar:
+            last = keys[0].rows.shape[0] - 1
+            least, most = torch.aminmax(target)
+            if least.item() < 0 or most.item() > last:
+                self.inside = ((target >= 0) & (target <= last)).unsqueeze(1)
+                self.index = target.clamp(0, last).unsqueeze(1)
+        self.masks = self._masks() if query.ids is not None or problem.ceiling is not None else []
+
+    def scores(self, plan: Plan) -> Tensor:
+        """Return S, and see whether all its exponentials fit as they are."""
+        # the first argument, times 0, is not read
+        scores = torch.addmm(self.problem.temperature.values, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
+        self.fits = plan.bounded and not plan.full
+        if not (self.fits or plan.full):
+            room = EXPONENT_ROOM[scores.dtype]
+            least, most = torch.aminmax(scores)
+            self.fits = -room <= least.item() and most.item() <= room
+        return scores
+
+    def positives(self, scores: Tensor) -> Tensor:
+        """Return the (N,) scores of the targets: 0 for -1, NaN out of range or where they are infinite."""
+        pos = scores.diagonal().clone() if self.index is None else scores.gather(1, self.index).squeeze(1)
+        if not self.fits:
+            pos = pos + (pos - pos)
+        if self.inside is None or self.problem.target is None:
+            return pos
+        missing = torch.where(self.problem.target == -1, 0.0, torch.nan).to(pos.dtype)
+        return torch.where(self.inside.squeeze(1), pos, missing)
+
+    def exclude(self, scores: Tensor, value: float) -> None:
+        """Write `value` where a column is no negative of its row."""
+        for cols, mask in self.masks:
+            scores[:, cols].masked_fill_(mask, value)
+        if self.index is None or self.problem.self_similar:
+            scores.diagonal().fill_(value)
+        if self.index is None:
+            return
+        if self.inside is None:
+            scores.scatter_(1, self.index, value)
+        else:
+            scores.scatter_(1, self.index, torch.where(self.inside, value, scores.gather(1, self.index)))
+
+    def _masks(self) -> list[tuple[slice, Tensor]]:
+        """Return for each set of keys that has ids or a guide its columns, and which of them these leave out."""
+        query, ceiling, start = self.problem.query, self.problem.ceiling, 0
+        masks: list[tuple[slice, Tensor]] = []
+        guide = None if query.guide is None or ceiling is None else Guide(query.guide, ceiling)
+        for keys in self.problem.keys:
+            cols = slice(start, start + keys.rows.shape[0])
+            start = cols.stop
+            if query.ids is not None and keys.ids is not None:
+                masks.append((cols, query.ids.unsqueeze(1) == keys.ids))
+            if guide is not None and keys.guide is not None:
+                view = Rows(keys.guide, True, None, self.problem.acc_dtype).unit
+                masks.append((cols, guide.rejects(view, slice(0, len(guide.query)))))
+        return masks
+
+    def exponentials(self, scores: Tensor, dims: Sequence[int], moments: bool) -> list[tuple[Tensor, State]]:
+        """Return E and its state (m, l), with `moments` (m, l, s), along each of `dims`; the scores are used up.
+
+        Where every exponential fits, one E serves all. A logit of -inf, which is never legitimate, makes l NaN.
+        """
+        if self.fits:
+            self.exclude(scores, FLOOR)
+            e = scores.exp2() if moments else scores.exp2_()
+            states: list[State] = [(None, e.sum(dim)) for dim in dims]
+            if moments:
+                scores.mul_(e)
+                states = [(*state, scores.sum(dim)) for state, dim in zip(states, dims, strict=True)]
+            return [(e, state) for state in states]
+        self.exclude(scores, 0.0)
+        lost = [scores.amin(dim) == -torch.inf for dim in dims]
+        self.exclude(scores, -torch.inf)
+        found: list[tuple[Tensor, State]] = []
+        for dim, bad in zip(dims, lost, strict=True):
+            m = scores.amax(dim)
+            e = torch.sub(scores, finite(m).unsqueeze(dim)).exp2_()
+            found.append((e, (m, e.sum(dim).masked_fill_(bad, torch.nan))))
+        if not moments:
+            return found
+        self.exclude(scores, 0.0)
+        return [(e, (*state, (e * scores).sum(dim))) for (e, state), dim in zip(found, dims, strict=True)]
+
+    def again(self, plan: Plan, directions: Sequence[RowStatistics]) -> list[Tensor]:
+        """Return E less the maxima of each direction's statistics."""
+        scores = self.scores(plan)
+        self.exclude(scores, -torch.inf)
+        found = [torch.sub(scores, x.maximum.unsqueeze(1 - i)).exp2_() for i, x in enumerate(directions)]
+        self.fits = False
+        return found
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """Return sums of exponentials, and where there may be none nothing that is 0."""
+        never = not self.masks and self.y.shape[0] > 1 + self.problem.self_similar
+        return total if never else total.clamp_min(torch.finfo(total.dtype).tiny)
+
+    def coefficients(
+        self, exponentials: Sequence[Tensor], row: Tensor, column: Tensor | None, v: Tensor, sign: int, spare: bool
+    ) -> Tensor:
+        """Return W, of both sides where they are the same.
+
+        row, column: the factors f and f'. sign v: dL/dpos, (N,). spare: keep the exponentials as they are.
+        """
+        e, *others = exponentials
+        others = [] if others and others[0] is e else others
+        factor = row.unsqueeze(1)
+        # E is its own transpose
+        both = self.same and self.fits and column is None and (self.problem.self_similar or self.index is None)
+        if both or (column is not None and not others):  # one exponential serves both directions
+            factor = factor + (row if column is None else column)
+        w = e * factor if spare else e.mul_(factor)
+        if column is not None and others:
+            w.addcmul_(others[0], column)
+        if self.index is None:
+            torch.mul(v, sign * (1 + both), out=w.diagonal())
+        else:
+            v = v + v.index_select(0, self.index.squeeze(1)) if both else v
+            v = v.mul(sign).unsqueeze(1)
+            w.scatter_add_(1, self.index, v if self.inside is None else torch.where(self.inside, v, 0))
+        return w if both or not self.same else w + w.T
+
+    def gradients(self, w: Tensor, wanted: Sequence[bool], scale: float) -> list[Tensor]:
+        """Return `scale` W y and `scale` W^T x, of all keys; where the sides are the same, one gradient of both."""
+        n = self.x.shape[0]
+        grads = [torch.empty_like(rows.unit) for rows in self.rows]
+        sides = grads if self.same or len(grads) > 1 else [grads[0][:n], grads[0][n:]]
+        if wanted[0] or self.same:
+            sides[0].addmm_(w, self.y, beta=0, alpha=scale)
+        if len(sides) > 1 and any(wanted[1:]):
+            sides[1].addmm_(w.T, self.x, beta=0, alpha=scale)
+        self.grads = grads
+        return sides
+
+    def finish(self) -> None:
+        """Turn the gradients of the rows as the logits see them into those of the inputs, in place."""
+        for rows, grad in zip(self.rows, self.grads, strict=True):
+            rows.finish(grad)
+
+    def by_input(self, sides: Sequence[Tensor], wanted: Sequence[object]) -> list[Tensor | None]:
+        """Return the gradients of the queries and of each set of keys; what is not wanted is None."""
+        _, *keys = self.problem.inputs
+        if self.same:  # the gradient of both sides is the first's
+            return [sides[0] if wanted[0] else None, torch.zeros_like(sides[0]) if wanted[1] else None]
+        parts = sides[1].split([len(rows) for rows in keys]) if len(keys) > 1 else [sides[1]]
+        return [part if want else None for part, want in zip([sides[0], *parts], wanted, strict=True)]
+
+
+def _together(sets: Sequence[KeySet], acc: torch.dtype) -> Rows:
+    """Return the raw rows of sets of keys, one after another."""
+    if len(sets) == 1:
+        return Rows(sets[0].rows, False, sets[0].scale, acc)
+    scale = None
+    if any(s.scale is not None for s in sets):  # autocast divided the rows of some
+        scale = torch.cat([s.rows.new_ones(len(s.rows), dtype=acc) if s.scale is None else s.scale for s in sets])
+    return Rows(torch.cat([s.rows for s in sets]), False, scale, acc)
+
+
+def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
+    """Compute what `Backend.statistics` does, for a dense plan."""
+    dense = _Dense(problem)
+    scores = dense.scores(plan)
+    pos = dense.positives(scores).mul_(LN2)
+    found = dense.exponentials(scores, [1, 0] if problem.columns else [1], plan.gradients or plan.full)
+    rows, *columns = [statistics_of(state, pos) for _, state in found]
+    if keep is not None and scores.numel() <= DENSE:
+        keep += [e for e, _ in (found[:1] if dense.fits else found)]
+        keep += dense.rows[0].tensors() if problem.normalize else []
+    return Statistics(rows, columns[0] if columns else None)
+
+
+def gradients(
+    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None],
+    kept: Sequence[Tensor] = (),
+) -> list[Tensor | None]:  # fmt: skip
+    """Compute what `Backend.gradients` does, for a dense plan, from what `statistics` kept or from new products."""
+    rows = [x for x in statistics if x is not None]
+    unit = 2 if kept and problem.normalize else 0  # tensors of the unit rows
+    dense = _Dense(problem, kept[len(kept) - unit :])
+    if kept:
+        exponentials, dense.fits = kept[: len(kept) - unit], plan.bounded and not plan.full
+    else:
+        exponentials = dense.again(plan, rows)
+    slopes = [upstream.neg, upstream.column_neg]
+    row, *column = [u * x.scale for u, x in zip(slopes, rows, strict=False) if u is not None]
+    w = dense.coefficients(exponentials, row, column[0] if column else None, upstream.pos, sign=1, spare=bool(kept))
+    sides = dense.gradients(w, [dtype is not None for dtype in dtypes], dense.inv_t)
+    dense.finish()
+    found = dense.by_input(sides, dtypes)
+    return [g if g is None or dtype is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
-    """Compute what `Backend.onepass` does, for plain problems with one temperature and one weight, on a CPU.
-
-    E (N, M) holds 2^(score - shift) in base 2, then the coefficients W; x, y are the rows as the logits see them.
-
-        one direction   dX = W Y, dY = W' X        W = f E        f_i = u_i / sum_j E_ij
-        both            the same                   W = (f + f') E      columns' f' beside the rows' f
-        Q is K          dX = W X                   W = (f + f^T) E     E being symmetric
-    """
-    same, n = problem.self_similar, problem.query.rows.shape[0]
-    rows = _stacked(problem)
-    x, y = (rows.unit, rows.unit) if same else (rows.unit[:n], rows.unit[n:])
-    inv_t = 1 / problem.temperature.values.item()
-    e = x.new_empty(n, n).addmm_(x, y.T, beta=0, alpha=LOG2E * inv_t)
-    own, target = e.diagonal(), None if problem.target is None else problem.target.unsqueeze(1)
-    pos = own.clone() if target is None else e.gather(1, target).squeeze(1)
-    own.fill_(-torch.inf)
-    if target is not None:
-        e.scatter_(1, target, -torch.inf)
-    dims = [1, 0] if problem.columns else [1]
-    if plan.bounded or _fits(rows.longest(), inv_t, problem):
-        e.exp2_()
-        exponentials: list[Tensor] = [e] * len(dims)
-        shifts: Sequence[Tensor | None] = [None] * len(dims)
-    else:
-        pos, exponentials, shifts = _shifted(e, pos, dims, left_out=1 if target is None else 2)
-    sums = [exponential.sum(dim) for exponential, dim in zip(exponentials, dims, strict=True)]
+    """Compute what `Backend.onepass` does, for a dense plan."""
+    dense = _Dense(problem)
+    scores = dense.scores(plan)
+    pos = dense.positives(scores)  # in base 2
+    found = dense.exponentials(scores, [1, 0] if problem.columns else [1], moments=False)
+    # (N,), or where columns are asked for (2, N): rows of theirs below
+    m, sums = found[0][1] if len(found) == 1 else map(_stack, zip(*(state for _, state in found), strict=True))
+    margin = log_sum((m, sums)).sub_(pos, alpha=LN2)
+    uniform = weight.shape[0] == 1 < pos.shape[0]
+    share = (weight.item() if uniform else 1) / len(found)
     value_of, slope_of = ROW_LOSSES[loss]
-    # neg - pos, natural: pos is in base 2
-    margins = [_log_sum(total, m).sub_(pos).mul_(LN2) for total, m in zip(sums, shifts, strict=True)]
-    values = [value_of(margin) for margin in margins]
-    share = weight.item() / len(margins)
-    total = (values[0] if len(values) == 1 else values[0] + values[1]).sum().mul_(share)
+    value = value_of(margin)
+    total = (value if uniform else weighted(value, weight)).sum().mul_(share)
+    *inputs, temperature = wanted
     if not any(wanted):
-        return OnePass(total, [None, None], None)
+        return OnePass(total, [None] * len(inputs), None)
 
-    slopes = [slope_of(margin) for margin in margins]
-    row, *column = [slope / total for slope, total in zip(slopes, sums, strict=True)]  # two rows or more: no sum is 0
-    other = row if same else column[0] if column else None
-    if shifts[0] is None:  # one exponential serves both directions
-        e.mul_(row.unsqueeze(1) if other is None else row.unsqueeze(1) + other)
-    else:
-        e.mul_(row.unsqueeze(1))
-        if same:
-            e.add_(e.T.clone())
-        elif other is not None:
-            e.addcmul_(exponentials[1], other)
-    v = slopes[0] + slopes[1] if problem.columns else slopes[0]
-    if target is None or problem.target is None:
-        torch.neg(v, out=own)
-    else:
-        e.scatter_(1, target, (v + v.index_select(0, problem.target)).neg_().unsqueeze(1))
-    grad, scale = torch.empty_like(rows.unit), share * inv_t
-    sides = [grad] if same else [grad[:n], grad[n:]]
-    if wanted[0] or wanted[-1]:
-        sides[0].addmm_(e, y, beta=0, alpha=scale)
-    if wanted[1]:
-        sides[1].addmm_(e.T, x, beta=0, alpha=scale)
+    slope = slope_of(margin) if uniform else weighted(slope_of(margin), weight)
+    factor = slope / dense.divisor(sums)
+    row, column, v = (factor[0], factor[1], slope.sum(0)) if problem.columns else (factor, None, slope)
+    w = dense.coefficients([e for e, _ in found], row, column, v, sign=-1, spare=False)
+    sides = dense.gradients(w, [inputs[0] or temperature, *inputs[1:]], share * dense.inv_t)
     logits = None
-    if wanted[-1]:  # x_i . G_i = u_i mean_i + v_i pos_i; where the keys are the queries, that of both sides
-        logits = torch.linalg.vecdot(sides[0], x)
-        logits = logits.div_(2) if same else logits
-    rows.finish(grad)
-    return OnePass(total, [sides[0] if wanted[0] else None, sides[1] if wanted[1] else None], logits)
+    if temperature:  # x_i . G_i = u_i mean_i + v_i pos_i; where the keys are the queries, that of both sides
+        logits = torch.linalg.vecdot(sides[0], dense.x)
+        logits = logits.div_(2) if dense.same else logits
+    dense.finish()
+    return OnePass(total, dense.by_input(sides, inputs), logits)
 
 
-def _stacked(problem: Problem) -> Rows:
-    """Return the queries' rows and after them, unless they are the same, the keys', as the logits see them."""
-    query, (key,) = problem.query, problem.keys
-    if problem.self_similar:
-        return Rows(query.rows, problem.normalize, query.scale, problem.acc_dtype)
-    scale = None
-    if query.scale is not None or key.scale is not None:  # autocast divided the rows of one or of both
-        scale = torch.cat([s.rows.new_ones(len(s.rows), dtype=problem.acc_dtype) if s.scale is None else s.scale
-                           for s in (query, key)])  # fmt: skip
-    return Rows(torch.cat([query.rows, key.rows]), problem.normalize, scale, problem.acc_dtype)
-
-
-def _fits(longest: float, inv_t: float, problem: Problem) -> bool:
-    return longest * longest * inv_t * LOG2E <= EXPONENT_ROOM[problem.acc_dtype]
-
-
-def _shifted(
-    e: Tensor, pos: Tensor, dims: Sequence[int], left_out: int
-) -> tuple[Tensor, list[Tensor], Sequence[Tensor | None]]:
-    """Return the positives and, for each of `dims`, exponentials less the maxima along it, and these; `e` is reused.
-
-    left_out: how many scores of a row are -inf because they are no negatives. An infinite logit is never legitimate:
-    its row's positive becomes NaN.
-    """
-    shifts = [e.amax(dim) for dim in dims]
-    lost = (e == -torch.inf).sum(1) > left_out
-    pos = (pos + (pos - pos)).masked_fill_(lost, torch.nan)
-    exponentials = [torch.sub(e, m.unsqueeze(dim)).exp2_() for m, dim in zip(shifts[1:], dims[1:], strict=True)]
-    return pos, [e.sub_(shifts[0].unsqueeze(dims[0])).exp2_(), *exponentials], shifts
-
-
-def _log_sum(total: Tensor, shift: Tensor | None) -> Tensor:
-    """Return the logsumexp in base 2."""
-    return total.log2() if shift is None else total.log2().add_(shift)
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from ..precision import EXPONENT_ROOM
 from .keys import Guide, Keys, PairedKeys, Rows, SharedKeys
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
+FLOOR = -1e4  # of a score that is left out: its exponential is 0 in float64 too, and unlike -inf it may be multiplied
 Scale = Tensor | float  # one for all rows, as a number where that is free to read or a (1,) tensor; or (R,)
 
 
@@ -140,7 +141,7 @@ class Work:
 
     def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
         """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""
-        tile.exclude(scores, -torch.inf)
+        tile.exclude(scores, -torch.inf if self.shift else FLOOR)
         if not self.shift:
             return None, torch.exp2(scores, out=out).sum(dim)
         m = scores.amax(dim)
@@ -153,9 +154,15 @@ class Work:
         states = [self.exponentials(scores, tile, dims[0], scratch), *((None, scratch.sum(dim)) for dim in dims[1:])]
         if not (self.plan.gradients or self.plan.full):
             return states
-        tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
+        if self.shift:
+            tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
         scratch.mul_(scores)
-        return [(m, total, scratch.sum(dim)) for (m, total), dim in zip(states, dims, strict=True)]
+        # which makes the whole state NaN
+        return [
+            (m, total.add_(product, alpha=0) if self.shift else total, product)
+            for (m, total), dim in zip(states, dims, strict=True)
+            for product in [scratch.sum(dim)]
+        ]
 
     def target_keys(self, chunk: Chunk) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return (index, rows, inside): each row's target among the keys, its unit row, and whether there is one.
@@ -217,8 +224,8 @@ def merge(a: State | None, b: State) -> State:
 
 def log_sum(state: State) -> Tensor:
     """Return the logsumexp of a state, natural; -inf where there is nothing."""
-    total = state[1].log2()
-    return (total if state[0] is None else total.add_(state[0])).mul_(LN2)
+    total: Tensor = state[1].log()
+    return total if state[0] is None else total.add_(state[0], alpha=LN2)
 
 
 def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
@@ -227,13 +234,9 @@ def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
     if state is None:
         return RowStatistics(pos, torch.full_like(pos, -torch.inf), zero, zero, zero)
     m, total, *products = state
-    none = total == 0
-    neg, scale, mean = log_sum(state), total.reciprocal().masked_fill_(none, 0), zero
-    if products:
-        mean = (products[0] / total).masked_fill_(none, 0).mul_(LN2)
-        lost = mean.isnan()
-        neg, scale = neg.masked_fill_(lost, torch.nan), scale.masked_fill_(lost, torch.nan)
-    return RowStatistics(pos, neg, mean, zero if m is None else finite(m), scale)
+    scale = total.reciprocal().masked_fill_(total == 0, 0)
+    mean = (products[0] * scale).mul_(LN2) if products else zero
+    return RowStatistics(pos, log_sum(state), mean, zero if m is None else finite(m), scale)
 
 
 def over_chunks(parts: Sequence[RowStatistics]) -> RowStatistics:

@@ -37,7 +37,7 @@ def unavailable(tensor: Tensor) -> str:
     return ""
 
 
-def statistics(problem: Problem, plan: Plan) -> Statistics:
+def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
     with torch.cuda.device_of(problem.query.rows):
         work, pos = prepare(problem, positives=True)
         query, n = work.query, len(work.query)
@@ -53,8 +53,9 @@ def statistics(problem: Problem, plan: Plan) -> Statistics:
 
 
 def gradients(
-    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
+    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None],
+    kept: Sequence[Tensor] = (),
+) -> list[Tensor | None]:  # fmt: skip
     with torch.cuda.device_of(problem.query.rows):
         work, _ = prepare(problem, statistics, upstream)
         work, unscale = in_float16_range(work)
