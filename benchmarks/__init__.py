@@ -11,6 +11,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.compare OLD.csv NEW.csv
     python -m benchmarks.house                  frames of a call, lines and files of the product
     python -m benchmarks.plot                   pictures of what is recorded
+    python -m benchmarks.tables                 the documentation's tables of what is recorded
 """
 
 import importlib.util

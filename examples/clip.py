@@ -6,6 +6,8 @@ find a text from its image among texts they have never seen.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,13 +47,11 @@ def main() -> None:
     torch.manual_seed(0)
     pairs, images, texts = Pairs(), tower(IMAGE), tower(TEXT)
     loss = ClipLoss(normalize=True, learnable_temperature=True, max_logit_scale=100.0)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [*images.parameters(), *texts.parameters()]},
-            {"params": loss.parameters(), "weight_decay": 0.0},  # weight decay would pull the scale towards 1
-        ],
-        lr=2e-3,
-    )
+    parameters: list[dict[str, Any]] = [
+        {"params": [*images.parameters(), *texts.parameters()]},
+        {"params": loss.parameters(), "weight_decay": 0.0},  # weight decay would pull the scale towards 1
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     held_out = pairs.sample(1000)
     print(f"R@1 among 1000 unseen pairs, before: {recall(images, texts, *held_out):.3f}")
     for step in range(1, STEPS + 1):
@@ -62,7 +62,7 @@ def main() -> None:
         optimizer.step()
         loss.clamp_logit_scale_()  # after the step: a clamp in the forward would have no gradient at the bound
         if step % 25 == 0:
-            print(f"step {step}: loss {value.item():.3f}, scale {loss.logit_scale.exp().item():.1f}")
+            print(f"step {step}: loss {value.item():.3f}, scale {1 / float(loss.temperature):.1f}")
     print(f"R@1 among 1000 unseen pairs, after: {recall(images, texts, *held_out):.3f}")
 
 

@@ -7,6 +7,7 @@ the training it is compared with the dense formula. docs/own-loss.md has two mor
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ def dense(query: Tensor, key: Tensor, temperature: float, gamma: float) -> Tenso
     return (-((1 - p) ** gamma) * torch.log(p)).mean()
 
 
+def encoder() -> nn.Module:
+    """Makes an encoder; put your own model in its place."""
+    return nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, DIM))
+
+
 class Pairs:
     """A source of pairs: two noisy views of one hidden vector each."""
 
@@ -67,14 +73,12 @@ def main() -> None:
     both = loss(query, key).item(), dense(query, key, 0.07, loss.gamma).item()
     print(f"focal InfoNCE of random rows: {both[0]:.7f}, by the dense formula {both[1]:.7f}")
 
-    queries, keys = (nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, DIM)) for _ in range(2))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [*queries.parameters(), *keys.parameters()]},
-            {"params": loss.parameters(), "weight_decay": 0.0},  # weight decay would pull the scale towards 1
-        ],
-        lr=2e-3,
-    )
+    queries, keys = encoder(), encoder()
+    parameters: list[dict[str, Any]] = [
+        {"params": [*queries.parameters(), *keys.parameters()]},
+        {"params": loss.parameters(), "weight_decay": 0.0},  # weight decay would pull the scale towards 1
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     held_out = pairs.sample(1000)
     print(f"R@1 among 1000 unseen pairs, before: {recall(queries, keys, *held_out):.3f}")
     for step in range(1, STEPS + 1):

@@ -33,12 +33,23 @@ def embeddings(name: str, value: object, dims: int, shape: str) -> None:
     """Check that `value` is a dense floating tensor with `dims` dimensions; `shape` says it in words."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    dense(name, value)
     if value.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions {shape}, got shape {tuple(value.shape)}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def dense(name: str, value: Tensor) -> None:
+    """Check that a tensor is neither sparse nor nested: PyTorch's own error would name an operator that it lacks."""
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor (use .to_dense()), got {value.layout}")
+
+
+def with_values(name: str, value: Tensor) -> None:
+    """Check that a tensor is not on the meta device, as those of a model are that was made without its weights."""
     if value.is_meta:
         raise TypeError(f"{name} must hold values, got a tensor on the meta device")
 
@@ -49,6 +60,7 @@ def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device, 
         raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(value).__name__}")
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+    dense(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     on(name, value, device, like)
@@ -64,7 +76,7 @@ def alike(query: Any, key: Any) -> bool:
     """Return whether these are what a call most often has, so that there is nothing to say about them."""
     if type(query) is not Tensor or type(key) is not Tensor or query.dtype not in FLOATS:
         return False
-    if query.layout is not torch.strided or query.is_meta or key.layout is not torch.strided:
+    if query.layout is not torch.strided or key.layout is not torch.strided or query.is_meta or query.is_nested:
         return False
     return query.dim() == 2 and query.shape == key.shape and query.dtype == key.dtype and query.device == key.device
 
@@ -72,6 +84,7 @@ def alike(query: Any, key: Any) -> bool:
 def same_kind(tensors: dict[str, Tensor]) -> None:
     """Check for one device and one dtype; under autocast only float64 must not be mixed with others."""
     (first_name, first), *rest = tensors.items()
+    with_values(first_name, first)
     for name, tensor in rest:
         on(name, tensor, first.device, first_name)
         castable = torch.is_autocast_enabled(first.device.type) and torch.float64 not in (tensor.dtype, first.dtype)
@@ -85,14 +98,16 @@ def same_kind(tensors: dict[str, Tensor]) -> None:
 def real(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value if torch.compiler.is_compiling() else float(value)  # type: ignore[return-value]  # symbolic there
+    if torch.compiler.is_compiling():
+        return value  # type: ignore[return-value]  # which may be symbolic
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {value}") from None
 
 
 def finite(name: str, value: Any) -> float:
-    try:
-        number = real(name, value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got {value}") from None
+    number = real(name, value)
     if not torch.compiler.is_compiling() and not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     return number
@@ -142,6 +157,7 @@ def per_row(name: str, value: Any, like: Tensor, *, number: bool = False, column
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be {expected}, got {kind}")
+    dense(name, value)
     if tuple(value.shape) not in ((n,), *([(n, 1)] if column else [])):
         raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}")
     on(name, value, like.device)
@@ -153,6 +169,7 @@ def scale_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
     n = like.shape[0]
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
+    dense(name, value)
     if value.numel() != 1 and tuple(value.shape) not in ((n,), (n, 1)):
         raise ValueError(
             f"{name} must be a number, a one-element tensor or one value per row, shape ({n},) or ({n}, 1), "

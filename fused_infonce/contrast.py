@@ -34,6 +34,11 @@ class explaining:
         _explained.pop()
 
 
+def is_explaining() -> bool:
+    """Return whether calls compute nothing now."""
+    return bool(_explained)
+
+
 def statistics(problem: Problem, options: Options, full: bool = False) -> Statistics:
     """Return the statistics, differentiable in every input and the temperature.
 
@@ -64,15 +69,6 @@ def row_losses(statistics: Statistics, loss: str) -> Tensor:
     value_of = ROW_LOSSES[loss].value
     losses = [value_of(direction.neg - direction.pos) for direction in statistics if direction is not None]
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
-
-
-def gradients(
-    problem: Problem, options: Options, statistics: Statistics, upstream: Upstream, dtypes: Sequence[Any]
-) -> list[Tensor | None]:
-    """Return what a backward of `statistics` would, without a graph; see `Backend.gradients`."""
-    plan = backends.plan_of(problem, options, reduced=False)
-    with without_autocast(problem.query.rows.device.type):
-        return backends.get(plan.backend).gradients(problem, plan, statistics, upstream, dtypes)
 
 
 def _statistics(problem: Problem, plan: Plan) -> Statistics:
@@ -179,7 +175,8 @@ class _Statistics(torch.autograd.Function):
         dt = None
         if ctx.needs_input_grad[2]:
             logits = u * rows.mean + v * rows.pos
-            logits = logits if columns is None else logits + column_u * columns.mean
+            if columns is not None and column_u is not None:
+                logits = logits + column_u * columns.mean
             dt = temperature_gradient(logits, problem.temperature)
         return None, None, dt, *_unscale(problem, grads)
 

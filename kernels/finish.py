@@ -15,25 +15,10 @@ def pair_weight(V_ptr, TEMPERATURE_ptr, stride_t, rows, valid):
 
 @triton.jit
 def positive_part(
-    Z_ptr,
-    B_ptr,
-    V_ptr,
-    TEMPERATURE_ptr,
-    TARGET_ptr,
-    STARTS_ptr,
-    a,
-    offs_m,
-    offs_d,
-    size_x,
-    size_z,
-    D,
-    stride_zn,
-    stride_t,
-    zero_row: tl.constexpr,
-    MUTUAL: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr,
+    a, offs_m, offs_d, size_x, size_z, D, stride_zn, stride_t,
+    zero_row: tl.constexpr, MUTUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """sum of w z over the partners of each row: (BLOCK_M, BLOCK_D), w = v / t of the pair's query times a b.
 
     Without STARTS, row i has one partner z_{T[i]} (z_i without T) and i is the query; MUTUAL: so is the partner. With
@@ -71,31 +56,11 @@ def positive_part(
 
 @triton.jit
 def finished_rows(
-    G_ptr,
-    F_ptr,
-    Z_ptr,
-    B_ptr,
-    V_ptr,
-    TEMPERATURE_ptr,
-    TARGET_ptr,
-    STARTS_ptr,
-    UNSCALE_ptr,
-    a,
-    offs_m,
-    offs_d,
-    slots,
-    size_x,
-    size_z,
-    D,
-    stride_zn,
-    stride_t,
-    zero_row: tl.constexpr,
-    MUTUAL: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr,
+    a, offs_m, offs_d, slots, size_x, size_z, D, stride_zn, stride_t,
+    zero_row: tl.constexpr, MUTUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):
+):  # fmt: skip
     """g_i = unscale f_i sum over slots of G + the positives' part: (BLOCK_M, BLOCK_D)."""
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if G_ptr is not None:
@@ -116,34 +81,11 @@ def finished_rows(
 
 @triton.jit
 def finish_kernel(
-    G_ptr,
-    F_ptr,
-    X_ptr,
-    A_ptr,
-    Z_ptr,
-    B_ptr,
-    V_ptr,
-    TEMPERATURE_ptr,
-    TARGET_ptr,
-    STARTS_ptr,
-    UNSCALE_ptr,
-    DX_ptr,
-    slots,
-    size_x,
-    size_z,
-    D,
-    stride_xm,
-    stride_zn,
-    stride_t,
-    zero_row: tl.constexpr,
-    MUTUAL: tl.constexpr,
-    PROJECT: tl.constexpr,
-    EMULATE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    G_ptr, F_ptr, X_ptr, A_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr, DX_ptr,
+    slots, size_x, size_z, D, stride_xm, stride_zn, stride_t,
+    zero_row: tl.constexpr, MUTUAL: tl.constexpr, PROJECT: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)

@@ -46,37 +46,11 @@ def coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, HAS_X: tl.constexpr, HAS
 
 @triton.jit
 def gradient_kernel(
-    X_ptr,
-    Y_ptr,
-    A_ptr,
-    B_ptr,
-    SX_ptr,
-    NX_ptr,
-    UX_ptr,
-    SY_ptr,
-    NY_ptr,
-    UY_ptr,
-    TARGET_ptr,
-    XI_ptr,
-    YI_ptr,
-    G_ptr,
-    size_x,
-    size_y,
-    D,
-    stride_xm,
-    stride_yn,
-    split,
-    zero_row: tl.constexpr,
-    TARGET: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, SY_ptr, NY_ptr, UY_ptr, TARGET_ptr, XI_ptr, YI_ptr, G_ptr,
+    size_x, size_y, D, stride_xm, stride_yn, split,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, ACCUMULATE: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """g_i (+)= sum_j C_ij y_j over `split` columns, BLOCK_D >= D, in slot program_id(1) of G (slots, size_x, D)."""
     pid_n = tl.program_id(1)
     start_m = tl.program_id(0) * BLOCK_M
@@ -96,22 +70,9 @@ def gradient_kernel(
         valid_m = (offs_m < size_x) & (a != 0.0)
         valid_n = (offs_n < size_y) & (b != 0.0)
         keep = negatives(
-            valid_m,
-            valid_n,
-            offs_m,
-            offs_n,
-            size_x,
-            size_y,
-            TARGET_ptr,
-            XI_ptr,
-            YI_ptr,
-            None,
-            TARGET,
-            DIAGONAL,
-            "",
-            0,
+            valid_m, valid_n, offs_m, offs_n, size_x, size_y, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, "", 0,
             ACC,
-        )
+        )  # fmt: skip
         c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None, False)
         acc = dot(cast(c, y.dtype, DOT == "upcast"), y, acc, DOT)
     ptrs = G_ptr + (pid_n.to(tl.int64) * size_x + offs_m)[:, None] * D + offs_d[None, :]
@@ -123,42 +84,13 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=["row_start", "row_end"])  # columns must be known to be aligned
 def coefficients_kernel(
-    X_ptr,
-    Y_ptr,
-    A_ptr,
-    B_ptr,
-    SX_ptr,
-    NX_ptr,
-    UX_ptr,
-    SY_ptr,
-    NY_ptr,
-    UY_ptr,
-    TARGET_ptr,
-    XI_ptr,
-    YI_ptr,
-    guide,
-    C_ptr,
-    ROWS_ptr,
-    row_start,
-    row_end,
-    col_start,
-    col_end,
-    D,
-    stride_xm,
-    stride_yn,
-    stride_cm,
-    zero_row: tl.constexpr,
-    TARGET: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, SY_ptr, NY_ptr, UY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide,
+    C_ptr, ROWS_ptr,
+    row_start, row_end, col_start, col_end, D, stride_xm, stride_yn, stride_cm,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """The block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
 
     With ROWS, before the rows' statistics are known: b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and
@@ -175,23 +107,9 @@ def coefficients_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     d = raw_dots(
-        None,
-        X_ptr,
-        Y_ptr,
-        start_m,
-        start_n,
-        stride_xm,
-        stride_yn,
-        row_end,
-        col_end,
-        D,
-        ACC,
-        DOT,
-        TMA,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-    )
+        None, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, row_end, col_end, D, ACC, DOT, TMA, BLOCK_M,
+        BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     a = load_vector(A_ptr, offs_m, row_end, 1.0, ACC)
     b = load_vector(B_ptr, offs_n, col_end, 1.0, ACC)
     sx, nx, ux = direction(SX_ptr, NX_ptr, UX_ptr, offs_m, row_end, ACC)
@@ -203,22 +121,9 @@ def coefficients_kernel(
         valid_m = valid_m & (a != 0.0)
         valid_n = valid_n & (b != 0.0)
     keep = negatives(
-        valid_m,
-        valid_n,
-        offs_m,
-        offs_n,
-        row_end,
-        col_end,
-        TARGET_ptr,
-        XI_ptr,
-        YI_ptr,
-        guide,
-        TARGET,
-        DIAGONAL,
-        GUIDE,
-        BLOCK_G,
-        ACC,
-    )
+        valid_m, valid_n, offs_m, offs_n, row_end, col_end, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE,
+        BLOCK_G, ACC,
+    )  # fmt: skip
     if ROWS_ptr is None:
         c = coefficients(d, keep, a, sx, nx, ux, b, sy, ny, uy, UX_ptr is not None, UY_ptr is not None, GUIDE != "")
     else:

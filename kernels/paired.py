@@ -36,24 +36,11 @@ def load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl
 
 @triton.jit
 def paired_dots_kernel(
-    Q_ptr,
-    K_ptr,
-    D_ptr,
-    B_ptr,
-    size_q,
-    H,
-    D,
-    stride_qm,
-    stride_km,
-    stride_kh,
-    eps: tl.constexpr,
-    at_eps: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    Q_ptr, K_ptr, D_ptr, B_ptr,
+    size_q, H, D, stride_qm, stride_km, stride_kh,
+    eps: tl.constexpr, at_eps: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """d_ih = q_i . k_ih and, with NORMALIZE, b_ih = 1 / max(|k_ih|, eps)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -75,19 +62,10 @@ def paired_dots_kernel(
 
 @triton.jit
 def paired_statistics_kernel(
-    D_ptr,
-    B_ptr,
-    A_ptr,
-    S_ptr,
-    QI_ptr,
-    KI_ptr,
-    ROWS_ptr,
-    size_q,
-    H,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    D_ptr, B_ptr, A_ptr, S_ptr, QI_ptr, KI_ptr, ROWS_ptr,
+    size_q, H,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """States of rows over their own negatives, s_ih = a_i b_ih d_ih s_i, into slot 0 of ROWS."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = load_vector(A_ptr, offs_m, size_q, 1.0, ACC)
@@ -104,34 +82,11 @@ def paired_statistics_kernel(
 
 @triton.jit
 def paired_gradient_kernel(
-    Q_ptr,
-    K_ptr,
-    D_ptr,
-    B_ptr,
-    A_ptr,
-    S_ptr,
-    N_ptr,
-    U_ptr,
-    UNSCALE_ptr,
-    QI_ptr,
-    KI_ptr,
-    G_ptr,
-    DK_ptr,
-    size_q,
-    H,
-    D,
-    stride_qm,
-    stride_km,
-    stride_kh,
-    zero_row: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    EMULATE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    Q_ptr, K_ptr, D_ptr, B_ptr, A_ptr, S_ptr, N_ptr, U_ptr, UNSCALE_ptr, QI_ptr, KI_ptr, G_ptr, DK_ptr,
+    size_q, H, D, stride_qm, stride_km, stride_kh,
+    zero_row: tl.constexpr, NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """g_i (+)= sum_h C_ih k_ih and dk_ih = unscale C_ih (q_i - b_ih^2 d_ih k_ih), for BLOCK_D of the row length."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -38,31 +38,11 @@ def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
 
 @triton.jit
 def side_kernel(
-    X_ptr,
-    A_ptr,
-    TEMPERATURE_ptr,
-    S_ptr,
-    U_ptr,
-    R_ptr,
-    W_ptr,
-    Y_ptr,
-    B_ptr,
-    TARGET_ptr,
-    POS_ptr,
-    size_x,
-    size_y,
-    D,
-    stride_xm,
-    stride_yn,
-    stride_t,
-    eps: tl.constexpr,
-    at_eps: tl.constexpr,
-    log2e: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    X_ptr, A_ptr, TEMPERATURE_ptr, S_ptr, U_ptr, R_ptr, W_ptr, Y_ptr, B_ptr, TARGET_ptr, POS_ptr,
+    size_x, size_y, D, stride_xm, stride_yn, stride_t,
+    eps: tl.constexpr, at_eps: tl.constexpr, log2e: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """a_i = 1 / max(|x_i|, eps), and what else is asked for:
 
     S     s_i = log2(e) / t_i
@@ -115,24 +95,10 @@ def side_kernel(
 
 @triton.jit
 def scale_kernel(
-    X_ptr,
-    A_ptr,
-    U_ptr,
-    M_ptr,
-    R_ptr,
-    TEMPERATURE_ptr,
-    F_ptr,
-    OUT_ptr,
-    size_x,
-    D,
-    stride_xm,
-    stride_t,
-    zero_row: tl.constexpr,
-    EMULATE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    X_ptr, A_ptr, U_ptr, M_ptr, R_ptr, TEMPERATURE_ptr, F_ptr, OUT_ptr,
+    size_x, D, stride_xm, stride_t,
+    zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """f_i = a_i u_i 2^-m_i r_i / t_i, which makes coefficients of exponentials b_j e^(s_ij); and the rows f_i x_i."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < size_x

@@ -46,37 +46,12 @@ def store_state(S_ptr, slot, offs, size, m, l, x):
 
 @triton.jit(do_not_specialize=["row_start"])
 def statistics_kernel(
-    X_ptr,
-    Y_ptr,
-    A_ptr,
-    B_ptr,
-    SX_ptr,
-    SY_ptr,
-    TARGET_ptr,
-    XI_ptr,
-    YI_ptr,
-    guide,
-    ROWS_ptr,
-    COLUMNS_ptr,
-    row_start,
-    size_x,
-    size_y,
-    D,
-    stride_xm,
-    stride_yn,
-    split,
-    TARGET: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    HOIST: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr, COLUMNS_ptr,
+    row_start, size_x, size_y, D, stride_xm, stride_yn, split,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """States of BLOCK_M rows over `split` columns, in row slot program_id(1), and of these columns over these rows, in
     column slot 1 + program_id(0).
 
@@ -98,43 +73,16 @@ def statistics_kernel(
     for start_n in range(pid_n * split, tl.minimum((pid_n + 1) * split, size_y), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         d = raw_dots(
-            x_tile,
-            X_ptr,
-            Y_ptr,
-            start_m,
-            start_n,
-            stride_xm,
-            stride_yn,
-            size_x,
-            size_y,
-            D,
-            ACC,
-            DOT,
-            TMA,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-        )
+            x_tile, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, size_x, size_y, D, ACC, DOT, TMA, BLOCK_M,
+            BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
         z = d * (a[:, None] * b[None, :])
         inside_m, inside_n = offs_m < size_x, offs_n < size_y
         keep = negatives(
-            inside_m,
-            inside_n,
-            offs_m,
-            offs_n,
-            size_x,
-            size_y,
-            TARGET_ptr,
-            XI_ptr,
-            YI_ptr,
-            guide,
-            TARGET,
-            DIAGONAL,
-            GUIDE,
-            BLOCK_G,
-            ACC,
-        )
+            inside_m, inside_n, offs_m, offs_n, size_x, size_y, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL,
+            GUIDE, BLOCK_G, ACC,
+        )  # fmt: skip
         m, l, x = update(m, l, x, z * sx[:, None], keep, 1)
         if COLUMNS_ptr is not None:
             sy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC)
@@ -147,18 +95,10 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["first", "slots"])
 def merge_kernel(
-    S_ptr,
-    NEG_ptr,
-    MEAN_ptr,
-    MAXIMUM_ptr,
-    SCALE_ptr,
-    first,
-    slots,
-    size,
-    ln2: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    S_ptr, NEG_ptr, MEAN_ptr, MAXIMUM_ptr, SCALE_ptr,
+    first, slots, size,
+    ln2: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Merges slots first, first + 1, ... into slot 0, or with NEG into statistics.
 
     neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. MAXIMUM and SCALE are m and r

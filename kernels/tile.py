@@ -65,22 +65,11 @@ def dot(a, b, acc, DOT: tl.constexpr):
 @triton.jit
 def raw_dots(
     x,
-    X_ptr,
-    Y_ptr,
-    start_m,
-    start_n,
-    stride_xm,
-    stride_yn,
-    size_x,
-    size_y,
-    D,
-    ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    X_ptr, Y_ptr,
+    start_m, start_n, stride_xm, stride_yn, size_x, size_y, D,
+    ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """d_ij = x_i . y_j, (BLOCK_M, BLOCK_N). `x` holds whole rows where they fit a tile, else None."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if x is not None:
@@ -96,22 +85,10 @@ def raw_dots(
 
 @triton.jit
 def negatives(
-    valid_m,
-    valid_n,
-    offs_m,
-    offs_n,
-    size_x,
-    size_y,
-    TARGET_ptr,
-    XI_ptr,
-    YI_ptr,
-    guide,
-    TARGET: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    valid_m, valid_n, offs_m, offs_n, size_x, size_y,
+    TARGET_ptr, XI_ptr, YI_ptr, guide,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Which pairs are negatives: (BLOCK_M, BLOCK_N).
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.

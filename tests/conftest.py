@@ -117,6 +117,12 @@ def _poisoned(allocate):
     return wrapper
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiler_that_knows_torch():
+    """Let `torch.compile` list PyTorch's functions, as its first use does, before any test replaces some of them."""
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations(request, monkeypatch):
     """Fill uninitialised memory with NaN (floats) or the largest value (integers), so that an unwritten element fails.

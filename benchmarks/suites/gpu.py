@@ -29,6 +29,7 @@ from benchmarks import contestants, record
 from benchmarks.cases import COMPILED, DENSE, FLOOR, OURS, TEMPERATURE, Case, square
 from benchmarks.contest import Contest, forget_gradients
 from fused_infonce import info_nce, nt_xent
+from fused_infonce.backends import BackendName
 
 WIDTHS = (64, 128, 256, 512, 768, 1024, 2048, 4096)
 DIRECTIONS = ("one", "symmetric", "self")
@@ -99,7 +100,7 @@ def gate(direction: str, dtype: str, device: torch.device) -> list[str]:
     return complaints
 
 
-def evaluate(direction: str, rows: Sequence[Tensor], backend: str) -> list[Tensor]:
+def evaluate(direction: str, rows: Sequence[Tensor], backend: BackendName) -> list[Tensor]:
     """Our loss and gradients, these under a loss scale: float16 cannot hold them otherwise."""
     query, key = rows
     if direction == "self":

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.cases import DENSE, OURS, Case
 from benchmarks.contestants import losses
-from fused_infonce import contrast
+from fused_infonce.backends import registry
 from fused_infonce.backends.triton import launch, tiles
 
 DIRECTIONS = {"one": "one direction", "symmetric": "both directions", "self": "self-similarity"}
@@ -86,7 +86,7 @@ def main() -> None:
         parser.exit(2, "unset TRITON_INTERPRET: interpreted kernels are not launched\n")
     triton.runtime.driver.set_active(NoDevice())
     torch.set_num_threads(1)
-    contrast.resolve = lambda *_: "triton"
+    registry.resolve = lambda *_: "triton"
     mock.patch.multiple(tiles, architecture=lambda _: "sm_90", processors=lambda _: 132).start()
     print(f"{'':18}{'D':>5}{'ours, us':>10}{'dense, us':>11}{'kernels':>9}")
     for d in args.dims:

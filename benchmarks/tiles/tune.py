@@ -101,8 +101,10 @@ def instead(tile: Tile, arch: str, kernel: str, dtype: torch.dtype) -> Iterator[
 
 def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
     """A function that launches one of WORKLOADS as `info_nce` of (n, d) rows does, and returns what is compared."""
-    from fused_infonce.backends.triton import launch
-    from fused_infonce.backends.triton.launch import LOG2E, Excluded, Side
+    from fused_infonce.backends.contract import LOG2E
+    from fused_infonce.backends.triton.gradient import add_streaming_gradient, write_coefficients, write_exponentials
+    from fused_infonce.backends.triton.launch import Excluded, Side
+    from fused_infonce.backends.triton.statistics import merged, row_states, unwritten
 
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(2, n, d, device=device, generator=generator).to(dtype)
@@ -112,26 +114,27 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
     x, y = (Side(r, a, scale=scale) for r, a in zip(rows, inverse, strict=True))
     excluded, limit = Excluded(diagonal=True), 256 * 2**20
     if name in ("statistics", "columns"):
-        columns = None if name == "statistics" else launch.softmax_statistics(scale)
+        columns = None if name == "statistics" else unwritten(scale)
         y = y if columns else Side(y.rows, y.inverse)
-        return lambda: (launch.row_states(x, y, excluded, columns, limit), *(columns or ()))
+        return lambda: (row_states(x, y, excluded, columns, limit), *(columns or ())[1:])
     c = torch.empty((min(n, 4096), n), dtype=dtype, device=device)
     if name == "exponentials":
         y = Side(y.rows, y.inverse)
-        return lambda: (c, launch.write_exponentials(c, x, y, slice(0, len(c)), excluded))
-    _, _, (shift, r) = launch.merged(launch.row_states(x, Side(y.rows, y.inverse), excluded, None, limit))
-    x, y = Side(x.rows, x.inverse, None, scale, shift, r * scale / n), Side(y.rows, y.inverse)
+        return lambda: (c, write_exponentials(c, x, y, slice(0, len(c)), excluded))
+    y = Side(y.rows, y.inverse)
+    found = merged(row_states(x, y, excluded, None, limit), scale)
+    x = Side(x.rows, x.inverse, None, scale, found.maximum, found.scale * scale / n)
     if name == "gradient":
         g = torch.empty((1, n, d), dtype=acc, device=device)
 
         def gradient() -> tuple[Tensor, ...]:
-            launch.add_streaming_gradient(g, x, y, excluded, True, False)
+            add_streaming_gradient(g, x, y, excluded, True, False)
             return (g,)
 
         return gradient
 
     def coefficients() -> tuple[Tensor, ...]:
-        launch.write_coefficients(c, x, y, slice(0, len(c)), slice(0, n), excluded)
+        write_coefficients(c, x, y, slice(0, len(c)), slice(0, n), excluded)
         return (c,)
 
     return coefficients
@@ -139,11 +142,11 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
 
 def result(name: str, run: Run) -> list[Tensor]:
     """The results that do not depend on the tile: the states of slots are merged first."""
-    from fused_infonce.backends.triton import launch
+    from fused_infonce.backends.triton.statistics import merged
 
     first, *rest = run()
-    merged = launch.merged(first.clone()) if name in ("statistics", "columns") else (first,)
-    return [x.detach().clone() for x in (*merged, *rest)]
+    found = merged(first, first[0, 0])[1:] if name in ("statistics", "columns") else (first,)
+    return [x.detach().clone() for x in (*found, *rest)]
 
 
 def error_of(found: list[Tensor], want: list[Tensor]) -> float:

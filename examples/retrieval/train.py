@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fused_infonce import FusedInfoNCELoss
+from fused_infonce.backends import BackendName
 
 from .mining import Pair, mine
 from .model import Bags, Encoder, hashed_features
@@ -98,7 +99,7 @@ def train(
     data: TrainingData,
     options: TrainingOptions,
     *,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     max_steps: int | None = None,
     label: str = "training",
 ) -> Training:

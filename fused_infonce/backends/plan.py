@@ -62,28 +62,36 @@ class Plan:
 
     def __str__(self) -> str:
         limit = f"{self.limit / MIB:.0f} MiB" if self.limit >= MIB else f"{self.limit} bytes"
+        work = "forward and backward" if self.gradients else "forward"
+        memory = f"in blocks of {self.rows} x {self.cols} scores, with at most {limit} of workspace"
         return (
-            f"{self.name} on the {self.backend} backend, because {self.reason}: {self.flops:g} N M D FLOPs in all, "
-            f"blocks of {self.rows} x {self.cols}, at most {limit} of workspace"
+            f"{self.name} on the {self.backend} backend, because {self.reason}: {self.flops:g} N M D FLOPs {work} "
+            f"(a matrix product of N queries and M keys is 2), {memory if self.name != 'reference' else 'all at once'}"
         )
 
 
-def checked_limit(name: str, value: int | str | None) -> int | None:
-    """Return a number of bytes as it was given, as an argument or a variable of the environment; None if it was not."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if number in (None, ""):
+def checked_limit(name: str, value: Any) -> int | None:
+    """Return a number of bytes as it was given, by an argument or by the environment; None where it was not given."""
+    if value is None:
         return None
-    if isinstance(number, bool) or not isinstance(number, (int, str)):
-        raise TypeError(f"{name} must be a number of bytes or None, got {type(value).__name__}")
-    if isinstance(number, str) or not LEAST_LIMIT <= number < 2**63:
-        raise ValueError(f"{name} must be a number of bytes, {LEAST_LIMIT} (64 KiB) or more, got {value!r}")
-    return number
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer number of bytes or None, got {type(value).__name__}")
+    if not LEAST_LIMIT <= value < 2**63:
+        raise ValueError(_not_bytes(name, value))
+    return value
+
+
+def _not_bytes(name: str, value: int | str) -> str:
+    example = f"256 MiB is 256 * 2**20 = {256 * MIB}"
+    return f"{name} must be a number of bytes, {LEAST_LIMIT} (64 KiB) or more ({example}), got {value!r}"
 
 
 def default_limit(device: str) -> int:
     """Return the bytes of workspace on a device where the call does not say: from the environment, if it does."""
-    setting = checked_limit(LIMIT_VARIABLE, os.environ.get(LIMIT_VARIABLE))
-    return setting or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
+    text = os.environ.get(LIMIT_VARIABLE, "").strip()
+    if text and not text.isdecimal():
+        raise ValueError(_not_bytes(LIMIT_VARIABLE, text))
+    return checked_limit(LIMIT_VARIABLE, int(text) if text else None) or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -127,55 +135,83 @@ class Call:
 # GPU are estimates, for every architecture and dtype alike until one has been measured.
 Rule = tuple[str, Callable[[Call], bool], float, str]
 TRITON: tuple[Rule, ...] = (
-    ("forward", lambda c: not c.gradients, 2, "no input needs a gradient"),
+    ("forward", lambda c: not c.gradients, 2, "no input requires a gradient"),
     (
         "triangular",
         lambda c: c.self_similar and c.d > STREAMING_DIM,
         5,
-        "half of a symmetric coefficient matrix will do",
+        "all rows are compared with one another, and half of a symmetric matrix will do",
     ),
-    ("streaming", lambda c: c.self_similar, 6, "one pass serves both sides of a symmetric score matrix"),
+    (
+        "streaming",
+        lambda c: c.self_similar,
+        6,
+        "all rows are compared with one another, and one pass serves both sides",
+    ),
     (
         "onepass",
         lambda c: (
             c.reduced and not c.columns and not c.empty and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0
         ),
         6,
-        "a chunk of rows sees every column at once, and exp(logit) fits",
+        "a block of queries meets all keys at once, which gives loss and gradients in one pass",
     ),
     (
         "streaming",
         lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided,
         10,
-        "rows are short and both sides fill the device",
+        "embeddings are short, and the rows are enough to fill the device",
     ),
-    ("workspace", lambda c: True, 8, "rows are long, or too few to fill the device"),
+    ("workspace", lambda c: True, 8, "embeddings are long, or the rows too few to fill the device"),
 )
-REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "it holds the dense matrices, whatever their size"),)
+REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "backend='reference' holds all scores, however many"),)
 TORCH: tuple[Rule, ...] = (
     (
         "dense",
         lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c),
         6,
-        "so few scores cost less than the calls that would divide them",
+        "the scores are few, so that dividing them would cost more than it saves",
     ),
-    ("triangular", lambda c: c.self_similar, 4, "half of a symmetric score matrix will do"),
-    ("forward", lambda c: not c.gradients, 2, "no input needs a gradient"),
+    (
+        "triangular",
+        lambda c: c.self_similar,
+        4,
+        "all rows are compared with one another, and half of a symmetric matrix will do",
+    ),
+    ("forward", lambda c: not c.gradients, 2, "no input requires a gradient"),
     (
         "onepass",
         lambda c: c.reduced and not c.columns and not c.empty and _chunk(c) >= min(c.n, ONEPASS_ROWS),
         6,
-        "a chunk of rows sees every column at once",
+        "a block of queries meets all keys at once, which gives loss and gradients in one pass",
     ),
     (
         "onepass",
         lambda c: c.reduced and c.both_at_once and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8,
         6,
-        "all scores fit the limit, so both directions are seen at once",
+        "all scores fit workspace_limit, which gives both directions and their gradients in one pass",
     ),
-    ("workspace", lambda c: c.columns, 8, "both directions are asked for"),
-    ("workspace", lambda c: c.reduced, 8, "a chunk of rows exceeds the limit"),
-    ("workspace", lambda c: True, 8, "the gradients depend on what is made of the rows' losses"),
+    ("workspace", lambda c: c.empty, 8, "there is nothing to compare"),
+    (
+        "workspace",
+        lambda c: c.columns,
+        8,
+        "both directions are asked for, and that of the keys is complete after the last query only: the backward "
+        "computes the scores again",
+    ),
+    (
+        "workspace",
+        lambda c: c.reduced,
+        8,
+        "too few queries fit workspace_limit beside all keys: the backward computes the scores again",
+    ),
+    (
+        "workspace",
+        lambda c: True,
+        8,
+        "the rows' losses are not simply added up (reduction='none', or a loss with terms of its own): the backward "
+        "computes the scores again",
+    ),
 )
 
 

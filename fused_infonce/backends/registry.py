@@ -96,9 +96,14 @@ def resolve(backend: str, tensor: Tensor) -> str:
     return "torch" if why else "triton"
 
 
-def user_level() -> int:
-    """Return the `stacklevel` of a warning of the caller's that points at the line of the user's code."""
-    inside = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+def user_level(*packages: str) -> int:
+    """Return the `stacklevel` with which a warning of the caller points at the line of the user's code.
+
+    packages: names of further packages, between the user and the caller, whose lines are passed over.
+    """
+    folders = [Path(__file__).parents[1], Path(torch.__file__).parent]
+    folders += [Path(x) for name in packages for x in getattr(sys.modules.get(name), "__path__", ())]
+    inside = tuple(f"{folder}{os.sep}" for folder in folders)
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
@@ -115,8 +120,12 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     full: whether the statistics themselves are what was asked for.
     """
     backend = resolve(options.backend, problem.query.rows)
-    if forward_ad._current_level >= 0 and backend != "reference":
-        _refuse_tangents(problem)
+    compiling = torch.compiler.is_compiling()
+    if backend != "reference":
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(problem)
+        if not compiling and torch._C._are_functorch_transforms_active():
+            raise RuntimeError("the transforms of torch.func (grad, jacrev, vmap, ...) need backend='reference'")
     query, t = problem.query.rows, problem.temperature
     n, d = query.shape
     m = 0
@@ -124,7 +133,7 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
         m += keys.rows.shape[-2]
     dtype = product_dtype(query)
     device = query.device.type
-    plan = choose if torch.compiler.is_compiling() else remembered
+    plan = choose if compiling else remembered
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in (*problem.inputs, t.values))
     return plan(
         backend=backend, device=device, n=n, m=m, d=d, itemsize=dtype.itemsize,

@@ -1,2 +1,4 @@
-"""Drop-ins: one module per library, with its classes' names, arguments, defaults and values. None is imported here, and
-no library is imported unless its module is."""
+"""Drop-ins: one module per library, with the names, arguments, defaults and values of that library's classes.
+
+No drop-in is imported here, and no library unless its drop-in is.
+"""

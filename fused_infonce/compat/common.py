@@ -1,4 +1,4 @@
-"""What the drop-ins share."""
+"""Helpers that several drop-ins share: the warning of a fallback, and the dtype of an original's loss."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..backends.registry import user_level
+
+# Between a user's line and a drop-in there may be lines of the library that it stands in for.
+LIBRARIES = ("FlagEmbedding", "info_nce", "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers")
+
 
 @cache
 def say_once(what: str, why: str) -> None:
-    """That a call runs the original's own code, once for each reason."""
-    warnings.warn(f"{what} runs the original's own code here, with its memory: {why}", stacklevel=4)
+    """Warn at the user's line that a call runs the original's own code, once for each reason."""
+    message = f"{what} runs the original's own code here, with its memory: {why}"
+    warnings.warn(message, stacklevel=user_level(*LIBRARIES))
 
 
 def said(why: Exception) -> str:
-    """What an error of ours expected, without what came."""
+    """Return the part of an error's message that says what was expected, without what came."""
     return str(why).partition(", got")[0]
 
 
 def loss_dtype(rows: Tensor, temperature: object = None) -> torch.dtype:
-    """The dtype of `F.cross_entropy(rows @ y.T / temperature, target)`: that of the rows, under autocast float32 unless
-    it is float64, and that of a temperature tensor with dimensions where it is wider."""
+    """Return the dtype of `F.cross_entropy(rows @ y.T / temperature, target)`.
+
+    It is the dtype of the rows (under autocast float32 unless they are float64), or that of a temperature tensor with
+    dimensions where the temperature's is wider.
+    """
     autocast = torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64
     dtype = torch.float32 if autocast else rows.dtype
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
@@ -31,6 +40,6 @@ def loss_dtype(rows: Tensor, temperature: object = None) -> torch.dtype:
 
 
 def one_number(name: str, value: object) -> None:
-    """Refuses a tensor of several elements, which the originals broadcast."""
+    """Refuse a tensor of several elements, which the originals broadcast."""
     if isinstance(value, Tensor) and (value.numel() != 1 or value.dim() > 2):
         raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")

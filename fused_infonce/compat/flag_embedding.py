@@ -8,7 +8,7 @@
 
 and so for `BiDecoderOnlyEmbedderModel`, `BiDecoderOnlyEmbedderICLModel` and `EncoderOnlyEmbedderM3Model`. A runner
 takes the class from its own module: there set `runner.BiEncoderOnlyEmbedderModel = Model` before making the runner.
-What is computed is `functional.grouped_info_nce`. This module imports nothing of FlagEmbedding.
+The losses are those of `functional.grouped_info_nce`. This module imports nothing of FlagEmbedding.
 
 Known differences:
 - The losses with in-batch and with cross-device negatives return None in place of the (N, M) scores, which no `forward`
@@ -44,12 +44,12 @@ Score = Callable[..., Tensor]
 
 
 class FusedEmbedderMixin(Embedder):
-    """To be named ahead of an embedder model of FlagEmbedding; arguments, `forward` and losses are the model's own."""
+    """A base class to name ahead of FlagEmbedding's model, which keeps its arguments, `forward` and losses."""
 
     def compute_local_score(
         self, q_reps: Tensor, p_reps: Tensor, compute_score_func: Score | None = None, **kwargs: Any
     ) -> Tensor:
-        """(N, G) scores of each query with its own passages, of (N, D) queries and (N G, D) passages."""
+        """Return the (N, G) scores of (N, D) queries with their own passages among (N G, D) passages."""
         if _unlike_dot_products(self, q_reps, p_reps, compute_score_func, kwargs):
             return super().compute_local_score(q_reps, p_reps, compute_score_func, **kwargs)
         own = p_reps.unflatten(0, (len(q_reps), -1))  # (N, G, D), a view
@@ -89,9 +89,9 @@ class FusedEmbedderMixin(Embedder):
         compute_score_func: Score | None,
         gather: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The loss of the queries and passages of all processes, as every process computes it."""
+        """Return the loss of the queries and passages of all processes, equal in every process."""
         device, acc = q_reps.device.type, accumulator(q_reps.dtype)
-        dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # of the original's cross-entropy
+        dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # the dtype of the original's cross-entropy
         if teacher_targets is not None:
             dtype = torch.promote_types(dtype, teacher_targets.dtype)
         options: dict[str, Any] = {
@@ -113,7 +113,7 @@ class FusedEmbedderMixin(Embedder):
 def _obstacle(
     model: Any, q_reps: Any, p_reps: Any, teacher_targets: Any, compute_score_func: Score | None, kwargs: dict[str, Any]
 ) -> str:
-    """Why the original's own code must run, "" where it need not."""
+    """Return the reason why the original's own code must run; "" if it need not."""
     if getattr(model, "unified_finetuning", False):
         return "unified_finetuning adds the dense scores to the sparse and the multi-vector ones"
     if why := _unlike_dot_products(model, q_reps, p_reps, compute_score_func, kwargs):
@@ -141,7 +141,7 @@ def _obstacle(
 def _unlike_dot_products(
     model: Any, q_reps: Any, p_reps: Any, compute_score_func: Score | None, kwargs: dict[str, Any]
 ) -> str:
-    """Why the scores are not the dot products of groups of passages over a temperature, "" where they are."""
+    """Return the reason why scores are not dot products with groups of passages over a temperature; "" if they are."""
     dense = model.compute_dense_score if hasattr(model, "compute_dense_score") else model.compute_score
     score = model.compute_score if compute_score_func is None else compute_score_func
     if kwargs or score != dense or not all(map(_original, (dense, model._compute_similarity, model.get_local_score))):

@@ -16,6 +16,8 @@ import info_nce as original
 from torch import Tensor
 
 from .. import functional
+from ..backends import Reduction
+from ..compose.arguments import NegativeMode
 from .common import loss_dtype, one_number, said, say_once
 
 __all__ = ["InfoNCE", "info_nce"]
@@ -30,6 +32,7 @@ class InfoNCE(original.InfoNCE):
     """
 
     def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+        """Return the loss of (N, D) queries, their keys and explicit negatives."""
         return info_nce(query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode)
 
 
@@ -38,25 +41,33 @@ def info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
 ) -> Tensor:
     """InfoNCE of (N, D) queries and keys, normalised, with explicit negatives or the other keys as negatives.
 
         loss_i = -log( exp(s_ii) / (exp(s_ii) + sum_j exp(s_ij)) ),    s_ij = cos(q_i, k_j) / t
 
-    Arguments and errors: see `fused_infonce.info_nce` and the top of this module. A temperature tensor has one element,
-    or is (N, 1).
+    Args:
+        query, positive_key: (N, D) each, row i of one the positive of row i of the other.
+        negative_keys: (M, D) if `negative_mode` is "unpaired", (N, H, D) if "paired"; None: the other keys.
+        temperature: t, a number, or a tensor of one element or (N, 1).
+        reduction: "mean", "sum" or "none" (one value per query).
+        negative_mode: "unpaired" (negatives shared by all queries) or "paired" (each query has its own).
 
-    Returns: a 0-d loss, or (N,) for the reduction "none", in the inputs' dtype; in float32 under autocast.
+    Returns:
+        A 0-d loss, or (N,) for "none", in the inputs' dtype; in float32 under autocast.
+
+    Raises:
+        ValueError, TypeError: where the original does; see the top of this module.
     """
     arguments = (query, positive_key, negative_keys, temperature, reduction, negative_mode)
     try:
-        if getattr(temperature, "shape", None) != (len(query), 1):  # (N,) is one a column
+        if getattr(temperature, "shape", None) != (len(query), 1):  # (N,) is one per column in the original
             one_number("temperature", temperature)
         loss = functional.info_nce(*arguments)
     except (TypeError, ValueError) as why:
-        loss = original.info_nce(*arguments)  # or its error, in the context of ours
+        loss = original.info_nce(*arguments)  # or raise its error, which shows ours as its context
         say_once("info_nce", said(why))
         return loss
     return loss.to(loss_dtype(query, temperature))

@@ -48,39 +48,40 @@ class NTXentLoss(original.NTXentLoss):
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The 0-d loss of two (N, D) views, in their dtype, float32 under autocast.
+        """Return the 0-d loss of two (N, D) views, in their dtype, float32 under autocast, and fill the memory bank.
 
-        Then, where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the memory bank.
+        Where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the bank after the loss.
         """
         try:
             views(out0, out1, ())
             one_number("temperature", self.temperature)
             loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
         except (TypeError, ValueError) as why:
-            loss = super().forward(out0, out1)  # or its error, in the context of ours
+            loss = super().forward(out0, out1)  # or raise its error, which shows ours as its context
             say_once("NTXentLoss", said(why))
             return loss
         return loss.to(loss_dtype(out0, self.temperature))
 
     def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The bank is taken as it is."""
+        """Return the loss against `out1` and the rows of the memory bank, which are not normalised again."""
         query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         _, negatives = self.memory_bank(key)  # (D, K), a copy
         signed, t = self._signed(query)
         loss = info_nce(signed, key, negatives.T.to(query.device), temperature=t, normalize=False)
-        if query.requires_grad:  # which it does not under no_grad
+        if query.requires_grad:  # not so under no_grad, where the original leaves the bank alone
             self.memory_bank(key, update=True)
         return loss
 
     def _in_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the loss of two views, with negatives from their batch, or from the batches of all processes."""
         if not len(out0):
             raise ValueError("out0 must have rows, got none")
         gathered = self.gather_distributed and dist.world_size() > 1
         if not gathered and not isinstance(self.temperature, Tensor) and self.temperature > 0:
             return nt_xent(out0, out1, self.temperature)
-        with without_autocast(out0.device.type):  # autocast would refuse rows of its other 16-bit dtype
+        with without_autocast(out0.device.type):  # autocast refuses rows of another 16-bit dtype than its own
             rows, products = wide(torch.cat([out0, out1]))
-        n = len(rows)  # 2 N; of W processes the keys are (W 2 N, D), those of this one from rank 2 N on
+        n = len(rows)  # 2 N; with W processes the keys are (W 2 N, D), and this process's begin at rank * 2 N
         keys = torch.cat(dist.gather(rows.contiguous())) if gathered else rows
         own = torch.arange(n, device=rows.device) + (dist.rank() * n if gathered else 0)
         query, t = self._signed(rows)
@@ -91,7 +92,7 @@ class NTXentLoss(original.NTXentLoss):
             )  # fmt: skip
 
     def _signed(self, rows: Tensor) -> tuple[Tensor, float | Tensor]:
-        """Queries and temperature of the logits cos / t = (sign cos) / |t|, the sign being the queries'."""
+        """Return queries with the sign of the temperature, and its size: cos / t = (sign cos) / |t|."""
         t = self.temperature
         sign = torch.sign(t.detach()).to(rows) if isinstance(t, Tensor) else math.copysign(1, t)
         return sign * rows, abs(t)

@@ -1,4 +1,4 @@
-"""`ClipLoss` of open_clip 3.3.0 without the logits.
+"""`ClipLoss` of open_clip 3.3.0, and of its main branch (4.2.0.dev0), without the logits.
 
 It is a subclass: `get_logits` and `get_ground_truth` are the original's, for whoever asks for logits, and features are
 gathered by open_clip's `gather_features`. A call that the fused loss refuses, such as one with a scale that is not
@@ -9,9 +9,13 @@ positive or a bias per text, is the original's own: its value, or its error. Kno
 - A bias cancels in the softmax: its gradient is exactly 0, the original's is what its rounding leaves.
 - A scale of shape (1,) in another dtype than the features' is accepted outside autocast too.
 - On a GPU the value of a scale tensor is not read: one that is not positive gives NaN.
+
+How open_clip's own training script is given this class depends on the version: see docs/coming-from.md.
 """
 
 from __future__ import annotations
+
+import inspect
 
 from open_clip import loss as original
 from torch import Tensor
@@ -19,6 +23,9 @@ from torch import Tensor
 from ..functional import clip_loss, info_nce
 from ..losses.clip import bias_of, temperature_of
 from .common import loss_dtype, one_number, said, say_once
+
+# open_clip 3.3.0 has this option; the main branch has neither it nor the last argument of `gather_features`.
+HOROVOD = "use_horovod" in inspect.signature(original.gather_features).parameters
 
 __all__ = ["ClipLoss"]
 
@@ -33,7 +40,9 @@ class ClipLoss(original.ClipLoss):
         local_loss: with several processes, the rows of this process against those of all, 2 (N, W N) problems of the
             target `rank N + i`; else the loss of all rows, in every process.
         gather_with_grad: gradients also reach the features of other processes.
-        cache_labels, rank, world_size, use_horovod: as in open_clip.
+        cache_labels: keep the targets of a batch size, for calls of `get_ground_truth`.
+        rank, world_size: this process's number, and how many there are.
+        use_horovod: gather by Horovod; only where open_clip has this option, as 3.3.0 does.
 
     Example:
         >>> image, text = (F.normalize(torch.randn(32, 128, requires_grad=True), dim=-1) for _ in range(2))
@@ -48,12 +57,15 @@ class ClipLoss(original.ClipLoss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The 0-d loss of (N, D) features, or `{"contrastive_loss": loss}`: in the features' dtype, float32 under
-        autocast. The features are taken as they are: unit rows, as CLIP's models return them."""
+        """Return the 0-d loss of (N, D) features, or with `output_dict` `{"contrastive_loss": loss}`.
+
+        It has the features' dtype, float32 under autocast. The features are taken as they are: unit rows, as CLIP's
+        models return them. `logit_scale` is already exponentiated.
+        """
         try:
             loss = self._fused(image_features, text_features, logit_scale, logit_bias)
         except (TypeError, ValueError) as why:
-            # or its error, in the context of ours
+            # or raise the original's error, which shows ours as its context
             result = super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
             say_once("ClipLoss", said(why))
             return result
@@ -68,8 +80,9 @@ class ClipLoss(original.ClipLoss):
             return clip_loss(image, text, logit_scale, logit_bias)
         t, bias = temperature_of(logit_scale, image), bias_of(logit_bias)
         all_image, all_text = original.gather_features(
-            image, text, self.local_loss, self.gather_with_grad, self.rank, self.world_size, self.use_horovod
-        )
+            image, text, self.local_loss, self.gather_with_grad, self.rank, self.world_size,
+            *([self.use_horovod] if HOROVOD else []),
+        )  # fmt: skip
         if not self.local_loss:
             return clip_loss(all_image, all_text, logit_scale, logit_bias)
         target = self.get_ground_truth(image.device, len(image))

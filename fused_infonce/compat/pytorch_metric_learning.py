@@ -47,14 +47,15 @@ from ..compose.rows import class_sums, dots, unit
 from .common import one_number, said, say_once
 
 SIMILARITIES = (distances.CosineSimilarity, distances.DotProductSimilarity)
-CHECKED = 2**20  # pairs of a tuple that are looked at together
+CHECKED = 2**20  # pairs of a tuple that are looked at in one part
 
 
 @dataclass(frozen=True)
 class AllPairs:
-    """In place of an `indices_tuple`: all pairs of two labels, and those of one label but that of row i and key own_i.
+    """A stand-in for an `indices_tuple` of all pairs but the pair of each row i with the key own_i.
 
-    own: (N,), keys of the row's label, -1 for none. make: gives the tuple itself.
+    own: (N,), a key of each row's label, -1 for none
+    make: returns the tuple itself
     """
 
     own: Tensor
@@ -63,8 +64,13 @@ class AllPairs:
 
 @dataclass(frozen=True)
 class Labels:
-    """Of rows, (N,), and keys, (M,), int64, and `own` as above; how many pairs they make; whether rows and keys are the
-    same, two of each label."""
+    """The labels of a call, and what pairs they make.
+
+    rows, keys: (N,) and (M,), int64
+    own: (N,), the key that makes no pair with row i, -1 for none
+    positives, negatives: the numbers of pairs of one label and of two
+    twins: whether the keys are the rows, with exactly two of each label
+    """
 
     rows: Tensor
     keys: Tensor
@@ -75,11 +81,11 @@ class Labels:
 
 
 class _Fused:
-    """Computes the losses where they can be fused; the class after it, the original, does the rest."""
+    """A base class that computes a loss where it can be fused; the next base class, the original, does the rest."""
 
     backend: str = "auto"
     workspace_limit: int | None = None
-    original: Any  # the class whose losses these are
+    original: Any  # the class of the library that a drop-in stands in for
 
     def compute_loss(
         self: Any, embeddings: Any, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any
@@ -93,7 +99,7 @@ class _Fused:
             loss = super().compute_loss(embeddings, labels, made, ref_emb, ref_labels)  # type: ignore[misc]
             say_once(type(self).__name__, why)
             return loss
-        if found.positives <= 1 and found.negatives <= 1:  # the original's rule, before it looks at a distance
+        if found.positives <= 1 and found.negatives <= 1:  # here the original does not even look at distances
             return self.zero_losses()
         self._record_norms(embeddings, ref_emb)
         if not found.positives or not found.negatives:
@@ -102,11 +108,11 @@ class _Fused:
         normalize = self.distance.normalize_embeddings
         rows, context = wide(embeddings)
         keys = rows if ref_emb is embeddings else wide(ref_emb)[0]
-        if keys is ref_emb and not ref_emb.requires_grad:  # a memory, which may be overwritten before the backward
+        if keys is ref_emb and not ref_emb.requires_grad:  # a memory may be overwritten before the backward
             keys = keys.clone()
         t = checks.temperature(self.temperature, rows, rows.dtype)
         options = call_options(self.backend, self.workspace_limit)
-        twins = found.twins and keys is rows  # then half of the symmetric matrix will do
+        twins = found.twins and keys is rows  # half of a symmetric matrix will do
         problem = Problem(KeySet(rows), (KeySet(keys),), t, normalize=normalize, self_similar=twins)
         with context:
             terms, indices, kind = self._terms(problem, found, options)
@@ -114,7 +120,7 @@ class _Fused:
         return {"loss": {"losses": terms, "indices": indices, "reduction_type": kind}}
 
     def _why_not(self: Any, embeddings: Any, ref_emb: Any) -> str:
-        """What of the loss and the embeddings cannot be fused, or ""."""
+        """Return what it is in the loss or the embeddings that cannot be fused; "" if all can."""
         if type(self)._compute_loss is not self.original._compute_loss:
             return "a subclass has a _compute_loss of its own"
         if type(self.distance) not in SIMILARITIES or self.distance.p != 2 or self.distance.power != 1:
@@ -130,7 +136,7 @@ class _Fused:
         return "" if ref_emb.shape[1] == embeddings.shape[1] else "ref_emb must have as many components as embeddings"
 
     def _record_norms(self: Any, embeddings: Tensor, ref_emb: Tensor) -> None:
-        """What the distance would record."""
+        """Record the statistics of norms that the distance would record."""
         distance = self.distance
         distance.reset_stats()
         if distance.collect_stats:
@@ -139,9 +145,9 @@ class _Fused:
 
 
 class NTXentLoss(_Fused, losses.NTXentLoss):
-    """The original with O((N + M) D + P) memory for P pairs of equal labels.
+    """NT-Xent of pytorch-metric-learning with O((N + M) D + P) memory for P pairs of equal labels.
 
-    backend, workspace_limit: as in `fused_infonce.info_nce`; attributes of the class or of a loss.
+    The attributes `backend` and `workspace_limit`, of the class or of a loss, are those of `fused_infonce.info_nce`.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.1)
@@ -156,7 +162,7 @@ class NTXentLoss(_Fused, losses.NTXentLoss):
             stats = contrast.statistics(replace(problem, target=pairs[1]), options).rows
             return infonce(stats.neg - stats.pos), pairs, "pos_pair"
         others = _with_ids(problem, torch.full_like(labels.rows, -1), labels.rows, labels.keys)
-        neg = contrast.statistics(others, options).rows.neg  # over all that are not of the row's label
+        neg = contrast.statistics(others, options).rows.neg  # over the keys of other labels
         with without_autocast(neg.device.type):
             x, y = _units(problem)
             margins = pair_margins(neg, x / problem.temperature.values, y, *pairs, options.workspace_limit)
@@ -164,9 +170,9 @@ class NTXentLoss(_Fused, losses.NTXentLoss):
 
 
 class SupConLoss(_Fused, losses.SupConLoss):
-    """The original with O((N + M) D) memory.
+    """The supervised contrastive loss of pytorch-metric-learning with O((N + M) D) memory.
 
-    backend, workspace_limit: as in `fused_infonce.info_nce`; attributes of the class or of a loss.
+    The attributes `backend` and `workspace_limit`, of the class or of a loss, are those of `fused_infonce.info_nce`.
 
     Example:
         >>> loss = SupConLoss(temperature=0.1)
@@ -178,7 +184,7 @@ class SupConLoss(_Fused, losses.SupConLoss):
     def _terms(self, problem: Problem, labels: Labels, options: Options) -> tuple[Tensor, Any, str]:
         order, first, count = members(labels.rows, labels.keys)
         own, last = labels.own, len(order) - 1
-        place = first + (order[first.clamp(max=last)] == own).long()  # the first of the row's label that is not own
+        place = first + (order[first.clamp(max=last)] == own).long()  # of the first positive that is not own
         target = torch.where(place < first + count, order[place.clamp(max=last)], -1)
         count = count - (own >= 0).long()
         index = torch.arange(len(own), device=own.device)
@@ -192,13 +198,14 @@ class SupConLoss(_Fused, losses.SupConLoss):
             total, _ = class_sums(labels.keys, y, labels.rows)
             total = total - torch.where((own >= 0)[:, None], y[own.clamp(min=0)], 0)
             mean = dots(x, total) / (problem.temperature.values * count.clamp(min=1))
-            # lse over all others - mean, in two parts: of a single positive the second is 0 and the first exact
+            # The logsumexp over all others less the mean, in two parts: with one positive the second is 0, and the
+            # first is exact however small the loss.
             terms = infonce(stats.neg - stats.pos) + torch.where(count == 1, 0, stats.pos - mean)
             return torch.where(count == 0, 0, terms), index, "element"
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
-    """The original, whose N x M pairs are not made for the losses of this module where it has no miner."""
+    """The memory of pytorch-metric-learning; without a miner it makes no N x M pairs for this module's losses."""
 
     def create_indices_tuple(
         self,
@@ -209,11 +216,12 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         input_indices_tuple: Any,
         do_remove_self_comparisons: bool,
     ) -> Any:
+        """Return the pairs of a batch and the memory, or an `AllPairs` in their place."""
         make = partial(
             super().create_indices_tuple, embeddings, labels, E_mem, L_mem, input_indices_tuple,
             do_remove_self_comparisons,
         )  # fmt: skip
-        few = len(embeddings) < 2  # of a single row the original keeps the pair with itself
+        few = len(embeddings) < 2  # of a single row the original keeps the pair with itself, which `own` would drop
         if self.miner or input_indices_tuple is not None or few or not isinstance(self.loss, _Fused):
             return make()
         own = self.curr_batch_idx if do_remove_self_comparisons else torch.full_like(labels, -1, dtype=torch.long)
@@ -221,15 +229,15 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
 
 def _dtype(embeddings: Tensor, temperature: Any) -> torch.dtype:
-    """That of the original's losses: of its products and its temperature."""
+    """Return the dtype of the original's losses, which is that of its products and its temperature."""
     dtype, device = product_dtype(embeddings), embeddings.device.type
     if torch.is_autocast_enabled(device) and device != "cpu" and dtype != torch.float64:
-        return torch.float32  # there autocast makes exponentials and sums in float32
+        return torch.float32  # where autocast makes exponentials and sums in float32
     return torch.result_type(torch.empty(1, 1, dtype=dtype), temperature)
 
 
 def _units(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Rows and keys as the logits see them."""
+    """Return rows and keys in the dtype of the logits, divided by their norms if the distance does that."""
     dtype = problem.temperature.values.dtype
     query, key = problem.inputs
     x = unit(query, problem.normalize, dtype)
@@ -242,7 +250,7 @@ def _with_ids(problem: Problem, target: Tensor, row_ids: Tensor, key_ids: Tensor
 
 
 def _labels(labels: Any, indices_tuple: Any, ref_labels: Any) -> tuple[Labels | None, str]:
-    """What pairs they make, or why they are not known from labels."""
+    """Return the labels of a call and their pairs; or None, and why labels do not say which pairs there are."""
     if labels is None or ref_labels is None:
         return None, "labels or ref_labels are not given"
     n, m = len(labels), len(ref_labels)
@@ -252,7 +260,8 @@ def _labels(labels: Any, indices_tuple: Any, ref_labels: Any) -> tuple[Labels | 
             return None, "labels are NaN"
         rows, keys = torch.unique(both, return_inverse=True)[1].split([n, m])
     else:
-        rows, keys = (x.to(torch.int64, copy=True) for x in (labels, ref_labels))  # as of a memory of embeddings
+        # copies, since a memory's labels may be overwritten before the backward
+        rows, keys = (x.to(torch.int64, copy=True) for x in (labels, ref_labels))
     count = members(rows, keys)[2]
     twins = False
     own: Tensor | None = torch.full_like(rows, -1)
@@ -264,13 +273,13 @@ def _labels(labels: Any, indices_tuple: Any, ref_labels: Any) -> tuple[Labels | 
         own = torch.arange(n, device=rows.device)
         twins = bool((count == 2).all())
     if own is None:
-        return None, "indices_tuple is not all pairs by labels, in order"
+        return None, "indices_tuple is not all pairs by labels in order (pairs that a miner chose are not fused)"
     equal = int(count.sum())
     return Labels(rows, keys, own, equal - int((own >= 0).sum()), n * m - equal, twins), ""
 
 
 def _own(indices_tuple: Any, row_ids: Tensor, key_ids: Tensor) -> Tensor | None:
-    """(N,) as in `AllPairs` of a tuple of all pairs but at most one positive of each row; of any other None."""
+    """Return `AllPairs.own` of a tuple of all pairs but at most one positive of each row; None for any other tuple."""
     known = all(isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 1 for x in indices_tuple)
     if len(indices_tuple) != 4 or not known or any(x.device != row_ids.device for x in indices_tuple):
         return None
@@ -290,11 +299,14 @@ def _own(indices_tuple: Any, row_ids: Tensor, key_ids: Tensor) -> Tensor | None:
 
 
 def _are_pairs(rows: Tensor, keys: Tensor, row_ids: Tensor, key_ids: Tensor, equal: bool) -> bool:
-    """Whether these are pairs of equal ids, or of different ones, in order and each once. Reads a part at a time."""
+    """Return whether these are pairs of equal (or of different) ids, in order and each once.
+
+    The pairs are looked at in parts of CHECKED.
+    """
     n, m = len(row_ids), len(key_ids)
     good = torch.ones((), dtype=torch.bool, device=rows.device)
     for start in range(0, len(rows), CHECKED):
-        part = slice(max(start - 1, 0), start + CHECKED)  # from the last of the part before, for the order
+        part = slice(max(start - 1, 0), start + CHECKED)  # with the last pair of the part before, to see the order
         i, j = rows[part], keys[part]
         good &= ((i >= 0) & (i < n) & (j >= 0) & (j < m)).all()
         good &= ((row_ids[i.clamp(0, n - 1)] == key_ids[j.clamp(0, m - 1)]) == equal).all()

@@ -74,32 +74,37 @@ class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
     """
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """The 0-d loss of [anchors, positives, hard negatives...], (N, D) each; float32 or float64, under autocast the
-        dtype that the original's has."""
+        """Return the 0-d loss of [anchors, positives, hard negatives...], (N, D) each.
+
+        It is float32, or float64 for float64 embeddings; under autocast it has the original's dtype.
+        """
         try:
             return _multiple_negatives(self, embeddings)
         except (TypeError, ValueError) as why:
-            loss = super().compute_loss_from_embeddings(embeddings, labels)  # or its error, in the context of ours
+            loss = super().compute_loss_from_embeddings(embeddings, labels)  # or raise its error
             say_once("MultipleNegativesRankingLoss", said(why))
             return loss
 
 
 class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRankingLoss):
-    """`MultipleNegativesRankingLoss` by GradCache: embeddings are made twice, in mini-batches, the second time with the
-    gradients of the loss over all of them.
+    """`MultipleNegativesRankingLoss` by GradCache, which embeds a batch twice in mini-batches to save memory.
+
+    The second pass takes the gradients of the loss over the whole batch.
 
     Args:
         mini_batch_size, mini_batch_num_tokens: rows, or tokens, that are embedded at a time; the loss is that of the
             whole batch whatever they are.
-        show_progress_bar: while embedding.
-        The others as in `MultipleNegativesRankingLoss`.
+        show_progress_bar: show a bar while embedding.
+        The other arguments are those of `MultipleNegativesRankingLoss`.
     """
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The 0-d loss of the embeddings of every column, in mini-batches; detached `with_backward`, which gives these
-        their gradients."""
+        """Return the 0-d loss of the embeddings of every column, given in mini-batches.
+
+        `with_backward` gives the embeddings their gradients and detaches the loss.
+        """
         try:
             loss = _multiple_negatives(self.loss, [torch.cat(parts) for parts in reps])
         except (TypeError, ValueError) as why:
@@ -113,24 +118,25 @@ class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRanking
 
 
 class GISTEmbedLoss(original.GISTEmbedLoss):
-    """InfoNCE but for the negatives that a guide model takes for positives, without the (B, B, D) tensors of cosines;
-    see `functional.guided_info_nce`.
+    """InfoNCE without the negatives that a guide model takes for positives, and without (B, B, D) tensors of cosines.
+
+    The formula is that of `functional.guided_info_nce`.
 
     Args:
         model, guide: SentenceTransformers with tokenizers.
         temperature: a positive number or a tensor of one element, which gets a gradient.
-        margin_strategy, margin: negatives are left out above c, less the margin or margin |c|, c being the guide's
-            cosine of the pair.
+        margin_strategy, margin: with c the guide's cosine of a pair, negatives above c - margin ("absolute") or above
+            c - margin |c| ("relative") are left out.
         contrast_anchors, contrast_positives: other anchors, and other positives, are negatives too.
         gather_across_devices: this process's anchors against the positives and negatives of all, with gradients.
     """
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """The 0-d loss of (anchor, positive) or (anchor, positive, negative) columns of features."""
+        """Return the 0-d loss of (anchor, positive) or (anchor, positive, negative) columns of features."""
         columns = list(sentence_features)
         untouched = [dict(column) for column in columns]  # models write into what they are given
         if not 2 <= len(columns) <= 3:
-            return super().forward(columns, labels)  # its error
+            return super().forward(columns, labels)  # which raises its error
         rows = embed_columns(self.model, columns)
         with torch.no_grad():
             guides = embed_columns(self.guide, _features_of_guide(self, untouched))
@@ -148,8 +154,10 @@ class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:
-        """The 0-d loss of the embeddings of every column, in mini-batches, and the guide's; detached `with_backward`,
-        which gives the embeddings their gradients."""
+        """Return the 0-d loss of the embeddings of every column, given in mini-batches, and of the guide's.
+
+        `with_backward` gives the embeddings their gradients and detaches the loss.
+        """
         try:
             loss = _guided(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)))
         except (TypeError, ValueError) as why:
@@ -163,13 +171,13 @@ class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
 
 
 def _features_of_guide(loss: Any, columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the guide embeds: the same features, or with a tokenizer of its own the texts that they stand for."""
+    """Return the features that the guide embeds: those of the model, or of their texts by the guide's tokenizer."""
     if not loss.must_retokenize:
         return [dict(column) for column in columns]
     features = []
     for column in columns:
         tokens = column["input_ids"]
-        if "cu_seq_lens_q" in column:  # the texts of a column in one row, from each of these places to the next
+        if "cu_seq_lens_q" in column:  # a column's texts lie in one row, between these places
             tokens = [row.tolist() for row in torch.tensor_split(tokens[0].cpu(), column["cu_seq_lens_q"][1:-1].cpu())]
         texts = loss.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         features.append(batch_to_device(loss.guide.preprocess(texts), loss.guide.device))
@@ -177,7 +185,7 @@ def _features_of_guide(loss: Any, columns: Sequence[dict[str, Any]]) -> list[dic
 
 
 def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
-    """What `loss` makes of [anchors, positives, negatives...] and the guide's embeddings of the same."""
+    """Return the value of `loss` for [anchors, positives, negatives...] and the guide's embeddings of their texts."""
     if len(rows) != len(guides) or len(rows) < 2:
         raise ValueError(f"as many columns must be embedded by the guide for the fused loss, got {len(guides)}")
     similarity, entropy = loss.similarity_fct, loss.cross_entropy_loss
@@ -211,12 +219,13 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
     )
     with torch.no_grad():
         one = loss.sim_matrix(query[:1], query[:1]) / loss.temperature
-        dtype = entropy(one, torch.zeros(len(one), dtype=torch.int64, device=one.device)).dtype  # the original's
+        # the dtype that the original's loss has
+        dtype = entropy(one, torch.zeros(len(one), dtype=torch.int64, device=one.device)).dtype
     return value.to(dtype)
 
 
 def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
-    """What `loss`, an original or one of ours, makes of [anchors, positives, hard negatives...]."""
+    """Return the value of `loss`, an original or a drop-in, for [anchors, positives, hard negatives...]."""
     normalize = _is_cosine(loss.similarity_fct)
     query, *documents = _alike(embeddings)
     offset, every = 0, None
@@ -241,14 +250,14 @@ def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
 
 
 def _temperature(scale: Any, rows: Tensor) -> Any:
-    """1 / scale, in the dtype of the statistics where it is a tensor."""
+    """Return 1 / scale, in the dtype of the statistics where it is a tensor."""
     return 1 / (scale.to(accumulator(rows.dtype)) if isinstance(scale, Tensor) else scale)
 
 
 def _is_cosine(similarity: Any) -> bool:
-    """Or the dot product."""
+    """Return whether a similarity is the cosine, and not the dot product; any other is refused."""
     kind = getattr(getattr(similarity, "__self__", None), "similarity_fn_name", None)
-    if kind is not None and getattr(similarity, "__name__", "") == "similarity":  # that of a model
+    if kind is not None and getattr(similarity, "__name__", "") == "similarity":  # a model's method
         similarity = SimilarityFunction.to_similarity_fn(kind)
     if similarity is dot_score:
         return False
@@ -258,7 +267,10 @@ def _is_cosine(similarity: Any) -> bool:
 
 
 def _alike(embeddings: Sequence[Tensor]) -> list[Tensor]:
-    """Dense columns of one shape; where their dtypes differ, in float32 at least, as the originals have all of them."""
+    """Return the columns, checked to be dense and of one shape; if their dtypes differ, in float32 at least.
+
+    The originals have all embeddings in float32 at least.
+    """
     for i, x in enumerate(embeddings):
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.shape != embeddings[0].shape:
             raise ValueError(f"columns must be dense tensors of one shape for the fused loss, got another at {i}")
@@ -269,6 +281,6 @@ def _alike(embeddings: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def _loss_dtype(rows: Tensor, scale: float | Tensor) -> torch.dtype:
-    """Of `logsumexp(scale cos)` of these rows in at least float32: under autocast it depends on the device."""
+    """Return the dtype of `logsumexp(scale cos)` in at least float32, which under autocast depends on the device."""
     one = torch.zeros((1, 1), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
     return torch.logsumexp(one @ one * scale, dim=1).dtype

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..functional import sup_con
+from ..losses.sup_con import ContrastMode, sup_con
 
 __all__ = ["SupConLoss"]
 
@@ -41,7 +41,7 @@ class SupConLoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float | Tensor = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07
+        self, temperature: float | Tensor = 0.07, contrast_mode: ContrastMode = "all", base_temperature: float = 0.07
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -49,7 +49,7 @@ class SupConLoss(nn.Module):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The 0-d loss, float64 for float64 features, else float32.
+        """Return the 0-d loss, float64 for float64 features, else float32.
 
         Args:
             features: (N, V, ...), V views of N samples.
@@ -57,21 +57,22 @@ class SupConLoss(nn.Module):
             mask: (N, N) weights of sample j as a positive of sample i, on any device. Without both, the views of a
                 sample are its positives.
 
-        Raises: ValueError, TypeError: see `fused_infonce.sup_con` and the top of this module.
+        Raises:
+            ValueError, TypeError: see `fused_infonce.sup_con` and the top of this module.
         """
         if isinstance(features, Tensor):
             labels = _classes(labels, features.device) if isinstance(labels, Tensor) else labels
             mask = mask.to(features.device) if isinstance(mask, Tensor) else mask
         base = checks.positive_float("base_temperature", self.base_temperature)
         loss = sup_con(features, labels, mask, self.temperature, self.contrast_mode, None, normalize=False)
-        return loss * (self.temperature / base)  # with a gradient through the factor, as the original's
+        return loss * (self.temperature / base)  # a gradient flows through the factor, as in the original
 
 
 def _classes(labels: Tensor, device: torch.device) -> Tensor:
-    """Integers that are equal where the labels are."""
+    """Return integers that are equal where the labels are equal."""
     labels = labels.flatten().to(device)
     if labels.dtype in checks.INTEGERS:
         return labels
     if not labels.is_floating_point():
         return labels.long()
-    return torch.searchsorted(torch.sort(labels).values, labels)  # its place in order: no synchronisation
+    return torch.searchsorted(torch.sort(labels).values, labels)  # torch.unique would synchronise

@@ -1,1 +1,1 @@
-"""Between a loss and the primitive: arguments to a problem, and vectors of rows to a loss."""
+"""The way from a user's arguments to the primitive, and from the statistics of rows back to a loss."""

@@ -1,4 +1,4 @@
-"""From a user's arguments, checked, to a `Problem` and the options of its call."""
+"""Checks of a user's arguments, and the `Problem` and `Options` that they make."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def of_keys(
 
 
 def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | None) -> Tensor | None:
-    """Return the ids whose negatives the rows do not want: their queries', or for lack of these their positives'."""
+    """Return the id of each row, whose negatives of that id are left out: its query's, or else its positive's."""
     if query_ids is not None or key_ids is None or target is None:
         return key_ids if query_ids is None else query_ids
     return key_ids[target.clamp(0, len(key_ids) - 1)] if len(key_ids) else target
@@ -89,7 +89,10 @@ def _check_embeddings(
 
 
 def key_embeddings(query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, targets: bool) -> None:
-    """Check (N, D) queries, their keys and negatives; targets: whether keys need not be as many as queries."""
+    """Check (N, D) queries, their keys and negatives.
+
+    targets: whether a target says which key is a query's, so that keys need not be as many as queries.
+    """
     checks.embeddings("query", query, 2, "(N, D)")
     checks.embeddings("positive_key", positive_key, 2, "(N, D)")
     tensors = {"query": query, "positive_key": positive_key}
@@ -147,7 +150,7 @@ def all_ids(
 
 
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
-    """Return the problem of two views' rows against those of all other samples, the other view their positive."""
+    """Return the problem of the rows of two views against all others, where the other view is the positive."""
     rows = stacked(views(view_a, view_b, ()))
     target = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
     same = KeySet(rows)
@@ -155,8 +158,8 @@ def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normal
 
 
 def stacked(views: Sequence[Tensor]) -> Tensor:
-    """Return the (V N, D) rows of all views, those of the first one first."""
-    with without_autocast(views[0].device.type):  # autocast would refuse rows of its other 16-bit dtype
+    """Return the (V N, D) rows of all views, one view after another."""
+    with without_autocast(views[0].device.type):  # autocast refuses rows of another 16-bit dtype than its own
         return torch.cat(list(views))
 
 

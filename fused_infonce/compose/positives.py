@@ -1,4 +1,4 @@
-"""Pairs of rows and keys: those of equal ids, and the logits of some, without the N x M matrix of all."""
+"""Pairs of rows and keys of equal ids, and the logits of chosen pairs, without the N x M matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..contrast import differentiable_once
 
 
 def members(row_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(M,) the keys sorted by id, and for each row where those of its id begin among them and how many they are, (N,).
+    """Return the keys sorted by id, (M,), and for each row the first key of its id among them and their number, (N,).
 
     Keys of one id keep their order.
     """
@@ -23,13 +23,13 @@ def members(row_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def equal_pairs(row_ids: Tensor, key_ids: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The P pairs of a row and a key of one id, by row, then by key: their rows and their keys, (P,) int64 each.
+    """Return the rows and the keys, (P,) int64 each, of the P pairs of one id, ordered by row, then by key.
 
-    own: (N,) a key that makes no pair with row i; -1 for none.
+    own: (N,) the key that makes no pair with row i; -1 for none.
     """
     order, first, count = members(row_ids, key_ids)
     rows = torch.arange(len(row_ids), device=row_ids.device).repeat_interleave(count)
-    start = count.cumsum(0) - count  # of a row's pairs
+    start = count.cumsum(0) - count  # where a row's pairs begin
     keys = order[torch.arange(len(rows), device=rows.device) + (first - start)[rows]]
     if own is None:
         return rows, keys
@@ -40,9 +40,9 @@ def equal_pairs(row_ids: Tensor, key_ids: Tensor, own: Tensor | None = None) -> 
 def pair_margins(
     neg: Tensor, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, workspace_limit: int | None = None
 ) -> Tensor:
-    """(P,) `neg_i - x_i . y_j` of the pairs (i, j), differentiable in neg (N,), x (N, D) and y (M, D).
+    """Compute (P,) `neg_i - x_i . y_j` of the pairs (i, j), differentiable in neg (N,), x (N, D) and y (M, D).
 
-    Beyond vectors of P only parts of the P rows are gathered, within the limit. Gradients are added in one order.
+    Rows are gathered in parts that fit the workspace limit. Gradients are always added in the same order.
     """
     return _Margins.apply(neg, x, y, rows, keys, workspace_limit or default_limit(x.device.type))
 
@@ -52,7 +52,7 @@ class _Margins(torch.autograd.Function):
     def forward(ctx: Any, neg: Tensor, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, limit: int) -> Tensor:
         ctx.save_for_backward(x, y, rows, keys)
         margins = neg[rows]
-        step = max(1, limit // max(3 * x.shape[1] * x.element_size(), 1))  # rows, keys and their products
+        step = max(1, limit // max(3 * x.shape[1] * x.element_size(), 1))  # for rows, keys and their products
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             margins[part] -= torch.linalg.vecdot(x[rows[part]], y[keys[part]])
@@ -73,7 +73,7 @@ class _Margins(torch.autograd.Function):
 
 
 def sums(place: Tensor, count: int, index: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """(count, D): at each place the sum of `weight_k rows[index_k]` over the k of that place. None is copied."""
+    """Compute (count, D) sums of `weight_k rows[index_k]` over the k of each place, without a copy of the rows."""
     ordered, order = torch.sort(place, stable=True)
     first = torch.searchsorted(ordered, torch.arange(count, device=place.device))
     return F.embedding_bag(index[order], rows, first, mode="sum", per_sample_weights=weight[order])

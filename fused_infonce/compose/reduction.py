@@ -1,7 +1,8 @@
-"""From the statistics of rows to a loss: directions, weights and reductions."""
+"""Reduction of the rows' statistics to a loss: directions, weights, "mean", "sum" and "none"."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ from .. import contrast
 from ..backends import Options, Reduction
 from ..backends.contract import Problem, RowStatistics
 from ..backends.precision import all_wide
+from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
 
 # A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,).
@@ -25,6 +27,8 @@ def reduced(problem: Problem, options: Options, loss: Loss, weight: Tensor | Non
 
     "mean" divides by the sum of the weights, and is NaN where that is 0. Rows without a target are ignored.
     """
+    if len(problem.keys) == 1 and problem.keys[0].rows.shape[0] == 1 + problem.self_similar and problem.in_batch:
+        _say_lonely()
     if isinstance(loss, str) and closed_form(problem, options, weight):
         w, empty = row_weights(problem, options.reduction, weight)
         total = contrast.reduced_loss(problem, options, loss, w)
@@ -41,7 +45,7 @@ def closed_form(problem: Problem, options: Options, weight: Tensor | None) -> bo
 
 
 def apart(problem: Problem) -> bool:
-    """Return whether the columns' direction is a problem of its own, since other negatives replace the rows' keys."""
+    """Return whether the direction of the columns is a problem apart, because only rows have explicit negatives."""
     return problem.columns and not problem.in_batch
 
 
@@ -61,13 +65,13 @@ def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: T
     if reduction == "none":
         return _counted(rows if weight is None else weight * rows, problem)
     w, empty = row_weights(problem, reduction, weight)
-    # the loss of a row of weight 0 is the gradient of its weight
+    # A row of weight 0 counts for nothing, but where weights have a gradient the row's loss is the gradient.
     total = (_counted(w * rows, problem) if w.requires_grad else weighted(rows, w)).sum()
     return total if empty is None else torch.where(empty, torch.nan, total)
 
 
 def _counted(rows: Tensor, problem: Problem) -> Tensor:
-    return rows if problem.every_row_counts else rows.masked_fill(problem.target == -1, 0)
+    return rows if problem.self_similar or problem.target is None else rows.masked_fill(problem.target == -1, 0)
 
 
 def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -96,3 +100,17 @@ def widened(problem: Problem) -> tuple[Problem, AbstractContextManager[Any]]:
     (query, *keys), context = all_wide(problem.inputs)
     sets = [s._replace(rows=rows) for s, rows in zip(problem.keys, keys, strict=True)]
     return replace(problem, query=problem.query._replace(rows=query), keys=tuple(sets)), context
+
+
+def _say_lonely() -> None:
+    """Warn, once in a process, that a batch of one pair is compared with nothing."""
+    if not torch.compiler.is_compiling() and not _said:
+        _said.append(True)
+        warnings.warn(
+            "a batch of one pair has no negatives, so that its loss is 0 and has no gradient: give more pairs or "
+            "explicit negatives; a DataLoader leaves out a last, smaller batch with drop_last=True",
+            stacklevel=user_level(),
+        )
+
+
+_said: list[bool] = []

@@ -51,7 +51,7 @@ def statistics(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> RowStatistics | Statistics:
-    """Compute what contrastive losses are made of, without the N x M logits: write a loss of your own on it.
+    """Compute the statistics of which contrastive losses are made, to write a loss of your own without N x M logits.
 
         pos_i = s_i,y    neg_i = log sum_j exp(s_ij)    mean_i = sum_j p_ij s_ij    maximum_i = max_j s_ij
         s_ij = cos(q_i, k_j) / t_i,    p_ij = exp(s_ij - neg_i)
@@ -60,9 +60,9 @@ def statistics(
     loss `neg - pos`, and `exp(neg - mean)` the effective number of negatives.
 
     Args:
-        columns: return `Statistics(rows, columns)`, where `columns` are those of the keys against the queries, from the
-            same products; column j has the temperature and the positive of row j. Needs N = M and no `target`.
-        All others: as in `info_nce`.
+        columns: return `Statistics(rows, columns)`, where `columns` are the statistics of the keys against the queries,
+            from the same products; column j has the temperature and the positive of row j. Needs N = M and no `target`.
+        The other arguments are those of `info_nce`.
 
     Returns:
         `RowStatistics(pos, neg, mean, maximum, scale)`, (N,) each: float64 for float64 inputs, else float32. Gradients
@@ -85,4 +85,6 @@ def statistics(
 
 def _natural(rows: RowStatistics) -> RowStatistics:
     """Return statistics whose maximum is a logit; backends hold it in base 2, and 0 where there are no negatives."""
-    return rows._replace(maximum=torch.where(rows.neg == -torch.inf, -torch.inf, rows.maximum * LN2))
+    neg = rows.neg.detach()
+    lost = neg.isnan() | (neg == -torch.inf)  # a kernel's maximum passes over NaN
+    return rows._replace(maximum=torch.where(lost, neg, rows.maximum * LN2))

@@ -1,4 +1,4 @@
-"""What all losses are as modules: they hold options and a temperature, and their forward calls a function."""
+"""Base classes of the losses as modules: they hold options and a temperature, and their forward calls a function."""
 
 from __future__ import annotations
 
@@ -17,33 +17,38 @@ Negatives = Literal["views", "keys"]
 
 
 class Plans(tuple[Plan, ...]):
-    """The plans of a call, one for each pass over scores; printed, a line each."""
+    """The plans of a call, one for each matrix of scores that it goes over; they print a line each."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
 
 class Explained(nn.Module):
-    """A module of which one may ask how a call would be computed."""
+    """A module that can say how a call of it would be computed."""
 
     if TYPE_CHECKING:  # nn.Module's returns Any
 
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def explain(self, *args: Any, **kwargs: Any) -> Plans:
-        """Return how this very call would be computed, and why, without computing scores.
+        """Return how a call with these arguments would be computed, and why, without computing scores.
 
-        It takes the arguments of a call, and raises what the call would. Whether inputs require gradients matters.
+        The answer depends on whether the inputs require gradients. Arguments that the call refuses raise its errors.
         """
         with contrast.explaining() as plans:
             self(*args, **kwargs)
         return Plans(plans)
 
+    def __prepare_scriptable__(self) -> Explained:
+        """Refuse `torch.jit.script`, which calls this first, and which cannot read keyword-only arguments."""
+        raise TypeError(f"{type(self).__name__} cannot be compiled by torch.jit.script: use torch.compile")
+
 
 class ContrastiveLoss(HasTemperature, Explained):
-    """The options that all losses hold; see `HasTemperature` for the first three.
+    """The options that all losses hold.
 
     Args:
+        temperature, learnable_temperature, max_logit_scale: see `HasTemperature`.
         reduction: "mean", "sum" or "none".
         normalize: divide every row by its norm first.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -54,7 +59,7 @@ class ContrastiveLoss(HasTemperature, Explained):
     hidden: dict[str, Any] = {"normalize": True, "backend": "auto", "workspace_limit": None}  # noqa: RUF012  # defaults
 
     def __init__(
-        self, temperature: TemperatureLike, learnable_temperature: bool, max_logit_scale: float | None,
+        self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,
         reduction: Reduction, normalize: bool, backend: BackendName, workspace_limit: int | None,
     ):  # fmt: skip
         super().__init__(temperature, learnable_temperature, max_logit_scale)
@@ -67,7 +72,7 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that every function takes under these names."""
+        """The options that the functions of all losses take, by name."""
         return {
             "reduction": self.reduction,
             "normalize": self.normalize,
@@ -82,12 +87,12 @@ class ContrastiveLoss(HasTemperature, Explained):
 
 
 class PairLoss(ContrastiveLoss):
-    """What DCLLoss and DebiasedLoss share: a loss of two views of a batch, or of queries and keys.
+    """The base of DCLLoss and DebiasedLoss: a loss of two views of a batch, or of queries against keys.
 
     Args:
         negatives: "views" (the two inputs are views of a batch, and the rows of both views of other samples are the
-            negatives) or "keys" (queries against keys, as in `info_nce`).
-        symmetric, negative_mode, in_batch_negatives, ignore_index: as in `info_nce`, with negatives="keys".
+            negatives) or "keys" (the inputs are queries and keys).
+        symmetric, negative_mode, in_batch_negatives, ignore_index: options of `info_nce`, for negatives="keys" only.
     """
 
     def __init__(
@@ -112,7 +117,11 @@ class PairLoss(ContrastiveLoss):
         self, views: Callable[..., Tensor], keys: Callable[..., Tensor], query: Tensor, positive_key: Tensor,
         negative_keys: Tensor | None, rows: dict[str, Tensor | None], **own: Any,
     ) -> Tensor:  # fmt: skip
-        """Return the one or the other function of these inputs; `rows` are those that only `keys` takes."""
+        """Return the function `views` or `keys` of these inputs, as `negatives` says.
+
+        rows: arguments that only `keys` takes; with negatives="views" each must be None.
+        own: arguments that both take.
+        """
         if self.negatives == "keys":
             return keys(
                 query, positive_key, negative_keys, self.temperature, symmetric=self.symmetric,

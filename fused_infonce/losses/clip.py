@@ -38,16 +38,18 @@ def clip_loss(
     Args:
         image_features, text_features: (N, D) each, row i of one the pair of row i of the other; float16, bfloat16,
             float32 or float64. Unit rows, as CLIP's models return them, unless `normalize`.
-        logit_scale: what multiplies the products, already exponentiated: a positive number, a one-element tensor (on
-            the CPU too), or (N,) or (N, 1) per pair; gradients flow to tensors. Values of tensors are checked on a CPU;
-            on a GPU a bad one gives NaN.
+        logit_scale: the factor of the products, 1 / temperature, already exponentiated: a positive number, a
+            one-element tensor (on the CPU too), or (N,) or (N, 1) per pair; gradients flow to tensors. Values of
+            tensors are checked on a CPU; on a GPU a bad one gives NaN.
         logit_bias: a number or a one-element tensor. Added to every logit it changes no softmax: the loss does not
             depend on it, and its gradient is 0.
         normalize: divide every row by max(norm, 1e-12) first.
         reduction: "mean" over the N pairs, "sum", or "none": (N,).
-        backend, workspace_limit: as in `info_nce`.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -92,7 +94,7 @@ def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
 
 
 def bias_of(logit_bias: Any) -> Tensor | None:
-    """Checked; 0-d where it takes part in the gradient, else None."""
+    """Return a checked bias, 0-d, where it takes part in the gradient; else None."""
     if logit_bias is None:
         return None
     if not isinstance(logit_bias, Tensor):
@@ -101,22 +103,28 @@ def bias_of(logit_bias: Any) -> Tensor | None:
         return None
     if logit_bias.dtype not in checks.FLOATS:
         raise TypeError(f"logit_bias must be a number or a floating tensor, got {logit_bias.dtype}")
+    checks.dense("logit_bias", logit_bias)
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must be a number or a one-element tensor, got shape {tuple(logit_bias.shape)}")
     return logit_bias.reshape(()) if logit_bias.requires_grad and torch.is_grad_enabled() else None
 
 
 class ClipLoss(ContrastiveLoss):
-    """CLIP's symmetric loss, called as open_clip's `ClipLoss`; see `clip_loss`.
+    """CLIP's symmetric loss as a module, called as open_clip's `ClipLoss`: images, texts and the exponentiated scale.
+
+    The function `clip_loss` has the formula. Alone among the losses this one takes rows as they are, since CLIP's
+    models return unit rows, unless `normalize` says otherwise.
 
     Args:
-        normalize, reduction, backend, workspace_limit: as in `clip_loss`: alone among the losses, it takes rows as they
-            are unless `normalize`.
-        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP's model does; the
-            loss is then called without a scale. Give `loss.parameters()` to the optimizer, without weight decay.
-        temperature: the starting point of a learnable temperature, by default CLIP's 0.07; or what a call without a
-            scale takes, see `HasTemperature`. None, and not learnable: a call must pass a scale.
-        max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
+        temperature: 1 / scale for calls without a scale: a positive number, a tensor, or a callable of no arguments,
+            evaluated at every call; the start of a learnable one, by default 0.07. None: calls must give a scale.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        reduction: "mean", "sum" or "none" (one value per pair).
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = ClipLoss()
@@ -154,8 +162,12 @@ class ClipLoss(ContrastiveLoss):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; `logit_scale` is what multiplies the products, already exponentiated: CLIP's
-        `logit_scale.exp()`. None: 1 / temperature of this loss."""
+        """Return the loss of (N, D) images and their texts.
+
+        logit_scale: the factor of the products, already exponentiated: CLIP's `logit_scale.exp()`. None: 1 /
+            `temperature` of this module.
+        logit_bias: accepted as in open_clip; it does not change the loss.
+        """
         if logit_scale is not None:
             return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         if self.logit_scale is None and self.held_temperature is None:

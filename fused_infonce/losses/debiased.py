@@ -53,12 +53,16 @@ def debiased_info_nce(
 
     Args:
         tau_plus: tau+, the probability that a negative is of the query's class: a number in [0, 1), or an (N,) floating
-            tensor of one per row, which gets no gradient. With `symmetric` row i's is that of key i too. Values of
-            tensors are checked on a CPU; on a GPU a bad one gives NaN.
+            tensor of one per row, which gets no gradient. With `symmetric`, key i has the probability of row i. Values
+            of tensors are checked on a CPU; on a GPU a bad one gives NaN.
         normalize: True. Without it exp(-1 / t_i) is no bound, and False is a ValueError.
-        All others: as in `info_nce`. `temperature` has a gradient through exp(-1 / t_i) too.
+        The other arguments are those of `info_nce`; `temperature` has a gradient through exp(-1 / t_i) too.
 
-    Returns and raises: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
     Reference: Chuang et al. 2020, arXiv:2007.00224. `debiased_nt_xent` is its form for two views.
     """
@@ -92,14 +96,22 @@ def debiased_nt_xent(
     samples. The values are those of the authors' code, whose outputs are unit rows.
 
     Args:
-        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
-        temperature: as in `info_nce`; per row it has (2 N,) values, those of `view_a` first.
+        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; float16, bfloat16, float32 or
+            float64.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (2 N,) per row, those of `view_a`
+            first; gradients flow to tensors.
         reduction: "mean" over the 2 N rows, "sum", or "none": (2 N,), the rows of `view_a` first.
-        tau_plus: as in `debiased_info_nce`; per row it has (2 N,) values.
-        normalize: as in `debiased_info_nce`.
-        backend, workspace_limit: as in `info_nce`.
+        tau_plus: tau+, the probability that a negative is of the row's class: a number in [0, 1), or a (2 N,) floating
+            tensor of one per row, which gets no gradient.
+        normalize: True. Without it exp(-1 / t_i) is no bound, and False is a ValueError.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns and raises: as `info_nce`.
+    Returns:
+        A 0-d loss, or (2 N,) for "none": float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
     References: Chuang et al. 2020, arXiv:2007.00224; https://github.com/chingyaoc/DCL.
     """
@@ -122,11 +134,11 @@ def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
     the first part -inf unless y < 0.
     """
     t, x = problem.temperature.values, rows.neg - rows.pos
-    none = x == -torch.inf  # no negatives
+    none = x == -torch.inf  # the row has no negatives
     x = x.masked_fill(none, 0)
     n = negatives(problem).clamp(min=1).to(x.dtype)
     y = torch.log(n * tau) - x
-    over = y > -torch.finfo(y.dtype).tiny  # false of NaN, which stays; of a smaller -y the slope 1 / y is infinite
+    over = y > -torch.finfo(y.dtype).tiny  # NaN is not over, and stays; below this -y the slope 1 / y is infinite
     log1mexp = torch.log(-torch.expm1(y.masked_fill(over, -1)))
     estimate = (x + log1mexp - torch.log1p(-tau)).masked_fill(over, -torch.inf)
     floor = torch.log(n) - 1 / t - rows.pos
@@ -134,7 +146,7 @@ def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
 
 
 def negatives(problem: Problem) -> Tensor:
-    """Return (N,) how many negatives each row has, in O((N + M) log M)."""
+    """Return the number of negatives of each row, (N,), in O((N + M) log M)."""
     p, (key, *others) = problem, problem.keys
     n, m, row_ids, device = len(p.query.rows), len(key.rows), p.query.ids, p.query.rows.device
     count = torch.zeros(n, dtype=torch.int64, device=device)
@@ -154,6 +166,7 @@ def negatives(problem: Problem) -> Tensor:
 
 
 def prior(value: Any) -> float:
+    """Return a checked number as tau+."""
     number = checks.real("tau_plus", value)
     if not 0 <= number < 1:
         raise ValueError(f"tau_plus must be in [0, 1), got {value}")
@@ -172,14 +185,27 @@ def _tau_plus(value: Any, problem: Problem) -> Tensor:
 
 
 class DebiasedLoss(PairLoss):
-    """Debiased contrastive loss; see `debiased_nt_xent` and `debiased_info_nce`.
+    """Debiased contrastive loss as a module: of two views of a batch, or of queries against keys.
+
+    The functions `debiased_nt_xent` (views) and `debiased_info_nce` (keys) have the formulas. Rows are always divided
+    by their norms.
 
     Args:
-        tau_plus: as in those functions.
-        negatives: "views" (the two inputs are views of a batch, and the rows of both views of other samples are the
-            negatives) or "keys" (queries against keys, as in `info_nce`).
-        symmetric, negative_mode, in_batch_negatives: as in `info_nce`, with negatives="keys".
-        temperature, reduction, backend, workspace_limit: as in those functions.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per row of both views, or per query).
+        tau_plus: the probability, in [0, 1), that a negative is of the row's own class.
+        negatives: "views" (the inputs are two views of a batch, and the rows of both views of other samples are the
+            negatives) or "keys" (the inputs are queries and keys). The next four are options of "keys".
+        symmetric: take the mean with the loss of the keys against the queries.
+        negative_mode: "unpaired" (explicit negatives are shared by all queries) or "paired" (each query has its own).
+        in_batch_negatives: whether the other rows of `positive_key` are negatives; None: only without explicit ones.
+        ignore_index: a row with this `target` does not count.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = DebiasedLoss(temperature=0.5, tau_plus=0.1)
@@ -224,8 +250,11 @@ class DebiasedLoss(PairLoss):
         negative_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss of two views, or of queries and keys; `tau_plus` per row replaces the module's for this call. All
-        but it and the first two are of keys."""
+        """Return the loss of two views of a batch, or with negatives="keys" of queries and keys.
+
+        The first two inputs are (N, D) each. A `tau_plus` per row is for this call only. All other arguments are for
+        negatives="keys".
+        """
         rows = {
             "target": target, "query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids,
             "weight": weight,

@@ -40,7 +40,7 @@ def decoupled_info_nce(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """Decoupled contrastive loss (DCL) between queries and keys: the positive is not among what it is compared with.
+    """Decoupled contrastive loss (DCL) between queries and keys: InfoNCE without the positive in the denominator.
 
         loss_i = log( sum_j exp(s_ij) ) - w_i s_i,y,    s_ij = cos(q_i, k_j) / t_i
 
@@ -50,9 +50,13 @@ def decoupled_info_nce(
     Args:
         positive_weight: (N,) w, finite; gradients flow to it. None: 1. See `von_mises_fisher_weight` for DCLW's. With
             `symmetric` it holds in both directions.
-        All others: as in `info_nce`.
+        The other arguments are those of `info_nce`.
 
-    Returns and raises: as `info_nce`; the loss may be negative.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32. It may be negative.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
     Reference: Yeh et al. 2022, arXiv:2110.06848. `decoupled_nt_xent` is its form for two views.
     """
@@ -86,13 +90,21 @@ def decoupled_nt_xent(
     has loss 0 and no gradient, where theirs is -inf.
 
     Args:
-        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
-        temperature: as in `info_nce`; per row it has (2 N,) values, those of `view_a` first.
+        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; float16, bfloat16, float32 or
+            float64.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (2 N,) per row, those of `view_a`
+            first; gradients flow to tensors.
         reduction: "mean" over the 2 N rows, "sum", or "none": (2 N,), the rows of `view_a` first.
         positive_weight: (2 N,) w, finite, of the rows of `view_a` first; gradients flow to it. None: 1.
-        normalize, backend, workspace_limit: as in `info_nce`.
+        normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns and raises: as `info_nce`; the loss may be negative.
+    Returns:
+        A 0-d loss, or (2 N,) for "none": float64 for float64 inputs, else float32. It may be negative.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
     References: Yeh et al. 2022, arXiv:2110.06848 (equation 6); https://github.com/lightly-ai/lightly (DCLLoss).
     """
@@ -105,19 +117,20 @@ def decoupled_nt_xent(
 def von_mises_fisher_weight(
     query: Tensor, positive_key: Tensor, sigma: float = 0.5, *, normalize: bool = True
 ) -> Tensor:
-    """(N,) weights of the positives in DCLW, the decoupled loss that counts pairs more the less they are alike.
+    """Compute the weights of the positives in DCLW, the decoupled loss where less similar pairs weigh more.
 
         w_i = 2 - N exp(c_i / sigma) / sum_j exp(c_j / sigma),    c_i = cos(q_i, k_i)
 
-    They are the same in both directions; those of two views are `von_mises_fisher_weight(a, b).repeat(2)`. Their mean
-    is 1, and they have no gradient.
+    Queries and keys have equal weights, so that the weights of two views a and b are
+    `von_mises_fisher_weight(a, b).repeat(2)`. The mean of the weights is 1, and they have no gradient.
 
     Args:
-        query, positive_key: (N, D) each; dtypes as in `info_nce`.
+        query, positive_key: (N, D) each; float16, bfloat16, float32 or float64.
         sigma: a positive number.
         normalize: divide every row by max(norm, 1e-12) first.
 
-    Returns: float64 for float64 inputs, else float32.
+    Returns:
+        (N,) weights: float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, values. TypeError: types, dtypes.
@@ -146,14 +159,27 @@ def _reduced(problem: Problem, options: Options, weight: Tensor | None, positive
 
 
 class DCLLoss(PairLoss):
-    """Decoupled contrastive loss; see `decoupled_nt_xent` and `decoupled_info_nce`.
+    """Decoupled contrastive loss as a module: of two views of a batch, or of queries against keys.
+
+    The functions `decoupled_nt_xent` (views) and `decoupled_info_nce` (keys) have the formulas.
 
     Args:
-        sigma: weigh the positives by `von_mises_fisher_weight` (DCLW, where it is 0.5). None: no weights.
-        negatives: "views" (the two inputs are views of a batch, and the rows of both views of other samples are the
-            negatives) or "keys" (queries against keys, as in `info_nce`).
-        symmetric, negative_mode, in_batch_negatives: as in `info_nce`, with negatives="keys".
-        temperature, reduction, normalize, backend, workspace_limit: as in those functions.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per row of both views, or per query).
+        sigma: weigh the positives by `von_mises_fisher_weight` (DCLW, where it is 0.5); None: no weights.
+        negatives: "views" (the inputs are two views of a batch, and the rows of both views of other samples are the
+            negatives) or "keys" (the inputs are queries and keys). The next four are options of "keys".
+        symmetric: take the mean with the loss of the keys against the queries.
+        negative_mode: "unpaired" (explicit negatives are shared by all queries) or "paired" (each query has its own).
+        in_batch_negatives: whether the other rows of `positive_key` are negatives; None: only without explicit ones.
+        ignore_index: a row with this `target` does not count.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = DCLLoss(temperature=0.1)
@@ -199,7 +225,11 @@ class DCLLoss(PairLoss):
         negative_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss of two views, or of queries and keys; all but the first two and `positive_weight` are of keys."""
+        """Return the loss of two views of a batch, or with negatives="keys" of queries and keys.
+
+        The first two inputs are (N, D) each. A `positive_weight` has one value per row: (N,) of queries, (2 N,) of two
+        views. All other arguments are for negatives="keys".
+        """
         if self.sigma is not None:
             if positive_weight is not None or target is not None:
                 what = "target" if positive_weight is None else "positive_weight"

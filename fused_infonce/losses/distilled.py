@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
-from ..backends.contract import KeySet, Problem, RowStatistics, Statistics, Upstream
+from ..backends.contract import KeySet, Problem
+from ..backends.plan import default_limit
 from ..backends.precision import all_wide
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options, temperature_of
@@ -45,43 +45,50 @@ def distilled_info_nce(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """InfoNCE with a teacher's similarities as soft targets, without the N x M logits of either.
+    """InfoNCE with a teacher's similarities as soft targets, without the N x M logits of student or teacher.
 
         loss_i = alpha soft_i + (1 - alpha) hard_i,    s_ij = cos(q_i, k_j) / t_i
         soft_i = -sum_j T_ij log( exp(s_ij) / sum_l exp(s_il) ),    T_ij = exp(z_ij) / sum_l exp(z_il)
         hard_i = -log( exp(s_i,y) / sum_l exp(s_il) )
 
     where z_ij = cos(teacher_query_i, teacher_key_j) / t'_i, or teacher_scores_ij / t'_i. "kl_div" subtracts the
-    entropy of T_i from soft_i, which leaves its gradient as it is; where the pair i, i has little of T_i's mass, a
-    small divergence has the absolute error of a logit, eps / t. The teacher, its temperature included, gets no
-    gradient.
+    entropy of T_i from soft_i, which leaves its gradient as it is. With `symmetric`, where the pair i, i has little of
+    T_i's mass, a small divergence has the absolute error of the student's logit, eps / t. The teacher, its temperature
+    included, gets no gradient.
 
     Args:
         query: (N, D), float16, bfloat16, float32 or float64.
         key: (M, D).
         teacher_query, teacher_key: (N, D') and (M, D') embeddings of the same rows; floating, of any dtypes.
-        temperature: as in `info_nce`.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
+            flow to tensors.
         reduction: "mean", "sum" or "none" (one value per query).
-        teacher_scores: (N, M) floating, in place of the embeddings, as a cross-encoder gives them. Their softmax is
-            held once or twice in float32.
-        teacher_temperature: t', as `temperature`. None: `temperature` for embeddings, 1 for scores.
+        teacher_scores: (N, M) floating, in place of the embeddings, as a cross-encoder gives them. They are saved for
+            the backward; their softmax is made for some rows at a time.
+        teacher_temperature: t', a positive number or a tensor, shaped as `temperature`. None: `temperature` for
+            embeddings, 1 for scores.
         objective: "cross_entropy" or "kl_div".
         alpha: in [0, 1]. Below 1 the rows need labels: `target`, or N = M.
         temperature_squared: multiply soft_i by t_i^2, so that the size of its gradient depends less on t. No gradient
             flows through the factor, which would make a learned temperature vanish.
-        symmetric: the mean of this loss and of that of the keys against the queries, whose soft targets are the softmax
-            of the teacher's similarities over the queries. Needs N = M and no `target`; key j has the temperatures of
-            row j.
+        symmetric: take the mean with the loss of the keys against the queries, whose soft targets are the softmax of
+            the teacher's similarities over the queries. Needs N = M and no `target`; key j has the temperatures of row
+            j.
         normalize: divide every row of query and key by max(norm, 1e-12) first.
-        normalize_teacher: the same for the teacher's embeddings.
+        normalize_teacher: divide every row of the teacher's embeddings by max(norm, 1e-12) first.
         target: (N,) integer rows y of `key`; rows with `ignore_index` count neither in the loss nor in the mean. None:
             row i, if N = M.
-        ignore_index, weight, workspace_limit: as in `info_nce`.
-        backend: as in `info_nce`. The teacher's embeddings are held once in the dtype of the statistics, float32 for
-            16-bit inputs, in which their products are made; and so are rows of length D + D' for a while.
+        ignore_index: a row with this target does not count.
+        weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
+            that sum over the sum of w.
+        backend: of the student: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+            The teacher's part is made by PyTorch for some rows at a time, within the limit; its embeddings are held
+            once in the dtype of the statistics, float32 for 16-bit inputs, in which their products are made.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns: as `info_nce`. A gradient is the student's part less the teacher's, and where they nearly agree the 16-bit
-    rounding of the former is larger beside their difference.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32. A gradient is the student's part less
+        the teacher's; where the two nearly agree, 16-bit rounding is large beside their difference.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -95,7 +102,7 @@ def distilled_info_nce(
     options = call_options(backend, workspace_limit, reduction)
     _check(query, key, symmetric, target, alpha)
     teacher = _checked_teacher(query, key, teacher_query, teacher_key, teacher_scores)
-    n, m = len(query), len(key)
+    m = len(key)
     t = temperature_of(temperature, query)
     weight = checks.row_weight(weight, query, t.values.dtype)
     if teacher_temperature is None:
@@ -103,139 +110,151 @@ def distilled_info_nce(
     teacher_t = temperature_of(teacher_temperature, query)
     teacher_t = teacher_t._replace(values=teacher_t.values.detach())
 
-    # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
-    # Where it holds most of both distributions no digits are lost
-    pivot = None if target is None else checks.target(target, query, m, ignore_index)
-    if pivot is None and n != m:
-        pivot = query.new_zeros(n, dtype=torch.int64) if teacher_scores is None else teacher[0].argmax(1)
+    labels = None if target is None else checks.target(target, query, m, ignore_index)
     (query, key), context = all_wide([query, key])  # rows of two parts, whose 16-bit gradients are rounded once
-    problem = Problem(KeySet(query), (KeySet(key),), t, pivot, columns=symmetric, normalize=normalize)
+    with torch.autocast(query.device.type, enabled=False):
+        x, y = unit(query, normalize, t.values.dtype), unit(key, normalize, t.values.dtype)
+        teachers = _teachers(teacher, normalize_teacher, teacher_t.values, x.dtype, symmetric, options)
+        # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
+        # Where it holds most of both distributions no digits are lost; but the hard loss and columns need the label
+        own = labels is None and len(x) == m and objective == "cross_entropy"  # and a diagonal takes less time
+        free = alpha == 1 and not symmetric and not own
+        pivot = None if free else torch.arange(len(x), device=x.device) if labels is None else labels
+        divergence = objective == "kl_div"
+        taught = [_soft_targets(z, seen, pivot, divergence, options) for z, seen in zip(teachers, (y, x), strict=False)]
+    if free:
+        favourite = taught[0].pivot
+        labels = favourite if labels is None else torch.where((labels >= 0) & (labels < m), favourite, labels)
+    problem = Problem(KeySet(query), (KeySet(key),), t, labels, columns=symmetric, normalize=normalize)
     with context:
         students = [rows for rows in contrast.statistics(problem, options) if rows is not None]
     with torch.autocast(query.device.type, enabled=False):
-        x, y = unit(query, normalize, t.values.dtype), unit(key, normalize, t.values.dtype)
-        keys = [y, x][: len(students)]
-        if teacher_scores is not None:
-            teachers = _of_scores(teacher[0].to(x.dtype), teacher_t.values, pivot, keys)
-        else:
-            rows = [KeySet(z.to(x.dtype)) for z in teacher]
-            taught = Problem(
-                rows[0], (rows[1],), teacher_t, pivot, columns=symmetric, normalize=normalize_teacher
-            )  # fmt: skip
-            teachers = _of_embeddings(taught, keys, options)
         losses = []
-        for student, soft_targets, rows_seen in zip(students, teachers, (x, y), strict=False):
+        for student, targets, seen in zip(students, taught, (x, y), strict=False):
             hard = infonce(student.neg - student.pos)
-            mean = dots(rows_seen, soft_targets.mixture) / t.values
-            soft = _cross_entropy(hard, student.pos, soft_targets.others, mean)
-            soft = soft - soft_targets.entropy if objective == "kl_div" else soft
+            soft = hard + (targets.others * student.pos - dots(seen, targets.mixture) / t.values)
+            soft = soft - targets.entropy if divergence else soft
             soft = t.values.detach() ** 2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
         return reduced_rows(torch.stack(losses).mean(0), problem, reduction, weight)
 
 
+class Teacher(NamedTuple):
+    """A teacher's logits z (N, M) in one direction, which are made some rows at a time."""
+
+    rows: Tensor  # (N, D'), as the logits see them; or without `keys` the scores, (N, M)
+    keys: Tensor | None  # (M, D')
+    t: Tensor  # (1,) or (N,), in the dtype of the logits
+    step: int  # how many rows at a time
+
+    def parts(self) -> list[slice]:
+        n = len(self.rows)
+        return [slice(start, min(start + self.step, n)) for start in range(0, n, self.step)]
+
+    def exponentials(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return (R, M) e_ij = exp(z_ij - max_l z_il) of some rows, and where each has its maximum."""
+        z = self.rows[part].to(self.t.dtype) if self.keys is None else self.rows[part] @ self.keys.T
+        z = z / (self.t if len(self.t) == 1 else self.t[part])[:, None]
+        largest, favourite = z.max(1)
+        return z.sub_(largest[:, None]).exp_(), favourite
+
+
 class SoftTargets(NamedTuple):
-    """T (N, M) of one direction, with the pivot y of each row."""
+    """The soft targets T (N, M) of one direction as the loss needs them, given the pivot y of each row."""
 
     others: Tensor  # (N,): sum_{j != y} T_ij
     mixture: Tensor  # (N, D): sum_{j != y} T_ij y_j, differentiable in the keys y_j as the logits see them
-    entropy: Tensor  # (N,)
+    entropy: Tensor  # (N,); 0 where it is not asked for
+    pivot: Tensor  # (N,) int64
 
 
-def _cross_entropy(hard: Tensor, pos: Tensor, others: Tensor, mean: Tensor) -> Tensor:
-    """Compute `log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij)`; mean_i = sum_{j != y} T_ij s_ij."""
-    return hard + (others * pos - mean)
-
-
-def _of_scores(scores: Tensor, t: Tensor, pivot: Tensor | None, keys: list[Tensor]) -> list[SoftTargets]:
-    """Return the soft targets of dense scores, against each of `keys`: the keys, and perhaps the queries."""
-    found = []
-    for z, y in zip((scores, scores.T), keys, strict=False):
-        targets = torch.softmax(z / t[:, None], dim=1)
-        entropy = torch.special.entr(targets).sum(1)
-        index = torch.arange(len(z), device=z.device) if pivot is None else pivot
-        if targets.numel():
-            targets = targets.scatter_(1, index.clamp(0, z.shape[1] - 1)[:, None], 0.0)
-        found.append(SoftTargets(targets.sum(1), targets @ y, entropy))
-    return found
-
-
-def _of_embeddings(problem: Problem, keys: list[Tensor], options: Options) -> list[SoftTargets]:
-    """Return the soft targets of a teacher's embeddings, against the keys and, where `columns` ask, the other way."""
-    with torch.no_grad():
-        rows, columns = contrast.statistics(problem, options)
-    found = []
-    for p, stats, y in ((problem, rows, keys[0]), (problem.swapped(), columns, keys[-1])):
-        if stats is None:
-            continue
-        unit_problem = _unit_problem(p)
-        t, others = p.temperature.values, torch.sigmoid(stats.neg - stats.pos)
-        own, mixture = _mixtures(unit_problem, options, stats, others, y)
-        mean = dots(unit_problem.query.rows, own.detach()) / t
-        entropy = _cross_entropy(infonce(stats.neg - stats.pos), stats.pos, others, mean)
-        found.append(SoftTargets(others, mixture, entropy))
-    return found
-
-
-def _unit_problem(problem: Problem) -> Problem:
-    """Return one direction over rows as the logits see them, which leaves the logits as they are."""
-    query, key = (KeySet(unit(s.rows, problem.normalize, s.rows.dtype)) for s in (problem.query, problem.keys[0]))
-    return replace(problem, query=query, keys=(key,), normalize=False, columns=False)
-
-
-def _mixtures(
-    problem: Problem, options: Options, stats: RowStatistics, weight: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `weight_i sum_j p_ij k_j` and `weight_i sum_j p_ij y_j` over the negatives, differentiable in y (M, D)."""
-    if options.backend == "reference":  # whose gradients are differentiable
-        mixtures = _gradients(problem, y.new_zeros(len(weight), y.shape[1]), y, options, stats, weight, of=0)
+def _teachers(
+    teacher: list[Tensor], normalize: bool, t: Tensor, dtype: torch.dtype, symmetric: bool, options: Options
+) -> list[Teacher]:
+    """Return a teacher's directions, from its two embeddings or its scores."""
+    sides: list[tuple[Tensor, Tensor | None]]
+    if len(teacher) == 1:
+        (scores,) = teacher
+        sides, widths = [(scores, None), (scores.T, None)], [scores.shape[1], scores.shape[0]]
     else:
-        mixtures = _Mixtures.apply(problem, options, stats, weight, y)
-    own, mixture = mixtures.split([problem.keys[0].rows.shape[1], y.shape[1]], dim=1)
-    return own, mixture
+        a, b = (unit(z, normalize, dtype) for z in teacher)
+        sides, widths = [(a, b), (b, a)], [len(b), len(a)]
+    # the logits of a row, before and after their division, and the terms of its entropy
+    limit = options.workspace_limit or default_limit(t.device.type)
+    steps = [max(1, limit // max(3 * width * dtype.itemsize, 1)) for width in widths]
+    every = [Teacher(*side, t.to(dtype), step) for side, step in zip(sides, steps, strict=True)]
+    return every if symmetric else every[:1]
 
 
-class _Mixtures(torch.autograd.Function):
-    """`weight_i sum_j p_ij [k_j | y_j]`, (N, D' + D), over the negatives j of a problem; differentiable in y (M, D).
+def _soft_targets(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool, options: Options) -> SoftTargets:
+    """Return the soft targets of a teacher with these pivots; None: in each row its favourite."""
+    if contrast.is_explaining():
+        none = y.new_zeros(len(teacher.rows))
+        return SoftTargets(none, y.new_zeros(len(none), y.shape[1]), none, none.long())
+    if options.backend == "reference":  # which is differentiable any number of times
+        return _targets_of(teacher, y, pivot, entropy)
+    return SoftTargets(*_SoftTargets.apply(*teacher, pivot, y, entropy))
 
-    The backends make them as gradients of `sum_i t_i weight_i neg_i`. Over longer rows that leave the logits alone,
 
-        queries [q_i | 0], keys [k_j | y_j]      with respect to the queries it is the sum above
-        queries [q_i | g_i], keys [k_j | 0]      with respect to the keys it ends in sum_i weight_i p_ij g_i
+def _targets_of(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool) -> SoftTargets:
+    """Compute T_ij = e_ij / (1 + r_i), where the favourite's e is 1 and r_i is the sum of the others'.
+
+    The entropy, log(1 + r_i) - sum_j e_ij log(e_ij) / (1 + r_i), has no negative terms: however large the logits are,
+    nothing cancels.
     """
+    found = []
+    for part in teacher.parts():
+        e, favourite = teacher.exponentials(part)
+        place = favourite[:, None] if pivot is None else pivot[part, None].clamp(0, e.shape[1] - 1)
+        total = e.sum(1)
+        surprise = torch.special.entr(e).sum(1) if entropy else torch.zeros_like(total)
+        rest = None
+        if entropy and pivot is not None:
+            first = favourite[:, None]
+            one = e.gather(1, first)
+            rest = e.scatter_(1, first, 0).sum(1)
+            e.scatter_(1, first, one)
+        others = e.scatter_(1, place, 0).sum(1)
+        spread = torch.log1p(others if rest is None else rest) + surprise / total if entropy else surprise
+        found.append(SoftTargets(others / total, e @ y / total[:, None], spread, place[:, 0]))
+    if not found:
+        none = y.new_zeros(0)
+        return SoftTargets(none, y.new_zeros(0, y.shape[1]), none, none.long())
+    return found[0] if len(found) == 1 else SoftTargets(*map(torch.cat, zip(*found, strict=True)))
+
+
+class _SoftTargets(torch.autograd.Function):
+    """The soft targets, whose exponentials the backward makes once more: it returns sum_i T_ij g_i, j not the pivot."""
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, options: Options, stats: RowStatistics, weight: Tensor, y: Tensor
-    ) -> Tensor:
-        ctx.problem, ctx.options = problem.with_tensors([None] * len(problem.tensors())), options
-        ctx.save_for_backward(weight, *stats, *problem.tensors())
-        return _gradients(problem, y.new_zeros(len(weight), y.shape[1]), y, options, stats, weight, of=0)
+        ctx: Any,
+        rows: Tensor,
+        keys: Tensor | None,
+        t: Tensor,
+        step: int,
+        pivot: Tensor | None,
+        y: Tensor,
+        entropy: bool,
+    ) -> Any:
+        found = _targets_of(Teacher(rows, keys, t, step), y, pivot, entropy)
+        ctx.step = step
+        ctx.save_for_backward(rows, keys, t, found.pivot)
+        ctx.mark_non_differentiable(found.others, found.entropy, found.pivot)
+        return tuple(found)
 
     @staticmethod
     @contrast.differentiable_once
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        weight, *tensors = ctx.saved_tensors
-        width = len(RowStatistics._fields)
-        stats, problem = RowStatistics(*tensors[:width]), ctx.problem.with_tensors(tensors[width:])
-        first = problem.keys[0].rows.shape[1]
-        g = upstream[:, first:]
-        none = g.new_zeros(len(problem.keys[0].rows), g.shape[1])
-        grad = _gradients(problem, g, none, ctx.options, stats, weight, of=1)
-        return None, None, None, None, grad[:, first:]
-
-
-def _gradients(
-    problem: Problem, left: Tensor, right: Tensor, options: Options, stats: RowStatistics, weight: Tensor, of: int
-) -> Tensor:
-    """Return those of `sum_i t_i weight_i neg_i` with respect to [query | left], if `of` is 0, or [key | right]."""
-    query, key = torch.cat([problem.query.rows, left], 1), torch.cat([problem.keys[0].rows, right], 1)
-    problem = replace(problem, query=KeySet(query), keys=(KeySet(key),))
-    upstream = Upstream(torch.zeros_like(weight), weight * problem.temperature.values)
-    dtypes = [weight.dtype if i == of else None for i in (0, 1)]
-    grad = contrast.gradients(problem, options, Statistics(stats), upstream, dtypes)[of]
-    assert grad is not None
-    return grad
+    def backward(ctx: Any, _others: Any, upstream: Tensor, *_: Any) -> Any:
+        rows, keys, t, pivot = ctx.saved_tensors
+        teacher = Teacher(rows, keys, t, ctx.step)
+        count = rows.shape[1] if keys is None else len(keys)
+        grad = upstream.new_zeros(count, upstream.shape[1])
+        for part in teacher.parts():
+            e = teacher.exponentials(part)[0]
+            total = e.sum(1, keepdim=True)
+            grad.addmm_(e.scatter_(1, pivot[part, None], 0).T, upstream[part] / total)
+        return None, None, None, None, None, grad, None
 
 
 def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> None:
@@ -258,7 +277,7 @@ def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> 
 def _checked_teacher(
     query: Tensor, key: Tensor, teacher_query: Any, teacher_key: Any, teacher_scores: Any
 ) -> list[Tensor]:
-    """Return the two embeddings or the scores, without a gradient."""
+    """Return the teacher's two embeddings, or its scores, checked and detached."""
     n, m = len(query), len(key)
     if (teacher_query is None) != (teacher_key is None) or (teacher_query is None) == (teacher_scores is None):
         raise ValueError("a teacher is teacher_query and teacher_key, or teacher_scores: pass the two or the one")
@@ -273,17 +292,33 @@ def _checked_teacher(
     for name, (value, *shape) in shapes.items():
         if list(value.shape) != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-        if value.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} as query is, got {value.device}")
+        checks.on(name, value, query.device)
     return [value.detach() for value, *_ in shapes.values()]
 
 
 class DistillationLoss(ContrastiveLoss):
-    """InfoNCE with a teacher's soft targets; see `distilled_info_nce`.
+    """InfoNCE with a teacher's soft targets, as a module.
+
+    The function `distilled_info_nce` has the formula.
 
     Args:
-        temperature, reduction, teacher_temperature, objective, alpha, temperature_squared, symmetric, normalize,
-            normalize_teacher, ignore_index, backend, workspace_limit: as in `distilled_info_nce`.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per query).
+        teacher_temperature: the teacher's, a positive number or a tensor; None: `temperature` for a teacher's
+            embeddings, 1 for its scores.
+        objective: "cross_entropy", or "kl_div", which subtracts the entropy of the soft targets.
+        alpha: the share of the soft targets, in [0, 1]; the rest is InfoNCE with labels.
+        temperature_squared: multiply the soft part by t^2, so that its gradient depends less on t.
+        symmetric: take the mean with the loss of the keys against the queries.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        normalize_teacher: divide every row of the teacher's embeddings by its norm first.
+        ignore_index: a row with this `target` does not count.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = DistillationLoss(temperature=0.05, symmetric=True)
@@ -337,6 +372,7 @@ class DistillationLoss(ContrastiveLoss):
         target: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss of a student's embeddings, given a teacher's embeddings or `teacher_scores`."""
         return distilled_info_nce(
             query,
             key,

@@ -10,7 +10,10 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
-from ..backends.row_losses import infonce
+from ..backends.plan import default_limit
+from ..backends.precision import without_autocast
+from ..backends.row_losses import infonce, temperature_gradient
+from ..backends.torch.keys import Rows
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_mean
 from ..compose.rows import unit
@@ -38,7 +41,7 @@ def grouped_info_nce(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """InfoNCE over groups: query i's own passages are rows `offset + i G + k`: its positive, k = 0, and hard negatives.
+    """InfoNCE over groups of G passages: query i's are rows `offset + i G + k`, a positive (k = 0) and hard negatives.
 
         loss_i = -log( exp(s_i,y) / sum_j exp(s_ij) ),    s_ij = cos(q_i, p_j) / t_i,  y = offset + i G
 
@@ -54,8 +57,9 @@ def grouped_info_nce(
         query: (N, D), float16, bfloat16, float32 or float64.
         passages: (M G, D) in M >= N groups of `group_size` rows; M > N where they were gathered from other processes.
         group_size: G, the positive included.
-        temperature: as in `info_nce`.
-        normalize: as in `info_nce`.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
+            flow to tensors.
+        normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         in_batch_negatives: whether the passages of other groups are negatives too. Without them G must be 2 or more.
         target: (N,) integer rows of `passages`, each query's positive in place of `offset + i G`; the others are its
             negatives, and -100 leaves the query out. Needs in-batch negatives, no `offset` and no distillation.
@@ -63,10 +67,12 @@ def grouped_info_nce(
         reduction: "mean", "sum" or "none" (one value per query).
         teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
         distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
-        backend, workspace_limit: as in `info_nce`. Without in-batch negatives passages are not copied; a distillation
-            holds the (N, G, D) own passages once in float32.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+            Beside it "m3_kd_loss" holds the (N, G, D) own passages once in float32, and N G^2 / 2 numbers.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -80,33 +86,46 @@ def grouped_info_nce(
     _check_distillation(query, group_size, target, in_batch_negatives, teacher_scores, distillation)
     n = len(query)
     t = temperature_of(temperature, query)
-    # (N, G, D), a view; unused with a target
+    # a view (N, G, D) of the passages; a target replaces the groups
     own = None if target is not None else passages[offset : offset + n * group_size].unflatten(0, (n, group_size))
 
-    contrastive: Tensor | None = None
-    if distillation != "m3_kd_loss":
-        shared: dict[str, Any] = {
-            "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
-            "workspace_limit": workspace_limit,
-        }  # fmt: skip
-        if own is not None and not in_batch_negatives:
-            contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared)
-        else:
-            if target is None:
-                target = torch.arange(n, device=query.device) * group_size + offset
-            contrastive = info_nce(query, passages, target=target, **shared)
-    if own is None or distillation is None or teacher_scores is None:
-        assert contrastive is not None
-        return contrastive
-
-    weight = torch.softmax(teacher_scores.detach().to(t.values.dtype), dim=1)
-    scores = _own_scores(query, own, t.values, normalize)
-    if distillation == "kl_div":
-        rows = -(weight * torch.log_softmax(scores, dim=1)).sum(1)
+    distilled: Tensor | None = None
+    if own is not None and distillation is not None and teacher_scores is not None:
+        teacher = teacher_scores.detach()
+        if distillation == "m3_kd_loss":
+            outside = _outside(query, passages, group_size, offset, t, normalize, options)
+            rows = _falling_groups(outside, _own_scores(query, own, t.values, normalize), _weights(teacher, t))
+            return reduced_mean(rows, reduction)
+        # made first, so that its gradients are made last: those of the passages are then not held meanwhile
+        rows = _divergence(query, passages, own, t, teacher, offset, normalize, options)
+        distilled = reduced_mean(rows, reduction)
+    shared: dict[str, Any] = {
+        "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
+        "workspace_limit": workspace_limit,
+    }  # fmt: skip
+    if own is not None and not in_batch_negatives:
+        contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared)
     else:
-        rows = _falling_groups(_outside(query, passages, group_size, offset, t, normalize, options), scores, weight)
-    loss = reduced_mean(rows, reduction)
-    return loss if contrastive is None else contrastive + loss
+        if target is None:
+            target = torch.arange(n, device=query.device) * group_size + offset
+        contrastive = info_nce(query, passages, target=target, **shared)
+    return contrastive if distilled is None else contrastive + distilled
+
+
+def _weights(teacher: Tensor, t: Temperature) -> Tensor:
+    return torch.softmax(teacher.to(t.values.dtype), dim=1)
+
+
+def _divergence(
+    query: Tensor, passages: Tensor, own: Tensor, t: Temperature, teacher: Tensor, offset: int, normalize: bool,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """Return the (N,) cross-entropies of the teacher's weights and each query's scores of its own group."""
+    if options.backend == "reference":  # which is differentiable any number of times
+        scores = _own_scores(query, own, t.values, normalize)
+        return -(_weights(teacher, t) * torch.log_softmax(scores, dim=1)).sum(1)
+    limit = options.workspace_limit or default_limit(query.device.type)
+    return _Divergence.apply(query, passages, t.values, teacher, offset, normalize, limit)
 
 
 def _outside(
@@ -129,9 +148,71 @@ def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tenso
         return torch.bmm(p, q[:, :, None])[..., 0] / t[:, None]
 
 
+class _Divergence(torch.autograd.Function):
+    """The cross-entropy of a teacher's weights w and the scores s of each query's own group, (N,).
+
+        loss_i = -sum_k w_ik log p_ik,    dloss_i / ds_ik = p_ik sum_l w_il - w_ik
+
+    Groups are worked on a few at a time, within the limit, and once more in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, passages: Tensor, t: Tensor, teacher: Tensor, offset: int, normalize: bool, limit: int
+    ) -> Tensor:
+        ctx.save_for_backward(query, passages, t, teacher)
+        n, size = teacher.shape
+        # unit rows, their gradients or squares, and some vectors
+        step = max(1, limit // max(size * (2 * query.shape[1] + 4) * t.element_size(), 1))
+        ctx.parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+        ctx.offset, ctx.normalize = offset, normalize
+        loss = t.new_zeros(n)
+        with without_autocast(query.device.type):
+            for part in ctx.parts:
+                *_, scores, weight = _group_scores(query, passages, t, teacher, part, offset, normalize)
+                loss[part] = weight.mul_(torch.log_softmax(scores, dim=1)).sum(1).neg_()
+        return loss
+
+    @staticmethod
+    @contrast.differentiable_once
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        query, passages, t, teacher = ctx.saved_tensors
+        n, size = teacher.shape
+        grad_query, grad_passages, logits = torch.zeros_like(query), torch.zeros_like(passages), t.new_zeros(n)
+        with without_autocast(query.device.type):
+            for part in ctx.parts:
+                x, y, scores, weight = _group_scores(query, passages, t, teacher, part, ctx.offset, ctx.normalize)
+                slope = torch.softmax(scores, dim=1).mul_(weight.sum(1, keepdim=True)).sub_(weight)
+                slope *= upstream[part, None]
+                logits[part] = torch.linalg.vecdot(slope, scores)
+                slope /= _of_rows(t, part)[:, None]
+                grad_query[part] = x.finish(torch.bmm(slope[:, None], y.unit)[:, 0])
+                grad = y.finish(slope[:, :, None] * x.unit[:, None])
+                grad_passages[_members(ctx.offset, size, part)] = grad.flatten(0, 1)
+        return grad_query, grad_passages, temperature_gradient(logits, Temperature(t)), None, None, None, None
+
+
+def _group_scores(
+    query: Tensor, passages: Tensor, t: Tensor, teacher: Tensor, part: slice, offset: int, normalize: bool
+) -> tuple[Rows, Rows, Tensor, Tensor]:
+    """Return some queries and their groups as the scores see them, the scores, and the teacher's weights."""
+    own = passages[_members(offset, teacher.shape[1], part)].unflatten(0, (-1, teacher.shape[1]))
+    x, y = (Rows(rows, normalize, None, t.dtype) for rows in (query[part], own))
+    scores = torch.bmm(y.unit, x.unit[:, :, None])[..., 0].div_(_of_rows(t, part)[:, None])
+    return x, y, scores, torch.softmax(teacher[part].to(t.dtype), dim=1)
+
+
+def _members(offset: int, size: int, part: slice) -> slice:
+    return slice(offset + part.start * size, offset + part.stop * size)
+
+
+def _of_rows(t: Tensor, part: slice) -> Tensor:
+    return t if len(t) == 1 else t[part]
+
+
 def _falling_groups(outside: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
     """Compute `sum_k weight_ik log(1 + exp(x_ik))` with x_ik = log(exp(outside_i) + sum_{l > k} exp(s_il)) - s_ik."""
-    # of a single group nothing is outside: in the gradient of logsumexp -inf - -inf would be NaN
+    # With a single group nothing is outside, and -inf - -inf in the gradient of logsumexp would be NaN.
     later = outside[:, None].clamp_min(-1e30)
     terms = []
     for k in range(scores.shape[1] - 1, -1, -1):
@@ -192,17 +273,27 @@ def _check_distillation(
         raise ValueError(
             f"teacher_scores must have shape {(len(query), group_size)}, got {tuple(teacher_scores.shape)}"
         )
-    if teacher_scores.device != query.device:
-        raise ValueError(f"teacher_scores must be on {query.device} as query is, got {teacher_scores.device}")
+    checks.on("teacher_scores", teacher_scores, query.device)
 
 
 class GroupedInfoNCELoss(ContrastiveLoss):
-    """InfoNCE over groups of a positive and its hard negatives; see `grouped_info_nce`.
+    """InfoNCE over groups of a positive and its hard negatives, as a module, perhaps with a teacher's scores.
+
+    The function `grouped_info_nce` has the formulas.
 
     Args:
-        group_size: passages a query, the positive included.
-        temperature, normalize, in_batch_negatives, reduction, distillation, backend, workspace_limit: as in
-            `grouped_info_nce`.
+        group_size: passages per query, the positive first among them.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        in_batch_negatives: whether the passages of other queries are negatives too.
+        reduction: "mean", "sum" or "none" (one value per query).
+        distillation: what `teacher_scores` are used for, "kl_div" or "m3_kd_loss" of FlagEmbedding; None: no teacher.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = GroupedInfoNCELoss(group_size=8)
@@ -244,6 +335,7 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         target: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
+        """Return the loss of (N, D) queries and (M G, D) passages, with a distillation of (N, G) `teacher_scores`."""
         return grouped_info_nce(
             query,
             passages,

@@ -65,7 +65,9 @@ def guided_info_nce(
             processes.
         negative_keys, negative_mode: explicit negatives besides the in-batch ones: (M', D), "unpaired", shared by all
             queries, or (N, H, D), "paired", each query's own.
-        temperature, reduction: as in `info_nce`; per row it is that of the query and its positive.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per query; gradients
+            flow to tensors.
+        reduction: "mean", "sum" or "none" (one value per query).
         guide_query, guide_key, guide_negatives: (N, D'), (M, D') and, as `negative_keys` but for its last dimension,
             embeddings of the same texts from a guide model, all of one D' and dtype; float64 exactly if `query` is.
             They get no gradient; a NaN among them leaves nothing out. On a GPU 16 bits are far faster than 32. None:
@@ -80,9 +82,11 @@ def guided_info_nce(
             g(k_y, k_j) <= c_i.
         offset: the row of the first query's positive.
         normalize: divide every row by max(norm, 1e-12) first. The guide's rows always are.
-        backend, workspace_limit: as in `info_nce`.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -143,7 +147,7 @@ def _joined(problem: Problem, others: Problem, options: Options) -> Tensor:
 def _negatives(
     rows: Tensor, ids: Tensor | None, guides: Guides, ceiling: Tensor, row_ids: Tensor, limit: int
 ) -> KeySet:
-    """Return explicit negatives; of paired ones those that the guide leaves out have the ids of their queries."""
+    """Return explicit negatives; paired ones that the guide leaves out get the ids of their queries."""
     if rows.dim() == 2 or guides[2] is None:
         return KeySet(rows, ids, guides[2])
     rejected = _rejected(guides[0], guides[2], ceiling, limit)
@@ -153,10 +157,10 @@ def _negatives(
 
 @torch.no_grad()
 def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> Tensor:
-    """Return (N, H): which of the queries' own negatives are left out, within `limit` bytes."""
+    """Return a mask (N, H) of the queries' own negatives that the guide leaves out, made within `limit` bytes."""
     n, h, d = negatives.shape
     rejected = torch.empty((n, h), dtype=torch.bool, device=query.device)
-    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # a copy, its norms' squares, unit rows
+    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # for a copy, squares, unit rows
     with torch.autocast(query.device.type, enabled=False):
         for start in range(0, n, step):
             rows = slice(start, start + step)
@@ -215,8 +219,7 @@ def _guides(
             raise ValueError(
                 f"{name} must have {guide_query.shape[-1]} components as guide_query has, got {guide.shape[-1]}"
             )
-        if guide.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} as query is, got {guide.device}")
+        checks.on(name, guide, query.device)
         if guide.dtype != guide_query.dtype or accumulator(guide.dtype) != accumulator(query.dtype):
             raise TypeError(
                 f"{name} must be of one dtype with guide_query, and float64 exactly if query is, got {guide.dtype} "
@@ -227,11 +230,26 @@ def _guides(
 
 
 class GuidedInfoNCELoss(ContrastiveLoss):
-    """InfoNCE without the negatives that a guide takes for positives; see `guided_info_nce`.
+    """InfoNCE without the negatives that a guide takes for positives, as a module.
+
+    The function `guided_info_nce` has the formula. Without a guide's embeddings the embeddings are their own guide.
 
     Args:
-        temperature, margin, margin_strategy, spare_negatives, contrast_queries, contrast_keys, reduction,
-            negative_mode, normalize, backend, workspace_limit: as in `guided_info_nce`.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per query).
+        negative_mode: "unpaired" (explicit negatives are shared by all queries) or "paired" (each query has its own).
+        margin: how much more similar than the positive a negative may be, by the guide's cosines, to be kept.
+        margin_strategy: "absolute" (a difference of cosines) or "relative" (a share of the positive's cosine).
+        spare_negatives: never leave out explicit negatives.
+        contrast_queries: the other queries are negatives of a query too, where the guide lets them.
+        contrast_keys: similarities of a positive to other keys are logits of negatives too, where the guide lets them.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = GuidedInfoNCELoss(temperature=0.02, margin=0.1)  # the embeddings are their own guide
@@ -283,6 +301,7 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         negative_ids: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
+        """Return the loss of queries and keys, given a guide's embeddings of them; see `guided_info_nce` for shapes."""
         return guided_info_nce(
             query,
             positive_key,

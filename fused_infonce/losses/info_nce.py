@@ -1,4 +1,4 @@
-"""InfoNCE, the drop-in of info-nce-pytorch, and how a call of it would be computed."""
+"""InfoNCE, as info-nce-pytorch has it, and an explanation of how a call would be computed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def info_nce(
             flow to tensors. Values of tensors are checked on a CPU; on a GPU a bad one gives NaN.
         reduction: "mean", "sum" or "none" (one value per query).
         negative_mode: "unpaired" (negatives shared by all queries) or "paired" (each query its own).
-        symmetric: the mean of this loss and of that of the keys against the queries, as CLIP has it. Needs N = M and no
+        symmetric: take the mean with the loss of the keys against the queries, as CLIP does. Needs N = M and no
             `target`. Explicit negatives enter the query direction only; column j has the temperature of row j.
         normalize: divide every row by max(norm, 1e-12), as `torch.nn.functional.normalize`; else s_ij = q_i.k_j / t_i.
             A row whose norm overflows (1.8e19 in float32) is NaN, and not zeros as there.
@@ -68,9 +68,11 @@ def info_nce(
         target: (N,) integer indices of each query's positive in `positive_key`. None: row i.
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
-            `query_ids`: every negative with the id of its query is left out (labels). The positive is always kept.
-        weight: (N,) what each row counts for, not negative: "none" gives w_i loss_i, "sum" their sum, "mean" that over
-            the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric` of key i too.
+            `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
+            positive is always kept.
+        weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
+            that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
+            both directions.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -103,10 +105,10 @@ def info_nce(
 
 
 def explain(*args: Any, **kwargs: Any) -> Plan:
-    """Return how `info_nce` would compute this very call, and why: a `Plan`, which prints as a sentence.
+    """Return the plan by which `info_nce` would compute a call with these arguments; it prints as a sentence.
 
-    It takes what `info_nce` takes, raises what it raises, and computes no scores. Whether inputs require gradients
-    matters. Every loss has a method `explain`.
+    No scores are computed. The answer depends on whether the inputs require gradients. Arguments that `info_nce`
+    refuses raise its errors. The other losses have a method `explain`.
     """
     with contrast.explaining() as plans:
         info_nce(*args, **kwargs)
@@ -114,9 +116,9 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
 
 
 def _pull(problem: Problem) -> Tensor:
-    """Compute what label smoothing adds to row i, pos_i - mean_j s_ij over its positive and negatives, O((N + M) D).
+    """Compute (N,) `pos_i - mean_j s_ij`, over row i's positive and negatives j, which label smoothing adds.
 
-    With `problem.columns` it is the mean with that of the columns.
+    With `problem.columns` the result is the mean over both directions. It takes O((N + M) D).
     """
     if problem.columns:
         rows = _pull(replace(problem, columns=False))
@@ -137,7 +139,7 @@ def _row_pull(problem: Problem) -> Tensor:
     if problem.in_batch and m:
         key_ids = problem.keys[0].ids
         total, count = y.sum(0).expand_as(x), count * m
-        if row_ids is not None and key_ids is not None:  # all of the row's id are left out, but its positive
+        if row_ids is not None and key_ids is not None:  # keys of the row's id are left out, its positive not
             same, times = class_sums(key_ids, y, row_ids)
             again = ((key_ids if target is None else key_ids[target]) == row_ids).to(t.dtype)
             total, count = total - same + again[:, None] * positive, count - times + again
@@ -154,16 +156,25 @@ def _row_pull(problem: Problem) -> Tensor:
 
 
 class FusedInfoNCELoss(ContrastiveLoss):
-    """InfoNCE without the N x M logits; a drop-in for `InfoNCE` of info-nce-pytorch. See `info_nce`.
+    """InfoNCE without the N x M logits, as a module; called and made like `InfoNCE` of info-nce-pytorch.
+
+    The function `info_nce` has the formula, and the shapes of what a call takes.
 
     Args:
-        temperature, reduction, negative_mode: as in `info_nce`, and as the original by position; the temperature may
-            also be a callable, see `HasTemperature`.
-        symmetric, normalize, in_batch_negatives, ignore_index, label_smoothing, backend, workspace_limit: as in
-            `info_nce`.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per query).
+        negative_mode: "unpaired" (explicit negatives are shared by all queries) or "paired" (each query has its own).
+        symmetric: take the mean with the loss of the keys against the queries, as CLIP does.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        in_batch_negatives: whether the other rows of `positive_key` are negatives; None: only without explicit ones.
+        ignore_index: a row with this `target` does not count.
+        label_smoothing: the share of the label, in [0, 1], that is spread evenly over the positive and its negatives.
         learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
             `loss.parameters()` to the optimizer, without weight decay.
-        max_logit_scale: with it, `clamp_logit_scale_()` keeps `1 / temperature` at or under this value (CLIP: 100).
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = FusedInfoNCELoss(temperature=0.02)
@@ -215,7 +226,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; `temperature` replaces the module's for this call."""
+        """Return the loss of queries and keys, shaped as `info_nce` says; a `temperature` is for this call only."""
         return info_nce(
             query,
             positive_key,

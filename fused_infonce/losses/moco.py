@@ -41,10 +41,15 @@ def moco_loss(
         query: (N, D), float16, bfloat16, float32 or float64.
         key: (N, D), row i the positive of query i; detached.
         queue: (D, K), a negative a column; used without a copy where `queue.T` is contiguous.
-        temperature, reduction, backend, workspace_limit: as in `info_nce`.
-        normalize: divide every query, key and column of the queue by max(norm, 1e-12).
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
+            flow to tensors.
+        reduction: "mean", "sum" or "none" (one value per query).
+        normalize: divide every query, key and column of the queue by max(norm, 1e-12) first.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -58,7 +63,10 @@ def moco_loss(
     if key.shape != query.shape:
         raise ValueError(f"key must have shape {tuple(query.shape)} as query has, got {tuple(key.shape)}")
     if queue.shape[0] != query.shape[1]:
-        raise ValueError(f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}")
+        raise ValueError(
+            f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}: "
+            f"it is the queue of a MoCoLoss(dim={queue.shape[0]}), and these embeddings need dim={query.shape[1]}"
+        )
     checked = call_options(backend, workspace_limit, reduction)
     negatives = KeySet(queue.detach().T)
     problem = Problem(
@@ -66,18 +74,18 @@ def moco_loss(
         normalize=normalize,
     )  # fmt: skip
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
-    if plan.gradients and not plan.one_pass:  # the backward reads the negatives
+    if plan.gradients and not plan.one_pass:  # the backward reads negatives that may be overwritten before it runs
         problem.keys = (problem.keys[0], negatives._replace(rows=negatives.rows.clone()))
     return reduced(problem, checked, "infonce")
 
 
 class MoCoLoss(ContrastiveLoss):
-    """MoCo's loss with its queue of negatives; see `moco_loss`.
+    """MoCo's loss as a module that holds the queue of negatives.
 
-    The buffers are those of MoCo and part of the state dict: `queue` (dim, queue_size) float32, a negative a column,
-    random unit vectors at first, and `queue_ptr` (1,) int64, the column that is overwritten next. A column is
-    contiguous in memory, so that the queue is used without a copy. The queue must have the embeddings' dtype (use
-    `.to`) except under autocast. It gets no gradient, and the key is detached, as MoCo has it.
+    The function `moco_loss` has the formula. The buffers are those of MoCo and part of the state dict: `queue` (dim,
+    queue_size) float32, a negative a column, random unit vectors at first, and `queue_ptr` (1,) int64, the column that
+    is overwritten next. A column is contiguous in memory, so that the queue is used without a copy. The queue must have
+    the embeddings' dtype (use `.to`) except under autocast. It gets no gradient, and the key is detached, as MoCo does.
 
     A batch need not divide the queue, as MoCo asserts: it wraps around, and of one larger than the queue the last
     `queue_size` keys stay. With several processes each enqueues what it is given: gather the keys, and call
@@ -85,8 +93,16 @@ class MoCoLoss(ContrastiveLoss):
 
     Args:
         dim: D, the components of an embedding.
-        queue_size: K.
-        temperature, reduction, normalize, backend, workspace_limit: as in `moco_loss`.
+        queue_size: K, the keys that the queue holds.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per query).
+        normalize: divide every row by its norm first, so that scores are cosines.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = MoCoLoss(128, queue_size=4096)
@@ -120,10 +136,10 @@ class MoCoLoss(ContrastiveLoss):
         self.register_load_state_dict_post_hook(_columns_contiguous)
 
     def forward(self, query: Tensor, key: Tensor, *, enqueue: bool = True) -> Tensor:
-        """The loss of (N, D) queries, each against its own key and the queue.
+        """Return the loss of (N, D) queries, each against its own key and the queue, and enqueue the keys.
 
-        Then, in training mode and with `enqueue`, the keys take the place of the oldest in the queue; a backward that
-        is still to come is not disturbed.
+        In training mode and with `enqueue` the keys take the place of the oldest in the queue; a backward that is still
+        to come is not disturbed.
         """
         loss = moco_loss(
             query,
@@ -137,25 +153,24 @@ class MoCoLoss(ContrastiveLoss):
         return loss
 
     def explain(self, *args: Any, **kwargs: Any) -> Plans:
-        """Return how this very call would be computed, as `Explained.explain` does, and leave the queue alone."""
+        """Return how a call with these arguments would be computed, and leave the queue as it is."""
         return super().explain(*args, **kwargs | {"enqueue": False})
 
     @torch.no_grad()
     def enqueue(self, key: Tensor) -> None:
-        """Overwrite the oldest columns of the queue with these (B, D) keys, in place and without a synchronisation.
+        """Overwrite the oldest columns of the queue with (B, D) keys, in place and without a synchronisation.
 
-        They become unit vectors with `normalize`; without it they are stored as they are, as the loss takes them.
+        With `normalize` keys are stored as unit vectors, without it as they come.
         """
         checks.embeddings("key", key, 2, "(B, D)")
         dim, size = self.queue.shape
         if key.shape[1] != dim:
-            raise ValueError(f"key must have {dim} components as queue has, got {key.shape[1]}")
-        if key.device != self.queue.device:
-            raise ValueError(f"key must be on {self.queue.device} as queue is, got {key.device}")
+            raise ValueError(f"key must have {dim} components, the dim of this loss, got {key.shape[1]}")
+        checks.on("key", key, self.queue.device, "queue")
         count = len(key)
         kept = key[max(count - size, 0) :]
         if self.normalize:
-            wide = torch.promote_types(key.dtype, torch.float32)  # the norm of 16-bit rows needs more than their range
+            wide = torch.promote_types(key.dtype, torch.float32)  # squares of 16-bit components may exceed their range
             kept = unit(kept, True, wide)
         last = self.queue_ptr + count
         columns = (last + torch.arange(-len(kept), 0, device=key.device)) % size
@@ -168,6 +183,6 @@ class MoCoLoss(ContrastiveLoss):
 
 
 def _columns_contiguous(loss: nn.Module, _: Any) -> None:
-    """After `load_state_dict(assign=True)`, which takes over the memory layout of what was saved."""
+    """Make the columns of a queue contiguous again after `load_state_dict(assign=True)`, which takes any layout."""
     if isinstance(loss, MoCoLoss) and not loss.queue.T.is_contiguous():
         loss.queue = loss.queue.T.contiguous().T

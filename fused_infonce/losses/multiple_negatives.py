@@ -36,7 +36,7 @@ def multiple_negatives(
     documents: Sequence[Tensor] | Tensor,
     temperature: float | Tensor = 0.05,
     *,
-    directions: Collection[Direction] = ("query_to_doc",),
+    directions: Collection[Direction] = DIRECTIONS[:1],
     partition: Partition = "joint",
     hardness: Hardness | None = None,
     hardness_strength: float = 0.0,
@@ -74,7 +74,8 @@ def multiple_negatives(
         documents: a sequence of (M, D), or stacked, (1 + H, M, D), with M >= N: the positives, then H columns of hard
             negatives; row `offset + i` of every one is query i's own. M > N where they were gathered from other
             processes.
-        temperature: as in `info_nce`; row i's is that of all its directions.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per query, for all
+            directions; gradients flow to tensors.
         directions: "query_to_doc", which holds the positive, and any of the others.
         partition: "joint" (one softmax over all directions) or "per_direction" (one each; of "query_to_doc" and
             "doc_to_query" only, since the others do not hold the positive).
@@ -83,12 +84,15 @@ def multiple_negatives(
         offset: the row of the first query's own documents: `rank * N` of gathered ones.
         all_queries: (M, D), rows `offset` to `offset + N` being `query`; for "query_to_query" and "doc_to_query", which
             compare with all of them; both get gradients. None: `query`, which must have M rows then.
-        normalize: as in `info_nce`.
+        normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         reduction: "mean", "sum" or "none" (one value per query).
-        backend, workspace_limit: as in `info_nce`. The hard negatives are held once in one tensor; several directions,
-            or a hardness that tells a query's own hard negatives from others, hold 16-bit rows once in float32.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+            Beside it the hard negatives are held once in one tensor; several directions, or a hardness that tells a
+            query's own hard negatives from others, hold 16-bit rows once in float32.
 
-    Returns: as `info_nce`.
+    Returns:
+        A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
 
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -115,14 +119,14 @@ def multiple_negatives(
             negs[0] = log_add(negs[0], ranking.own_negatives())
         if partition == "per_direction":
             return reduced_mean(torch.stack([infonce(neg - pos) for neg in negs]).mean(0), reduction)
-        # with doc_to_query the positive is there twice: log(k + exp(x)) = log k + log(1 + exp(x - log k))
+        # With doc_to_query the sum holds the positive twice: log(k + exp(x)) = log k + log(1 + exp(x - log k)).
         log_k = math.log(1 + ("doc_to_query" in directions))
         return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), reduction)
 
 
 @dataclass(frozen=True, eq=False)
 class _Ranking:
-    """A call of `multiple_negatives`: its rows, and the problems that its directions are."""
+    """The rows and options of a call of `multiple_negatives`, and the problem of each direction."""
 
     query: Tensor
     documents: list[Tensor]
@@ -141,7 +145,7 @@ class _Ranking:
 
     @property
     def apart(self) -> bool:
-        """Whether a query's own hard negatives are treated unlike those of others."""
+        """Whether a query's own hard negatives are treated unlike the hard negatives of other queries."""
         return self.strength > 0 and self.hardness != "all_negatives" and len(self.documents) > 1
 
     @property
@@ -165,7 +169,7 @@ class _Ranking:
 
     @property
     def index(self) -> Tensor:
-        """The samples of the documents."""
+        """The number of each document's sample, (M,)."""
         return torch.arange(len(self.documents[0]), device=self.query.device)
 
     @property
@@ -177,7 +181,7 @@ class _Ranking:
         hard = self.documents[1:]
         if not hard:
             return (), None
-        with without_autocast(self.query.device.type):  # autocast would refuse rows of its other 16-bit dtype
+        with without_autocast(self.query.device.type):  # autocast refuses rows of another 16-bit dtype than its own
             rows = torch.cat(hard) if len(hard) > 1 else hard[0]
         if not others:
             return (KeySet(rows),), None
@@ -185,7 +189,7 @@ class _Ranking:
 
     @property
     def first(self) -> Problem:
-        """The queries against the documents."""
+        """The problem of the queries against the documents."""
         hard, ids = self.hard(others=self.apart)
         return Problem(
             KeySet(self.query, ids), (KeySet(self.documents[0]), *hard), self.t, self.target, columns=self.columns,
@@ -193,8 +197,10 @@ class _Ranking:
         )  # fmt: skip
 
     def widened(self) -> tuple[_Ranking, AbstractContextManager[Any]]:
-        """Return the call over rows whose 16-bit gradients are rounded once, where several problems share them, or one
-        and the scores of own hard negatives."""
+        """Return the call over rows whose 16-bit gradients are added in float32 and rounded once, and the context.
+
+        Where a single problem has all gradients of its rows, the call itself is returned.
+        """
         if not self.apart and len(self.directions) <= 1 + self.columns:
             return self, nullcontext()
         (query, every, *documents), context = all_wide([self.query, self.every, *self.documents])
@@ -222,7 +228,7 @@ class _Ranking:
             negs.append(against(mine, self.every))
         if "doc_to_doc" in self.directions:
             hard, ids = self.hard(others=True)
-            itself = self.local and not hard
+            itself = self.local and len(hard) == 0
             negs.append(against(positives if itself else mine, positives, ids, *hard, itself=itself))
         return rows.pos, negs
 
@@ -249,6 +255,7 @@ def _weighted(problem: Problem, options: Options, strength: float) -> tuple[RowS
 
 
 def check_options(directions: Any, partition: str, hardness: str | None, hardness_strength: Any) -> None:
+    """Check the options that the function and the module share."""
     if isinstance(directions, str) or not isinstance(directions, Collection):
         raise TypeError(f"directions must be a tuple of names, got {type(directions).__name__}")
     for direction in directions:
@@ -271,7 +278,7 @@ def check_options(directions: Any, partition: str, hardness: str | None, hardnes
 def _check_embeddings(
     query: Any, documents: Any, offset: Any, all_queries: Any, directions: Collection[str]
 ) -> list[Tensor]:
-    """Return the columns of documents."""
+    """Return the columns of documents, a list of (M, D), checked together with the queries."""
     checks.embeddings("query", query, 2, "(N, D)")
     if isinstance(documents, Tensor):
         checks.embeddings("documents", documents, 3, "(1 + H, M, D), or be a sequence of (M, D)")
@@ -299,11 +306,26 @@ def _check_embeddings(
 
 
 class MultipleNegativesLoss(ContrastiveLoss):
-    """InfoNCE with hard negatives, in up to four directions; see `multiple_negatives`.
+    """InfoNCE of queries against documents with hard negatives, in up to four directions, as a module.
+
+    The function `multiple_negatives` has the formulas.
 
     Args:
-        temperature, directions, partition, hardness, hardness_strength, normalize, reduction, backend, workspace_limit:
-            as in `multiple_negatives`.
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        directions: a tuple of names: "query_to_doc", which must be there, "query_to_query", "doc_to_query",
+            "doc_to_doc".
+        partition: "joint" (one softmax over all directions) or "per_direction" (one each, and their mean).
+        hardness: whose logits grow with their cosine: "in_batch_negatives" (documents of other queries),
+            "hard_negatives" (the query's own), "all_negatives" (both), or None (nobody's).
+        hardness_strength: by how much, as a multiple of the cosine; not negative.
+        normalize: divide every row by its norm first, so that scores are cosines.
+        reduction: "mean", "sum" or "none" (one value per query).
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = MultipleNegativesLoss(hardness="hard_negatives", hardness_strength=5.0)
@@ -317,7 +339,7 @@ class MultipleNegativesLoss(ContrastiveLoss):
         self,
         temperature: TemperatureLike = 0.05,
         *,
-        directions: Collection[Direction] = ("query_to_doc",),
+        directions: Collection[Direction] = DIRECTIONS[:1],
         partition: Partition = "joint",
         hardness: Hardness | None = None,
         hardness_strength: float = 0.0,
@@ -345,6 +367,7 @@ class MultipleNegativesLoss(ContrastiveLoss):
         offset: int = 0,
         all_queries: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss of (N, D) queries and their documents: a positive each, then columns of hard negatives."""
         return multiple_negatives(
             query,
             documents,

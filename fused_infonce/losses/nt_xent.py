@@ -30,7 +30,7 @@ def nt_xent(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """NT-Xent, SimCLR's loss: every row of all views against the rows of all other samples, its other views positives.
+    """NT-Xent, SimCLR's loss: rows of all views, whose positives are other views of a sample, against other samples.
 
         loss_i = -mean_{p in P(i)} log( exp(s_ip) / (exp(s_ip) + sum_{j in Neg(i)} exp(s_ij)) ),
         s_ij = cos(z_i, z_j) / t_i
@@ -40,13 +40,23 @@ def nt_xent(
     of them are computed.
 
     Args:
-        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; dtypes as in `info_nce`.
-        temperature: as in `info_nce`; per row it has (V N,) values, those of `view_a` first.
+        view_a, view_b: (N, D) each, row i of one the positive of row i of the other; float16, bfloat16, float32 or
+            float64.
+        temperature: t, a positive number, a one-element tensor (on the CPU too), or (V N,) per row, those of `view_a`
+            first; gradients flow to tensors.
         reduction: "mean" over the V N rows, "sum", or "none": (V N,), the rows of `view_a` first.
         more_views: further views, (N, D) each.
-        normalize, backend, workspace_limit: as in `info_nce`.
+        normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns and raises: as `info_nce`. Reference: Chen et al. 2020, arXiv:2002.05709.
+    Returns:
+        A 0-d loss, or (V N,) for "none": float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
+
+    Reference: Chen et al. 2020, arXiv:2002.05709.
     """
     options = call_options(backend, workspace_limit, reduction)
     if more_views == ():
@@ -66,7 +76,20 @@ def nt_xent(
 
 
 class NTXentLoss(ContrastiveLoss):
-    """NT-Xent, SimCLR's loss, from two or more views of a batch; see `nt_xent`.
+    """NT-Xent, SimCLR's loss, as a module: of two or more views of a batch.
+
+    The function `nt_xent` has the formula.
+
+    Args:
+        temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
+            arguments, evaluated at every call. It may be assigned anew.
+        reduction: "mean", "sum" or "none" (one value per row of all views).
+        normalize: divide every row by its norm first, so that scores are cosines.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.1)
@@ -89,6 +112,7 @@ class NTXentLoss(ContrastiveLoss):
         )
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
+        """Return the loss of two or more views of a batch, (N, D) each."""
         return nt_xent(
             view_a,
             view_b,

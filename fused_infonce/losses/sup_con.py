@@ -36,18 +36,18 @@ def sup_con(
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> Tensor:
-    """SupCon: every row against all others, all rows of its class its positives.
+    """SupCon: a supervised contrastive loss of every row against all others, where rows of one class are positives.
 
         loss_i = -(t / t_base) mean_{p in P(i)} log( exp(s_ip) / sum_{a != i} exp(s_ia) ),    s_ij = cos(x_i, x_j) / t
 
-    where x are the V N rows of the V views of N samples and P(i) those of i's class but i itself. The sum over P(i) is
-    <x_i, sum of its rows>, so that nothing of size (V N)^2 is held.
+    where x are the V N rows of the V views of N samples, and P(i) the rows of i's class without i. The sum of s_ip over
+    P(i) is x_i times the sum of these rows, so that nothing of size (V N)^2 is held.
 
     Args:
-        features: (N, V, D), V views of N samples; dimensions after the third are flattened into D. Dtypes as in
-            `info_nce`.
+        features: (N, V, D), V views of N samples: `torch.stack([view_a, view_b], dim=1)`. Dimensions after the third
+            are flattened into D. float16, bfloat16, float32 or float64.
         labels: (N,) or (N, 1) integers; samples with one label are each other's positives. None, without a mask: only
-            the views of a sample are.
+            the views of a sample are. One-hot labels are `labels.argmax(1)`.
         mask: (N, N), bool, integers or floats, none negative: the weight in the mean with which sample j's views are
             positives of sample i's, 0 for none. May be asymmetric. Not with labels.
         temperature: t, a positive number or a one-element tensor; gradients flow to tensors, but not through the factor
@@ -56,11 +56,17 @@ def sup_con(
         base_temperature: t_base, a positive number; None: no factor t / t_base.
         reduction: "mean" over the anchors, those without positives counting with 0; "sum"; or "none": (V N,) for "all",
             the anchors of the first view first, (N,) for "one".
-        normalize: as in `info_nce`. The original leaves it to the caller.
-        backend, workspace_limit: as in `info_nce`.
+        normalize: divide every row by max(norm, 1e-12) first. The original leaves it to the caller.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
 
-    Returns and raises: as `info_nce`; ValueError also for features of fewer than 3 dimensions and both labels and mask.
-    Values of the mask are checked on a CPU; on a GPU a negative one gives NaN.
+    Returns:
+        A 0-d loss, or (V N,) or (N,) for "none": float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: features of fewer than 3 dimensions, labels together with a mask, shapes, devices, modes, values
+        (those of a mask on a CPU; on a GPU a negative one gives NaN). TypeError: types, dtypes. RuntimeError: a backend
+        that cannot run.
 
     References: Khosla et al. 2020, arXiv:2004.11362; https://github.com/HobbitLong/SupContrast (losses.py).
     """
@@ -110,7 +116,7 @@ def sup_con(
 
 
 class _Positives(NamedTuple):
-    """What is to be known of the rows' positives beforehand.
+    """The positives of rows, as far as they are known before any score is.
 
     target: (V N,) one of each row, -1 where it has none. own: (N,) the weight that the row itself has among the rows
     that are summed; None: 1. single: (N,) whether there is one only; None where that is for their number to say
@@ -144,20 +150,21 @@ def _class_totals(x: Tensor, labels: Tensor | None, weights: Tensor | None, view
 
 
 def _of_mask(weights: Tensor, views: int) -> _Positives:
-    """Return the positives that (N, N) weights say: the target is the heaviest."""
+    """Return the positives that (N, N) weights name; a row's target is the one of the largest weight."""
     n = len(weights)
     index, own = torch.arange(n, device=weights.device), weights.diagonal().clone()
     if not n:
         return _Positives(index, own, own == 1)
     heaviest, sample = weights.max(1)
     row = torch.arange(views, device=weights.device)[:, None] * n
-    target = torch.where(sample == index, (row + n + index) % (views * n), row + sample)  # its next view, not itself
+    # where the heaviest is the sample itself, its next view: no row is its own target
+    target = torch.where(sample == index, (row + n + index) % (views * n), row + sample)
     single = views * (weights > 0).sum(1) - (own > 0).long() == 1
     return _Positives(torch.where(heaviest == 0, -1, target).flatten(), own, single)
 
 
 def _next(classes: Tensor) -> Tensor:
-    """Return for each row the next one of its class, after the last the first; -1 where it is alone: (N,)."""
+    """Return (N,) the next row of each row's class, the first one after the last; -1 for a row that is alone."""
     ordered, order = torch.sort(classes, stable=True)
     first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
     index = torch.arange(len(classes), device=classes.device)
@@ -167,14 +174,15 @@ def _next(classes: Tensor) -> Tensor:
 
 
 def _check(features: Any, labels: Any, mask: Any, temperature: Any, contrast_mode: str) -> None:
-    """Check the arguments of `sup_con` but for values of tensors."""
+    """Check the arguments of `sup_con`, except for the values of tensors."""
     checks.one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
-    if isinstance(features, Tensor) and features.dim() < 3:
+    if isinstance(features, Tensor) and features.dim() < 3 and not features.is_nested:
         raise ValueError(
             "features must have at least 3 dimensions (N, V, D), V views of N samples: torch.stack([view_a, view_b], "
             f"dim=1) of two (N, D) views, .unsqueeze(1) of one; got shape {tuple(features.shape)}"
         )
     checks.embeddings("features", features, features.dim() if isinstance(features, Tensor) else 3, "(N, V, D)")
+    checks.with_values("features", features)
     n, views = features.shape[:2]
     if views == 0:
         raise ValueError(f"features must have at least one view, got shape {tuple(features.shape)}")
@@ -187,6 +195,7 @@ def _check(features: Any, labels: Any, mask: Any, temperature: Any, contrast_mod
             raise TypeError(f"mask must be a tensor of shape ({n}, {n}), got {type(mask).__name__}")
         if mask.dtype not in (torch.bool, *checks.INTEGERS, *checks.FLOATS):
             raise TypeError(f"mask must be bool, integers or floats, got {mask.dtype}")
+        checks.dense("mask", mask)
         if mask.shape != (n, n):
             raise ValueError(f"mask must have shape ({n}, {n}), got {tuple(mask.shape)}")
         checks.on("mask", mask, features.device, "features")
@@ -220,7 +229,22 @@ def _mask_weights(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SupConLoss(ContrastiveLoss):
-    """Supervised contrastive loss; see `sup_con`. The drop-in of SupContrast is `compat.supcontrast.SupConLoss`.
+    """Supervised contrastive loss as a module: of V views of N samples, where rows of one label are positives.
+
+    The function `sup_con` has the formula. The drop-in of SupContrast is `compat.supcontrast.SupConLoss`.
+
+    Args:
+        temperature: t, a positive number, a one-element tensor, or a callable of no arguments, evaluated at every call.
+            It may be assigned anew.
+        contrast_mode: "all" (every view is an anchor) or "one" (the first view is).
+        base_temperature: t_base in the constant factor t / t_base of the loss; None: no factor.
+        reduction: "mean" over the anchors, "sum" or "none" (one value per anchor).
+        normalize: divide every row by its norm first, so that scores are cosines.
+        learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
+            `loss.parameters()` to the optimizer, without weight decay.
+        max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
+        backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
 
     Example:
         >>> loss = SupConLoss(temperature=0.07)
@@ -252,6 +276,7 @@ class SupConLoss(ContrastiveLoss):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the loss of (N, V, D) features, with (N,) labels or an (N, N) mask or neither; see `sup_con`."""
         return sup_con(
             features, labels, mask, self.temperature, self.contrast_mode, self.base_temperature, **self.options
         )

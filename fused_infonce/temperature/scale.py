@@ -99,7 +99,8 @@ class HasTemperature(nn.Module):
 
     def _is_parametrized(self, name: str) -> bool:
         """Return whether `torch.nn.utils.parametrize` computes this parameter from another."""
-        return name in self._modules.get("parametrizations", ())
+        parametrized = self._modules.get("parametrizations")
+        return isinstance(parametrized, nn.ModuleDict) and name in parametrized
 
     def _start_from(self, value: Any) -> None:
         """Give `logit_scale` the value of this temperature."""
@@ -110,7 +111,7 @@ class HasTemperature(nn.Module):
                 f"number to start from, or the {kind} without learnable_temperature"
             )
         if not isinstance(value, Tensor):
-            self._rescale(torch.full_like(self.logit_scale, -math.log(value)))
+            self._rescale(-math.log(value))
         elif value.numel() == 1:
             self._rescale(-torch.log(value.reshape(1)))
         else:
@@ -148,15 +149,19 @@ class HasTemperature(nn.Module):
                 "temperature is computed by torch.nn.utils.parametrize: assign a number or a tensor, or call "
                 "parametrize.remove_parametrizations(loss, 'temperature') first"
             )
-        now = self.temperature
+        now = torch.as_tensor(self.temperature)
         super().__setattr__(NAME, value.to(now) if isinstance(value, Tensor) else torch.full_like(now, value))
 
     @torch.no_grad()
-    def _rescale(self, scale: Tensor) -> None:
+    def _rescale(self, scale: float | Tensor) -> None:
+        """Give `logit_scale` this value, through `right_inverse` where it is parametrized."""
+        held = self.logit_scale
+        assert held is not None
+        new = scale.to(held) if isinstance(scale, Tensor) else torch.full_like(held, scale)
         if self._is_parametrized("logit_scale"):
-            self.logit_scale = scale.to(self.logit_scale)  # type: ignore  # through right_inverse
+            self.logit_scale = new  # type: ignore[assignment]
         else:
-            self.logit_scale.copy_(scale)  # type: ignore[union-attr]
+            held.copy_(new)
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:

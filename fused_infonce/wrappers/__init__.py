@@ -1,1 +1,1 @@
-"""Losses that take a loss as an argument."""
+"""Losses that take another loss as an argument."""

@@ -1,4 +1,4 @@
-"""Matryoshka representation learning: a loss of the embeddings and of prefixes of them."""
+"""Matryoshka representation learning: a loss of whole embeddings and of their prefixes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .. import checks
 from ..losses.base import Explained
 from ..losses.moco import MoCoLoss
 
-# arguments of our losses that are not embeddings, or not the model's
+# Arguments of this package's losses that are not embeddings, or not those of the model in training.
 KEPT = frozenset({
     "temperature", "teacher_temperature", "logit_scale", "logit_bias", "tau_plus", "weight", "positive_weight", "mask",
     "teacher_scores", "teacher_query", "teacher_key", "guide_query", "guide_key", "guide_negatives",
@@ -37,8 +37,8 @@ class MatryoshkaLoss(Explained):
     gives it, also where it is passed by position. `SupConLoss` flattens features of more than three dimensions: here
     they must be flat.
 
-    A prefix is a view with the strides of its embeddings: no copy is made of it but by l. It is l that makes unit
-    vectors of prefixes: those of unit vectors are none, so `ClipLoss` wants `normalize=True` here.
+    A prefix is a view of its embeddings, and this module copies none. A prefix of a unit vector is not a unit vector,
+    so that l must normalise: `ClipLoss` wants `normalize=True` here.
 
     Args:
         loss: l, a module, whose parameters are then this one's too, or a function; it returns a tensor of any shape.
@@ -91,13 +91,13 @@ class MatryoshkaLoss(Explained):
         self.names = _positional_names(loss)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of the arguments of `loss`."""
+        """Return the weighted sum of `loss` over the prefixes; the arguments are those of `loss`."""
         lengths: list[int] = []
         self._each(lambda x: lengths.append(x.shape[-1]), args, kwargs)
         self._check(lengths)
         total: Tensor | None = None
         for k in self._chosen():
-            # prefixes of prefixes: their gradients are added at the length that they have
+            # A prefix is taken from the prefix before, so that its gradient is added at that shorter length.
             args, kwargs = self._each(partial(_prefix, dim=self.dims[k]), args, kwargs)
             value = self.loss(*args, **kwargs)
             if not isinstance(value, Tensor):
@@ -125,7 +125,7 @@ class MatryoshkaLoss(Explained):
         return sorted(torch.randperm(count)[: self.n_dims_per_step].tolist())
 
     def _each(self, function: Callable[[Tensor], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments with `function` of every embedding in its place."""
+        """Return the arguments with every embedding x replaced by `function(x)`."""
 
         def within(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -149,7 +149,7 @@ def _prefix(x: Tensor, dim: int) -> Tensor:
 
 
 def _positional_names(loss: Callable[..., Tensor]) -> tuple[str, ...]:
-    """Of the arguments that may be passed by position; none where the signature cannot be read."""
+    """Return the names of the arguments that may be passed by position; none where no signature can be read."""
     try:
         parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
     except (TypeError, ValueError):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import decoupled
 from support.helpers import (
     DEVICE,
     both_backends,
@@ -11,12 +12,18 @@ from support.helpers import (
     call_of,
     cases,
     check,
+    embeddings,
     error,
     evaluate,
     info_nce,
+    mix,
     on,
     oracle,
+    unit,
+    watch_plans,
 )
+
+from fused_infonce import decoupled_info_nce
 
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of the same sums
 
@@ -165,6 +172,37 @@ def test_rows_as_long_as_their_dtype_lets_them_keep_the_bounds(backend, dtype, o
     assert error(loss, want) <= loss_bound
     for name in ("query", "positive_key"):
         assert error(gradients[name].double() / length, exact[name]) <= bound
+
+
+@both_backends
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"key_ids": True}, {"weight": True}], ids=str)
+def test_exponentials_of_what_is_no_negative_may_overflow(backend, streaming, options, monkeypatch):
+    """At t = 0.01 a row whose negatives all point the other way has a positive 2^288 times as likely as they are.
+
+    The decoupled loss has gradients of ordinary size there. Infinity is selected away: times 0 it would be NaN.
+    """
+    if streaming:
+        watch_plans(monkeypatch, name="streaming")
+    axis, options = unit(1, 8), dict(options)
+    query, key, _ = embeddings("loose", 7, 8)
+    query[2:], key[2:] = mix(-axis, query[2:], 0.9), mix(-axis, key[2:], 0.9)
+    alone = 2 if options.pop("key_ids", False) else 1  # rows that are the axis and, with ids, no negatives of the other
+    query[:alone] = key[:alone] = axis
+    query[alone:2], key[alone:2] = query[2:3], key[3:4]
+    inputs = {"query": query.float(), "positive_key": key.float()}
+    if alone == 2:
+        inputs["key_ids"] = torch.tensor([0, 0, 1, 2, 3, 4, 5])
+    if options.pop("weight", False):
+        inputs["weight"] = torch.tensor([1.0, 0, 2, 0, 1, 1, 1])
+    options |= {"temperature": 0.01, "reduction": "sum"}
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    want, truth = evaluate(decoupled.decoupled_info_nce, exact, **options)
+    loss, gradients = evaluate(decoupled_info_nce, on(DEVICE[backend], inputs), backend=backend, **options)
+    assert error(loss, want) <= 5e-5
+    assert truth["query"][0].any()
+    for name in ("query", "positive_key"):
+        assert error(gradients[name], truth[name]) <= 5e-5
 
 
 @both_backends

@@ -5,7 +5,7 @@ import torch
 from oracles import info_nce as dense
 from support.memory import MIB, PeakMemory
 
-from fused_infonce import info_nce, nt_xent
+from fused_infonce import grouped_info_nce, info_nce, nt_xent
 
 pytestmark = pytest.mark.serial
 
@@ -104,6 +104,21 @@ def test_paired_negatives_are_not_copied(in_batch):
         info_nce(query, key, negatives, **options).backward()
     whole = negatives.nbytes
     assert memory.peak <= 2 * whole + 4 * MIB + PER_INPUT * (query.nbytes + key.nbytes) + 8 * 1024 * 256 * 4
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_long_groups_are_worked_on_a_few_at_a_time(distilled, normalize):
+    """A distillation needs the gradient of all passages twice more, and no unit rows or scores of all groups."""
+    n, size, limit = 64, 5000, MIB
+    query, passages = leaves(n, n * size, 4)
+    options = {"distillation": "kl_div", "teacher_scores": torch.randn(n, size)} if distilled else {}
+    with PeakMemory() as memory:
+        loss = grouped_info_nce(query, passages, size, normalize=normalize, workspace_limit=limit, **options)
+        assert memory.peak <= limit + (1.3 if normalize else 0.3) * passages.nbytes
+        loss.backward()
+    assert passages.grad.any()
+    assert memory.peak <= limit + (3.5 if normalize else 1.1 + 2 * distilled) * passages.nbytes
 
 
 def test_forward_alone_needs_no_gradients():

@@ -1,61 +1,115 @@
-"""The examples of the documentation run, in the order in which they are read."""
+"""The examples of the documentation run, in the order in which they are read, and what they name exists."""
 
+from __future__ import annotations
+
+import ast
+import inspect
 import re
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.documentation import DOCS, ROOT, blocks
 
 import fused_infonce
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+LOOP = re.compile(r"^for step in range\(\d+\):$", re.MULTILINE)
+LOSSES = sorted(name for name in fused_infonce.__all__ if name.endswith("Loss"))
+COMMON = {"self", "temperature", "learnable_temperature", "max_logit_scale", "reduction", "backend", "workspace_limit"}
 
 
-def blocks(name):
-    return re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
+def run(code: str, names: dict[str, Any]) -> None:
+    """Run a block; what it computes and does not keep must be a finite number.
 
-
-def test_examples_of_the_readme_run():
-    """What the blocks leave to the reader is made here; the drop-ins are imported where their libraries are tested."""
-    torch.manual_seed(0)
-    n, m, d = 600, 900, 8  # rows enough for the plan that is shown
-    names: dict[str, object] = {"torch": torch, "fused_infonce": fused_infonce, "model": torch.nn.Linear(d, d)}
-    for name in ("query", "positive_key", "key", "image", "text"):
-        names[name] = torch.randn(n, d, requires_grad=True)
-    names |= {"keys": torch.randn(m, d), "negatives": torch.randn(m, d), "negative_keys": torch.randn(m, d)}
-    names |= {"index": torch.randint(m, (n,)), "no_pair": torch.arange(n) == 2, "document": torch.arange(n) // 2}
-    names |= {"their_document": torch.arange(m), "label": torch.arange(n) % 3, "w": torch.rand(n)}
-    names |= {"per_row": torch.rand(n) + 0.05}
-    ran = 0
-    for block in blocks("../README.md"):
-        code = "\n".join(line for line in block.splitlines() if not re.match(r"from (info_nce|.*compat)", line))
-        if code.startswith(">>> "):
-            printed = eval(code.splitlines()[0].removeprefix(">>> print(").removesuffix(")"), names)
-            assert str(printed).startswith(code.splitlines()[1].removesuffix(", ...")), printed
+    A training takes three steps: its second fails where the first one's graph was kept.
+    """
+    trains = ".step()" in code
+    if trains:
+        code, loops = LOOP.subn("for step in range(3):", code)
+        assert loops == 1, f"a training is written as a loop, so that it takes more than one step:\n{code}"
+    for statement in ast.parse(code).body:
+        if isinstance(statement, ast.Expr):
+            value = eval(compile(ast.Expression(statement.value), "documentation", "eval"), names)
+            if isinstance(value, torch.Tensor):
+                assert value.dim() == 0, ast.unparse(statement)
+                assert value.isfinite(), ast.unparse(statement)
         else:
-            exec(code, names)
-        ran += bool(code)
-    assert ran >= 6
+            exec(compile(ast.Module([statement], []), "documentation", "exec"), names)
+    if trains:
+        assert names["step"] == 2
+        assert names["value"].isfinite()
 
 
-@pytest.mark.parametrize("name", ["losses.md"])
-def test_examples_of_the_documentation_run(name):
+def test_examples_of_the_readme_run() -> None:
+    """What the blocks leave to the reader is made here; `gather` is tested with two processes."""
     torch.manual_seed(0)
-    names: dict[str, object] = {}
-    code = blocks(name)
-    assert len(code) > 5
-    for block in code:
-        for line in block.splitlines():
-            exec(line, names)  # a line at a time, so that a value can be looked at
-            if re.match(r"\w+Loss\(.*\)\(", line):
-                value = eval(line.partition("#")[0].removesuffix(".backward()"), names)
-                assert value.dim() == 0
-                assert value.isfinite()
+    n, d = 60, 8
+    names: dict[str, Any] = {"torch": torch, "negative_keys": torch.randn(90, d)}
+    names |= {name: torch.randn(n, d, requires_grad=True) for name in ("query", "positive_key")}
+    ran = 0
+    for block in blocks("README.md"):
+        code = "\n".join(line for line in block.splitlines() if not line.startswith("from info_nce "))
+        run(code, names)
+        ran += 1
+    assert ran == 4
 
 
-def test_every_loss_has_a_row_and_an_example():
-    text, code = (DOCS / "losses.md").read_text(), "".join(blocks("losses.md"))
-    for name in fused_infonce.__all__:
-        if name.endswith("Loss"):
-            assert f"| `{name}` |" in text, name
-            assert f"{name}(" in code, name
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "coming-from.md"])
+def test_examples_of_a_page_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for code in blocks(f"docs/{page}"):
+        run(code, names)
+    if page == "plans.md":  # whose text says what is printed
+        first, *others = capsys.readouterr().out.splitlines()
+        assert first.startswith("onepass on the torch backend, because ")
+        assert " 6 N M D FLOPs" in first
+        assert len(others) == 2
+
+
+def test_drop_ins_of_the_documentation_exist() -> None:
+    """Their libraries need not be here: names are looked up in the sources."""
+    text = (DOCS / "coming-from.md").read_text()
+    package = ROOT / "fused_infonce" / "compat"
+    imports = re.findall(r"from fused_infonce\.compat\.(\w+) import (.*)", text)
+    assert {module for module, _ in imports} == {path.stem for path in package.glob("[!_]*.py")} - {"common"}
+    for module, names in imports:
+        tree = ast.parse((package / f"{module}.py").read_text())
+        defined = {node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+        defined |= {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+        assert set(names.split(", ")) <= defined, module
+    for code in blocks("docs/coming-from.md"):
+        ast.parse(code)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_rows_and_an_example(name: str) -> None:
+    text, code = (DOCS / "losses.md").read_text(), "".join(blocks("docs/losses.md"))
+    rows = re.findall(rf"^\| `{name}` \|.*\|$", text, re.MULTILINE)
+    assert len(rows) == 2, "a row that says what it computes, and one with its options"
+    assert f"{name}(" in code
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_options_of_a_loss_are_those_of_its_constructor(name: str) -> None:
+    section = (DOCS / "losses.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", section, re.MULTILINE)
+    parameters = inspect.signature(getattr(fused_infonce, name).__init__).parameters
+    assert sorted(re.findall(r"`(\w+)`", row)) == sorted(set(parameters) - COMMON)
+    positional = [x for x in parameters if parameters[x].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert len(positional) - 1 == {"FusedInfoNCELoss": 3, "MatryoshkaLoss": 4, "ClipLoss": 0}.get(name, 1)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
+def test_links_and_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[\w-]*)?\)", text):
+        assert link.startswith("http") or (folder / link).exists(), link
+    for path in re.findall(r"`((?:benchmarks|docs|examples|tests|fused_infonce|kernels)/[\w./-]+)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

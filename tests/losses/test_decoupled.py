@@ -15,6 +15,7 @@ from support.helpers import (
     bounds,
     cases,
     differentiable,
+    elsewhere,
     embeddings,
     error,
     make_call,
@@ -258,7 +259,7 @@ def test_compiled_equals_eager(options):
 def test_module_equals_function():
     a, b, c = (torch.randn(6, 5) for _ in range(3))
     w = torch.rand(12)
-    got = DCLLoss(0.2, "none")(a, b, positive_weight=w)
+    got = DCLLoss(0.2, reduction="none")(a, b, positive_weight=w)
     assert torch.equal(got, decoupled_nt_xent(a, b, 0.2, "none", positive_weight=w))
     got = DCLLoss(sigma=0.4, normalize=False)(a, b)
     w = von_mises_fisher_weight(a, b, 0.4, normalize=False).repeat(2)
@@ -275,9 +276,9 @@ ROWS = torch.ones(4, 3)
 BAD_CALLS = {
     "weights' type": ({"positive_weight": [1.0] * 4}, TypeError, "positive_weight must be a floating tensor of shape"),
     "weights' dtype": ({"positive_weight": torch.ones(4).long()}, TypeError, "positive_weight must be a floating"),
-    "weights' shape": ({"positive_weight": torch.ones(5)}, ValueError, r"positive_weight must have shape \(4,\)"),
+    "weights' shape": ({"positive_weight": torch.ones(5)}, ValueError, r"be a floating tensor of shape \(4,\), got"),
     "infinite weight": ({"positive_weight": torch.full((4,), torch.inf)}, ValueError, "positive_weight must be finite"),
-    "weights elsewhere": ({"positive_weight": torch.ones(4).to("meta")}, ValueError, "positive_weight must be on cpu"),
+    "weights elsewhere": ({"positive_weight": elsewhere(4)}, ValueError, "positive_weight must be on cpu"),
     "rows": ({"positive_key": ROWS[1:]}, ValueError, "positive_key must have 4 rows"),
     "temperature": ({"temperature": 0}, ValueError, "temperature must be positive and finite"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
@@ -297,7 +298,7 @@ def test_a_bad_argument_is_refused(what):
 def test_a_bad_argument_of_views_weights_and_modules_is_refused():
     for bad, kind, message in [
         ({"view_b": ROWS[1:]}, ValueError, "view_b must have shape"),
-        ({"positive_weight": torch.ones(4)}, ValueError, r"positive_weight must have shape \(8,\)"),
+        ({"positive_weight": torch.ones(4)}, ValueError, r"positive_weight must be a floating tensor of shape \(8,\)"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
         ({"reduction": "all"}, ValueError, "reduction must be one of"),
     ]:

@@ -8,8 +8,10 @@ import io
 
 import pytest
 import torch
-from support.helpers import DEVICE, TRITON
+from support.examples import from_example
+from support.helpers import DEVICE, TRITON, watch_plans
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_infonce
 from fused_infonce import (
@@ -69,6 +71,9 @@ CALLS = {
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
 }
+# A loss that has no entry is made and called as in the example of its docstring.
+CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CLASSES - set(CALLS))}
 every_loss = pytest.mark.parametrize("name", CALLS)
 
 
@@ -82,10 +87,21 @@ def gradients(value, module, inputs):
     return torch.autograd.grad(value, leaves)
 
 
-def test_every_exported_loss_is_tested_here():
+def test_every_exported_class_is_a_loss_or_its_statistics():
     exported = {name for name in fused_infonce.__all__ if inspect.isclass(getattr(fused_infonce, name))}
-    assert exported == set(CALLS)
-    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in exported)
+    assert exported == CLASSES | {"RowStatistics", "Statistics"}
+    assert all(issubclass(getattr(fused_infonce, name), nn.Module) for name in CLASSES)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_the_example_of_a_docstring_runs(name):
+    make, inputs = from_example(getattr(fused_infonce, name))
+    loss = make()
+    assert isinstance(loss, getattr(fused_infonce, name))
+    extra = (10.0,) if name == "ClipLoss" else ()  # whose example passes the scale by name
+    value = loss(*inputs(), *extra[: 3 - len(inputs())])
+    value.backward()
+    assert value.isfinite()
 
 
 @every_loss
@@ -130,6 +146,47 @@ def test_a_pickle_gives_the_same_loss_and_representation(name):
     assert repr(again) == repr(module)
     assert repr(module).startswith(name)
     assert torch.equal(again(*inputs), module(*inputs))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a result of any operator."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@every_loss
+@pytest.mark.parametrize("backend", ["torch", "reference", TRITON])
+def test_explain_returns_the_plans_of_a_call_and_computes_no_scores(name, backend, monkeypatch):
+    """Nor does it change what the loss remembers, such as a queue."""
+    monkeypatch.setitem(globals(), "N", 64)
+    module, inputs = make(name, backend=backend)
+    module = module.to(DEVICE.get(backend, "cpu"))
+    inputs = [x.detach().to(DEVICE.get(backend, "cpu")).requires_grad_(x.requires_grad) for x in inputs]
+    before = copy.deepcopy(module.state_dict())
+    with Largest() as work:
+        plans = module.explain(*inputs)
+    assert work.elements < N * N
+    assert {plan.backend for plan in plans} == {backend}
+    assert all(plan.gradients and plan.reason for plan in plans)
+    assert all((plan.name == "reference") == (backend == "reference") for plan in plans)
+    assert len(str(plans).splitlines()) == len(plans) > 0
+    assert all(torch.equal(x, before[key]) for key, x in module.state_dict().items())
+    seen = watch_plans(monkeypatch)
+    module(*inputs)
+    assert set(plans) <= set(seen)
+
+
+def test_explain_raises_what_the_call_raises():
+    with pytest.raises(ValueError, match="view_b must have shape"):
+        NTXentLoss().explain(rows(N), rows(N + 1))
+    loss, inputs = make("FusedInfoNCELoss")
+    assert loss(*inputs).item() > 0  # what follows a mistake computes again
 
 
 @every_loss

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import DEVICE, both_backends, bounds, cases, error, evaluate, on
+from support.helpers import DEVICE, both_backends, bounds, cases, elsewhere, error, evaluate, on
 
 import fused_infonce
 from fused_infonce import FusedInfoNCELoss
@@ -139,16 +139,16 @@ IMPROVED = {
         "negative_keys must be torch.float32", "float64",
     ),
     "mixed devices": (
-        {"positive_key": torch.ones(N, D, device="meta")}, ValueError, "positive_key must be on cpu", "meta",
+        {"positive_key": elsewhere(N, D)}, ValueError, "positive_key must be on cpu", "cuda:0",
     ),
     "negatives elsewhere": (
-        {"negative_keys": torch.ones(H, D, device="meta")}, ValueError, "negative_keys must be on cpu", "meta",
+        {"negative_keys": elsewhere(H, D)}, ValueError, "negative_keys must be on cpu", "cuda:0",
     ),
     "temperatures elsewhere": (
-        {"temperature": torch.ones(N, device="meta")}, ValueError, "temperature must be on cpu", "meta",
+        {"temperature": elsewhere(N)}, ValueError, "temperature must be on cpu", "cuda:0",
     ),
     "target elsewhere": (
-        {"target": torch.zeros(N, dtype=torch.int64, device="meta")}, ValueError, "target must be on cpu", "meta",
+        {"target": elsewhere(N, dtype=torch.int64)}, ValueError, "target must be on cpu", "cuda:0",
     ),
     "target dtype": ({"target": torch.zeros(N)}, TypeError, "target must be an integer tensor", "torch.float32"),
     "target shape": ({"target": torch.zeros(N, 1).long()}, ValueError, f"target must have shape ({N},)", f"({N}, 1)"),
@@ -156,8 +156,8 @@ IMPROVED = {
     "target below 0": ({"target": torch.arange(N) - 1}, ValueError, f"target must be in [0, {N})", "-1"),
     "ids": ({"key_ids": torch.zeros(N + 1).long()}, ValueError, f"key_ids must have shape ({N},)", f"({N + 1},)"),
     "ids dtype": ({"key_ids": torch.zeros(N)}, TypeError, "key_ids must be an integer tensor", "torch.float32"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive", "0"),
-    "workspace type": ({"workspace_limit": 1.5}, TypeError, "workspace_limit must be a number of bytes", "float"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes", "0"),
+    "workspace type": ({"workspace_limit": 1.5}, TypeError, "workspace_limit must be an integer number", "float"),
 }  # fmt: skip
 
 

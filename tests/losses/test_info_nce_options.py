@@ -14,8 +14,8 @@ from oracles import info_nce as dense
 from oracles.row_lists import reduce, rows_of
 from support.helpers import DEVICE, FACTORS, both_backends, cases, error, evaluate, make_call, on, two, valid
 
-from fused_infonce import FusedInfoNCELoss, contrast, explain, info_nce
-from fused_infonce.backends import plan
+from fused_infonce import FusedInfoNCELoss, explain, info_nce
+from fused_infonce.backends import plan, registry
 
 
 def by_hand(reduction="mean", **options):
@@ -215,7 +215,7 @@ def test_copies_and_pickles_give_the_same_loss(options):
 
 
 def test_the_representation_names_every_option_that_is_set():
-    assert repr(FusedInfoNCELoss()) == "FusedInfoNCELoss(temperature=0.1, reduction='mean', negative_mode='unpaired')"
+    assert repr(FusedInfoNCELoss()) == "FusedInfoNCELoss(temperature=0.1, negative_mode='unpaired', reduction='mean')"
     text = repr(FusedInfoNCELoss(**EVERY))
     assert "temperature=0.3" in text
     for name, value in EVERY.items():
@@ -256,7 +256,7 @@ def test_triton_on_a_cpu_says_why_not(tmp_path):
 
 
 def test_auto_on_a_cpu_is_torch():
-    assert contrast.resolve("auto", torch.ones(1)) == "torch"  # even where the interpreter could run Triton
+    assert registry.resolve("auto", torch.ones(1)) == "torch"  # even where the interpreter could run Triton
 
 
 @both_backends
@@ -277,7 +277,18 @@ def test_the_environment_sets_the_workspace_limit(monkeypatch):
     assert "at most 1 MiB" in str(plan)
     assert plan != explain(*inputs, workspace_limit=2**26)
     assert "at most 5000 bytes" in str(explain(*inputs, workspace_limit=5000))
-    for wrong in ("0", "-1", "256", "64M", ""):
-        monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", wrong)
-        with pytest.raises(ValueError, match="FUSED_INFONCE_WORKSPACE_LIMIT must be a number of bytes"):
-            info_nce(*inputs)
+    monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", "")  # is as good as none
+    assert explain(*inputs) == explain(*inputs, workspace_limit=2**26)
+
+
+@pytest.mark.least_limit
+@pytest.mark.parametrize("wrong", ["0", "-1", "256", "65535", "64M", "1e9"])
+def test_a_limit_below_64_kib_is_taken_for_one_in_another_unit(wrong, monkeypatch):
+    inputs = torch.randn(2, 5, 8)
+    if wrong.isdecimal():
+        with pytest.raises(ValueError, match=rf"workspace_limit must be a number of bytes, 65536 .*, got {wrong}"):
+            info_nce(*inputs, workspace_limit=int(wrong))
+    assert info_nce(*inputs, workspace_limit=65536).isfinite()
+    monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", wrong)
+    with pytest.raises(ValueError, match="FUSED_INFONCE_WORKSPACE_LIMIT must be a number of bytes"):
+        info_nce(*inputs)

@@ -27,7 +27,8 @@ def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, tempera
     inputs.append(torch.tensor(temperature, device=DEVICE[backend], requires_grad=True))
     exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
     partition, directions = softmax
-    options = {"directions": directions, "partition": partition, "hardness": hardness, "hardness_strength": 5.0}
+    options = {"directions": directions, "partition": partition, "hardness": hardness}
+    options["hardness_strength"] = 5.0 if hardness else 0.0
     got, *grads = run(lambda **given: multiple_negatives(**given, backend=backend), inputs, 0, options)
     want, *truth = run(dense.multiple_negatives, exact, 0, options)
     single = 1e-5 * max(1, 0.05 / temperature)
@@ -70,7 +71,7 @@ def test_autocast_rounds_the_rows_and_nothing_else(given, softmax, hardness):
     partition, directions = softmax
     options = {
         "temperature": 0.1, "directions": directions, "partition": partition, "hardness": hardness,
-        "hardness_strength": 3.0,
+        "hardness_strength": 3.0 if hardness else 0.0,
     }  # fmt: skip
     exact = [x.bfloat16().double().requires_grad_() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
@@ -101,7 +102,8 @@ def test_a_strength_beyond_the_range_of_float32_does_not_overflow(backend, hardn
 def test_16_bit_gradients_are_rounded_once(softmax, hardness):
     """Those of float32 rows of the same values, rounded, though several problems share the rows."""
     partition, directions = softmax
-    options = {"directions": directions, "partition": partition, "hardness": hardness, "hardness_strength": 2.0}
+    options = {"directions": directions, "partition": partition, "hardness": hardness}
+    options["hardness_strength"] = 2.0 if hardness else 0.0
     options["temperature"] = 0.1
     narrow = call(17, 2, d=24, dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in narrow]
@@ -116,7 +118,8 @@ def test_memory_does_not_grow_with_the_scores(softmax, hardness):
     """Some times the inputs and the limit, where one matrix of scores has 16 MiB."""
     inputs = [x.requires_grad_() for x in call(2048, 2, d=16, dtype=torch.float32, grad=False)]
     partition, directions = softmax
-    options = {"directions": directions, "partition": partition, "hardness": hardness, "hardness_strength": 2.0}
+    options = {"directions": directions, "partition": partition, "hardness": hardness}
+    options["hardness_strength"] = 2.0 if hardness else 0.0
     with PeakMemory() as memory:
         multiple_negatives(inputs[0], inputs[1:], **options, workspace_limit=MIB // 2).backward()
     assert memory.peak <= 2 * MIB + 12 * sum(x.nbytes for x in inputs)

@@ -87,7 +87,7 @@ def test_no_rows_give_nan_as_mean_and_a_bad_argument_is_refused() -> None:
 
 def test_module_equals_function() -> None:
     a, b = views(6, 4, 1.0, torch.float32)
-    assert torch.equal(NTXentLoss(0.3, "none")(a, b), nt_xent(a, b, 0.3, "none"))
+    assert torch.equal(NTXentLoss(0.3, reduction="none")(a, b), nt_xent(a, b, 0.3, "none"))
     more = [a + b, a - b]
     assert torch.equal(NTXentLoss(0.3)(a, b, *more), nt_xent(a, b, 0.3, more_views=more))
 

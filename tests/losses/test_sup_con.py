@@ -92,6 +92,19 @@ def test_gradients_are_those_of_finite_differences(
     )  # fmt: skip
 
 
+@both_backends
+@pytest.mark.parametrize("kind", ["views", "labels"])
+def test_the_factor_is_a_constant(backend: str, kind: str) -> None:
+    """With t / base_temperature in the graph, a learned temperature would shrink the loss by shrinking the factor."""
+    inputs = {"features": torch.randn(N, 2, D), "temperature": torch.tensor(0.3), **positives(kind)}
+    inputs = {key: x.to(DEVICE[backend]) for key, x in inputs.items()}
+    loss, gradients = evaluate(sup_con, inputs, base_temperature=0.1, backend=backend)
+    plain, want = evaluate(sup_con, inputs, base_temperature=None, backend=backend)
+    torch.testing.assert_close(loss, 3 * plain)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, 3 * want[name])
+
+
 @cases(
     pairs_are=["tight", "loose"],
     t=[1.0, 0.07, 0.02, 0.01],
@@ -221,7 +234,11 @@ BAD: dict[str, Any] = {
     "integers": ({"features": GOOD.long()}, TypeError, "features must be float16"),
     "both": ({"labels": torch.arange(4), "mask": EYE}, ValueError, "labels and mask both"),
     "labels' number": ({"labels": torch.arange(3)}, ValueError, r"labels must have shape \(4,\)"),
-    "labels' shape": ({"labels": torch.zeros(4, 2).long()}, ValueError, r"labels must have shape \(4, 1\)"),
+    "labels' shape": (
+        {"labels": torch.zeros(4, 2).long()},
+        ValueError,
+        r"one integer a sample, shape \(4,\)",
+    ),
     "labels' dtype": ({"labels": torch.rand(4)}, TypeError, "labels must be an integer tensor"),
     "labels' type": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be an integer tensor"),
     "mask's shape": ({"mask": torch.eye(3)}, ValueError, r"mask must have shape \(4, 4\)"),
@@ -237,8 +254,8 @@ BAD: dict[str, Any] = {
     "temperature's type": ({"temperature": "0.1"}, TypeError, "temperature must be a number"),
     "per row": ({"temperature": torch.ones(8)}, ValueError, "temperature must be a number or a one-element tensor"),
     "base": ({"base_temperature": -1.0}, ValueError, "base_temperature must be positive"),
-    "base's type": ({"base_temperature": None}, TypeError, "base_temperature must be a number"),
-    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be positive"),
+    "base's type": ({"base_temperature": "0.07"}, TypeError, "base_temperature must be a number"),
+    "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),
 }
 
 
@@ -256,7 +273,7 @@ def test_a_bad_argument_is_refused(name: str) -> None:
 def test_module_equals_function() -> None:
     features = torch.randn(N, 2, D, 3, requires_grad=True)  # further dimensions are flattened
     t = torch.nn.Parameter(torch.tensor(0.2))
-    loss = SupConLoss(t, "one", 0.1, "none")
+    loss = SupConLoss(t, contrast_mode="one", base_temperature=0.1, reduction="none")
     assert [*loss.parameters()] == [t]
     assert torch.equal(loss(features, LABELS), sup_con(features.flatten(2), LABELS, None, t, "one", 0.1, "none"))
     loss(features, mask=torch.eye(N)).sum().backward()

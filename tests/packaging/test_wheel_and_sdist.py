@@ -99,6 +99,8 @@ rows = torch.zeros(4, 8)
 reveal_type(info_nce(rows, rows))
 reveal_type(FusedInfoNCELoss()(rows, rows))
 info_nce(rows, rows, reductoin="mean")
+info_nce(rows, rows, reduction="avg")
+FusedInfoNCELoss(backend="cuda")
 """
 
 
@@ -256,5 +258,7 @@ def test_mypy_finds_the_types_from_a_users_folder(way, source, built, mypy_cache
     function, module, *rest = (line.partition(" ")[2] for line in done.stdout.splitlines())
     assert re.search(r'Revealed type is "torch\.(_tensor\.)?Tensor"', function), done.stdout
     assert re.search(r'Revealed type is "torch\.(_tensor\.)?Tensor"', module), done.stdout
-    assert rest[0].startswith('error: Unexpected keyword argument "reductoin" for "info_nce"'), done.stdout
-    assert len([line for line in rest if line.startswith("error")]) == 1, done.stdout
+    keyword, reduction, backend = (line for line in rest if line.startswith("error"))
+    assert keyword.startswith('error: Unexpected keyword argument "reductoin" for "info_nce"'), done.stdout
+    assert reduction.startswith('error: Argument "reduction" to "info_nce" has incompatible type'), done.stdout
+    assert backend.startswith('error: Argument "backend" to "FusedInfoNCELoss" has incompatible type'), done.stdout

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from oracles.info_nce import info_nce as dense_info_nce
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_infonce import info_nce
 from fused_infonce.backends import plan, registry
@@ -109,6 +110,12 @@ def both(functions: Sequence[Callable[..., Tensor]], inputs: Sequence[Tensor]) -
         upstream = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
         results.append([value, *torch.autograd.grad(value, inputs, upstream)])
     return zip(*results, strict=True)
+
+
+def elsewhere(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor of a GPU, without a GPU and hence without values: to read one raises."""
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda")
 
 
 def on(device: str, inputs: Inputs) -> Inputs:

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from support.examples import from_example
 from support.helpers import DEVICE, TRITON
 from torch import nn
 
@@ -60,6 +61,10 @@ LOSSES = {
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
     "SupConLoss of views": (SupConLoss, lambda: (rows(N, 2),)),
 }
+# A loss that has no entry is made and called as in the example of its docstring.
+CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
+MISSING = sorted(CLASSES - {name.partition(" ")[0] for name in LOSSES})
+LOSSES |= {name: from_example(getattr(fused_infonce, name)) for name in MISSING}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 START = 0.3
 
@@ -183,5 +188,5 @@ def test_the_gradient_of_logit_scale_is_that_of_the_temperature(name):
         copy.deepcopy(loss)(*x).backward()  # a copy's backward leaves this one alone, and its queue
         assert learned.grad is None
         loss(*x).backward()
-        gradients.append(learned.grad.flatten())
+        gradients.append(learned.grad.flatten())  # type: ignore[attr-defined, union-attr]
     torch.testing.assert_close(gradients[0], -START * gradients[1], rtol=1e-4, atol=1e-6)

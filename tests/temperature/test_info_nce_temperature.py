@@ -79,7 +79,7 @@ def test_a_learnable_temperature_trains_and_may_be_assigned(backend):
     query, key = two(backend=backend)
     loss = FusedInfoNCELoss(0.5, learnable_temperature=True, backend=backend).to(query.device)
     assert [name for name, _ in loss.named_parameters()] == ["logit_scale"]
-    assert loss.logit_scale.shape == ()
+    assert loss.logit_scale.shape == (1,)
     assert loss.logit_scale.dtype == torch.float32
     assert loss.logit_scale.item() == pytest.approx(math.log(2), abs=1e-7)
     assert torch.as_tensor(loss.temperature).item() == pytest.approx(0.5, rel=1e-6)

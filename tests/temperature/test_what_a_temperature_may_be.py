@@ -214,7 +214,7 @@ def test_a_callable_that_returns_nonsense_is_named_at_the_call(make, returned, k
 
 
 def test_an_attribute_that_a_callable_lacks_is_not_said_to_be_the_losss():
-    loss = FusedInfoNCELoss(lambda: math.exp(-math.logit_scale))
+    loss = FusedInfoNCELoss(lambda: math.exp(-math.logit_scale))  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="AttributeError: module 'math' has no attribute 'logit_scale'"):
         loss(*two())
 

@@ -53,7 +53,7 @@ def side(
 def _inverse_norms(guide: Tensor) -> Tensor:
     """Return 1 / max(|g_i|, EPS) of a guide's rows, 0 for those that count as zero."""
     norms = vector(guide, guide.shape[0])
-    none = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
+    none: dict[str, Any] = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
     run(
         side_kernel, **_rows_arguments(guide, None), **temperature_arguments(None), **none, A_ptr=norms, at_eps=0.0,
         NORMALIZE=True,
