@@ -270,7 +270,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
         return OnePass(total, [None] * len(inputs), None)
 
     slope = slope_of(margin) if uniform else weighted(slope_of(margin), weight)
-    factor = slope / dense.divisor(sums)
+    factor = slope / dense.divisor(sums)  # type: ignore[arg-type]
     row, column, v = (factor[0], factor[1], slope.sum(0)) if problem.columns else (factor, None, slope)
     w = dense.coefficients([e for e, _ in found], row, column, v, sign=-1, spare=False)
     sides = dense.gradients(w, [inputs[0] or temperature, *inputs[1:]], share * dense.inv_t)
