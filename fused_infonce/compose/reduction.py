@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import contrast
+from .. import checks, contrast
 from ..backends import Options, Reduction, plan_of
 from ..backends.contract import Problem, RowStatistics
 from ..backends.precision import all_wide
@@ -70,13 +70,22 @@ def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: T
 
 
 def _counted(rows: Tensor, problem: Problem) -> Tensor:
-    return rows if problem.self_similar or problem.target is None else rows.masked_fill(problem.target == -1, 0)
+    target = problem.target
+    return rows if target is None or _every_row_counts(problem) else rows.masked_fill(target == -1, 0)
+
+
+def _every_row_counts(problem: Problem) -> bool:
+    """Return whether no row is without a target, as far as that is known or free to read."""
+    target = problem.target
+    if target is None or problem.every_row_counts:
+        return True
+    return len(target) > 0 and checks.values_are_free(target) and target.min().item() >= 0
 
 
 def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the factors of the rows' losses, (1,) or (N,), and where there may be none, whether a mean has no rows."""
     n, t = problem.query.rows.shape[0], problem.temperature.values
-    if problem.every_row_counts and weight is None:
+    if weight is None and _every_row_counts(problem):
         uniform = t.new_full((1,), 1 / max(n, 1) if reduction == "mean" else 1.0)
         return uniform, uniform[0] > 0 if reduction == "mean" and n == 0 else None
     weight = _counted(t.new_ones(n) if weight is None else weight, problem)
