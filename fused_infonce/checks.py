@@ -1,7 +1,8 @@
 """The checks of user input that losses share, in one style: what was expected, then what came.
 
 Nothing here launches device work except the checks of CPU values, which cost nothing there. Where reading a tensor's
-values is not free, on a GPU or while `torch.compile` records, a bad value becomes NaN in place of an error.
+values is not free, on a GPU or while `torch.compile` records or `torch.func` transforms, a bad value becomes NaN in
+place of an error.
 """
 
 from __future__ import annotations
@@ -136,8 +137,10 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Return whether reading values costs no synchronisation."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether values can be read without a synchronisation; a transform of `torch.func` has none to read."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu"
 
 
 def only(name: str, value: Tensor, good: Tensor, must: str) -> Tensor:

@@ -76,7 +76,7 @@ def statistics(
     problem = of_keys(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids,
+        key_ids=key_ids, negative_ids=negative_ids, names=("key", "columns"),
     )  # fmt: skip
     found = contrast.statistics(problem, call_options(backend, workspace_limit), full=True)
     rows = _natural(found.rows)

@@ -12,13 +12,12 @@ from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
 from ..backends.indexing import take_rows
-from ..backends.plan import Plan
 from ..backends.precision import without_autocast
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode, call_options, of_keys
 from ..compose.reduction import reduced, reduced_rows, widened
 from ..compose.rows import class_sums, dots, unit
 from ..temperature.scale import TemperatureLike
-from .base import ContrastiveLoss
+from .base import ContrastiveLoss, Plans
 
 
 def info_nce(
@@ -104,15 +103,16 @@ def info_nce(
     return loss + label_smoothing * reduced_rows(pull, problem, reduction, weight)
 
 
-def explain(*args: Any, **kwargs: Any) -> Plan:
-    """Return the plan by which `info_nce` would compute a call with these arguments; it prints as a sentence.
+def explain(*args: Any, **kwargs: Any) -> Plans:
+    """Return the plans by which `info_nce` would compute a call with these arguments; each prints as a sentence.
 
-    No scores are computed. The answer depends on whether the inputs require gradients. Arguments that `info_nce`
-    refuses raise its errors. The other losses have a method `explain`.
+    There is one plan, or two with `symmetric` and explicit negatives, which are scored against the queries alone. No
+    scores are computed. The answer depends on whether the inputs require gradients. Arguments that `info_nce` refuses
+    raise its errors. The other losses have a method `explain`.
     """
     with contrast.explaining() as plans:
         info_nce(*args, **kwargs)
-    return plans[0]
+    return Plans(plans)
 
 
 def _pull(problem: Problem) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, contrast
 from ..backends import BackendName, Reduction, plan_of
 from ..backends.contract import KeySet, Problem
 from ..compose.arguments import call_options, temperature_of
@@ -74,7 +74,7 @@ def moco_loss(
         normalize=normalize,
     )  # fmt: skip
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
-    if plan.gradients and not plan.one_pass:  # the backward reads negatives that may be overwritten before it runs
+    if plan.gradients and not plan.one_pass and not contrast.is_explaining():  # a backward may follow an overwriting
         problem.keys = (problem.keys[0], negatives._replace(rows=negatives.rows.clone()))
     return reduced(problem, checked, "infonce")
 

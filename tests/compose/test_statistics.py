@@ -246,10 +246,14 @@ def test_no_rows_and_no_keys(backend):
 
 def test_mistakes_are_refused():
     query, key = torch.randn(4, D), torch.randn(5, D)
-    with pytest.raises(ValueError, match="must have 4 rows as query has"):
+    with pytest.raises(ValueError, match=r"^key must have 4 rows as query has"):
         statistics(query, key)
-    with pytest.raises(ValueError, match="cannot be used with target"):
+    with pytest.raises(ValueError, match=r"^columns=True .* cannot be used with target"):
         statistics(query, key, target=torch.arange(4), columns=True)
+    with pytest.raises(TypeError, match=r"^key must be a tensor"):
+        statistics(query, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"^key must have {D} components"):
+        statistics(query, query[:, 1:])
     with pytest.raises(ValueError, match="backend must be one of"):
         statistics(query, query, backend="cuda")
     x = query.clone().requires_grad_()
