@@ -239,13 +239,16 @@ def log_sum(state: State) -> Tensor:
 
 
 def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
-    """Return the statistics of rows with these positives; those of no columns for a state of None."""
+    """Return the statistics of rows with these positives; those of no columns for a state of None.
+
+    The mean is NaN where nobody asked for it: no gradient needs it, and it is no result.
+    """
     zero = torch.zeros_like(pos)
     if state is None:
         return RowStatistics(pos, torch.full_like(pos, -torch.inf), zero, zero, zero)
     m, total, *products = state
     scale = total.reciprocal().masked_fill_(total == 0, 0)
-    mean = (products[0] * scale).mul_(LN2) if products else zero
+    mean = (products[0] * scale).mul_(LN2) if products else torch.full_like(pos, torch.nan)
     return RowStatistics(pos, log_sum(state), mean, zero if m is None else finite(m), scale)
 
 
