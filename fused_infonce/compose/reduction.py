@@ -62,7 +62,9 @@ def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
 def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
     if reduction == "none":
-        return _counted(rows if weight is None else weight * rows, problem)
+        w = weight
+        rows = rows if w is None else w * rows if w.requires_grad else weighted(rows, w)
+        return _counted(rows, problem)
     w, empty = row_weights(problem, reduction, weight)
     # A row of weight 0 counts for nothing, but where weights have a gradient the row's loss is the gradient.
     total = (_counted(w * rows, problem) if w.requires_grad else weighted(rows, w)).sum()

@@ -89,7 +89,7 @@ def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
 
 
 def bias_of(logit_bias: Any) -> Tensor | None:
-    """Return a checked bias, 0-d, where it takes part in the gradient; else None."""
+    """Return what a checked bias adds to a loss: 0, with a gradient of 0, whatever its value; None if it needs none."""
     if logit_bias is None:
         return None
     if not isinstance(logit_bias, Tensor):
@@ -101,12 +101,13 @@ def bias_of(logit_bias: Any) -> Tensor | None:
     checks.dense("logit_bias", logit_bias)
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must be a number or a one-element tensor, got shape {tuple(logit_bias.shape)}")
-    return logit_bias.reshape(()) if logit_bias.requires_grad and torch.is_grad_enabled() else None
+    needed = logit_bias.requires_grad and torch.is_grad_enabled()
+    return 0 * logit_bias.reshape(()).nan_to_num(0, 0, 0) if needed else None
 
 
 def with_bias(loss: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the loss with a gradient of 0 for a bias: the softmax does not see what every logit has added."""
-    return loss if bias is None else loss + 0 * bias.nan_to_num(0, 0, 0).to(loss.device, loss.dtype)
+    """Return the loss with what `bias_of` returns, which gives the bias a gradient of 0: a softmax does not see it."""
+    return loss if bias is None else loss + bias.to(loss.device, loss.dtype)
 
 
 class ClipLoss(ContrastiveLoss):
