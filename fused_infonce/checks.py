@@ -25,7 +25,7 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 SMALLEST = 1e-30
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -186,15 +186,15 @@ def scale_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
     return only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
 
 
-def temperature(value: Any, like: Tensor, dtype: torch.dtype) -> Temperature:
+def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "temperature") -> Temperature:
     """Return a positive number, a one-element tensor or one value a row of `like` as a `Temperature`, differentiable.
 
     Where values cannot be read for free, those that are not positive become NaN.
     """
     if not isinstance(value, Tensor):
-        number = positive_float("temperature", value)
+        number = positive_float(name, value)
         return Temperature(torch.full((1,), number, dtype=dtype, device=like.device), float(number))
-    value = scale_tensor("temperature", value, like)
+    value = scale_tensor(name, value, like)
     lowest = None
     if values_are_free(value) and value.numel():
         lowest = value.item() if value.numel() == 1 else value.min().item()
@@ -202,6 +202,16 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype) -> Temperature:
     if value.device != like.device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
         flat = torch.ones(1, dtype=dtype, device=like.device) * flat[0]
     return Temperature(flat, lowest)
+
+
+def number_or_tensor(name: str, value: Any) -> None:
+    """Check what a module holds of a scale: a positive number or a floating tensor, its values where free."""
+    if not isinstance(value, Tensor):
+        positive_float(name, value)
+    elif value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
+    elif type(value) in (Tensor, torch.nn.Parameter) and values_are_free(value):  # unlike those of a DTensor
+        only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
 
 
 def row_weight(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -24,9 +24,9 @@ def call_options(backend: BackendName, workspace_limit: int | None, reduction: R
     return Options(backend, checks.workspace_limit(workspace_limit), reduction)
 
 
-def temperature_of(value: float | Tensor, rows: Tensor) -> Temperature:
+def temperature_of(value: float | Tensor, rows: Tensor, name: str = "temperature") -> Temperature:
     """Return the temperature of these rows, checked, in the dtype of their statistics."""
-    return checks.temperature(value, rows, statistics_dtype(rows))
+    return checks.temperature(value, rows, statistics_dtype(rows), name)
 
 
 def of_keys(

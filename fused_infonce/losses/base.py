@@ -64,6 +64,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         super().__init__(temperature, learnable_temperature, max_logit_scale)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
         checks.one_of("backend", backend, checks.BACKENDS)
+        checks.one_of("normalize", normalize, (True, False))
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend

@@ -131,9 +131,16 @@ class MoCoLoss(ContrastiveLoss):
         )
         checks.whole("dim", dim, 1)
         checks.whole("queue_size", queue_size, 1)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim, dtype=torch.float32)).T)
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("queue", torch.empty(queue_size, dim, dtype=torch.float32).T)
+        self.register_buffer("queue_ptr", torch.empty(1, dtype=torch.int64))
+        self.reset_parameters()
         self.register_load_state_dict_post_hook(_columns_contiguous)
+
+    def reset_parameters(self) -> None:
+        """Start again: the queue from random unit vectors, a learnable temperature from where it began."""
+        super().reset_parameters()
+        self.queue.copy_(F.normalize(torch.randn_like(self.queue.T)).T)
+        self.queue_ptr.zero_()
 
     def forward(self, query: Tensor, key: Tensor, *, enqueue: bool = True) -> Tensor:
         """Return the loss of (N, D) queries, each against its own key and the queue, and enqueue the keys.

@@ -122,6 +122,12 @@ def test_sparse_tensors_are_refused(name):
             SPARSE[name](sparse)
 
 
+@pytest.mark.parametrize("cls", [FusedInfoNCELoss, SupConLoss])
+def test_a_word_is_no_answer_to_whether_to_normalize(cls):
+    with pytest.raises(ValueError, match="normalize must be one of True, False, got 'no'"):
+        cls(normalize="no")
+
+
 META = {
     "query": lambda x: info_nce(x, x),
     "view_a": lambda x: f.nt_xent(x, x),
