@@ -21,7 +21,7 @@ from open_clip import loss as original
 from torch import Tensor
 
 from ..functional import clip_loss, info_nce
-from ..losses.clip import bias_of, temperature_of
+from ..losses.clip import bias_of, temperature_of, with_bias
 from .common import loss_dtype, one_number, said, say_once
 
 # open_clip 3.3.0 has this option; the main branch has neither it nor the last argument of `gather_features`.
@@ -89,4 +89,4 @@ class ClipLoss(original.ClipLoss):
         per_image = info_nce(image, all_text, temperature=t, target=target, normalize=False)
         per_text = info_nce(text, all_image, temperature=t, target=target, normalize=False)
         loss = (per_image + per_text) / 2
-        return loss if bias is None else loss + bias.to(loss.device, loss.dtype)
+        return with_bias(loss, bias)
