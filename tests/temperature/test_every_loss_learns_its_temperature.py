@@ -109,7 +109,9 @@ def train(name, how, backend="torch", compiled=False, steps=3):
         assert not list(loss.parameters())
     else:
         assert [id(p) for p in loss.parameters()] == [id(learned)]
-    model = nn.Linear(D, D).to(DEVICE[backend])
+    x = [tensor.to(DEVICE[backend]) for tensor in inputs()]
+    width = x[0].shape[-1]
+    model = nn.Linear(width, width).to(DEVICE[backend])
     optimizer = torch.optim.SGD([*model.parameters(), learned], lr=0.02)
 
     def run(first, *others):
@@ -117,7 +119,6 @@ def train(name, how, backend="torch", compiled=False, steps=3):
 
     run = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
     values, scales = [], [learned.detach().clone()]
-    x = [tensor.to(DEVICE[backend]) for tensor in inputs()]
     for _ in range(steps):
         value = run(*x)
         optimizer.zero_grad()
