@@ -229,6 +229,10 @@ def target(value: object, like: Tensor, columns: int, ignore_index: int) -> Tens
     whose logit is NaN.
     """
     index = ids("target", value, (like.shape[0],), like.device)
+    if values_are_free(index) and len(index) and not 0 <= ignore_index < columns:
+        least, most = torch.aminmax(index)
+        if least.item() >= 0 and most.item() < columns:  # the usual case: nothing to tell apart
+            return index
     ignored = index == ignore_index
     bad = ~ignored & ((index < 0) | (index >= columns))
     if values_are_free(index) and bad.any():

@@ -119,10 +119,10 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def _positives(logits: Tensor, target: Tensor) -> Tensor:
-    """Return (N,) the logits at the targets: 0 for -1, NaN out of range."""
+    """Return (N,) the logits at the targets: 0 for -1, NaN out of range or where they are infinite."""
     m = logits.shape[1]
     picked = logits.gather(1, target[:, None].clamp(0, m - 1))[:, 0] if m else logits.new_zeros(len(target))
-    picked = torch.where((target < -1) | (target >= m), math.nan, picked)
+    picked = torch.where((target < -1) | (target >= m), math.nan, picked + (picked - picked))
     return torch.where(target == -1, 0, picked)
 
 

@@ -89,4 +89,4 @@ class ClipLoss(original.ClipLoss):
         per_image = info_nce(image, all_text, temperature=t, target=target, normalize=False)
         per_text = info_nce(text, all_image, temperature=t, target=target, normalize=False)
         loss = (per_image + per_text) / 2
-        return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
+        return loss if bias is None else loss + bias.to(loss.device, loss.dtype)

@@ -63,7 +63,8 @@ def info_nce(
             A row whose norm overflows (1.8e19 in float32) is NaN, and not zeros as there.
         in_batch_negatives: whether the other rows of `positive_key` are negatives too. None: only if there are no
             `negative_keys`.
-        ignore_index: rows with this target count neither in the loss nor in the mean.
+        ignore_index: rows with this target count neither in the loss nor in the mean. What is said of a `weight` of 0
+            holds for them.
         target: (N,) integer indices of each query's positive in `positive_key`. None: row i.
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
@@ -71,7 +72,8 @@ def info_nce(
             positive is always kept.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
-            both directions.
+            both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
+            gradients of the keys NaN.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).

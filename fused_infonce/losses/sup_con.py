@@ -87,68 +87,66 @@ def sup_con(
             workspace_limit=workspace_limit,
         )  # fmt: skip
 
-    positives = _positives(labels, weights, samples, views, rows, dtype)
+    index = torch.arange(len(rows), device=rows.device)
+    positives = _positives(labels, weights, samples, views, index)
     anchors = samples if contrast_mode == "one" else len(rows)
     rows, products = wide(rows)
-    index = torch.arange(len(rows), device=rows.device)
-    problem = Problem(
-        KeySet(rows[:anchors], index[:anchors]), (KeySet(rows, index),), t, positives.target[:anchors],
-        normalize=normalize,
-    )  # fmt: skip
+    keys = KeySet(rows, index)
+    query = keys if contrast_mode == "all" else KeySet(rows[:anchors], index[:anchors])
+    problem = Problem(query, (keys,), t, positives.target[:anchors], normalize=normalize)
     with products:
         stats = contrast.statistics(problem, options).rows
     with torch.autocast(rows.device.type, enabled=False):
         x = unit(rows, normalize, dtype)
-        total, count = _class_totals(x.unflatten(0, (views, samples)).sum(0), labels, weights, views)
-        count = count - positives.own
-        single = count == 1 if positives.single is None else positives.single
-        count, single, own, total = (
-            y.repeat(anchors // max(samples, 1), *[1] * (y.dim() - 1)) for y in (count, single, positives.own, total)
-        )
-        query = x[:anchors]
-        mean = (dots(query, total) - own * dots(query, query)) / (t.values * torch.where(count == 0, 1, count))
-        # The logsumexp over all others less the mean is softplus(neg - s_iy) + (s_iy - mean), for any positive y. If a
-        # row has one positive, the second part is 0 and the first is exact however small the loss.
-        loss = infonce(stats.neg - stats.pos) + torch.where(single, 0, stats.pos - mean)
-        return factor * reduced_mean(torch.where(count == 0, 0, loss), reduction)
+        total, count = _class_totals(x, labels, weights, views)
+        anchor, own = x[:anchors], positives.own
+        total, count = total[:anchors], count[:anchors]
+        if own is None:  # every row is once among those of its class
+            total, count = total - anchor, count - 1
+        else:
+            own = own.repeat(anchors // max(samples, 1))
+            total, count = total - own[:, None] * anchor, count - own
+        single = count == 1 if positives.single is None else positives.single.repeat(anchors // max(samples, 1))
+        none = count == 0
+        mean = dots(anchor, total) / (t.values * count.masked_fill(none, 1))
+        # lse over all others - mean = softplus(neg - s_iy) + (s_iy - mean), y one of the positives. Where it is the
+        # only one the second part is 0, and the first is exact however small the loss
+        loss = infonce(stats.neg - stats.pos) + (stats.pos - mean).masked_fill(single, 0)
+        return factor * reduced_mean(loss.masked_fill(none, 0), reduction)
 
 
 class _Positives(NamedTuple):
     """The positives of rows, as far as they are known before any score is.
 
-    target: (V N,) a positive of each row, -1 for a row without one
-    own: (N,) the weight that a row itself has in the sum over its class, which is to be subtracted
-    single: (N,) whether a row has exactly one positive; None where the number of positives says so
+    target: (V N,) one of each row, -1 where it has none. own: (N,) the weight that the row itself has among the rows
+    that are summed; None: 1. single: (N,) whether there is one only; None where that is for their number to say
     """
 
     target: Tensor
-    own: Tensor
+    own: Tensor | None
     single: Tensor | None
 
 
-def _positives(
-    labels: Tensor | None, weights: Tensor | None, samples: int, views: int, rows: Tensor, dtype: torch.dtype
-) -> _Positives:
-    index = torch.arange(len(rows), device=rows.device)
-    own = torch.ones(samples, dtype=dtype, device=rows.device)
+def _positives(labels: Tensor | None, weights: Tensor | None, samples: int, views: int, index: Tensor) -> _Positives:
+    """Return the positives of rows; index: their own, (V N,)."""
     if weights is not None:
         if views == 1:  # a row is never its own positive
             weights.fill_diagonal_(0)
         return _of_mask(weights, views)
     if views > 1:
-        return _Positives(index.roll(-samples), own, None)
-    return _Positives(torch.full_like(index, -1) if labels is None else _next(labels.flatten().long()), own, None)
+        return _Positives(index.roll(-samples), None, None)
+    return _Positives(torch.full_like(index, -1) if labels is None else _next(labels.flatten().long()), None, None)
 
 
-def _class_totals(total: Tensor, labels: Tensor | None, weights: Tensor | None, views: int) -> tuple[Tensor, Tensor]:
-    """Return the sum of the rows of each sample's class, (N, D), and their number, (N,), from sums over views."""
-    count = total.new_full((len(total),), views)
+def _class_totals(x: Tensor, labels: Tensor | None, weights: Tensor | None, views: int) -> tuple[Tensor, Tensor]:
+    """Return for each row the sum of its class's rows, itself among them, (V N, D), and their number, (V N,)."""
     if labels is not None:
-        total, members = class_sums(labels.flatten().long(), total)
-        return total, count * members
+        return class_sums(labels.flatten().long().repeat(views), x)
+    total = x.unflatten(0, (views, -1)).sum(0) if len(x) else x
+    count = total.new_full((len(total),), views)
     if weights is not None:
-        return weights @ total, count * weights.sum(1)
-    return total, count
+        total, count = weights @ total, count * weights.sum(1)
+    return total.repeat(views, 1), count.repeat(views)
 
 
 def _of_mask(weights: Tensor, views: int) -> _Positives:

@@ -218,6 +218,22 @@ def test_fields_are_float32_within_the_bounds(backend, dtype):
         assert error(x, y) <= bounds(dtype, 0.05)[0], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_both_directions_with_negatives_apart_are_rounded_once(dtype):
+    """Two problems, whose 16-bit gradients autograd would add after rounding each."""
+    wide = [(torch.randn(256, 64) + 3 * torch.randn(64)).to(dtype).float().requires_grad_() for _ in range(2)]
+    narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
+    negatives = torch.randn(64, 64).to(dtype)
+
+    def gradients(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        given = negatives.to(query.dtype)
+        found = statistics(query, key, given, temperature=8.0, columns=True, normalize=False)
+        return torch.autograd.grad(sum(x.neg.sum() - x.pos.sum() for x in directions(found)), (query, key))
+
+    for got, want in zip(gradients(*narrow), gradients(*wide), strict=True):
+        assert torch.equal(got, want.to(dtype))
+
+
 @every_backend
 def test_a_loss_of_ones_own_has_the_gradients_of_the_librarys(backend):
     from fused_infonce import info_nce

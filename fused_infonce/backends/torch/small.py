@@ -73,7 +73,15 @@ class _Dense:
 
     def positives(self, scores: Tensor) -> Tensor:
         """Return the (N,) scores of the targets: 0 for -1, NaN out of range or where they are infinite."""
-        pos = scores.diagonal().clone() if self.index is None else scores.gather(1, self.index).squeeze(1)
+        return self.there(scores.diagonal().clone() if self.index is None else scores.gather(1, self.index).squeeze(1))
+
+    def exact_positives(self) -> Tensor:
+        """Return the (N,) logits of the targets, without what a factor for base 2 would add to the rounding of all."""
+        y = self.y[: self.x.shape[0]] if self.index is None else self.y.index_select(0, self.index.squeeze(1))
+        return self.there(torch.linalg.vecdot(self.x, y).mul_(self.inv_t))
+
+    def there(self, pos: Tensor) -> Tensor:
+        """Return logits of the targets, 0 for -1, NaN out of range or where they are infinite."""
         if not self.fits:
             pos = pos + (pos - pos)
         if self.inside is None or self.problem.target is None:
@@ -213,7 +221,7 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
     """Compute `Backend.statistics` for a dense plan."""
     dense = _Dense(problem)
     scores = dense.scores(plan)
-    pos = dense.positives(scores).mul_(LN2)
+    pos = dense.exact_positives()
     found = dense.exponentials(scores, [1, 0] if problem.columns else [1], plan.gradients or plan.full)
     rows, *columns = [statistics_of(state, pos) for _, state in found]
     if keep is not None and scores.numel() <= DENSE:

@@ -139,20 +139,30 @@ class Work:
             return scores
         return scores.div_(tile.chunk.inv_t[:, None]).mul_(self.inv_t[tile.cols])
 
-    def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
-        """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""
+    def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor, final: bool = True) -> State:
+        """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded.
+
+        A logit of -inf makes l NaN, or is left to (m, l, s) where that is not `final`.
+        """
+        lost = None
+        if final and self.shift and not self.problem.normalize:  # unit rows cannot give -inf
+            tile.exclude(scores, 0.0)
+            lost = scores.amin(dim) == -torch.inf
         tile.exclude(scores, -torch.inf if self.shift else FLOOR)
         if not self.shift:
             return None, torch.exp2(scores, out=out).sum(dim)
         m = scores.amax(dim)
-        return m, torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
+        total = torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
+        return m, total if lost is None else total.masked_fill_(lost, torch.nan)
 
     def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
         """Return (m, l, s) along each of `dims`, or (m, l) for a forward alone. Unshifted they share an exponential."""
         if self.shift and len(dims) > 1:
             return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
-        states = [self.exponentials(scores, tile, dims[0], scratch), *((None, scratch.sum(dim)) for dim in dims[1:])]
-        if not (self.plan.gradients or self.plan.full):
+        forward = not (self.plan.gradients or self.plan.full)
+        states = [self.exponentials(scores, tile, dims[0], scratch, forward)]
+        states += [(None, scratch.sum(dim)) for dim in dims[1:]]
+        if forward:
             return states
         if self.shift:
             tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
@@ -229,13 +239,16 @@ def log_sum(state: State) -> Tensor:
 
 
 def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
-    """Return the statistics of rows with these positives; those of no columns for a state of None."""
+    """Return the statistics of rows with these positives; those of no columns for a state of None.
+
+    The mean is NaN where nobody asked for it: no gradient needs it, and it is no result.
+    """
     zero = torch.zeros_like(pos)
     if state is None:
         return RowStatistics(pos, torch.full_like(pos, -torch.inf), zero, zero, zero)
     m, total, *products = state
     scale = total.reciprocal().masked_fill_(total == 0, 0)
-    mean = (products[0] * scale).mul_(LN2) if products else zero
+    mean = (products[0] * scale).mul_(LN2) if products else torch.full_like(pos, torch.nan)
     return RowStatistics(pos, log_sum(state), mean, zero if m is None else finite(m), scale)
 
 
