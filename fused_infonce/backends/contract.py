@@ -1,4 +1,4 @@
-"""The contract between autograd and a backend: what a backend is given, what it returns, and what it must offer."""
+"""The contract between autograd and a backend: the problems it is given, and the functions it must offer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Problem:
 
     @property
     def sets(self) -> tuple[KeySet, ...]:
-        """The queries and every set of keys: what gradients are aligned with."""
+        """The queries and every set of keys, with which gradients are aligned."""
         return (self.query, *self.keys)
 
     @property
@@ -93,7 +93,7 @@ class Problem:
 
     @property
     def logit_bound(self) -> float:
-        """Return what no logit exceeds in size, as far as is known without reading a tensor."""
+        """Return a bound on the size of every logit, as far as is known without reading a tensor."""
         return 1 / self.temperature.lowest if self.normalize and self.temperature.lowest else math.inf
 
     @property
@@ -125,7 +125,7 @@ class Problem:
         return [self.temperature.values, self.target, self.ceiling, *(x for s in self.sets for x in s)]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
-        """Return the same problem over other tensors."""
+        """Return this problem over other tensors."""
         problem = Problem.of(tensors, *self.flags)
         problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
         return problem
@@ -146,7 +146,7 @@ class Problem:
 
 
 class RowStatistics(NamedTuple):
-    """What the losses are made of, (N,) each in the accumulator dtype, of every row over its negatives in all sets.
+    """The vectors that losses are made of, (N,) in the accumulator dtype, of every row over its negatives in all sets.
 
     pos: the target's logit s_{i, y_i}; 0 where the row has no target (-1), NaN where the target is out of range
     neg: log sum_j exp s_ij over the row's negatives; -inf where there are none
@@ -207,7 +207,7 @@ class OnePass(NamedTuple):
 
 
 class Backend(Protocol):
-    """What computes the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
+    """A way to compute the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
 
     `dtypes` and `wanted` are aligned with `Problem.inputs`: the dtype in which an input's gradient is returned, or
     None where it is not needed and its work is skipped; `wanted` ends with the temperature.

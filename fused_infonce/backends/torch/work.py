@@ -24,7 +24,7 @@ Scale = Tensor | float  # one for all rows, as a number where that is free to re
 
 
 class Chunk(NamedTuple):
-    """Some rows of the problem. `alpha scaled` are the queries times log2(e) / t."""
+    """A chunk of the rows of the problem. `alpha scaled` are the queries times log2(e) / t."""
 
     rows: slice
     queries: Rows
@@ -90,7 +90,7 @@ class Work:
         return bound * LOG2E / p.temperature.values.min().item() <= EXPONENT_ROOM[self.acc]
 
     def part(self, x: Any, rows: slice) -> Any:
-        """Return those rows of a number, or a (1,) or (N, ...) tensor."""
+        """Return some rows of a tensor (N, ...); a number or a tensor (1,) stands for all rows."""
         return x if isinstance(x, float) or x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -115,7 +115,7 @@ class Work:
         return (tile for tile in tiles if tile.keys is not self.key or tile.cols.start >= chunk.rows.start)
 
     def two_way(self, tile: Tile) -> bool:
-        """Return whether the tile serves its columns too: asked for, or because it stands for its transpose as well."""
+        """Return whether the tile serves its columns too: where asked for, or where it stands for its transpose."""
         if tile.keys is not self.key:
             return False
         return tile.cols.start > tile.chunk.rows.start if self.triangular else self.problem.columns
@@ -222,7 +222,7 @@ def finite(m: Tensor) -> Tensor:
 
 
 def merge(a: State | None, b: State) -> State:
-    """Return the state over the columns of both."""
+    """Return the softmax state over the columns of two states."""
     if a is None:
         return b
     if a[0] is None:
@@ -233,7 +233,7 @@ def merge(a: State | None, b: State) -> State:
 
 
 def log_sum(state: State) -> Tensor:
-    """Return the logsumexp of a state, natural; -inf where there is nothing."""
+    """Return the natural logsumexp of a state; -inf for one of no columns."""
     total: Tensor = state[1].log()
     return total if state[0] is None else total.add_(state[0], alpha=LN2)
 
