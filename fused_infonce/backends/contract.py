@@ -213,7 +213,7 @@ class Backend(Protocol):
     None where it is not needed and its work is skipped; `wanted` ends with the temperature.
     """
 
-    differentiable: bool  # whether autograd sees through `statistics`, so that no Function is wrapped around it
+    differentiable: bool  # whether autograd sees through `statistics`, which is then all that is asked for
 
     def unavailable(self, tensor: Tensor) -> str:
         """Return why the backend cannot run on such a tensor; "" if it can."""
