@@ -94,8 +94,8 @@ def coefficients_kernel(
     """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
 
     With ROWS, before the rows' statistics are known: b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and
-    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, 3, rows). A zero row counts in
-    the states only.
+    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, STATE_SLOTS, rows). A zero row
+    counts in the states only.
     """
     row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
     pid_m = tl.program_id(0) % row_blocks

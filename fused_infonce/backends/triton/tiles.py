@@ -106,14 +106,16 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "coefficients": {"half": ((None, Tile(128, 128, 64, 8, 2)),)},
     },
 }
-# What an architecture lacks it takes from another; what a dtype class lacks it takes from "half".
+# Where an architecture has no entry for a kernel, a dtype class or a row length, its parent's is taken. Only the
+# interpreter has entries of one dtype class, "half", for all.
 PARENT = {"sm_86": "sm_80", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
 CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single", torch.float64: "double"}
 
 
-# Where tiles can be loaded through tensor descriptors; FUSED_INFONCE_TMA=0 or 1 overrules the table. No float32: its
-# gradient, without tensor cores, then spills 3 to 8 KB a thread on sm_90. No float64: Triton tests no such descriptors.
+# The dtype classes whose tiles can be loaded through tensor descriptors, by architecture. Among these the environment's
+# FUSED_INFONCE_TMA=0 or 1 overrules what TABLE says. On GPUs float32 is left out, because its gradient, which has no
+# tensor cores, would spill 3 to 8 KB a thread on sm_90, and float64, because Triton does not test such descriptors.
 HAS_TMA = {INTERPRETER: tuple(CLASSES.values()), "sm_90": ("half",), "sm_100": ("half",)}
 
 
@@ -168,11 +170,16 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
     raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
 
 
-GUIDE_BLOCK = 64  # components of a guide's rows at a time, the same in every kernel: so are its sums
+# Every kernel reads a guide's rows this many components at a time, so that all get the same sums to the last bit and
+# leave out the same negatives.
+GUIDE_BLOCK = 64
 
 
 def with_guide(tile: Tile) -> Tile:
-    """Return a smaller tile: a guide's dot products need registers of their own. An estimate, not yet measured."""
+    """Return a smaller tile, because a guide's dot products need registers of their own.
+
+    How much smaller is an estimate, which has not been measured yet.
+    """
     block_m = tile.block_m if tile.block_m > 64 else min(tile.block_m, 32)
     return tile._replace(block_m=block_m, block_n=min(tile.block_n, 64), warps=max(tile.warps, 8), tma=False)
 
