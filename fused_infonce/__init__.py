@@ -1,24 +1,9 @@
 """Contrastive losses for PyTorch without the logits matrix: Triton kernels on a GPU, the same algorithm elsewhere."""
 
+from . import functional
 from .backends.contract import RowStatistics, Statistics
 from .compose.statistics import statistics
-from .functional import (
-    clip_loss,
-    debiased_info_nce,
-    debiased_nt_xent,
-    decoupled_info_nce,
-    decoupled_nt_xent,
-    distilled_info_nce,
-    explain,
-    grouped_info_nce,
-    guided_info_nce,
-    info_nce,
-    moco_loss,
-    multiple_negatives,
-    nt_xent,
-    sup_con,
-    von_mises_fisher_weight,
-)
+from .functional import *  # noqa: F403  # its __all__
 from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
 from .losses.decoupled import DCLLoss
@@ -47,21 +32,7 @@ __all__ = [
     "RowStatistics",
     "Statistics",
     "SupConLoss",
-    "clip_loss",
-    "debiased_info_nce",
-    "debiased_nt_xent",
-    "decoupled_info_nce",
-    "decoupled_nt_xent",
-    "distilled_info_nce",
-    "explain",
-    "grouped_info_nce",
-    "guided_info_nce",
-    "info_nce",
-    "moco_loss",
-    "multiple_negatives",
-    "nt_xent",
     "statistics",
-    "sup_con",
-    "von_mises_fisher_weight",
 ]
+__all__ += functional.__all__
 __version__ = "0.2.0"

@@ -1,7 +1,8 @@
 """The checks of user input that losses share, in one style: what was expected, then what came.
 
 Nothing here launches device work except the checks of CPU values, which cost nothing there. Where reading a tensor's
-values is not free, on a GPU or while `torch.compile` records, a bad value becomes NaN in place of an error.
+values is not free, on a GPU or while `torch.compile` records or `torch.func` transforms, a bad value becomes NaN in
+place of an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 SMALLEST = 1e-30
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -136,8 +137,10 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Return whether reading values costs no synchronisation."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether values can be read without a synchronisation; a transform of `torch.func` has none to read."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu"
 
 
 def only(name: str, value: Tensor, good: Tensor, must: str) -> Tensor:
@@ -183,15 +186,15 @@ def scale_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
     return only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
 
 
-def temperature(value: Any, like: Tensor, dtype: torch.dtype) -> Temperature:
+def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "temperature") -> Temperature:
     """Return a positive number, a one-element tensor or one value a row of `like` as a `Temperature`, differentiable.
 
     Where values cannot be read for free, those that are not positive become NaN.
     """
     if not isinstance(value, Tensor):
-        number = positive_float("temperature", value)
+        number = positive_float(name, value)
         return Temperature(torch.full((1,), number, dtype=dtype, device=like.device), float(number))
-    value = scale_tensor("temperature", value, like)
+    value = scale_tensor(name, value, like)
     lowest = None
     if values_are_free(value) and value.numel():
         lowest = value.item() if value.numel() == 1 else value.min().item()
@@ -199,6 +202,16 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype) -> Temperature:
     if value.device != like.device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
         flat = torch.ones(1, dtype=dtype, device=like.device) * flat[0]
     return Temperature(flat, lowest)
+
+
+def number_or_tensor(name: str, value: Any) -> None:
+    """Check what a module holds of a scale: a positive number or a floating tensor, its values where free."""
+    if not isinstance(value, Tensor):
+        positive_float(name, value)
+    elif value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
+    elif type(value) in (Tensor, torch.nn.Parameter) and values_are_free(value):  # unlike those of a DTensor
+        only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
 
 
 def row_weight(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor | None:

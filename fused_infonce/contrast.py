@@ -1,11 +1,12 @@
 """The primitive as autograd sees it: two Functions over a plan and a backend. Everything else is O(N) on their outputs.
 
-`statistics` is differentiable through `pos`, `neg` and the columns' `neg`; `reduced_loss` makes loss and gradients at
-once where the plan allows it, and composes on `statistics` where not.
+`statistics` is differentiable through `pos`, `neg` and the columns' `neg`; `onepass` makes a loss and its gradients at
+once, for plans that allow it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,62 +19,43 @@ from .backends import Options
 from .backends.contract import Problem, RowStatistics, Statistics, Temperature, Upstream
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
-from .backends.row_losses import ROW_LOSSES, temperature_gradient, weighted
+from .backends.row_losses import temperature_gradient
 
-_explained: list[list[Plan]] = []
+_explained: dict[int, list[Plan]] = {}  # by thread
 
 
 class explaining:
-    """A context in which calls note their plans, in the list that it returns, and compute nothing but zeros."""
+    """A context in which this thread's calls note their plans, in the list that it returns, and compute only zeros."""
 
     def __enter__(self) -> list[Plan]:
-        _explained.append([])
-        return _explained[-1]
+        self.thread, plans = threading.get_ident(), list[Plan]()
+        self.outer = _explained.get(self.thread)
+        _explained[self.thread] = plans
+        return plans
 
     def __exit__(self, *error: object) -> None:
-        _explained.pop()
+        del _explained[self.thread]
+        if self.outer is not None:
+            _explained[self.thread] = self.outer
 
 
 def is_explaining() -> bool:
-    """Return whether calls compute nothing now."""
-    return bool(_explained)
+    """Return whether this thread's calls compute nothing now."""
+    return bool(_explained) and not torch.compiler.is_compiling() and threading.get_ident() in _explained
 
 
-def statistics(problem: Problem, options: Options, full: bool = False) -> Statistics:
+def statistics(problem: Problem, options: Options, full: bool = False, plan: Plan | None = None) -> Statistics:
     """Return the statistics, differentiable in every input and the temperature.
 
-    Columns of a problem whose rows have other negatives are a problem of their own. full: as in `Plan`.
+    Columns of a problem whose rows have other negatives are a problem of their own. full: as in `Plan`. plan: the
+    problem's, where it has been chosen already.
     """
     if problem.columns and not problem.in_batch:
         rows = statistics(replace(problem, columns=False), options, full).rows
         return Statistics(rows, statistics(problem.swapped(), options, full).rows)
-    return _statistics(problem, backends.plan_of(problem, options, reduced=False, full=full))
-
-
-def reduced_loss(problem: Problem, options: Options, loss: str, weight: Tensor) -> Tensor:
-    """Return `sum_i weight_i loss_i`, or with `problem.columns` its mean with that of the columns.
-
-    loss: a name in `row_losses.ROW_LOSSES`. weight: (1,) or (N,); a row of weight 0 counts for nothing.
-    """
-    plan = backends.plan_of(problem, options, reduced=True, weighted=weight.shape[0] > 1)
-    if not plan.one_pass or _explained:
-        return weighted(row_losses(_statistics(problem, plan), loss), weight).sum()
-    if plan.gradients:
-        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
-    nothing = [False] * (len(problem.inputs) + 1)
-    return _without_graph(problem, lambda p: backends.get(plan.backend).onepass(p, plan, loss, weight, nothing).loss)
-
-
-def row_losses(statistics: Statistics, loss: str) -> Tensor:
-    """Return the (N,) losses of rows, or where there are columns their mean with those of the columns."""
-    value_of = ROW_LOSSES[loss].value
-    losses = [value_of(direction.neg - direction.pos) for direction in statistics if direction is not None]
-    return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
-
-
-def _statistics(problem: Problem, plan: Plan) -> Statistics:
-    if _explained:
-        _explained[-1].append(plan)
+    plan = plan or backends.plan_of(problem, options, reduced=False, full=full)
+    if is_explaining():
+        _explained[threading.get_ident()].append(plan)
         return _zeros(problem)
     backend = backends.get(plan.backend)
     if backend.differentiable:
@@ -81,6 +63,18 @@ def _statistics(problem: Problem, plan: Plan) -> Statistics:
     if plan.gradients:
         return Statistics.of(_Statistics.apply(problem, plan, problem.temperature.values, *_apart(problem)))
     return _without_graph(problem, lambda p: backend.statistics(p, plan))
+
+
+def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor) -> Tensor:
+    """Return `sum_i weight_i loss_i`, or with `problem.columns` its mean with that of the columns.
+
+    plan: one that makes loss and gradients at once. loss: a name in `row_losses.ROW_LOSSES`. weight: (1,) or (N,); a
+    row of weight 0 counts for nothing.
+    """
+    if plan.gradients:
+        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
+    nothing = [False] * (len(problem.inputs) + 1)
+    return _without_graph(problem, lambda p: backends.get(plan.backend).onepass(p, plan, loss, weight, nothing).loss)
 
 
 def _zeros(problem: Problem) -> Statistics:

@@ -8,7 +8,7 @@ from .tile import cast, live, load_rows, load_vector
 
 @triton.jit
 def pair_weight(V_ptr, TEMPERATURE_ptr, stride_t, rows, valid):
-    """v_i / t_i of queries; 0 where not valid."""
+    """Return v_i / t_i of queries; 0 where not valid."""
     v = tl.load(V_ptr + rows, mask=valid, other=0.0)
     return v / tl.load(TEMPERATURE_ptr + rows * stride_t, mask=valid, other=1.0)
 
@@ -19,7 +19,7 @@ def positive_part(
     a, offs_m, offs_d, size_x, size_z, D, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """sum of w z over the partners of each row: (BLOCK_M, BLOCK_D), w = v / t of the pair's query times a b.
+    """Return the sum of w z over the partners of each row: (BLOCK_M, BLOCK_D), w = v / t of the pair's query times a b.
 
     Without STARTS, row i has one partner z_{T[i]} (z_i without T) and i is the query; MUTUAL: so is the partner. With
     STARTS, the partners of row i are the queries z_o, o in T[STARTS[i] : STARTS[i + 1]], summed in an order that does
@@ -61,7 +61,7 @@ def finished_rows(
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """g_i = unscale f_i sum over slots of G + the positives' part: (BLOCK_M, BLOCK_D)."""
+    """Return g_i = unscale f_i sum over slots of G + the positives' part: (BLOCK_M, BLOCK_D)."""
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if G_ptr is not None:
         for slot in range(slots):
@@ -86,7 +86,7 @@ def finish_kernel(
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PROJECT: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT."""
+    """Write dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     radial = tl.zeros((BLOCK_M,), ACC)

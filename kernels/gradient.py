@@ -23,7 +23,7 @@ def direction(S_ptr, N_ptr, U_ptr, offs, size, ACC: tl.constexpr):
 
 @triton.jit
 def term(d, inverse, s, n, u, other, CLAMP: tl.constexpr = False):
-    """One direction's part of C: the vectors are that direction's, `other` the other side's inverse norms.
+    """Return one direction's part of C: the vectors are that direction's, `other` the other side's inverse norms.
 
     CLAMP: a probability may come out above 1, of a pair that another tile's rounding took for a false negative.
     """
@@ -51,7 +51,7 @@ def gradient_kernel(
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, ACCUMULATE: tl.constexpr, ACC: tl.constexpr,
     DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """g_i (+)= sum_j C_ij y_j over `split` columns, BLOCK_D >= D, in slot program_id(1) of G (slots, size_x, D)."""
+    """Compute g_i (+)= sum_j C_ij y_j over `split` columns in slot program_id(1) of G (slots, N, D). BLOCK_D >= D."""
     pid_n = tl.program_id(1)
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -91,11 +91,11 @@ def coefficients_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
+    """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
 
     With ROWS, before the rows' statistics are known: b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and
-    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, 3, rows). A zero row counts in
-    the states only.
+    states with m = 0 of the rows over each block of columns, in slots of ROWS (slots, STATE_SLOTS, rows). A zero row
+    counts in the states only.
     """
     row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
     pid_m = tl.program_id(0) % row_blocks

@@ -11,7 +11,7 @@ from .tile import cast, live, load_rows, load_vector
 
 @triton.jit
 def cube(ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_m, stride_h):
-    """Pointers to (BLOCK_M, BLOCK_H, BLOCK_D) of a (N, H, D) tensor, and which of them are inside."""
+    """Return pointers to (BLOCK_M, BLOCK_H, BLOCK_D) of a (N, H, D) tensor, and which of them are inside."""
     rows = ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_h.to(tl.int64)[None, :] * stride_h
     inside = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
     return rows[:, :, None] + offs_d[None, None, :], inside[:, :, None] & (offs_d < D)[None, None, :]
@@ -19,7 +19,7 @@ def cube(ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_m, stride_h):
 
 @triton.jit
 def load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl.constexpr):
-    """(d, b, which are negatives) of a block: (BLOCK_M, BLOCK_H)."""
+    """Return d, b and which pairs are negatives, (BLOCK_M, BLOCK_H) each, of a block."""
     keep = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * H + offs_h[None, :]
     d = tl.load(D_ptr + offs, mask=keep, other=0.0)
@@ -41,7 +41,7 @@ def paired_dots_kernel(
     eps: tl.constexpr, at_eps: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_ih = q_i . k_ih and, with NORMALIZE, b_ih = 1 / max(|k_ih|, eps)."""
+    """Write d_ih = q_i . k_ih and, with NORMALIZE, b_ih = 1 / max(|k_ih|, eps)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dots = tl.zeros((BLOCK_M, BLOCK_H), ACC)
@@ -66,7 +66,7 @@ def paired_statistics_kernel(
     size_q, H,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """States of rows over their own negatives, s_ih = a_i b_ih d_ih s_i, into slot 0 of ROWS."""
+    """Write states of rows over their own negatives, s_ih = a_i b_ih d_ih s_i, into slot 0 of ROWS."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = load_vector(A_ptr, offs_m, size_q, 1.0, ACC)
     s = load_vector(S_ptr, offs_m, size_q, 1.0, ACC)
@@ -87,7 +87,7 @@ def paired_gradient_kernel(
     zero_row: tl.constexpr, NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """g_i (+)= sum_h C_ih k_ih and dk_ih = unscale C_ih (q_i - b_ih^2 d_ih k_ih), for BLOCK_D of the row length."""
+    """Compute g_i (+)= sum_h C_ih k_ih and dk_ih = unscale C_ih (q_i - b_ih^2 d_ih k_ih), for BLOCK_D components."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     a = live(load_vector(A_ptr, offs_m, size_q, 1.0, ACC), zero_row)

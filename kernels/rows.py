@@ -1,4 +1,4 @@
-"""What each row needs by itself, and what its softmax makes of it: everything of a side that is not a tile."""
+"""The quantities that each row has by itself, or from its softmax: everything of a side that is not a tile."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .tile import cast, live, load_rows, load_vector
 
 @triton.jit
 def divided(x, y):
-    """`x / y` to the nearest: a GPU's own quotient of float32 is off by up to 2 units, in all rows alike."""
+    """Return `x / y` to the nearest: a GPU's own quotient of float32 is off by up to 2 units, in all rows alike."""
     if x.dtype == tl.float32:
         quotient = tl.div_rn(x, y)
     else:
@@ -18,7 +18,7 @@ def divided(x, y):
 
 @triton.jit
 def root(x):
-    """The square root to the nearest."""
+    """Return the square root to the nearest."""
     if x.dtype == tl.float32:
         y = tl.sqrt_rn(x)
     else:
@@ -28,7 +28,7 @@ def root(x):
 
 @triton.jit
 def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
-    """1 / max(norm, eps); `at_eps` is its value for norms up to eps. NaN stays NaN; a norm that overflows is NaN."""
+    """Return 1 / max(norm, eps), which is `at_eps` for norms up to eps. NaN stays NaN; a norm that overflows is NaN."""
     norm = root(square)
     norm += norm - norm
     small = norm <= eps
@@ -43,7 +43,7 @@ def side_kernel(
     eps: tl.constexpr, at_eps: tl.constexpr, log2e: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """a_i = 1 / max(|x_i|, eps), and what else is asked for:
+    """Write a_i = 1 / max(|x_i|, eps), and of these what is asked for:
 
     S     s_i = log2(e) / t_i
     W     w_i = u_i r_i / t_i
@@ -99,7 +99,7 @@ def scale_kernel(
     size_x, D, stride_xm, stride_t,
     zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """f_i = a_i u_i 2^-m_i r_i / t_i, which makes coefficients of exponentials b_j e^(s_ij); and the rows f_i x_i."""
+    """Write f_i = a_i u_i 2^-m_i r_i / t_i, which turns b_j e^(s_ij) into coefficients, and the rows f_i x_i."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < size_x
     t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)

@@ -16,7 +16,7 @@ STATE_SLOTS = tl.constexpr(3)  # vectors of a state
 
 @triton.jit
 def update(m, l, x, s, keep, AXIS: tl.constexpr):
-    """The states after also seeing the kept logits s along AXIS."""
+    """Return the states after also seeing the kept logits s along AXIS."""
     s = tl.where(keep, s, FLOOR)
     new = tl.maximum(m, tl.max(s, AXIS))
     shift = tl.where(new == FLOOR, 0.0, new)
@@ -52,10 +52,10 @@ def statistics_kernel(
     DOT: tl.constexpr, HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """States of BLOCK_M rows over `split` columns, in row slot program_id(1), and of these columns over these rows, in
-    column slot 1 + program_id(0).
+    """Write states of BLOCK_M rows over `split` columns into row slot program_id(1), and of these columns over these
+    rows into column slot 1 + program_id(0).
 
-    s_ij = a_i b_j (x_i . y_j) sx_i for rows, the same with sy_j for columns; sx = log2(e) / t.
+    s_ij = a_i b_j (x_i . y_j) sx_i for rows, and with sy_j for columns; sx = log2(e) / t.
     """
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -99,7 +99,7 @@ def merge_kernel(
     first, slots, size,
     ln2: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Merges slots first, first + 1, ... into slot 0, or with NEG into statistics.
+    """Merge slots first, first + 1, ... into slot 0, or with NEG into statistics.
 
     neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. MAXIMUM and SCALE are m and r
     with e^(s - neg) = 2^(s log2(e) - m) r, and 0 there.

@@ -1,4 +1,4 @@
-"""What every kernel shares: loads, dot products, logits of a pair of tiles, and which of them are negatives.
+"""The functions that kernels share: loads, dot products, logits of a pair of tiles, and which are negatives.
 
 `x` and `y` are the two sides of a tile pass, in either role: queries against keys or keys against queries.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
-    """`ptr[offs]`, or `default` everywhere where there is no vector; 0 outside."""
+    """Return `ptr[offs]`, or `default` everywhere where there is no vector; 0 outside."""
     if ptr is None:
         values = tl.full(offs.shape, default, ACC)
     else:
@@ -19,20 +19,20 @@ def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def live(inverse, zero_row: tl.constexpr):
-    """Inverse norms as gradients take them: 0 for a row that counts as zero, `zero_row` or more. NaN stays."""
+    """Return inverse norms as gradients take them: 0 for a row that counts as zero, `zero_row` or more. NaN stays."""
     return tl.where(inverse >= zero_row, 0.0, inverse)
 
 
 @triton.jit
 def load_rows(ptr, offs, stride, size, offs_d, D):
-    """(len(offs), len(offs_d)) of a matrix whose last dimension is contiguous; 0 outside."""
+    """Load (len(offs), len(offs_d)) of a matrix whose last dimension is contiguous; 0 outside."""
     ptrs = ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :]
     return tl.load(ptrs, mask=(offs[:, None] < size) & (offs_d[None, :] < D), other=0.0)
 
 
 @triton.jit
 def load_tile(ptr, start, stride, size, start_d, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """Rows from `start` and columns from `start_d` of a matrix: (BLOCK_M, BLOCK_D); 0 outside.
+    """Load rows from `start` and columns from `start_d` of a matrix: (BLOCK_M, BLOCK_D); 0 outside.
 
     TMA: `ptr` is a descriptor of blocks of this shape, and what is outside is outside of the matrix, not past `size`.
     """
@@ -45,7 +45,7 @@ def load_tile(ptr, start, stride, size, start_d, D, BLOCK_M: tl.constexpr, BLOCK
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """`x` rounded to the nearest `dtype`; EMULATE: where the conversion of float32 to bfloat16 would truncate."""
+    """Return `x` rounded to the nearest `dtype`; EMULATE: where that of float32 to bfloat16 would truncate."""
     if EMULATE and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -54,7 +54,7 @@ def cast(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, DOT: tl.constexpr):
-    """`acc + a @ b`. DOT: "ieee" or "tf32", for float32 operands; "upcast" multiplies in the accumulator's dtype."""
+    """Return `acc + a @ b`. DOT: "ieee" or "tf32" of float32 operands; "upcast" in the accumulator's dtype."""
     if DOT == "upcast":
         acc = tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
@@ -70,7 +70,7 @@ def raw_dots(
     ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_ij = x_i . y_j, (BLOCK_M, BLOCK_N). `x` holds whole rows where they fit a tile, else None."""
+    """Return d_ij = x_i . y_j, (BLOCK_M, BLOCK_N). `x` holds whole rows where they fit a tile, else None."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if x is not None:
         y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA)
@@ -89,7 +89,7 @@ def negatives(
     TARGET_ptr, XI_ptr, YI_ptr, guide,
     TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs are negatives: (BLOCK_M, BLOCK_N).
+    """Return which pairs are negatives: (BLOCK_M, BLOCK_N).
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
     GUIDE: how the guide's rows are multiplied, as DOT of `dot`, or "" without one; `guide` is

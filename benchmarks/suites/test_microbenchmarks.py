@@ -80,7 +80,7 @@ class Clock:
         self.start, self.estimated, self.taken = time.monotonic(), 0.0, 0.0
 
     def enough(self, case: Case) -> bool:
-        """Whether a case is likely to end in time."""
+        """Return whether a case is likely to end in time."""
         slower = self.taken / self.estimated if self.estimated > 20 else 1.0  # small cases are overhead
         return time.monotonic() - self.start + seconds(case) * slower < LIMIT
 

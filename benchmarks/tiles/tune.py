@@ -78,14 +78,14 @@ def changed(tile: Tile, default: Tile) -> int:
 
 
 def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
-    """Whether what is loaded ahead can fit the shared memory; only a compiler knows for sure."""
+    """Return whether the tiles loaded ahead can fit the shared memory; only a compiler knows for sure."""
     whole = kernel == "gradient" or (kernel in ("statistics", "columns") and d <= tile.block_d)
     rows = tile.block_m + tile.stages * tile.block_n if whole else tile.stages * (tile.block_m + tile.block_n)
     return rows * tile.block_d * dtype.itemsize <= SHARED_KIB.get(arch, 1 << 20) * 1024
 
 
 def takes(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
-    """Whether the table hands such a row out as it is, on this architecture."""
+    """Return whether the table hands such a row out as it is, on this architecture."""
     with instead(tile, arch, kernel, dtype):
         return tiles.tile(arch, kernel, dtype, d) == tile
 
@@ -222,7 +222,7 @@ def pasted(found: dict[int, Tile], kernel: str) -> str:
 
 
 def written(tile: Tile) -> str:
-    """As in the table: defaults left out."""
+    """Return a row as the table has it, with defaults left out."""
     optional = {name for name in tile._fields if tile._asdict()[name] == Tile._field_defaults.get(name, object())}
     values = [f"{n}={v}" if isinstance(v, bool) else str(v) for n, v in tile._asdict().items() if n not in optional]
     return f"Tile({', '.join(values)})"

@@ -39,7 +39,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a training depends on besides its data."""
+    """The options of a training, besides its data."""
 
     dim: int = 256
     batch: int = 1024

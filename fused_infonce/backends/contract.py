@@ -1,4 +1,4 @@
-"""The contract between autograd and a backend: what a backend is given, what it returns, and what it must offer."""
+"""The contract between autograd and a backend: the problems it is given, and the functions it must offer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Problem:
 
     @property
     def sets(self) -> tuple[KeySet, ...]:
-        """The queries and every set of keys: what gradients are aligned with."""
+        """The queries and every set of keys, with which gradients are aligned."""
         return (self.query, *self.keys)
 
     @property
@@ -93,7 +93,7 @@ class Problem:
 
     @property
     def logit_bound(self) -> float:
-        """Return what no logit exceeds in size, as far as is known without reading a tensor."""
+        """Return a bound on the size of every logit, as far as is known without reading a tensor."""
         return 1 / self.temperature.lowest if self.normalize and self.temperature.lowest else math.inf
 
     @property
@@ -125,7 +125,7 @@ class Problem:
         return [self.temperature.values, self.target, self.ceiling, *(x for s in self.sets for x in s)]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
-        """Return the same problem over other tensors."""
+        """Return this problem over other tensors."""
         problem = Problem.of(tensors, *self.flags)
         problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
         return problem
@@ -146,11 +146,12 @@ class Problem:
 
 
 class RowStatistics(NamedTuple):
-    """What the losses are made of, (N,) each in the accumulator dtype, of every row over its negatives in all sets.
+    """The vectors that losses are made of, (N,) in the accumulator dtype, of every row over its negatives in all sets.
 
     pos: the target's logit s_{i, y_i}; 0 where the row has no target (-1), NaN where the target is out of range
     neg: log sum_j exp s_ij over the row's negatives; -inf where there are none
-    mean: sum_j exp(s_ij - neg_i) s_ij; 0 where there are none. No gradient flows through it
+    mean: sum_j exp(s_ij - neg_i) s_ij; 0 where there are none, and of any value, such as NaN, for a plan that needs no
+        gradients and is not `full`. No gradient flows through it
     maximum, scale: m and r with exp(s_ij - neg_i) = 2^(s_ij log2(e) - m_i) r_i, where a large neg_i has lost digits
         that m_i has. m is the largest logit in base 2, or 0 where every exponential fits. Both have no gradient
 
@@ -206,13 +207,13 @@ class OnePass(NamedTuple):
 
 
 class Backend(Protocol):
-    """What computes the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
+    """A way to compute the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
 
     `dtypes` and `wanted` are aligned with `Problem.inputs`: the dtype in which an input's gradient is returned, or
     None where it is not needed and its work is skipped; `wanted` ends with the temperature.
     """
 
-    differentiable: bool  # whether autograd sees through `statistics`, so that no Function is wrapped around it
+    differentiable: bool  # whether autograd sees through `statistics`, which is then all that is asked for
 
     def unavailable(self, tensor: Tensor) -> str:
         """Return why the backend cannot run on such a tensor; "" if it can."""

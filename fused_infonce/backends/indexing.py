@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], differentiable."""
+    """Return x[index], differentiable."""
     return x.index_select(0, index) if x.device.type == "cpu" else x[index]
 
 
 def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """out[index] += rows, in place, differentiable in rows."""
+    """Compute out[index] += rows in place, differentiable in rows."""
     if out.device.type == "cpu":
         return out.index_add_(0, index, rows)
     return out.index_put_((index,), rows, accumulate=True)

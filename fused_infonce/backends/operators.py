@@ -1,4 +1,4 @@
-"""A backend as PyTorch operators: what `torch.compile` records in place of looking inside.
+"""A backend as PyTorch operators: which `torch.compile` records in place of looking inside.
 
 An operator takes flat arguments and returns tensors; `Recorded` puts a backend's own signatures around three of them.
 """
@@ -48,7 +48,7 @@ class Recorded:
 
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
-    """Return what an operator takes for a problem and a plan."""
+    """Return the arguments that an operator takes for a problem and a plan."""
     sizes = [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded), int(plan.full)]
     return problem.tensors(), problem.flags, plan.backend, plan.name, sizes
 

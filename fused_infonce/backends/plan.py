@@ -1,4 +1,4 @@
-"""Which plan runs for these shapes, and why: arithmetic on sizes only, no tensors."""
+"""The choice of a plan for given shapes, and the reason for it: arithmetic on sizes only, no tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call is computed.
+    """The way in which one call is computed.
 
     name: "forward" (statistics only), "onepass" (loss and gradients in the forward), "dense" (the same for few scores,
         all held at once), or where the backward recomputes the scores, "workspace" (blocks of coefficients and library
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def one_pass(self) -> bool:
-        """Whether the loss and its gradients are made together."""
+        """Return whether the loss and its gradients are made together."""
         return self.name in ("onepass", "dense")
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ def default_limit(device: str) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of a call without reading a tensor."""
+    """The facts of a call that are known without reading a tensor."""
 
     backend: str
     device: str
@@ -122,12 +122,12 @@ class Call:
 
     @property
     def both_at_once(self) -> bool:
-        """Whether a pass over all scores may serve both directions: one exponential for both."""
+        """Return whether a pass over all scores may serve both directions: one exponential for both."""
         return self.columns and self.bounded and not self.per_row
 
     @property
     def room(self) -> int:
-        """What library products leave of the limit on a GPU."""
+        """Return the bytes of the limit that library products leave on a GPU."""
         return self.limit - self.limit // PRODUCT_SHARE
 
 

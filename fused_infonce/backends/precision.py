@@ -1,4 +1,4 @@
-"""The dtypes of a call: of its products, of what is accumulated, and what autocast makes of its inputs."""
+"""The dtypes of a call: of its products, of its sums, and of its inputs under autocast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which the products of x are made: under autocast its own, except for float64; else x's."""
+    """Return the dtype in which the products of x are made: autocast's where it is on, but for float64; else x's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -33,7 +33,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return the context in which products are made in the dtypes that are there, whatever autocast says."""
+    """Return the context in which products are made in the dtypes of their operands, whatever autocast says."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

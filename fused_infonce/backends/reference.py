@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .contract import EPS, KeySet, OnePass, Problem, RowStatistics, Statistics, Upstream
+from .contract import EPS, KeySet, Problem, RowStatistics, Statistics
 from .plan import Plan
-from .row_losses import ROW_LOSSES, weighted
 
 differentiable = True
 
@@ -55,58 +53,6 @@ def _statistics(problem: Problem) -> Statistics:
     return Statistics(rows, _row_statistics(pos, scores[0].T / t, left_out[0].T))  # column j at the t of row j
 
 
-def gradients(
-    problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None],
-    kept: Sequence[Tensor] = (),
-) -> list[Tensor | None]:  # fmt: skip
-    """Return the gradients, recorded for another differentiation where gradients are enabled."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        problem, leaves = _with_leaves(problem)
-        found = _statistics(problem)
-        total = (upstream.pos * found.rows.pos + _times(upstream.neg, found.rows.neg)).sum()
-        if found.columns is not None and upstream.column_neg is not None:
-            total = total + _times(upstream.column_neg, found.columns.neg).sum()
-        return _gradients_of(total, leaves, dtypes, create_graph)
-
-
-def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
-    with torch.enable_grad():
-        problem, leaves = _with_leaves(problem)
-        found = _statistics(problem)
-        value_of, slope_of = ROW_LOSSES[loss]
-        total, logits = torch.zeros_like(found.rows.pos).sum(), torch.zeros_like(found.rows.pos)
-        directions = [x for x in found if x is not None]
-        for pos, neg, mean, _, _ in directions:
-            total = total + weighted(value_of(neg - pos), weight).sum() / len(directions)
-            slope = weighted(slope_of(neg - pos), weight) / len(directions)
-            logits = logits + slope * (mean - pos)
-        dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
-        grads = _gradients_of(total, leaves, dtypes, create_graph=False)
-    return OnePass(total.detach(), grads, logits.detach() if wanted[-1] else None)
-
-
-def _with_leaves(problem: Problem) -> tuple[Problem, list[Tensor]]:
-    """Return the problem over rows that require a gradient, and these; of self-similarity the keys are the queries."""
-    leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in problem.inputs]
-    if problem.self_similar:
-        leaves[1] = leaves[0]
-    query, *keys = (s._replace(rows=rows) for s, rows in zip(problem.sets, leaves, strict=True))
-    return replace(problem, query=query, keys=tuple(keys)), leaves
-
-
-def _gradients_of(
-    total: Tensor, leaves: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], create_graph: bool
-) -> list[Tensor | None]:
-    grads = torch.autograd.grad(total, leaves, create_graph=create_graph, materialize_grads=True)
-    return [None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-
-
-def _times(u: Tensor, neg: Tensor) -> Tensor:
-    """Return u neg; 0 where there are no negatives."""
-    return u * neg.masked_fill(neg == -math.inf, 0)
-
-
 def _seen(keys: KeySet, normalize: bool) -> Tensor:
     """Return the rows of a set as the logits see them."""
     if normalize:
@@ -119,10 +65,10 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def _positives(logits: Tensor, target: Tensor) -> Tensor:
-    """Return (N,) the logits at the targets: 0 for -1, NaN out of range."""
+    """Return (N,) the logits at the targets: 0 for -1, NaN out of range or where they are infinite."""
     m = logits.shape[1]
     picked = logits.gather(1, target[:, None].clamp(0, m - 1))[:, 0] if m else logits.new_zeros(len(target))
-    picked = torch.where((target < -1) | (target >= m), math.nan, picked)
+    picked = torch.where((target < -1) | (target >= m), math.nan, picked + (picked - picked))
     return torch.where(target == -1, 0, picked)
 
 

@@ -1,4 +1,4 @@
-"""The backends: which there are, which one a call takes, and by which plan it runs."""
+"""The registry of backends, the choice of one for a call, and the plan by which it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a call asks for beyond its tensors."""
+    """The options of a call beyond its tensors."""
 
     backend: BackendName = "auto"
     workspace_limit: int | None = None

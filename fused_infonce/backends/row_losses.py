@@ -43,7 +43,8 @@ ROW_LOSSES = {"infonce": RowLoss(infonce, torch.sigmoid), "decoupled": RowLoss(d
 def weighted(values: Tensor, weight: Tensor) -> Tensor:
     """Return `weight_i values_i` of (..., N) values and (1,) or (N,) weights.
 
-    A row of weight 0 counts for nothing, even where it is NaN.
+    The value of a row of weight 0 counts for nothing, even where it is NaN; a query that is NaN still makes gradients
+    of the keys NaN, by its products with 0.
     """
     values = values * weight
     of_all = weight.shape[0] == 1 < values.shape[-1]  # then it is not 0

@@ -1,8 +1,8 @@
 """`InfoNCE` and `info_nce` of info-nce-pytorch 0.1.4 without the logits.
 
 Names, arguments, defaults, values, errors and the loss's dtype are the original's. A call that the fused loss refuses,
-such as one with a temperature a column, a negative or integer temperature or mixed dtypes, is the original's own: its
-value, or its error. Known differences:
+such as one with a temperature a column, a negative or integer temperature or mixed dtypes, is passed to the original
+library, whose value or error is returned. Known differences:
 
 - The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
 - The logits are never rounded to 16 bits, so losses of 16-bit inputs are nearer to the exact value than there.

@@ -1,7 +1,7 @@
 """`NTXentLoss` of lightly 1.6.0 without the logits.
 
 It is a subclass: arguments, memory bank, state and gathering are lightly's. A call that the fused loss refuses, such as
-one with views of different shapes, is the original's own: its value, or its error. Known differences:
+one with views of different shapes, is passed to lightly, whose value or error is returned. Known differences:
 
 - The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
 - The logits are never rounded to 16 bits, so losses of 16-bit views are nearer to the exact value than there.

@@ -2,7 +2,7 @@
 
 It is a subclass: `get_logits` and `get_ground_truth` are the original's, for whoever asks for logits, and features are
 gathered by open_clip's `gather_features`. A call that the fused loss refuses, such as one with a scale that is not
-positive or a bias per text, is the original's own: its value, or its error. Known differences:
+positive or a bias per text, is passed to open_clip, whose value or error is returned. Known differences:
 
 - The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
 - The logits are never rounded to 16 bits, so losses of 16-bit features are nearer to the exact value than there.
@@ -21,7 +21,7 @@ from open_clip import loss as original
 from torch import Tensor
 
 from ..functional import clip_loss, info_nce
-from ..losses.clip import bias_of, temperature_of
+from ..losses.clip import bias_of, temperature_of, with_bias
 from .common import loss_dtype, one_number, said, say_once
 
 # open_clip 3.3.0 has this option; the main branch has neither it nor the last argument of `gather_features`.
@@ -89,4 +89,4 @@ class ClipLoss(original.ClipLoss):
         per_image = info_nce(image, all_text, temperature=t, target=target, normalize=False)
         per_text = info_nce(text, all_image, temperature=t, target=target, normalize=False)
         loss = (per_image + per_text) / 2
-        return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
+        return with_bias(loss, bias)

@@ -3,7 +3,7 @@
 Each is a subclass that computes only the loss over embeddings itself: embedding the columns, GradCache, configuration,
 citation and what `MatryoshkaLoss` and the trainer rely on are the original's. A call that the fused loss refuses, such
 as one with another similarity than the cosine or the dot product, with sparse embeddings or with columns of different
-sizes, is the original's own: its value, or its error. Known differences:
+sizes, is passed to sentence-transformers, whose value or error is returned. Known differences:
 
 - The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
 - Similarities of 16-bit embeddings, and under autocast, are never rounded to 16 bits, so that losses and gradients are

@@ -24,9 +24,9 @@ def call_options(backend: BackendName, workspace_limit: int | None, reduction: R
     return Options(backend, checks.workspace_limit(workspace_limit), reduction)
 
 
-def temperature_of(value: float | Tensor, rows: Tensor) -> Temperature:
+def temperature_of(value: float | Tensor, rows: Tensor, name: str = "temperature") -> Temperature:
     """Return the temperature of these rows, checked, in the dtype of their statistics."""
-    return checks.temperature(value, rows, statistics_dtype(rows))
+    return checks.temperature(value, rows, statistics_dtype(rows), name)
 
 
 def of_keys(
@@ -44,10 +44,14 @@ def of_keys(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    names: tuple[str, str] = ("positive_key", "symmetric"),
 ) -> Problem:
-    """Return the problem of queries against keys: the arguments of `info_nce`, checked."""
+    """Return the problem of queries against keys: the arguments of `info_nce`, checked.
+
+    names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
+    """
     in_batch = _check_embeddings(
-        query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target
+        query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target, names
     )  # fmt: skip
     index = None if target is None else checks.target(target, query, positive_key.shape[0], ignore_index)
     ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric)
@@ -75,27 +79,30 @@ def _check_embeddings(
     symmetric: bool,
     in_batch_negatives: bool | None,
     target: Any,
+    names: tuple[str, str],
 ) -> bool:
     """Check the modes and embeddings of `info_nce`; return whether in-batch keys are negatives."""
     checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
     if negative_keys is None and target is None and in_batch_negatives is None and checks.alike(query, positive_key):
         return True
-    key_embeddings(query, positive_key, negative_keys, negative_mode, targets=target is not None)
+    key_embeddings(query, positive_key, negative_keys, negative_mode, target is not None, names[0])
     if symmetric and target is not None:
-        raise ValueError("symmetric=True pairs query i with key i: it cannot be used with target")
+        raise ValueError(f"{names[1]}=True pairs query i with key i: it cannot be used with target")
     if in_batch_negatives is False and negative_keys is None:
         raise ValueError("in_batch_negatives=False leaves no negatives: pass negative_keys")
     return negative_keys is None if in_batch_negatives is None else bool(in_batch_negatives)
 
 
-def key_embeddings(query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, targets: bool) -> None:
+def key_embeddings(
+    query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, targets: bool, key_name: str = "positive_key"
+) -> None:
     """Check (N, D) queries, their keys and negatives.
 
     targets: whether a target says which key is a query's, so that keys need not be as many as queries.
     """
     checks.embeddings("query", query, 2, "(N, D)")
-    checks.embeddings("positive_key", positive_key, 2, "(N, D)")
-    tensors = {"query": query, "positive_key": positive_key}
+    checks.embeddings(key_name, positive_key, 2, "(N, D)")
+    tensors = {"query": query, key_name: positive_key}
     if negative_keys is not None:
         paired = negative_mode == "paired"
         given = negative_keys.dim() if isinstance(negative_keys, Tensor) else 0
@@ -111,7 +118,7 @@ def key_embeddings(query: Any, positive_key: Any, negative_keys: Any, negative_m
         tensors["negative_keys"] = negative_keys
     if not targets and positive_key.shape[0] != query.shape[0]:
         raise ValueError(
-            f"positive_key must have {len(query)} rows as query has (or pass target), got {len(positive_key)}"
+            f"{key_name} must have {len(query)} rows as query has (or pass target), got {len(positive_key)}"
         )
     for name, tensor in tensors.items():
         if tensor.shape[-1] != query.shape[-1]:

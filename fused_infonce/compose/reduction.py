@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import Options, Reduction
+from ..backends import Options, Reduction, plan_of
 from ..backends.contract import Problem, RowStatistics
 from ..backends.precision import all_wide
 from ..backends.registry import user_level
@@ -29,14 +29,20 @@ def reduced(problem: Problem, options: Options, loss: Loss, weight: Tensor | Non
     """
     if len(problem.keys) == 1 and problem.keys[0].rows.shape[0] == 1 + problem.self_similar and problem.in_batch:
         _say_lonely()
+    plan = None
     if isinstance(loss, str) and closed_form(problem, options, weight):
         w, empty = row_weights(problem, options.reduction, weight)
-        total = contrast.reduced_loss(problem, options, loss, w)
-        return total if empty is None else torch.where(empty, torch.nan, total)
+        plan = plan_of(problem, options, reduced=True, weighted=w.shape[0] > 1)
+        if plan.one_pass and not contrast.is_explaining():
+            total = contrast.onepass(problem, plan, loss, w)
+            return total if empty is None else torch.where(empty, torch.nan, total)
     problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
     with context:
-        rows = rows_of(problem, options, loss)
-    return reduced_rows(rows, problem, options.reduction, weight)
+        rows, columns = contrast.statistics(problem, options, plan=plan)
+        losses = _of_direction(problem, rows, loss)
+        if columns is not None:
+            losses = (losses + _of_direction(problem.swapped(), columns, loss)) / 2
+    return reduced_rows(losses, problem, options.reduction, weight)
 
 
 def closed_form(problem: Problem, options: Options, weight: Tensor | None) -> bool:
@@ -49,13 +55,6 @@ def apart(problem: Problem) -> bool:
     return problem.columns and not problem.in_batch
 
 
-def rows_of(problem: Problem, options: Options, loss: Loss) -> Tensor:
-    """Return the (N,) losses of rows, or with `problem.columns` their mean with those of the columns."""
-    rows, columns = contrast.statistics(problem, options)
-    first = _of_direction(problem, rows, loss)
-    return first if columns is None else (first + _of_direction(problem.swapped(), columns, loss)) / 2
-
-
 def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
     return ROW_LOSSES[loss].value(rows.neg - rows.pos) if isinstance(loss, str) else loss(problem, rows)
 
@@ -63,7 +62,9 @@ def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
 def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
     if reduction == "none":
-        return _counted(rows if weight is None else weight * rows, problem)
+        w = weight
+        rows = rows if w is None else w * rows if w.requires_grad else weighted(rows, w)
+        return _counted(rows, problem)
     w, empty = row_weights(problem, reduction, weight)
     # A row of weight 0 counts for nothing, but where weights have a gradient the row's loss is the gradient.
     total = (_counted(w * rows, problem) if w.requires_grad else weighted(rows, w)).sum()

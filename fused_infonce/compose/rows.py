@@ -26,7 +26,7 @@ def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
 
 
 class _Unit(torch.autograd.Function):
-    """What `unit_rows` computes, with the norms, in a third of its operators; differentiable any number of times."""
+    """The unit rows of `unit_rows`, with the norms, in a third of its operators; differentiable any number of times."""
 
     generate_vmap_rule = True
 

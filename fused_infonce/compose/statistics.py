@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from .. import contrast
 from ..backends import BackendName
 from ..backends.contract import LN2, RowStatistics, Statistics
 from .arguments import NegativeMode, call_options, of_keys
+from .reduction import apart, widened
 
 
 @overload
@@ -76,9 +78,11 @@ def statistics(
     problem = of_keys(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids,
+        key_ids=key_ids, negative_ids=negative_ids, names=("key", "columns"),
     )  # fmt: skip
-    found = contrast.statistics(problem, call_options(backend, workspace_limit), full=True)
+    problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
+    with context:
+        found = contrast.statistics(problem, call_options(backend, workspace_limit), full=True)
     rows = _natural(found.rows)
     return rows if found.columns is None else Statistics(rows, _natural(found.columns))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -65,6 +64,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         super().__init__(temperature, learnable_temperature, max_logit_scale)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
         checks.one_of("backend", backend, checks.BACKENDS)
+        checks.one_of("normalize", normalize, (True, False))
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
@@ -113,22 +113,14 @@ class PairLoss(ContrastiveLoss):
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
 
-    def between(
-        self, views: Callable[..., Tensor], keys: Callable[..., Tensor], query: Tensor, positive_key: Tensor,
-        negative_keys: Tensor | None, rows: dict[str, Tensor | None], **own: Any,
-    ) -> Tensor:  # fmt: skip
-        """Return the function `views` or `keys` of these inputs, as `negatives` says.
-
-        rows: arguments that only `keys` takes; with negatives="views" each must be None.
-        own: arguments that both take.
-        """
+    def of_keys(self, **given: Tensor | None) -> dict[str, Any]:
+        """Return the arguments that only the function of keys takes; with negatives="views" none may be given."""
         if self.negatives == "keys":
-            return keys(
-                query, positive_key, negative_keys, self.temperature, symmetric=self.symmetric,
-                negative_mode=self.negative_mode, in_batch_negatives=self.in_batch_negatives,
-                ignore_index=self.ignore_index, **rows, **own, **self.options,
-            )  # fmt: skip
-        for name, value in {"negative_keys": negative_keys, **rows}.items():
+            return given | {
+                "symmetric": self.symmetric, "negative_mode": self.negative_mode,
+                "in_batch_negatives": self.in_batch_negatives, "ignore_index": self.ignore_index,
+            }  # fmt: skip
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} needs negatives='keys': those of two views are their other rows")
-        return views(query, positive_key, self.temperature, **own, **self.options)
+        return {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BackendName, Options, Reduction
+from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
@@ -57,19 +57,14 @@ def clip_loss(
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
     _check_pairs(image_features, text_features)
-    options = call_options(backend, workspace_limit, reduction)
-    return _of_pairs(
-        image_features, text_features, temperature_of(logit_scale, image_features), logit_bias, normalize, options
-    )
+    problem = _problem(image_features, text_features, temperature_of(logit_scale, image_features), normalize)
+    bias, options = bias_of(logit_bias), call_options(backend, workspace_limit, reduction)
+    return with_bias(reduced(problem, options, "infonce"), bias)
 
 
-def _of_pairs(
-    image: Tensor, text: Tensor, temperature: float | Tensor, logit_bias: Any, normalize: bool, options: Options
-) -> Tensor:
-    t, bias = checks.temperature(temperature, image, statistics_dtype(image)), bias_of(logit_bias)
-    problem = Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
-    loss = reduced(problem, options, "infonce")
-    return loss if bias is None else loss + 0 * bias.to(loss.device, loss.dtype)
+def _problem(image: Tensor, text: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
+    t = checks.temperature(temperature, image, statistics_dtype(image))
+    return Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
 
 
 def _check_pairs(image: Any, text: Any) -> None:
@@ -94,7 +89,7 @@ def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
 
 
 def bias_of(logit_bias: Any) -> Tensor | None:
-    """Return a checked bias, 0-d, where it takes part in the gradient; else None."""
+    """Return what a checked bias adds to a loss: 0, with a gradient of 0, whatever its value; None if it needs none."""
     if logit_bias is None:
         return None
     if not isinstance(logit_bias, Tensor):
@@ -106,7 +101,13 @@ def bias_of(logit_bias: Any) -> Tensor | None:
     checks.dense("logit_bias", logit_bias)
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must be a number or a one-element tensor, got shape {tuple(logit_bias.shape)}")
-    return logit_bias.reshape(()) if logit_bias.requires_grad and torch.is_grad_enabled() else None
+    needed = logit_bias.requires_grad and torch.is_grad_enabled()
+    return 0 * logit_bias.reshape(()).nan_to_num(0, 0, 0) if needed else None
+
+
+def with_bias(loss: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the loss with what `bias_of` returns, which gives the bias a gradient of 0: a softmax does not see it."""
+    return loss if bias is None else loss + bias.to(loss.device, loss.dtype)
 
 
 class ClipLoss(ContrastiveLoss):
@@ -173,8 +174,9 @@ class ClipLoss(ContrastiveLoss):
         if self.logit_scale is None and self.held_temperature is None:
             raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
         _check_pairs(image_features, text_features)
-        options = call_options(self.backend, self.workspace_limit, self.reduction)
-        return _of_pairs(image_features, text_features, self.temperature, logit_bias, self.normalize, options)
+        problem = _problem(image_features, text_features, self.temperature, self.normalize)
+        bias, options = bias_of(logit_bias), call_options(self.backend, self.workspace_limit, self.reduction)
+        return with_bias(reduced(problem, options, "infonce"), bias)
 
     def shown_temperature(self) -> dict[str, Any]:
         return {name: shown for name, shown in super().shown_temperature().items() if shown is not None}

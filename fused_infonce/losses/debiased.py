@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BackendName, Options, Reduction
+from ..backends import BackendName, Reduction
 from ..backends.contract import Problem, RowStatistics
 from ..backends.row_losses import infonce
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views
 from ..compose.positives import members
-from ..compose.reduction import reduced
+from ..compose.reduction import Loss, reduced
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
 
@@ -73,7 +73,7 @@ def debiased_info_nce(
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
-    return _reduced(problem, options, weight, tau_plus)
+    return reduced(problem, options, _loss(problem, tau_plus), weight)
 
 
 def debiased_nt_xent(
@@ -117,13 +117,14 @@ def debiased_nt_xent(
     """
     options = call_options(backend, workspace_limit, reduction)
     problem = of_views(view_a, view_b, temperature, normalize)
-    return _reduced(problem, options, None, tau_plus)
+    return reduced(problem, options, _loss(problem, tau_plus))
 
 
-def _reduced(problem: Problem, options: Options, weight: Tensor | None, tau_plus: Any) -> Tensor:
+def _loss(problem: Problem, tau_plus: Any) -> Loss:
+    """Return the loss of rows with this prior, checked."""
     if not problem.normalize:
         raise ValueError("the bound n exp(-1 / t) is of unit rows: normalize must be True, got False")
-    return reduced(problem, options, partial(_losses, tau=_tau_plus(tau_plus, problem)), weight)
+    return partial(_losses, tau=_tau_plus(tau_plus, problem))
 
 
 def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
@@ -255,11 +256,10 @@ class DebiasedLoss(PairLoss):
         The first two inputs are (N, D) each. A `tau_plus` per row is for this call only. All other arguments are for
         negatives="keys".
         """
-        rows = {
-            "target": target, "query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids,
-            "weight": weight,
-        }  # fmt: skip
-        return self.between(
-            debiased_nt_xent, debiased_info_nce, query, positive_key, negative_keys, rows,
-            tau_plus=self.tau_plus if tau_plus is None else tau_plus,
+        of_keys = self.of_keys(
+            negative_keys=negative_keys, target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
+            weight=weight,
         )  # fmt: skip
+        function = debiased_info_nce if self.negatives == "keys" else debiased_nt_xent
+        tau = self.tau_plus if tau_plus is None else tau_plus
+        return function(query, positive_key, temperature=self.temperature, tau_plus=tau, **of_keys, **self.options)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BackendName, Options, Reduction
-from ..backends.contract import Problem, RowStatistics
+from ..backends import BackendName, Reduction
+from ..backends.contract import Problem
 from ..backends.precision import accumulator
 from ..backends.row_losses import decoupled
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views, views
-from ..compose.reduction import reduced
+from ..compose.reduction import Loss, reduced
 from ..compose.rows import dots, unit
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
@@ -67,7 +67,7 @@ def decoupled_info_nce(
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
-    return _reduced(problem, options, weight, positive_weight)
+    return reduced(problem, options, _loss(problem, positive_weight), weight)
 
 
 def decoupled_nt_xent(
@@ -110,7 +110,7 @@ def decoupled_nt_xent(
     """
     options = call_options(backend, workspace_limit, reduction)
     problem = of_views(view_a, view_b, temperature, normalize)
-    return _reduced(problem, options, None, positive_weight)
+    return reduced(problem, options, _loss(problem, positive_weight))
 
 
 @torch.no_grad()
@@ -145,17 +145,14 @@ def von_mises_fisher_weight(
         return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
 
 
-def _reduced(problem: Problem, options: Options, weight: Tensor | None, positive_weight: Any) -> Tensor:
+def _loss(problem: Problem, positive_weight: Any) -> Loss:
+    """Return the loss of rows whose positives have these weights, checked."""
     if positive_weight is None:
-        return reduced(problem, options, "decoupled", weight)
+        return "decoupled"
     checks.per_row("positive_weight", positive_weight, problem.query.rows)
     dtype = problem.temperature.values.dtype
     scale = checks.only("positive_weight", positive_weight, positive_weight.isfinite(), "be finite").to(dtype)
-
-    def loss_of(problem: Problem, rows: RowStatistics) -> Tensor:
-        return decoupled(rows.neg - scale * rows.pos)
-
-    return reduced(problem, options, loss_of, weight)
+    return lambda problem, rows: decoupled(rows.neg - scale * rows.pos)
 
 
 class DCLLoss(PairLoss):
@@ -237,11 +234,16 @@ class DCLLoss(PairLoss):
             positive_weight = von_mises_fisher_weight(query, positive_key, self.sigma, normalize=self.normalize)
             if self.negatives == "views":
                 positive_weight = positive_weight.repeat(2)
-        rows = {
-            "target": target, "query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids,
-            "weight": weight,
-        }  # fmt: skip
-        return self.between(
-            decoupled_nt_xent, decoupled_info_nce, query, positive_key, negative_keys, rows,
-            positive_weight=positive_weight,
+        of_keys = self.of_keys(
+            negative_keys=negative_keys, target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
+            weight=weight,
         )  # fmt: skip
+        function = decoupled_info_nce if self.negatives == "keys" else decoupled_nt_xent
+        return function(
+            query,
+            positive_key,
+            temperature=self.temperature,
+            positive_weight=positive_weight,
+            **of_keys,
+            **self.options,
+        )

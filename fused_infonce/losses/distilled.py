@@ -107,7 +107,7 @@ def distilled_info_nce(
     weight = checks.row_weight(weight, query, t.values.dtype)
     if teacher_temperature is None:
         teacher_temperature = temperature if teacher_scores is None else 1.0
-    teacher_t = temperature_of(teacher_temperature, query)
+    teacher_t = temperature_of(teacher_temperature, query, "teacher_temperature")
     teacher_t = teacher_t._replace(values=teacher_t.values.detach())
 
     labels = None if target is None else checks.target(target, query, m, ignore_index)
@@ -351,8 +351,10 @@ class DistillationLoss(ContrastiveLoss):
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
         )
         checks.one_of("objective", objective, OBJECTIVES)
-        if not (teacher_temperature is None or isinstance(teacher_temperature, Tensor)):
-            checks.positive_float("teacher_temperature", teacher_temperature)
+        if teacher_temperature is not None:
+            checks.number_or_tensor("teacher_temperature", teacher_temperature)
+        if isinstance(teacher_temperature, Tensor) and teacher_temperature.requires_grad:
+            raise ValueError("teacher_temperature gets no gradient and cannot be trained: pass its .detach()")
         self.teacher_temperature = teacher_temperature
         self.objective = objective
         self.alpha = checks.fraction("alpha", alpha)

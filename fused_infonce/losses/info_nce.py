@@ -12,13 +12,12 @@ from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
 from ..backends.indexing import take_rows
-from ..backends.plan import Plan
 from ..backends.precision import without_autocast
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode, call_options, of_keys
 from ..compose.reduction import reduced, reduced_rows, widened
 from ..compose.rows import class_sums, dots, unit
 from ..temperature.scale import TemperatureLike
-from .base import ContrastiveLoss
+from .base import ContrastiveLoss, Plans
 
 
 def info_nce(
@@ -64,7 +63,8 @@ def info_nce(
             A row whose norm overflows (1.8e19 in float32) is NaN, and not zeros as there.
         in_batch_negatives: whether the other rows of `positive_key` are negatives too. None: only if there are no
             `negative_keys`.
-        ignore_index: rows with this target count neither in the loss nor in the mean.
+        ignore_index: rows with this target count neither in the loss nor in the mean. What is said of a `weight` of 0
+            holds for them.
         target: (N,) integer indices of each query's positive in `positive_key`. None: row i.
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
@@ -72,7 +72,8 @@ def info_nce(
             positive is always kept.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
-            both directions.
+            both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
+            gradients of the keys NaN.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -104,15 +105,16 @@ def info_nce(
     return loss + label_smoothing * reduced_rows(pull, problem, reduction, weight)
 
 
-def explain(*args: Any, **kwargs: Any) -> Plan:
-    """Return the plan by which `info_nce` would compute a call with these arguments; it prints as a sentence.
+def explain(*args: Any, **kwargs: Any) -> Plans:
+    """Return the plans by which `info_nce` would compute a call with these arguments; each prints as a sentence.
 
-    No scores are computed. The answer depends on whether the inputs require gradients. Arguments that `info_nce`
-    refuses raise its errors. The other losses have a method `explain`.
+    There is one plan, or two with `symmetric` and explicit negatives, which are scored against the queries alone. No
+    scores are computed. The answer depends on whether the inputs require gradients. Arguments that `info_nce` refuses
+    raise its errors. The other losses have a method `explain`.
     """
     with contrast.explaining() as plans:
         info_nce(*args, **kwargs)
-    return plans[0]
+    return Plans(plans)
 
 
 def _pull(problem: Problem) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, contrast
 from ..backends import BackendName, Reduction, plan_of
 from ..backends.contract import KeySet, Problem
 from ..compose.arguments import call_options, temperature_of
@@ -74,7 +74,7 @@ def moco_loss(
         normalize=normalize,
     )  # fmt: skip
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
-    if plan.gradients and not plan.one_pass:  # the backward reads negatives that may be overwritten before it runs
+    if plan.gradients and not plan.one_pass and not contrast.is_explaining():  # a backward may follow an overwriting
         problem.keys = (problem.keys[0], negatives._replace(rows=negatives.rows.clone()))
     return reduced(problem, checked, "infonce")
 
@@ -131,9 +131,16 @@ class MoCoLoss(ContrastiveLoss):
         )
         checks.whole("dim", dim, 1)
         checks.whole("queue_size", queue_size, 1)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim, dtype=torch.float32)).T)
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("queue", torch.empty(queue_size, dim, dtype=torch.float32).T)
+        self.register_buffer("queue_ptr", torch.empty(1, dtype=torch.int64))
+        self.reset_parameters()
         self.register_load_state_dict_post_hook(_columns_contiguous)
+
+    def reset_parameters(self) -> None:
+        """Start again: the queue from random unit vectors, a learnable temperature from where it began."""
+        super().reset_parameters()
+        self.queue.copy_(F.normalize(torch.randn_like(self.queue.T)).T)
+        self.queue_ptr.zero_()
 
     def forward(self, query: Tensor, key: Tensor, *, enqueue: bool = True) -> Tensor:
         """Return the loss of (N, D) queries, each against its own key and the queue, and enqueue the keys.

@@ -145,22 +145,22 @@ class _Ranking:
 
     @property
     def apart(self) -> bool:
-        """Whether a query's own hard negatives are treated unlike the hard negatives of other queries."""
+        """Return whether a query's own hard negatives are treated unlike the hard negatives of other queries."""
         return self.strength > 0 and self.hardness != "all_negatives" and len(self.documents) > 1
 
     @property
     def weighted(self) -> bool:
-        """Whether the documents of other queries have a hardness."""
+        """Return whether the documents of other queries have a hardness."""
         return self.strength > 0 and self.hardness != "hard_negatives"
 
     @property
     def local(self) -> bool:
-        """Whether document i is query i's."""
+        """Return whether document i belongs to query i."""
         return len(self.query) == len(self.documents[0]) and self.every is self.query
 
     @property
     def columns(self) -> bool:
-        """Whether doc_to_query comes from the products of query_to_doc."""
+        """Return whether doc_to_query comes from the products of query_to_doc."""
         return self.local and "doc_to_query" in self.directions and not self.weighted
 
     @property
@@ -177,7 +177,7 @@ class _Ranking:
         return None if self.local else self.index[self.own]
 
     def hard(self, others: bool) -> tuple[tuple[KeySet, ...], Tensor | None]:
-        """Return the hard negatives of all queries, and the ids that leave each query's own out if only `others`'."""
+        """Return the hard negatives of all queries, and the ids that with `others` leave each query's own out."""
         hard = self.documents[1:]
         if not hard:
             return (), None

@@ -99,16 +99,16 @@ def sup_con(
     with torch.autocast(rows.device.type, enabled=False):
         x = unit(rows, normalize, dtype)
         total, count = _class_totals(x, labels, weights, views)
-        query, own = x[:anchors], positives.own
+        anchor, own = x[:anchors], positives.own
         total, count = total[:anchors], count[:anchors]
         if own is None:  # every row is once among those of its class
-            total, count = total - query, count - 1
+            total, count = total - anchor, count - 1
         else:
             own = own.repeat(anchors // max(samples, 1))
-            total, count = total - own[:, None] * query, count - own
+            total, count = total - own[:, None] * anchor, count - own
         single = count == 1 if positives.single is None else positives.single.repeat(anchors // max(samples, 1))
         none = count == 0
-        mean = dots(query, total) / (t.values * count.masked_fill(none, 1))
+        mean = dots(anchor, total) / (t.values * count.masked_fill(none, 1))
         # lse over all others - mean = softplus(neg - s_iy) + (s_iy - mean), y one of the positives. Where it is the
         # only one the second part is 0, and the first is exact however small the loss
         loss = infonce(stats.neg - stats.pos) + (stats.pos - mean).masked_fill(single, 0)

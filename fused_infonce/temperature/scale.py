@@ -35,7 +35,7 @@ class HasTemperature(nn.Module):
     Raises:
         TypeError: a temperature of another type. ValueError: one that is not positive and finite, or that is a tensor
         computed from others, whose graph is gone after the first backward; one that has a gradient or a callable of
-        its own, and is to be learnable too; max_logit_scale without learnable.
+        its own, and is to be learnable too; max_logit_scale without learnable, or below where it starts.
 
     Reference: Radford et al. 2021, arXiv:2103.00020 (section 2.5).
     """
@@ -44,6 +44,7 @@ class HasTemperature(nn.Module):
     logit_scale: nn.Parameter | None
     max_logit_scale: float | None
     _temperature: TemperatureLike
+    _start: float | Tensor  # of a learnable one
 
     def __init__(self, temperature: TemperatureLike | None, learnable: bool, max_logit_scale: float | None):
         super().__init__()
@@ -59,16 +60,29 @@ class HasTemperature(nn.Module):
         self.max_logit_scale = max_logit_scale
         self.logit_scale = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if learnable else None
         self.temperature = temperature  # type: ignore[assignment]
+        if max_logit_scale is None or (isinstance(temperature, Tensor) and not checks.values_are_free(temperature)):
+            return
+        if self._start * max_logit_scale < 1 - 1e-6:
+            raise ValueError(
+                f"max_logit_scale must be 1 / temperature or more, got {max_logit_scale} and {temperature}"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != NAME:
             super().__setattr__(name, value)
             return
-        self._check(value)
-        if self.logit_scale is not None:
+        learnable = self.logit_scale is not None
+        if not callable(value) and (value is not None or self.needs_temperature or learnable):
+            checks.number_or_tensor(NAME, value)
+        if learnable:
             self._start_from(value)
         elif self._is_parametrized(NAME):
-            self._assign_parametrized(value)
+            if value is None or callable(value) or isinstance(value, nn.Parameter):
+                raise ValueError(
+                    "temperature is computed by torch.nn.utils.parametrize: assign a number or a tensor, or call "
+                    "parametrize.remove_parametrizations(loss, 'temperature') first"
+                )
+            self._put(NAME, value)
         else:
             self._hold(value)
 
@@ -110,56 +124,34 @@ class HasTemperature(nn.Module):
                 f"learnable_temperature=True holds a parameter of its own, and would not train the {kind}: pass the "
                 f"number to start from, or the {kind} without learnable_temperature"
             )
-        if not isinstance(value, Tensor):
-            self._rescale(-math.log(value))
-        elif value.numel() == 1:
-            self._rescale(-torch.log(value.reshape(1)))
-        else:
+        if isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(f"temperature must be one number where it is learnable, got shape {tuple(value.shape)}")
+        self._start = value
+        HasTemperature.reset_parameters(self)  # not that of a loss, which may hold more
 
-    def _check(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if value.dtype not in checks.FLOATS:
-                raise TypeError(f"temperature must be a number or a floating tensor, got {value.dtype}")
-            if type(value) in (Tensor, nn.Parameter) and checks.values_are_free(value):  # unlike those of a DTensor
-                checks.only(NAME, value, (value > 0) & value.isfinite(), "be positive and finite")
-        elif not callable(value) and (value is not None or self.needs_temperature or self.logit_scale is not None):
-            checks.positive_float(NAME, value)
+    def reset_parameters(self) -> None:
+        """Start `logit_scale` again from the temperature last assigned, as after `to_empty` from the meta device."""
+        if self.logit_scale is not None:
+            start = self._start
+            self._put("logit_scale", -start.log().reshape(1) if isinstance(start, Tensor) else -math.log(start))
 
     def _hold(self, value: Any) -> None:
         """Put a temperature where a value of its kind is held."""
         # what was held gives way; in new dictionaries, since a shallow copy of a module shares them
-        if NAME in self._parameters:
-            self._parameters = {name: x for name, x in self._parameters.items() if name != NAME}
-        if NAME in self._modules:
-            self._modules = {name: x for name, x in self._modules.items() if name != NAME}
+        for kind, where in ((nn.Parameter, "_parameters"), (nn.Module, "_modules")):
+            others = {name: x for name, x in self.__dict__[where].items() if name != NAME}
+            self.__dict__[where] = others | ({NAME: value} if isinstance(value, kind) else {})
+        self.__dict__.pop("_temperature", None)
         if not isinstance(value, (nn.Parameter, nn.Module)):
             self._temperature = value
-            return
-        self.__dict__.pop("_temperature", None)
-        if isinstance(value, nn.Parameter):
-            self._parameters = self._parameters | {NAME: value}
-        else:
-            self._modules = self._modules | {NAME: value}
-
-    def _assign_parametrized(self, value: Any) -> None:
-        """Assign a number or a tensor through the parametrization's `right_inverse`."""
-        if value is None or callable(value) or isinstance(value, nn.Parameter):
-            raise ValueError(
-                "temperature is computed by torch.nn.utils.parametrize: assign a number or a tensor, or call "
-                "parametrize.remove_parametrizations(loss, 'temperature') first"
-            )
-        now = torch.as_tensor(self.temperature)
-        super().__setattr__(NAME, value.to(now) if isinstance(value, Tensor) else torch.full_like(now, value))
 
     @torch.no_grad()
-    def _rescale(self, scale: float | Tensor) -> None:
-        """Give `logit_scale` this value, through `right_inverse` where it is parametrized."""
-        held = self.logit_scale
-        assert held is not None
-        new = scale.to(held) if isinstance(scale, Tensor) else torch.full_like(held, scale)
-        if self._is_parametrized("logit_scale"):
-            self.logit_scale = new  # type: ignore[assignment]
+    def _put(self, name: str, value: float | Tensor) -> None:
+        """Give a parameter this value, through `right_inverse` where it is parametrized."""
+        held = getattr(self, name)
+        new = value.to(held) if isinstance(value, Tensor) else torch.full_like(held, value)
+        if self._is_parametrized(name):
+            super().__setattr__(name, new)
         else:
             held.copy_(new)
 
@@ -169,7 +161,7 @@ class HasTemperature(nn.Module):
         forward would stop the gradient at the bound."""
         if self.logit_scale is None or self.max_logit_scale is None:
             raise RuntimeError("clamp_logit_scale_ needs learnable_temperature=True and a max_logit_scale")
-        self._rescale(self.logit_scale.clamp(max=math.log(self.max_logit_scale)))
+        self._put("logit_scale", self.logit_scale.clamp(max=math.log(self.max_logit_scale)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, also from version 0.1, where `logit_scale` was 0-d and a Parameter had the name "_temperature"."""

@@ -52,6 +52,15 @@ def test_a_misspelt_argument_is_answered_with_the_function_that_the_user_called(
         f.explain(rows(4), rows(4), temprature=0.02)
 
 
+def test_a_symmetric_call_with_explicit_negatives_has_two_plans():
+    inputs = rows(4), rows(4), rows(3)
+    options = {"temperature": 0.2, "symmetric": True}
+    plans = f.explain(*inputs, **options)
+    assert plans == f.FusedInfoNCELoss(**options).explain(*inputs)
+    assert len(plans) == len(str(plans).splitlines()) == 2
+    assert len(f.explain(*inputs[:2], **options)) == len(f.explain(*inputs)) == 1
+
+
 @pytest.mark.parametrize("reason", REASONS)
 def test_a_reason_has_no_jargon(reason):
     assert not [word for word in JARGON if word in reason]
@@ -66,6 +75,6 @@ def test_an_explanation_says_what_its_numbers_mean():
     with torch.no_grad():
         assert "2 N M D FLOPs forward (" in str(f.explain(rows(3000), rows(3000)))
     assert "workspace" not in str(f.explain(rows(4), rows(4), backend="reference"))
-    assert "reduction='none'" in str(f.explain(rows(4), rows(4), reduction="none"))
+    assert "reduction='none'" in str(f.explain(rows(3000), rows(3000), reduction="none"))
     small = str(f.explain(rows(3000), rows(3000), workspace_limit=2**17))
     assert "workspace_limit" in small

@@ -58,7 +58,7 @@ def test_losses_and_gradients_of_one_pass_keep_the_bounds(
     columns = 40 * H if name == "only paired" else 16 * (N + 64 + H + 13)
     limit = columns * max(dtype.itemsize, 4 if backend == "torch" else 2)
     options |= {"temperature": temperature}
-    assert explain(*inputs, **options, backend=backend, workspace_limit=limit).name == "onepass"
+    assert explain(*inputs, **options, backend=backend, workspace_limit=limit)[0].name == "onepass"
     loss = info_nce(*inputs, **options, backend=backend, workspace_limit=limit)
     truth = dense_info_nce.info_nce(*exact, **options)
     fp32 = 1e-5 * max(1, 0.05 / temperature)
@@ -86,14 +86,15 @@ def test_what_does_not_fit_recomputes_the_scores() -> None:
     query, key = (torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 
     def name(**options: object) -> str:
-        return explain(query, key, backend="triton", **options).name
+        return explain(query, key, backend="triton", **options)[0].name
 
     assert name(temperature=0.05) == "onepass"
     assert name(temperature=0.01) == "workspace"  # exp(1 / 0.01) does not fit
     assert name(temperature=torch.tensor(0.05)) == "onepass"  # on a CPU reading it is free
     assert name(temperature=torch.full((N,), 0.01)) == "workspace"
     assert name(temperature=0.05, normalize=False) == "workspace"
-    assert explain(query.half(), key.half(), temperature=0.05, backend="triton").name == "workspace"  # float16's range
+    query, key = query.half(), key.half()
+    assert name(temperature=0.05) == "workspace"  # float16's range
 
 
 @pytest.mark.parametrize("plan_name", ["dense", "onepass"])

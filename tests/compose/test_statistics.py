@@ -218,6 +218,22 @@ def test_fields_are_float32_within_the_bounds(backend, dtype):
         assert error(x, y) <= bounds(dtype, 0.05)[0], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_both_directions_with_negatives_apart_are_rounded_once(dtype):
+    """Two problems, whose 16-bit gradients autograd would add after rounding each."""
+    wide = [(torch.randn(256, 64) + 3 * torch.randn(64)).to(dtype).float().requires_grad_() for _ in range(2)]
+    narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
+    negatives = torch.randn(64, 64).to(dtype)
+
+    def gradients(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        given = negatives.to(query.dtype)
+        found = statistics(query, key, given, temperature=8.0, columns=True, normalize=False)
+        return torch.autograd.grad(sum(x.neg.sum() - x.pos.sum() for x in directions(found)), (query, key))
+
+    for got, want in zip(gradients(*narrow), gradients(*wide), strict=True):
+        assert torch.equal(got, want.to(dtype))
+
+
 @every_backend
 def test_a_loss_of_ones_own_has_the_gradients_of_the_librarys(backend):
     from fused_infonce import info_nce
@@ -246,10 +262,14 @@ def test_no_rows_and_no_keys(backend):
 
 def test_mistakes_are_refused():
     query, key = torch.randn(4, D), torch.randn(5, D)
-    with pytest.raises(ValueError, match="must have 4 rows as query has"):
+    with pytest.raises(ValueError, match=r"^key must have 4 rows as query has"):
         statistics(query, key)
-    with pytest.raises(ValueError, match="cannot be used with target"):
+    with pytest.raises(ValueError, match=r"^columns=True .* cannot be used with target"):
         statistics(query, key, target=torch.arange(4), columns=True)
+    with pytest.raises(TypeError, match=r"^key must be a tensor"):
+        statistics(query, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"^key must have {D} components"):
+        statistics(query, query[:, 1:])
     with pytest.raises(ValueError, match="backend must be one of"):
         statistics(query, query, backend="cuda")
     x = query.clone().requires_grad_()

@@ -7,6 +7,7 @@ import torch
 from oracles import decoupled
 from support.helpers import (
     DEVICE,
+    TRITON,
     both_backends,
     bounds,
     call_of,
@@ -125,6 +126,34 @@ def test_rows_that_are_not_finite_poison_the_rows_that_see_them_alone(backend, v
     if where == "query" or (where == "paired" and not ids):
         assert finite[~seen].all()  # ... what no other row touches
     torch.testing.assert_close(gradients["query"][finite], clean["query"][finite], **TOLERANCE)
+
+
+every_backend = pytest.mark.parametrize("backend", ["torch", TRITON, "reference"])
+
+
+@every_backend
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_positive_is_no_perfect_match(backend, sign):
+    """Its loss would be 0 (or infinite), the gradient nothing."""
+    query, key = (torch.randn(6, 8, device=DEVICE.get(backend)) for _ in range(2))
+    query[0], key[0] = 1e25, sign * 1e25
+    for target in (None, torch.arange(6, device=query.device)):
+        loss = info_nce(query, key, target=target, normalize=False, reduction="none", backend=backend)
+        assert loss[0].isnan()
+
+
+@every_backend
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("mode", ["unpaired", "paired"])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_negative_that_is_minus_infinite_shows(backend, gradients, mode, in_batch):
+    """Its probability is 0, yet it is no legitimate logit: NaN, whether or not a gradient is needed."""
+    query, key = (torch.rand(300, 8, device=DEVICE.get(backend)) for _ in range(2))
+    negatives = torch.rand(*([300] if mode == "paired" else []), 4, 8, device=DEVICE.get(backend))
+    negatives[..., 2, 3] = -math.inf
+    options = {"negative_mode": mode, "in_batch_negatives": in_batch, "normalize": False, "backend": backend}
+    loss = info_nce(query.requires_grad_(gradients), key, negatives, reduction="none", **options)
+    assert loss.isnan().all()
 
 
 TOO_LONG = {torch.bfloat16: 1e20, torch.float32: 1e20, torch.float64: 1e160}  # their squares overflow

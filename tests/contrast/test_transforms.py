@@ -42,6 +42,30 @@ def test_transforms_need_the_reference_and_say_so(name):
             TRANSFORMS[name](loss)(*inputs)
 
 
+MAPPED = {
+    "temperature": torch.tensor([0.05, 0.5], dtype=torch.float64),
+    "temperature of rows": torch.rand(2, N, dtype=torch.float64) + 0.1,
+    "weight": torch.rand(2, N, dtype=torch.float64),
+    "target": torch.tensor([[0, 1, 2, 3, 4, 5], [5, -100, 0, 1, 1, 2]]),
+    "key_ids": torch.tensor([[0, 1, 2, 3, 4, 5], [1, 1, 2, 2, 3, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_an_option_may_be_mapped(name):
+    query, key = torch.randn(2, N, D, dtype=torch.float64)
+    option = name.split()[0]
+
+    def loss(value):
+        return info_nce(query, key, **{option: value}, backend="reference")
+
+    want = torch.stack([loss(value) for value in MAPPED[name]])
+    torch.testing.assert_close(func.vmap(loss)(MAPPED[name]), want)
+    if MAPPED[name].is_floating_point():
+        want = torch.stack([func.grad(loss)(value) for value in MAPPED[name]])
+        torch.testing.assert_close(func.vmap(func.grad(loss))(MAPPED[name]), want)
+
+
 def test_functional_call_works():
     loss = FusedInfoNCELoss(learnable_temperature=True)
     query, key = torch.randn(2, N, D)

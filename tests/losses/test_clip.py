@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,9 +93,10 @@ def test_at_a_moderate_scale_open_clip_is_equal_to_one_part_in_100000(original):
 
 @both_backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_bias_changes_nothing_and_has_a_gradient_of_zero(backend, reduction):
+@pytest.mark.parametrize("value", [-10.0, math.inf, math.nan])
+def test_a_bias_changes_nothing_and_has_a_gradient_of_zero(backend, reduction, value):
     image, text = pair(device=DEVICE[backend])
-    bias = torch.tensor([-10.0], requires_grad=True)
+    bias = torch.tensor([value], requires_grad=True)
     loss = clip_loss(image, text, 10.0, bias, reduction=reduction, backend=backend)
     assert torch.equal(loss, clip_loss(image, text, 10.0, reduction=reduction, backend=backend))
     assert torch.equal(loss, clip_loss(image, text, 10.0, -10, reduction=reduction, backend=backend))

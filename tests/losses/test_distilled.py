@@ -347,6 +347,13 @@ def test_module_equals_function():
     )
 
 
+def test_a_teachers_temperature_is_not_trained():
+    for held in (torch.nn.Parameter(torch.ones(1)), torch.ones(1, requires_grad=True)):
+        with pytest.raises(ValueError, match=r"teacher_temperature gets no gradient .* pass its \.detach\(\)"):
+            DistillationLoss(teacher_temperature=held)
+        assert not list(DistillationLoss(teacher_temperature=held.detach()).parameters())
+
+
 ROWS, SCORES = torch.ones(4, 3), torch.ones(4, 4)
 BAD = {
     "no teacher": ({"teacher_scores": None}, ValueError, "a teacher is teacher_query and teacher_key, or teacher_sco"),
@@ -376,7 +383,9 @@ BAD = {
     "alpha": ({"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\]"),
     "objective": ({"objective": "mse"}, ValueError, "objective must be one of"),
     "temperature": ({"temperature": 0}, ValueError, "temperature must be positive and finite"),
-    "teacher's temperature": ({"teacher_temperature": -1.0}, ValueError, "temperature must be positive and finite"),
+    "teacher's temperature": ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be positive"),
+    "a tensor of it": ({"teacher_temperature": -torch.ones(1)}, ValueError, "teacher_temperature must be positive"),
+    "its dtype": ({"teacher_temperature": torch.ones(1).long()}, TypeError, "teacher_temperature must be a number or"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
     "workspace": ({"workspace_limit": 0}, ValueError, "workspace_limit must be a number of bytes"),

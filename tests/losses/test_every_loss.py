@@ -10,8 +10,10 @@ import pytest
 import torch
 from support.examples import from_example
 from support.helpers import DEVICE, TRITON, watch_plans
+from support.memory import PeakMemory
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_infonce
 from fused_infonce import (
@@ -180,6 +182,27 @@ def test_explain_returns_the_plans_of_a_call_and_computes_no_scores(name, backen
     seen = watch_plans(monkeypatch)
     module(*inputs)
     assert set(plans) <= set(seen)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (lambda **o: DistillationLoss(objective="kl_div", **o), [(N,)] * 4),
+        (lambda **o: DistillationLoss(alpha=0.5, symmetric=True, **o), [(N,)] * 4),
+        (lambda **o: GroupedInfoNCELoss(D, distillation="kl_div", **o), [(N,), (N * D,), (N,)]),
+        (lambda **o: GroupedInfoNCELoss(D, distillation="m3_kd_loss", **o), [(N,), (N * D,), (N,)]),
+        (lambda **o: GuidedInfoNCELoss(negative_mode="paired", **o), [(N,), (N,), (N, 3)]),
+        (lambda **o: MoCoLoss(D, queue_size=500, reduction="none", **o), [(N,), (N,)]),
+    ],
+    ids=["distilled", "both ways", "kl_div", "m3_kd_loss", "paired guide", "queue"],
+)
+def test_explain_multiplies_and_copies_nothing_large(make, shapes, backend):
+    loss, inputs = make(backend=backend), [rows(*shape) for shape in shapes]
+    with FlopCounterMode(display=False) as products, PeakMemory() as memory:
+        loss.explain(*inputs)
+    assert products.get_total_flops() == 0
+    assert memory.largest <= max(x.nbytes for x in inputs)
 
 
 def test_explain_raises_what_the_call_raises():

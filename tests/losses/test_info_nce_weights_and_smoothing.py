@@ -3,7 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import DEVICE, FACTORS, both_backends, cases, check, error, evaluate, make_call, on, oracle, valid
+from support.helpers import (
+    DEVICE,
+    FACTORS,
+    TRITON,
+    both_backends,
+    cases,
+    check,
+    error,
+    evaluate,
+    make_call,
+    on,
+    oracle,
+    valid,
+)
 
 from fused_infonce import FusedInfoNCELoss, info_nce
 
@@ -64,6 +77,22 @@ def test_a_weighted_mean_is_over_the_sum_of_weights():
     torch.testing.assert_close(info_nce(query, key, weight=w, reduction="none"), rows * w)
     assert info_nce(query, key, weight=torch.zeros(N)).isnan()
     torch.testing.assert_close(FusedInfoNCELoss()(query, key, weight=w), info_nce(query, key, weight=w))
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON, "reference"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("how", ["weight", "target"])
+def test_the_value_of_a_row_that_does_not_count_is_0_even_where_it_is_nan(backend, smoothing, reduction, how):
+    query, key = (torch.randn(N, 5, device=DEVICE.get(backend), requires_grad=True) for _ in range(2))
+    out = torch.arange(N, device=query.device) == 2
+    given = {"weight": 1.0 - out.float()} if how == "weight" else {"target": torch.arange(N).to(out).where(~out, -100)}
+    options = given | {"reduction": reduction, "label_smoothing": smoothing, "backend": backend}
+    lost = query.masked_fill(out[:, None], torch.nan)
+    loss = info_nce(lost, key, **options)
+    torch.testing.assert_close(loss, info_nce(query, key, **options))
+    gradients = torch.autograd.grad(loss.sum(), (query, key))
+    assert gradients[1].isnan().all()  # which the documentation says
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

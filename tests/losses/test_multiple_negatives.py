@@ -160,14 +160,14 @@ def problems(monkeypatch, *args, **options):
     seen = []
 
     def watched(name, function):
-        def call(problem, *rest):
+        def call(problem, *rest, **more):
             seen.append((name, problem))
-            return function(problem, *rest)
+            return function(problem, *rest, **more)
 
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("statistics", "reduced_loss"):
+        for name in ("statistics", "onepass"):
             patch.setattr(contrast, name, watched(name, getattr(contrast, name)))
         multiple_negatives(*args, **options)
     return seen
@@ -178,13 +178,13 @@ def test_each_softmax_asks_the_primitive_for_no_more_than_it_needs(monkeypatch):
     query, positive, hard = call()
     both = {"directions": ("query_to_doc", "doc_to_query")}
     ((name, problem),) = problems(monkeypatch, query, [positive, hard])
-    assert (name, problem.target, problem.columns) == ("reduced_loss", None, False)
+    assert (name, problem.target, problem.columns) == ("onepass", None, False)
     ((name, problem),) = problems(monkeypatch, query, [positive], **both, partition="per_direction")
-    assert (name, problem.columns) == ("reduced_loss", True)
+    assert (name, problem.columns) == ("onepass", True)
     ((name, problem),) = problems(monkeypatch, query, [positive], **both)
     assert (name, problem.columns) == ("statistics", True)
     ((name, problem),) = problems(monkeypatch, query, [positive], hardness="hard_negatives", hardness_strength=1.0)
-    assert (name, problem.target) == ("reduced_loss", None)  # there are none
+    assert (name, problem.target) == ("onepass", None)  # there are none
     asked = problems(monkeypatch, query, [positive], directions=JOINT[-1])
     assert [problem.self_similar for _, problem in asked] == [False, True, True]
     asked = problems(monkeypatch, query, [positive, hard], directions=JOINT[-1])

@@ -38,7 +38,7 @@ def test_an_environment_variable_that_is_no_number_is_refused(text, monkeypatch)
 @pytest.mark.parametrize("text", ["", " "])
 def test_an_empty_environment_variable_counts_as_unset(text, monkeypatch):
     monkeypatch.setenv(VARIABLE, text)
-    assert explain(ROWS, ROWS).limit == 64 * plan.MIB
+    assert explain(ROWS, ROWS)[0].limit == 64 * plan.MIB
 
 
 @pytest.mark.parametrize("limit", ["70000", "", 1e9, True])
@@ -49,7 +49,7 @@ def test_a_workspace_limit_of_another_type_is_refused(limit):
 
 @pytest.mark.least_limit
 def test_the_least_limit_is_accepted():
-    assert explain(ROWS, ROWS, workspace_limit=65536).limit == 65536
+    assert explain(ROWS, ROWS, workspace_limit=65536)[0].limit == 65536
 
 
 VIEWS = torch.randn(N, 2, D)
@@ -120,6 +120,12 @@ def test_sparse_tensors_are_refused(name):
     for sparse in (torch.Tensor.to_sparse, *([torch.Tensor.to_sparse_csr] if name in ("query", "queue") else [])):
         with pytest.raises(TypeError, match=rf"^{name}(\[0\])? must be a dense tensor \(use \.to_dense\(\)\)"):
             SPARSE[name](sparse)
+
+
+@pytest.mark.parametrize("cls", [FusedInfoNCELoss, SupConLoss])
+def test_a_word_is_no_answer_to_whether_to_normalize(cls):
+    with pytest.raises(ValueError, match="normalize must be one of True, False, got 'no'"):
+        cls(normalize="no")
 
 
 META = {

@@ -1,1 +1,1 @@
-"""What the tests share: inputs, comparisons, memory, processes, libraries, compilation ahead of time."""
+"""Helpers that the tests share: inputs, comparisons, memory, processes, libraries, compilation ahead of time."""

@@ -1,4 +1,4 @@
-"""Compiles the kernels ahead of time, without a GPU, exactly as the launchers would launch them.
+"""Compile the kernels ahead of time, without a GPU, exactly as the launchers would launch them.
 
     python tests/support/aot.py                  one configuration per kernel, target and dtype class, as JSON
     python tests/support/aot.py --all            the whole tile table, as a table
@@ -10,6 +10,7 @@ Needs a process without TRITON_INTERPRET.
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import hashlib
 import json
@@ -95,9 +96,14 @@ class Result:
 
 
 def source_hash() -> str:
+    """Return a hash of what the sources compute: comments, docstrings and line breaks make no difference."""
     digest = hashlib.sha256()
     for path in SOURCES:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(path.name.encode() + b"\0" + ast.unparse(tree).encode())
     return digest.hexdigest()[:16]
 
 
@@ -105,7 +111,7 @@ Launch = tuple[triton.JITFunction, dict[str, Any]]
 
 
 def launches(case: Case) -> list[Launch]:
-    """What the launchers launch for a problem of this kind, recorded instead of run."""
+    """Return the launches that the launchers make for a problem of this kind, recorded instead of run."""
     recorded: list[Launch] = []
 
     def record(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -144,7 +150,7 @@ def launches(case: Case) -> list[Launch]:
 
 
 def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
-    """As the just-in-time compiler specialises: None and 1 are constants, and divisibility by 16 is known."""
+    """Specialise as the just-in-time compiler does: None and 1 are constants, and divisibility by 16 is known."""
     signature, constants, attributes = {}, {}, {}
 
     def type_of(value: Any, path: tuple[int, ...], constant: bool, free: bool) -> Any:
@@ -174,7 +180,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def inspect(case: Case, kernel: Any) -> tuple[int, int, str]:
-    """(registers a thread, bytes spilled a thread, tensor-core instruction)."""
+    """Return (registers a thread, bytes spilled a thread, tensor-core instruction)."""
     wanted = TENSOR_CORE[case.target]
     if case.target.startswith("gfx"):
         text = kernel.asm["amdgcn"]

@@ -1,4 +1,4 @@
-"""A loss as the example of its docstring makes and calls it, so that tests of every loss need no table of a new one."""
+"""The loss and the call of a docstring's example, so that tests of every loss need no table of a new one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fused_infonce
 
 
 def from_example(loss: type[nn.Module]) -> tuple[Callable[..., nn.Module], Callable[[], tuple[Any, ...]]]:
-    """Return what makes the first loss of the example, given further options, and what makes its inputs."""
+    """Return a function that makes the first loss of the example, given options, and one that makes its inputs."""
     made: list[tuple[Any, ...]] = []
     called: list[tuple[Any, ...]] = []
 

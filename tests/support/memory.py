@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of storages made inside: those alive now, their peak, and the largest storage."""
+    """A count of the bytes of storages made inside: those alive now, their peak, and the largest storage."""
 
     def __init__(self):
         super().__init__()

@@ -24,7 +24,7 @@ GTE = ("query_to_doc", *OTHERS)
 
 
 class Model(nn.Sequential):
-    """A model of means of token embeddings, with dropout: as much of a SentenceTransformer as the losses use."""
+    """A model of means of token embeddings, with dropout: the part of a SentenceTransformer that the losses use."""
 
     def __init__(self, d=12, dropout=0.2):
         super().__init__(nn.Embedding(50, d), nn.Dropout(dropout), nn.Linear(d, d))

@@ -11,6 +11,7 @@ import torch
 from support.examples import from_example
 from support.helpers import DEVICE, TRITON
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import fused_infonce
 from fused_infonce import (
@@ -109,7 +110,9 @@ def train(name, how, backend="torch", compiled=False, steps=3):
         assert not list(loss.parameters())
     else:
         assert [id(p) for p in loss.parameters()] == [id(learned)]
-    model = nn.Linear(D, D).to(DEVICE[backend])
+    x = tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE[backend]), inputs())
+    width = x[0].shape[-1]
+    model = nn.Linear(width, width).to(DEVICE[backend])
     optimizer = torch.optim.SGD([*model.parameters(), learned], lr=0.02)
 
     def run(first, *others):
@@ -117,7 +120,6 @@ def train(name, how, backend="torch", compiled=False, steps=3):
 
     run = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
     values, scales = [], [learned.detach().clone()]
-    x = [tensor.to(DEVICE[backend]) for tensor in inputs()]
     for _ in range(steps):
         value = run(*x)
         optimizer.zero_grad()

@@ -214,6 +214,21 @@ def test_an_optimizer_finds_the_scale_by_its_name():
     assert apart[0].item() == pytest.approx(math.log(5))
 
 
+@every_loss
+def test_from_the_meta_device_it_starts_where_it_would_have(make):
+    """As FSDP2 makes a model: without memory, then with it, and each module resets what is its own."""
+    for start in (0.25, torch.tensor(0.25)):
+        with torch.device("meta"):
+            loss = make(temperature=start, learnable_temperature=True)
+        for module in loss.to_empty(device="cpu").modules():
+            module.reset_parameters()
+        assert loss.temperature.item() == pytest.approx(0.25)
+        if isinstance(loss, MoCoLoss):
+            torch.testing.assert_close(loss.queue.norm(dim=0), torch.ones(3))
+            assert loss.queue_ptr.tolist() == [0]
+            assert loss.queue.T.is_contiguous()
+
+
 def test_on_the_meta_device_it_shows_and_starts_afterwards():
     with torch.device("meta"):
         loss = FusedInfoNCELoss(0.1, learnable_temperature=True)

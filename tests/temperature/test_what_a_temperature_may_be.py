@@ -194,7 +194,12 @@ def test_a_largest_scale_needs_a_learnable_temperature(make):
     for bad, kind in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("100", TypeError)):
         with pytest.raises(kind, match="max_logit_scale must be"):
             make(temperature=0.1, learnable_temperature=True, max_logit_scale=bad)
-    loss = make(temperature=0.001, learnable_temperature=True, max_logit_scale=100)
+    for start in (0.00999, torch.tensor(0.00999)):
+        with pytest.raises(ValueError, match="max_logit_scale must be 1 / temperature or more, got 100 and"):
+            make(temperature=start, learnable_temperature=True, max_logit_scale=100)
+        make(temperature=1.0011 * start, learnable_temperature=True, max_logit_scale=100)
+    loss = make(temperature=0.01, learnable_temperature=True, max_logit_scale=100)
+    loss.temperature = 0.001
     loss.clamp_logit_scale_()
     assert loss.logit_scale.item() == pytest.approx(math.log(100))
     assert "max_logit_scale=100" in repr(loss)

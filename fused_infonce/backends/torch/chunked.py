@@ -143,12 +143,8 @@ class _Scored:
         column_sums, state = [], None
         for tile, buffer in zip(work.tiles(chunk), buffers, strict=True):
             scores = tile.scores(buffer)
-            lost = None
-            if not work.problem.normalize:  # unit rows cannot give -inf; a raw row's must not pass for probability 0
-                tile.exclude(scores, 0.0)
-                lost = scores.amin(1) == -torch.inf
             m, total = work.exponentials(scores, tile, 1, out=scores)
-            state = merge(state, (m, total if lost is None else total.masked_fill(lost, torch.nan)))
+            state = merge(state, (m, total))
             self.parts.append((tile, scores, m))
             if work.two_way(tile):
                 column_sums.append(scores.sum(0))

@@ -33,7 +33,7 @@ class Rows:
 
     @staticmethod
     def made(tensors: Sequence[Tensor], normalize: bool, scaled: bool) -> Rows:
-        """Return rows from what `tensors` returned of them, perhaps followed by others."""
+        """Return rows from the tensors that `tensors` returned of them, perhaps followed by others."""
         rows = object.__new__(Rows)
         rows.unit = tensors[0]
         rows.norm = tensors[1] if normalize else None
@@ -45,7 +45,7 @@ class Rows:
         return Rows.made(part, self.norm is not None, self.scale is not None)
 
     def tensors(self) -> list[Tensor]:
-        """Return the unit rows, and what `finish` needs beside them."""
+        """Return the unit rows, and the tensors that `finish` needs beside them."""
         return [x for x in (self.unit, self.norm, self.scale) if x is not None]
 
     def longest(self) -> float:

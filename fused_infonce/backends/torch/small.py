@@ -24,7 +24,7 @@ from .work import FLOOR, State, finite, log_sum, statistics_of
 
 
 class _Dense:
-    """A problem made ready: x, y, and what is no negative.
+    """A problem made ready for dense work: x, y, and the pairs that are no negatives.
 
     Unit rows are made for queries and keys in one. `kept` are such, where they have been made before.
     """
@@ -61,7 +61,7 @@ class _Dense:
         self.masks = self._masks() if query.ids is not None or problem.ceiling is not None else []
 
     def scores(self, plan: Plan) -> Tensor:
-        """Return S, and see whether all its exponentials fit as they are."""
+        """Return S, and note whether all its exponentials fit as they are."""
         scores = self.x.new_empty(self.x.shape[0], self.y.shape[0])
         scores.addmm_(self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
         self.fits = plan.bounded and not plan.full
@@ -155,14 +155,14 @@ class _Dense:
         return found
 
     def divisor(self, total: Tensor) -> Tensor:
-        """Return sums of exponentials, and where there may be none nothing that is 0."""
+        """Return sums of exponentials to divide by, in which a sum of no terms is not 0."""
         never = not self.masks and self.y.shape[0] > 1 + self.problem.self_similar
         return total if never else total.clamp_min(torch.finfo(total.dtype).tiny)
 
     def coefficients(
         self, exponentials: Sequence[Tensor], row: Tensor, column: Tensor | None, v: Tensor, sign: int, spare: bool
     ) -> Tensor:
-        """Return W, of both sides where they are the same.
+        """Return W, added to its transpose where both sides are one set of rows.
 
         row, column: the factors f and f'. sign v: dL/dpos, (N,). spare: keep the exponentials as they are.
         """
@@ -184,7 +184,7 @@ class _Dense:
         return w if both or not self.same else w + w.T
 
     def gradients(self, w: Tensor, wanted: Sequence[bool], scale: float) -> list[Tensor]:
-        """Return `scale` W y and `scale` W^T x, of all keys; where the sides are the same, one gradient of both."""
+        """Return `scale` W y and `scale` W^T x, of all keys; for one set of rows on both sides their sum."""
         n = self.x.shape[0]
         grads = [torch.empty_like(self.rows[0].unit)]
         if len(self.rows) > 1:
@@ -203,7 +203,7 @@ class _Dense:
             rows.finish(self.grads[i])
 
     def by_input(self, sides: Sequence[Tensor], wanted: Sequence[object]) -> list[Tensor | None]:
-        """Return the gradients of the queries and of each set of keys; what is not wanted is None."""
+        """Return the gradients of the queries and of each set of keys; a gradient that is not wanted is None."""
         first = sides[0] if wanted[0] else None
         if self.same:  # the gradient of both sides is the first's
             return [first, torch.zeros_like(sides[0]) if wanted[1] else None]
@@ -224,7 +224,7 @@ def _together(sets: Sequence[KeySet], acc: torch.dtype) -> Rows:
 
 
 def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
-    """Compute what `Backend.statistics` does, for a dense plan."""
+    """Compute `Backend.statistics` for a dense plan."""
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.exact_positives()
@@ -240,7 +240,7 @@ def gradients(
     problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream, dtypes: Sequence[torch.dtype | None],
     kept: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:  # fmt: skip
-    """Compute what `Backend.gradients` does, for a dense plan, from what `statistics` kept or from new products."""
+    """Compute `Backend.gradients` for a dense plan, from tensors that `statistics` kept or from new products."""
     rows = [x for x in statistics if x is not None]
     unit = 2 if kept and problem.normalize else 0  # tensors of the unit rows
     dense = _Dense(problem, kept[len(kept) - unit :])
@@ -258,7 +258,7 @@ def gradients(
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
-    """Compute what `Backend.onepass` does, for a dense plan."""
+    """Compute `Backend.onepass` for a dense plan."""
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2

@@ -24,7 +24,7 @@ Scale = Tensor | float  # one for all rows, as a number where that is free to re
 
 
 class Chunk(NamedTuple):
-    """Some rows of the problem. `alpha scaled` are the queries times log2(e) / t."""
+    """A chunk of the rows of the problem. `alpha scaled` are the queries times log2(e) / t."""
 
     rows: slice
     queries: Rows
@@ -90,7 +90,7 @@ class Work:
         return bound * LOG2E / p.temperature.values.min().item() <= EXPONENT_ROOM[self.acc]
 
     def part(self, x: Any, rows: slice) -> Any:
-        """Return those rows of a number, or a (1,) or (N, ...) tensor."""
+        """Return some rows of a tensor (N, ...); a number or a tensor (1,) stands for all rows."""
         return x if isinstance(x, float) or x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -115,7 +115,7 @@ class Work:
         return (tile for tile in tiles if tile.keys is not self.key or tile.cols.start >= chunk.rows.start)
 
     def two_way(self, tile: Tile) -> bool:
-        """Return whether the tile serves its columns too: asked for, or because it stands for its transpose as well."""
+        """Return whether the tile serves its columns too: where asked for, or where it stands for its transpose."""
         if tile.keys is not self.key:
             return False
         return tile.cols.start > tile.chunk.rows.start if self.triangular else self.problem.columns
@@ -139,20 +139,30 @@ class Work:
             return scores
         return scores.div_(tile.chunk.inv_t[:, None]).mul_(self.inv_t[tile.cols])
 
-    def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> State:
-        """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded."""
+    def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor, final: bool = True) -> State:
+        """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded.
+
+        A logit of -inf makes l NaN, or is left to (m, l, s) where that is not `final`.
+        """
+        lost = None
+        if final and self.shift and not self.problem.normalize:  # unit rows cannot give -inf
+            tile.exclude(scores, 0.0)
+            lost = scores.amin(dim) == -torch.inf
         tile.exclude(scores, -torch.inf if self.shift else FLOOR)
         if not self.shift:
             return None, torch.exp2(scores, out=out).sum(dim)
         m = scores.amax(dim)
-        return m, torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
+        total = torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
+        return m, total if lost is None else total.masked_fill_(lost, torch.nan)
 
     def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
         """Return (m, l, s) along each of `dims`, or (m, l) for a forward alone. Unshifted they share an exponential."""
         if self.shift and len(dims) > 1:
             return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
-        states = [self.exponentials(scores, tile, dims[0], scratch), *((None, scratch.sum(dim)) for dim in dims[1:])]
-        if not (self.plan.gradients or self.plan.full):
+        forward = not (self.plan.gradients or self.plan.full)
+        states = [self.exponentials(scores, tile, dims[0], scratch, forward)]
+        states += [(None, scratch.sum(dim)) for dim in dims[1:]]
+        if forward:
             return states
         if self.shift:
             tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
@@ -212,7 +222,7 @@ def finite(m: Tensor) -> Tensor:
 
 
 def merge(a: State | None, b: State) -> State:
-    """Return the state over the columns of both."""
+    """Return the softmax state over the columns of two states."""
     if a is None:
         return b
     if a[0] is None:
@@ -223,19 +233,22 @@ def merge(a: State | None, b: State) -> State:
 
 
 def log_sum(state: State) -> Tensor:
-    """Return the logsumexp of a state, natural; -inf where there is nothing."""
+    """Return the natural logsumexp of a state; -inf for one of no columns."""
     total: Tensor = state[1].log()
     return total if state[0] is None else total.add_(state[0], alpha=LN2)
 
 
 def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
-    """Return the statistics of rows with these positives; those of no columns for a state of None."""
+    """Return the statistics of rows with these positives; those of no columns for a state of None.
+
+    The mean is NaN where nobody asked for it: no gradient needs it, and it is no result.
+    """
     zero = torch.zeros_like(pos)
     if state is None:
         return RowStatistics(pos, torch.full_like(pos, -torch.inf), zero, zero, zero)
     m, total, *products = state
     scale = total.reciprocal().masked_fill_(total == 0, 0)
-    mean = (products[0] * scale).mul_(LN2) if products else zero
+    mean = (products[0] * scale).mul_(LN2) if products else torch.full_like(pos, torch.nan)
     return RowStatistics(pos, log_sum(state), mean, zero if m is None else finite(m), scale)
 
 

@@ -75,7 +75,7 @@ def aligned(cols: int, like: Tensor) -> int:
 
 @cache
 def adds_in_place(device: torch.device) -> bool:
-    """Return whether this PyTorch adds 16-bit products to float32 in place: asked by doing so, older ones refuse."""
+    """Return whether this PyTorch adds 16-bit products to float32 in place: a trial tells, since older ones refuse."""
     out, x = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
     try:
         torch.addmm(out, x, x, out_dtype=torch.float32, out=out)

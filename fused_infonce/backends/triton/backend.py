@@ -1,4 +1,4 @@
-"""The primitive in Triton kernels. See `contract` for what it computes and `kernels/` for the formulas."""
+"""The primitive in Triton kernels. `contract` says what is computed, and `kernels/` has the formulas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 
 
 
 def unavailable(tensor: Tensor) -> str:
-    """Return why these kernels cannot run on this tensor, "" if they can."""
+    """Return why these kernels cannot run on this tensor; "" if they can."""
     kind = tensor.device.type
     if tensor.dtype not in tiles.CLASSES:
         return f"there are no kernels for {tensor.dtype}"
@@ -150,10 +150,10 @@ def in_float16_range(work: Work) -> tuple[Work, Tensor | None]:
 
 
 def float16_scale(query: Side, segments: Sequence[Side]) -> Tensor:
-    """The power of two that brings a bound on |C| to at most 2^FLOAT16_ROOM; p <= 1 in every coefficient."""
+    """Return the power of two that brings a bound on |C| to at most 2^FLOAT16_ROOM; p <= 1 in every coefficient."""
 
     def largest(rows: Side, weight: Tensor | None = None) -> Tensor:
-        """max |inverse weight|, either of which may be absent: 1."""
+        """Return max |inverse weight|; either factor may be absent, and then is 1."""
         values = one
         for factor in (without_zero_rows(rows.inverse, rows.zero_row), weight):
             values = values if factor is None else values * factor
@@ -173,7 +173,7 @@ def float16_scale(query: Side, segments: Sequence[Side]) -> Tensor:
 def paired_gradients(
     work: Work, accumulators: dict[int, Tensor], unscale: Tensor | None, dtypes: Sequence[torch.dtype | None]
 ) -> dict[int, Tensor | None]:
-    """Return the gradients of paired keys by place; what they give the queries goes into the queries' accumulator."""
+    """Return the gradients of paired keys by place, and add their part of the queries' to the queries' accumulator."""
     grads: dict[int, Tensor | None] = {}
     for index, keys in work.paired.items():
         if dtypes[0] is None and dtypes[index] is None:
@@ -188,7 +188,7 @@ def paired_gradients(
 
 
 def positive_partners(work: Work, v: Tensor, dtypes: Sequence[torch.dtype | None]) -> dict[int, Partners]:
-    """Return the positives of queries (0) and keys (1), with what weighs them: v_i / t_i a_i b_y."""
+    """Return the positives of queries (0) and keys (1), with their weights v_i / t_i a_i b_y."""
     query, key, target, t = work.query, work.shared[1], work.target, work.problem.temperature.values
     n, m = len(query), len(key)
     if n == 0 or m == 0:

@@ -1,4 +1,4 @@
-"""What every launcher needs: the two sides of a tile pass, and the arguments that all kernels are given of them."""
+"""The two sides of a tile pass, and the arguments that launchers give to all kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
 @dataclass(eq=False)
 class Side:
-    """Rows of one side of a tile pass. Vectors are contiguous, one value a row, in the accumulator dtype."""
+    """The rows of one side of a tile pass. Vectors are contiguous, one value a row, in the accumulator dtype."""
 
     rows: Tensor  # (n, D), the last dimension contiguous
     inverse: Tensor | None  # inverse norms or scales; None: 1
@@ -44,13 +44,13 @@ class Side:
 
 
 class Excluded(NamedTuple):
-    """Which pairs of queries and keys are no negatives, apart from equal ids."""
+    """The pairs of queries and keys that are no negatives, apart from equal ids."""
 
     target: Tensor | None = None  # (N,) indices of the queries' targets among the keys
     diagonal: bool = False  # query i and key i
 
     def arguments(self, x: Side, y: Side, of_x: bool = True) -> dict[str, Any]:
-        """Return what a tile kernel is told; of_x: whether x are the queries."""
+        """Return the arguments of a tile kernel; of_x: whether x are the queries."""
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
         ids = {"XI_ptr": x_ids, "YI_ptr": y_ids}
@@ -58,7 +58,7 @@ class Excluded(NamedTuple):
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return the quotient rounded up. That of Triton takes microseconds outside of kernels."""
+    """Return the quotient rounded up. Triton's own takes microseconds outside of kernels."""
     return -(-a // b)
 
 
@@ -121,7 +121,7 @@ def guided(x: Side, y: Side) -> bool:
 
 
 def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
-    """What a tile kernel over queries x is told of a guide."""
+    """Return the arguments that describe a guide to a tile kernel over queries x."""
     if x.guide is None or y.guide is None:
         return {"guide": None, "GUIDE": "", "BLOCK_G": 0}
     d, strides = x.guide.shape[1], (x.guide.stride(0), y.guide.stride(0))
@@ -132,7 +132,7 @@ def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
 
 
 def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
-    """Return what every tile kernel is told of its two sides."""
+    """Return the arguments that describe the two sides to every tile kernel."""
     tma = tile.tma and describable(x.rows) and describable(y.rows)
     return {
         "X_ptr": described(x.rows, tile.block_m, tile.block_d) if tma else x.rows,
@@ -158,5 +158,5 @@ def columns_per_program(
 
 
 def temperature_arguments(temperature: Tensor | None) -> dict[str, Any]:
-    """Return what a kernel is told of a temperature, (1,) for all rows or (N,)."""
+    """Return the arguments that describe a temperature, (1,) for all rows or (N,), to a kernel."""
     return {"TEMPERATURE_ptr": temperature, "stride_t": 0 if temperature is None or temperature.shape[0] == 1 else 1}

@@ -64,7 +64,7 @@ def paired_gradient(
     dtype: torch.dtype | None,
     accumulate: bool,
 ) -> Tensor | None:
-    """Return the gradient of paired keys in `dtype`, adding to g (slots, N, D) what they give the rows of x."""
+    """Return the gradient of paired keys in `dtype`, and add their part of the rows' to g (slots, N, D)."""
     n, h, d = keys.rows.shape
     dk = None if dtype is None else torch.empty((n, h, d), dtype=dtype, device=keys.rows.device)
     x_ids, key_ids = id_pointers(x, keys)

@@ -1,4 +1,4 @@
-"""Launchers of kernels/rows.py: what each row of a side needs by itself."""
+"""Launchers of kernels/rows.py: the quantities that each row of a side has by itself."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _inverse_norms(guide: Tensor) -> Tensor:
 
 
 def _rows_arguments(x: Tensor, y: Tensor | None) -> dict[str, Any]:
-    """Return what the kernel is told of rows x and of the rows y that hold their targets."""
+    """Return the arguments that describe rows x, and the rows y that hold their targets, to the kernel."""
     block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
     return {
         "grid": (cdiv(x.shape[0], block_m),), "X_ptr": x, "Y_ptr": y, "size_x": x.shape[0], "D": x.shape[1],
@@ -89,7 +89,7 @@ def scaled_rows(
 
 
 def part_of(x: Tensor, rows: slice) -> Tensor:
-    """Return those rows of x (N, ...), or x itself where they are all or it has one for all."""
+    """Return some rows of x (N, ...), or x itself where these are all rows or it has one value for all."""
     return x if x.shape[0] == 1 or rows.stop - rows.start == x.shape[0] else x[rows]
 
 

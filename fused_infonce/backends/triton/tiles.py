@@ -1,4 +1,4 @@
-"""Which tile a kernel uses: a fixed table by architecture, kernel, dtype and row length."""
+"""The tile that a kernel uses: a fixed table by architecture, kernel, dtype and row length."""
 
 from __future__ import annotations
 
@@ -106,14 +106,16 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "coefficients": {"half": ((None, Tile(128, 128, 64, 8, 2)),)},
     },
 }
-# What an architecture lacks it takes from another; what a dtype class lacks it takes from "half".
+# Where an architecture has no entry for a kernel, a dtype class or a row length, its parent's is taken. Only the
+# interpreter has entries of one dtype class, "half", for all.
 PARENT = {"sm_86": "sm_80", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
 CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single", torch.float64: "double"}
 
 
-# Where tiles can be loaded through tensor descriptors; FUSED_INFONCE_TMA=0 or 1 overrules the table. No float32: its
-# gradient, without tensor cores, then spills 3 to 8 KB a thread on sm_90. No float64: Triton tests no such descriptors.
+# The dtype classes whose tiles can be loaded through tensor descriptors, by architecture. Among these the environment's
+# FUSED_INFONCE_TMA=0 or 1 overrules what TABLE says. On GPUs float32 is left out, because its gradient, which has no
+# tensor cores, would spill 3 to 8 KB a thread on sm_90, and float64, because Triton does not test such descriptors.
 HAS_TMA = {INTERPRETER: tuple(CLASSES.values()), "sm_90": ("half",), "sm_100": ("half",)}
 
 
@@ -133,7 +135,7 @@ STREAMING_MAX_D = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 512, 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The row of TABLE for a device. An unknown GPU takes the one with the least shared memory."""
+    """Return the row of TABLE for a device. An unknown GPU takes the row with the least shared memory."""
     if device.type == "cpu":
         return INTERPRETER
     if torch.version.hip:
@@ -143,7 +145,7 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def processors(device: torch.device) -> int:
-    """How many programs it takes to fill a device."""
+    """Return how many programs it takes to fill a device."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -152,7 +154,7 @@ def power_of_two(d: int, least: int = 16) -> int:
 
 
 def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
-    """The tile of a kernel over rows of length d; a "gradient" tile holds whole rows."""
+    """Return the tile of a kernel over rows of length d; a "gradient" tile holds whole rows."""
     where: str | None = arch
     while where:
         classes = TABLE.get(where, {}).get(kernel, {})
@@ -168,23 +170,28 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
     raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
 
 
-GUIDE_BLOCK = 64  # components of a guide's rows at a time, the same in every kernel: so are its sums
+# Every kernel reads a guide's rows this many components at a time, so that all get the same sums to the last bit and
+# leave out the same negatives.
+GUIDE_BLOCK = 64
 
 
 def with_guide(tile: Tile) -> Tile:
-    """Smaller, for the guide's dot products need registers of their own: an estimate, not yet measured."""
+    """Return a smaller tile, because a guide's dot products need registers of their own.
+
+    How much smaller is an estimate, which has not been measured yet.
+    """
     block_m = tile.block_m if tile.block_m > 64 else min(tile.block_m, 32)
     return tile._replace(block_m=block_m, block_n=min(tile.block_n, 64), warps=max(tile.warps, 8), tma=False)
 
 
 def row_tile(arch: str, d: int) -> tuple[int, int]:
-    """(rows, columns) of a block for kernels that read rows one by one."""
+    """Return (rows, columns) of a block for kernels that read rows one by one."""
     block_d = min(power_of_two(d), 1024)
     return (4096 if arch == INTERPRETER else 1024) // block_d, block_d
 
 
 def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int]:
-    """(rows, columns, partners) of a block of a gradient; `gather`: rows have any number of partners."""
+    """Return (rows, columns, partners) of a block of a gradient; `gather`: rows have any number of partners."""
     block_m, block_d = row_tile(arch, d)
     if gather:
         block_m = 16 if arch == INTERPRETER else 1
@@ -192,7 +199,7 @@ def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int]:
 
 
 def paired_tile(arch: str, h: int, d: int) -> tuple[int, int, int]:
-    """(rows, negatives, columns) of a block of paired keys (N, H, D)."""
+    """Return (rows, negatives, columns) of a block of paired keys (N, H, D)."""
     block_h, block_d = min(power_of_two(h, least=1), 16), min(power_of_two(d), 256)
     elements = 1 << 16 if arch == INTERPRETER else 1 << 12
     return min(elements // (block_h * block_d), 64), block_h, block_d

@@ -26,7 +26,7 @@ class Work:
 
     @property
     def segments(self) -> Iterator[tuple[int, Side, Excluded]]:
-        """Yield (place, keys, what is excluded besides equal ids) of what a tile pass runs over."""
+        """Yield (place, keys, pairs excluded besides equal ids) of each set of keys that a tile pass runs over."""
         for index, keys in self.shared.items():
             if len(keys) and (index > 1 or self.problem.in_batch):
                 diagonal = self.target is None or self.problem.self_similar
@@ -39,8 +39,8 @@ def prepare(
     upstream: Upstream | None = None,
     positives: bool = False,
 ) -> tuple[Work, Tensor | None]:
-    """Return the problem made ready, for gradients with statistics and their upstream; and with `positives` their
-    logits."""
+    """Return the problem made ready, for gradients with statistics and their upstream, and with `positives` the logits
+    of the targets."""
     t, target, normalize = problem.temperature.values, contiguous(problem.target), problem.normalize
     (first, *others), rows, columns = problem.keys, None, None
     slope = column_slope = None
