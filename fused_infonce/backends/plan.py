@@ -233,7 +233,8 @@ def _few(call: Call) -> int:
     if call.device != "cpu" or call.empty:
         return -1
     matrices = 2 + (not call.bounded) + (not (call.reduced and call.plain)) + call.guided
-    return min(DENSE_SELF if call.self_similar else DENSE, call.limit // (matrices * call.acc_itemsize))
+    most = DENSE_SELF if call.self_similar and call.reduced else DENSE
+    return min(most, call.limit // (matrices * call.acc_itemsize))
 
 
 def _chunk(call: Call) -> int:
