@@ -5,13 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.contract import EPS
 from ..backends.indexing import add_rows, take_rows
-from ..backends.reference import unit_rows
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
-    """Return rows in `dtype`, divided by their norms with `normalize`, differentiable."""
-    return unit_rows(x.to(dtype)) if normalize else x.to(dtype)
+    """Return rows in `dtype`, differentiable, with `normalize` as `F.normalize(x, dim=-1)` but for two kinds of rows.
+
+    A row with a norm up to EPS has no gradient (there it would be 1e12), and a row whose norm overflows is NaN (there
+    it would be zeros).
+    """
+    x = x.to(dtype)
+    if not normalize:
+        return x
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = norm.masked_fill(norm == torch.inf, torch.nan)
+    small = norm <= EPS
+    return torch.where(small, x.detach() / EPS, x / torch.where(small, 1, norm))
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
@@ -23,6 +33,11 @@ def log_add(a: Tensor, b: Tensor) -> Tensor:
     """Compute log(exp(a) + exp(b)); where both are -inf the gradient is 0, and not NaN as torch.logaddexp's."""
     none = (a == -torch.inf) & (b == -torch.inf)
     return torch.logaddexp(a.masked_fill(none, 0), b.masked_fill(none, 0)).masked_fill(none, -torch.inf)
+
+
+def finite(neg: Tensor) -> Tensor:
+    """Return logsumexps above -1e30: of -inf, where there are no negatives, -inf - -inf would be NaN."""
+    return neg.clamp_min(-1e30)
 
 
 def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
