@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .contract import EPS, KeySet, OnePass, Problem, RowStatistics, Statistics, Upstream
+from .contract import EPS, LN2, KeySet, OnePass, Problem, RowStatistics, Statistics, Upstream
 from .plan import Plan
 from .row_losses import ROW_LOSSES, weighted
 
@@ -159,7 +159,7 @@ def _row_statistics(pos: Tensor, logits: Tensor, left_out: Tensor) -> RowStatist
         exact = logits.to(pos.dtype)
         p = torch.exp(exact - neg[:, None]).masked_fill(left_out, 0)
         mean = torch.where(none, 0, (p * exact.masked_fill(left_out, 0)).sum(1))
-        base2 = exact.masked_fill(left_out, -math.inf) / math.log(2)
+        base2 = exact.masked_fill(left_out, -math.inf) / LN2
         maximum = torch.where(none, 0, base2.amax(1)) if logits.shape[1] else torch.zeros_like(neg)
         scale = torch.where(none, 0, 1 / torch.exp2(base2 - maximum[:, None]).sum(1))
         scale = torch.where(bad, math.nan, scale)
