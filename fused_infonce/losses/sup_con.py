@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.precision import statistics_dtype, wide
+from ..backends.precision import statistics_dtype, wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options
 from ..compose.reduction import reduced_mean
@@ -97,7 +97,7 @@ def sup_con(
     )  # fmt: skip
     with products:
         stats = contrast.statistics(problem, options).rows
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device.type):
         x = unit(rows, normalize, dtype)
         total, count = _class_totals(x.unflatten(0, (views, samples)).sum(0), labels, weights, views)
         count = count - positives.own

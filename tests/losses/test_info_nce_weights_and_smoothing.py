@@ -3,7 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import DEVICE, FACTORS, TRITON, both_backends, cases, check, error, evaluate, make_call, on, oracle, valid
+from support.helpers import (
+    DEVICE,
+    FACTORS,
+    TRITON,
+    both_backends,
+    cases,
+    check,
+    error,
+    evaluate,
+    make_call,
+    on,
+    oracle,
+    valid,
+)
 
 from fused_infonce import FusedInfoNCELoss, info_nce
 
