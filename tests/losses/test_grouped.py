@@ -131,6 +131,22 @@ def test_groups_of_one_are_info_nce(backend):
     torch.testing.assert_close(grouped_info_nce(query, passages, 1, distillation="kl_div", **options), plain)
 
 
+@pytest.mark.parametrize("wanted", range(3))
+def test_a_divergence_makes_the_gradients_alone_that_are_needed(wanted):
+    query, passages, teacher = call(grad=False)
+    t = torch.full((N,), 0.2, dtype=torch.float64)
+
+    def gradients(*needed):
+        for i, x in enumerate((query, passages, t)):
+            x.requires_grad_(i in needed)
+        loss = grouped._Divergence.apply(query, passages, t, teacher, 0, True, 1)
+        return loss.grad_fn(torch.ones_like(loss))[:3]
+
+    every, one = gradients(0, 1, 2), gradients(wanted)
+    assert [x is not None for x in one] == [i == wanted for i in range(3)]
+    assert torch.equal(one[wanted], every[wanted])
+
+
 def test_own_groups_are_not_copied(monkeypatch):
     seen = []
 
