@@ -103,7 +103,7 @@ def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Pr
     """Return the problem over these tensors, which are its own, cast for the products."""
     query = inputs[0]
     dtype = product_dtype(query)
-    if all(x.dtype == dtype for x in inputs):
+    if {x.dtype for x in inputs} == {dtype}:
         return problem
     narrow = [cast(x, dtype) for x in inputs]
     sets = [s._replace(rows=rows, scale=scale) for s, (rows, scale) in zip(problem.sets, narrow, strict=True)]
@@ -114,6 +114,8 @@ def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Pr
 def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the gradients of the rows that came from those of the rows that `cast` divided."""
     scales = [keys.scale for keys in problem.sets]
+    if scales.count(None) == len(scales):
+        return list(grads)
     return [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=True)]
 
 

@@ -84,7 +84,7 @@ class Problem:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        return tuple(rows for rows, *_ in self.sets)
+        return (self.query.rows, *[keys.rows for keys in self.keys])
 
     @property
     def acc_dtype(self) -> torch.dtype:

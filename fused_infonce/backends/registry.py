@@ -138,7 +138,7 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     dtype = product_dtype(query)
     device = query.device.type
     plan = choose if compiling else remembered
-    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (*problem.inputs, t.values))
+    needed = torch.is_grad_enabled() and True in [x.requires_grad for x in (*problem.inputs, t.values)]
     return plan(
         backend=backend, device=device, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,

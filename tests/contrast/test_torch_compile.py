@@ -44,7 +44,10 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
         value = function(*inputs)
         results.append((value, *torch.autograd.grad(value.sum(), inputs)))
     for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
+        if name == "target":  # whether every row has one is read outside only, and decides where the mean divides
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(eager, compiled)
 
 
 def test_a_learnable_temperature_compiles_for_changing_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

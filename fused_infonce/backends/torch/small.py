@@ -63,8 +63,8 @@ class _Dense:
 
     def scores(self, plan: Plan) -> Tensor:
         """Return S, and note whether all its exponentials fit as they are."""
-        # the first argument, times 0, is not read
-        scores = torch.addmm(self.problem.temperature.values, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
+        scores = self.x.new_empty(self.x.shape[0], self.y.shape[0])
+        scores.addmm_(self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
         self.fits = plan.bounded and not plan.full
         if not (self.fits or plan.full):
             room = EXPONENT_ROOM[scores.dtype]
@@ -118,31 +118,34 @@ class _Dense:
                 masks.append((cols, guide.rejects(view, slice(0, len(guide.query)))))
         return masks
 
-    def exponentials(self, scores: Tensor, dims: Sequence[int], moments: bool) -> list[tuple[Tensor, State]]:
-        """Return E and its state (m, l), with `moments` (m, l, s), along each of `dims`; the scores are used up.
+    def exponentials(self, scores: Tensor, dims: Sequence[int], moments: bool) -> tuple[list[Tensor], list[State]]:
+        """Return E and its states (m, l), with `moments` (m, l, s), along each of `dims`; the scores are used up.
 
-        Where every exponential fits, one E serves all. A logit of -inf, which is never legitimate, makes l NaN.
+        Where every exponential fits, one E serves all, else each has its own. A logit of -inf, which is never
+        legitimate, makes l NaN.
         """
         if self.fits:
             self.exclude(scores, FLOOR)
-            e = scores.exp2() if moments else scores.exp2_()
-            states: list[State] = [(None, e.sum(dim)) for dim in dims]
-            if moments:
-                scores.mul_(e)
-                states = [(*state, scores.sum(dim)) for state, dim in zip(states, dims, strict=True)]
-            return [(e, state) for state in states]
+            if not moments:
+                e = scores.exp2_()
+                return [e], [(None, e.sum(dim)) for dim in dims]
+            e = scores.exp2()
+            scores.mul_(e)
+            return [e], [(None, e.sum(dim), scores.sum(dim)) for dim in dims]
         self.exclude(scores, 0.0)
         lost = [scores.amin(dim) == -torch.inf for dim in dims]
         self.exclude(scores, -torch.inf)
-        found: list[tuple[Tensor, State]] = []
+        found, states = [], []
         for dim, bad in zip(dims, lost, strict=True):
             m = scores.amax(dim)
             e = torch.sub(scores, finite(m).unsqueeze(dim)).exp2_()
-            found.append((e, (m, e.sum(dim).masked_fill_(bad, torch.nan))))
+            found.append(e)
+            states.append((m, e.sum(dim).masked_fill_(bad, torch.nan)))
         if not moments:
-            return found
+            return found, states
         self.exclude(scores, 0.0)
-        return [(e, (*state, (e * scores).sum(dim))) for (e, state), dim in zip(found, dims, strict=True)]
+        every = zip(found, states, dims, strict=True)
+        return found, [(*state, (e * scores).sum(dim)) for e, state, dim in every]
 
     def again(self, plan: Plan, directions: Sequence[RowStatistics]) -> list[Tensor]:
         """Return E less the maxima of each direction's statistics."""
@@ -165,7 +168,6 @@ class _Dense:
         row, column: the factors f and f'. sign v: dL/dpos, (N,). spare: keep the exponentials as they are.
         """
         e, *others = exponentials
-        others = [] if others and others[0] is e else others
         factor = row.unsqueeze(1)
         # E is its own transpose
         both = self.same and self.fits and column is None and (self.problem.self_similar or self.index is None)
@@ -185,7 +187,9 @@ class _Dense:
     def gradients(self, w: Tensor, wanted: Sequence[bool], scale: float) -> list[Tensor]:
         """Return `scale` W y and `scale` W^T x, of all keys; for one set of rows on both sides their sum."""
         n = self.x.shape[0]
-        grads = [torch.empty_like(rows.unit) for rows in self.rows]
+        grads = [torch.empty_like(self.rows[0].unit)]
+        if len(self.rows) > 1:
+            grads.append(torch.empty_like(self.y))
         sides = grads if self.same or len(grads) > 1 else [grads[0][:n], grads[0][n:]]
         if wanted[0] or self.same:
             sides[0].addmm_(w, self.y, beta=0, alpha=scale)
@@ -196,16 +200,18 @@ class _Dense:
 
     def finish(self) -> None:
         """Turn the gradients of the rows as the logits see them into those of the inputs, in place."""
-        for rows, grad in zip(self.rows, self.grads, strict=True):
-            rows.finish(grad)
+        for i, rows in enumerate(self.rows):
+            rows.finish(self.grads[i])
 
     def by_input(self, sides: Sequence[Tensor], wanted: Sequence[object]) -> list[Tensor | None]:
         """Return the gradients of the queries and of each set of keys; a gradient that is not wanted is None."""
-        _, *keys = self.problem.inputs
+        first = sides[0] if wanted[0] else None
         if self.same:  # the gradient of both sides is the first's
-            return [sides[0] if wanted[0] else None, torch.zeros_like(sides[0]) if wanted[1] else None]
-        parts = sides[1].split([len(rows) for rows in keys]) if len(keys) > 1 else [sides[1]]
-        return [part if want else None for part, want in zip([sides[0], *parts], wanted, strict=True)]
+            return [first, torch.zeros_like(sides[0]) if wanted[1] else None]
+        if len(wanted) == 2:
+            return [first, sides[1] if wanted[1] else None]
+        parts = sides[1].split([len(rows) for rows in self.problem.inputs[1:]])
+        return [first, *(part if want else None for part, want in zip(parts, wanted[1:], strict=True))]
 
 
 def _together(sets: Sequence[KeySet], acc: torch.dtype) -> Rows:
@@ -223,10 +229,10 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.exact_positives()
-    found = dense.exponentials(scores, [1, 0] if problem.columns else [1], plan.gradients or plan.full)
-    rows, *columns = [statistics_of(state, pos) for _, state in found]
+    exponentials, states = dense.exponentials(scores, _dims(problem), plan.gradients or plan.full)
+    rows, *columns = [statistics_of(state, pos) for state in states]
     if keep is not None and scores.numel() <= DENSE:
-        keep += [e for e, _ in (found[:1] if dense.fits else found)]
+        keep += exponentials
         keep += dense.rows[0].tensors() if problem.normalize else []
     return Statistics(rows, columns[0] if columns else None)
 
@@ -257,12 +263,12 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2
-    found = dense.exponentials(scores, [1, 0] if problem.columns else [1], moments=False)
+    exponentials, states = dense.exponentials(scores, _dims(problem), moments=False)
     # (N,), or where columns are asked for (2, N): rows of theirs below
-    m, sums = found[0][1] if len(found) == 1 else map(_stack, zip(*(state for _, state in found), strict=True))
+    m, sums = states[0] if len(states) == 1 else map(_stack, zip(*states, strict=True))
     margin = log_sum((m, sums)).sub_(pos, alpha=LN2)
     uniform = weight.shape[0] == 1 < pos.shape[0]
-    share = (weight.item() if uniform else 1) / len(found)
+    share = (weight.item() if uniform else 1) / len(states)
     value_of, slope_of = ROW_LOSSES[loss]
     value = value_of(margin)
     total = (value if uniform else weighted(value, weight)).sum().mul_(share)
@@ -273,7 +279,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
     slope = slope_of(margin) if uniform else weighted(slope_of(margin), weight)
     factor = slope / dense.divisor(sums)  # type: ignore[arg-type]
     row, column, v = (factor[0], factor[1], slope.sum(0)) if problem.columns else (factor, None, slope)
-    w = dense.coefficients([e for e, _ in found], row, column, v, sign=-1, spare=False)
+    w = dense.coefficients(exponentials, row, column, v, sign=-1, spare=False)
     sides = dense.gradients(w, [inputs[0] or temperature, *inputs[1:]], share * dense.inv_t)
     logits = None
     if temperature:  # x_i . G_i = u_i mean_i + v_i pos_i; where the keys are the queries, that of both sides
@@ -281,6 +287,11 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
         logits = logits.div_(2) if dense.same else logits
     dense.finish()
     return OnePass(total, dense.by_input(sides, inputs), logits)
+
+
+def _dims(problem: Problem) -> tuple[int, ...]:
+    """Return the dimensions along which the scores are summed: those of rows and, where they are asked for, columns."""
+    return (1, 0) if problem.columns else (1,)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
