@@ -3,6 +3,6 @@
 `registry` has the backends, which one a call takes, and by which plan it runs.
 """
 
-from .registry import BackendName, Options, Reduction, get, plan_of
+from .registry import BackendName, Options, Reduction, get, plan_of, user_level
 
-__all__ = ["BackendName", "Options", "Reduction", "get", "plan_of"]
+__all__ = ["BackendName", "Options", "Reduction", "get", "plan_of", "user_level"]

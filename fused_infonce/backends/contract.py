@@ -165,6 +165,9 @@ class RowStatistics(NamedTuple):
     scale: Tensor
 
 
+STATE_SLOTS = 3  # vectors of what is merged into the last four: a maximum, a sum of exponentials, one of products
+
+
 class Statistics(NamedTuple):
     """The statistics of the rows and, where `Problem.columns` asks for them, of the keys against the queries.
 

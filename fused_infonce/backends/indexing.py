@@ -3,7 +3,15 @@ CPU with several threads `index_put_` has no such order, on a GPU `index_add_` h
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+
+
+def part_of(x: Any, rows: slice) -> Any:
+    """Return those rows of x (N, ...), or x itself where they are all, or it is a number or (1, ...), one for all."""
+    whole = isinstance(x, float) or x.shape[0] == 1 or rows.stop - rows.start == x.shape[0]
+    return x if whole else x[rows]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .contract import STATE_SLOTS
+
 MIB = 2**20
 DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other devices: OTHER_LIMIT
 OTHER_LIMIT = 256 * MIB
@@ -26,6 +28,7 @@ STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, n
 PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
 GPU_ONEPASS_ROWS = 512  # with fewer in a chunk, adding to the keys' gradients costs too much: an estimate, not measured
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
+STATE_BLOCK = 64  # columns of a tile, a state each: those of backends/triton/tiles.py, but for float64's 32
 WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
 
 
@@ -248,7 +251,8 @@ def _chunk(call: Call) -> int:
 
 def _gpu_chunk(call: Call) -> int:
     """Return the rows per chunk on a GPU whose exponentials and states fit; 0 if a chunk would be too short."""
-    chunk = _even(call.n, call.room // (call.itemsize * call.m + 3 * 4 * -(-call.m // 64)))
+    states = STATE_SLOTS * call.acc_itemsize * -(-call.m // STATE_BLOCK)
+    chunk = _even(call.n, call.room // (call.itemsize * call.m + states))
     return chunk if chunk >= min(call.n, GPU_ONEPASS_ROWS) else 0
 
 

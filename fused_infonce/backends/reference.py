@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .contract import EPS, KeySet, Problem, RowStatistics, Statistics
+from .contract import EPS, LN2, KeySet, Problem, RowStatistics, Statistics
 from .plan import Plan
 
 differentiable = True
@@ -105,7 +105,7 @@ def _row_statistics(pos: Tensor, logits: Tensor, left_out: Tensor) -> RowStatist
         exact = logits.to(pos.dtype)
         p = torch.exp(exact - neg[:, None]).masked_fill(left_out, 0)
         mean = torch.where(none, 0, (p * exact.masked_fill(left_out, 0)).sum(1))
-        base2 = exact.masked_fill(left_out, -math.inf) / math.log(2)
+        base2 = exact.masked_fill(left_out, -math.inf) / LN2
         maximum = torch.where(none, 0, base2.amax(1)) if logits.shape[1] else torch.zeros_like(neg)
         scale = torch.where(none, 0, 1 / torch.exp2(base2 - maximum[:, None]).sum(1))
         scale = torch.where(bad, math.nan, scale)

@@ -31,6 +31,10 @@ class Options:
     workspace_limit: int | None = None
     reduction: Reduction = "mean"
 
+    def limit(self, device: str) -> int:
+        """Return the bytes of workspace on a device."""
+        return self.workspace_limit or default_limit(device)
+
 
 def load(name: str) -> Backend:
     """Return the module of this name, a folder or file beside this one."""
@@ -140,7 +144,7 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
         per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
-        guided=problem.ceiling is not None, limit=options.workspace_limit or default_limit(device), full=full,
+        guided=problem.ceiling is not None, limit=options.limit(device), full=full,
         joint=problem.joint,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..backends.registry import user_level
+from ..backends import user_level
 
 # Between a user's line and a drop-in there may be lines of the library that it stands in for.
 LIBRARIES = ("FlagEmbedding", "info_nce", "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers")

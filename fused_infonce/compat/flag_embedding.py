@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..backends.precision import accumulator
+from ..backends.precision import accumulator, without_autocast
 from ..functional import grouped_info_nce
 from .common import say_once
 
@@ -105,7 +105,7 @@ class FusedEmbedderMixin(Embedder):
             options |= {"teacher_scores": weight.log(), "distillation": "m3_kd_loss", "reduction": "none"}
             return (grouped_info_nce(queries, passages, **options) * weight.sum(1)).mean().to(dtype)
         loss = grouped_info_nce(queries, passages, **options)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             scores = self.compute_local_score(q_reps.to(acc), p_reps.to(acc), compute_score_func)
             return (loss + self.distill_loss("kl_div", teacher_targets, scores, options["group_size"])).to(dtype)
 

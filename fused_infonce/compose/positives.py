@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.plan import default_limit
+from ..backends import Options
 from ..contrast import differentiable_once
 
 
@@ -44,7 +44,7 @@ def pair_margins(
 
     Rows are gathered in parts that fit the workspace limit. Gradients are always added in the same order.
     """
-    return _Margins.apply(neg, x, y, rows, keys, workspace_limit or default_limit(x.device.type))
+    return _Margins.apply(neg, x, y, rows, keys, Options(workspace_limit=workspace_limit).limit(x.device.type))
 
 
 class _Margins(torch.autograd.Function):

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 
 from ..backends.contract import EPS
 from ..backends.indexing import add_rows, take_rows
-from ..backends.reference import unit_rows
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -20,13 +19,25 @@ def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     if not normalize:
         return x
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return unit_rows(x)
+        return _unit_rows(x)
     unit_and_norm = _Unit.apply(x) if torch.is_grad_enabled() and x.requires_grad else _Unit.forward(x)
     return unit_and_norm[0]
 
 
+def _unit_rows(x: Tensor) -> Tensor:
+    """Compute `F.normalize(x, dim=-1)`, but for two kinds of rows.
+
+    A row with a norm up to EPS has no gradient (there it would be 1e12), and a row whose norm overflows is NaN (there
+    it would be zeros).
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = norm.masked_fill(norm == math.inf, math.nan)
+    small = norm <= EPS
+    return torch.where(small, x.detach() / EPS, x / torch.where(small, 1, norm))
+
+
 class _Unit(torch.autograd.Function):
-    """The unit rows of `unit_rows`, with the norms, in a third of its operators; differentiable any number of times."""
+    """The unit rows of `_unit_rows` and the norms in a third of its operators, differentiable any number of times."""
 
     generate_vmap_rule = True
 
@@ -63,6 +74,11 @@ def log_add(a: Tensor, b: Tensor) -> Tensor:
     """Compute log(exp(a) + exp(b)); where both are -inf the gradient is 0, and not NaN as torch.logaddexp's."""
     none = (a == -torch.inf) & (b == -torch.inf)
     return torch.logaddexp(a.masked_fill(none, 0), b.masked_fill(none, 0)).masked_fill(none, -torch.inf)
+
+
+def finite(neg: Tensor) -> Tensor:
+    """Return logsumexps above -1e30: of -inf, where there are no negatives, -inf - -inf would be NaN."""
+    return neg.clamp_min(-1e30)
 
 
 def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:

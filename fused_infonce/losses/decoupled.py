@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
-from ..backends.precision import accumulator
+from ..backends.precision import accumulator, without_autocast
 from ..backends.row_losses import decoupled
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views, views
 from ..compose.reduction import Loss, reduced
@@ -140,7 +140,7 @@ def von_mises_fisher_weight(
     query, positive_key = views(query, positive_key, ())
     sigma = checks.positive_float("sigma", sigma)
     acc = accumulator(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         cosine = dots(unit(query, normalize, acc), unit(positive_key, normalize, acc))
         return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
 

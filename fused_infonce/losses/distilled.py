@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.plan import default_limit
-from ..backends.precision import all_wide
+from ..backends.indexing import part_of
+from ..backends.precision import all_wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_rows
@@ -112,7 +112,7 @@ def distilled_info_nce(
 
     labels = None if target is None else checks.target(target, query, m, ignore_index)
     (query, key), context = all_wide([query, key])  # rows of two parts, whose 16-bit gradients are rounded once
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         x, y = unit(query, normalize, t.values.dtype), unit(key, normalize, t.values.dtype)
         teachers = _teachers(teacher, normalize_teacher, teacher_t.values, x.dtype, symmetric, options)
         # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
@@ -128,7 +128,7 @@ def distilled_info_nce(
     problem = Problem(KeySet(query), (KeySet(key),), t, labels, columns=symmetric, normalize=normalize)
     with context:
         students = [rows for rows in contrast.statistics(problem, options) if rows is not None]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         losses = []
         for student, targets, seen in zip(students, taught, (x, y), strict=False):
             hard = infonce(student.neg - student.pos)
@@ -154,7 +154,7 @@ class Teacher(NamedTuple):
     def exponentials(self, part: slice) -> tuple[Tensor, Tensor]:
         """Return (R, M) e_ij = exp(z_ij - max_l z_il) of some rows, and where each has its maximum."""
         z = self.rows[part].to(self.t.dtype) if self.keys is None else self.rows[part] @ self.keys.T
-        z = z / (self.t if len(self.t) == 1 else self.t[part])[:, None]
+        z = z / part_of(self.t, part)[:, None]
         largest, favourite = z.max(1)
         return z.sub_(largest[:, None]).exp_(), favourite
 
@@ -180,7 +180,7 @@ def _teachers(
         a, b = (unit(z, normalize, dtype) for z in teacher)
         sides, widths = [(a, b), (b, a)], [len(b), len(a)]
     # the logits of a row, before and after their division, and the terms of its entropy
-    limit = options.workspace_limit or default_limit(t.device.type)
+    limit = options.limit(t.device.type)
     steps = [max(1, limit // max(3 * width * dtype.itemsize, 1)) for width in widths]
     every = [Teacher(*side, t.to(dtype), step) for side, step in zip(sides, steps, strict=True)]
     return every if symmetric else every[:1]

@@ -10,13 +10,13 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
-from ..backends.plan import default_limit
+from ..backends.indexing import part_of
 from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce, temperature_gradient
-from ..backends.torch.keys import Rows
+from ..backends.rows import Rows
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_mean
-from ..compose.rows import unit
+from ..compose.rows import finite, unit
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 from .info_nce import info_nce
@@ -124,7 +124,7 @@ def _divergence(
     if options.backend == "reference" or contrast.is_explaining():  # it is differentiable any number of times
         scores = _own_scores(query, own, t.values, normalize)
         return -(_weights(teacher, t) * torch.log_softmax(scores, dim=1)).sum(1)
-    limit = options.workspace_limit or default_limit(query.device.type)
+    limit = options.limit(query.device.type)
     return _Divergence.apply(query, passages, t.values, teacher, offset, normalize, limit)
 
 
@@ -145,7 +145,7 @@ def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tenso
     """Return the (N, G) logits of each query's own group, in the dtype of the statistics whatever autocast says."""
     if contrast.is_explaining():
         return t.new_zeros(own.shape[:2])
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         q, p = unit(query, normalize, t.dtype), unit(own, normalize, t.dtype)
         return torch.bmm(p, q[:, :, None])[..., 0] / t[:, None]
 
@@ -180,18 +180,24 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         query, passages, t, teacher = ctx.saved_tensors
         n, size = teacher.shape
-        grad_query, grad_passages, logits = torch.zeros_like(query), torch.zeros_like(passages), t.new_zeros(n)
+        for_query, for_passages, for_t, *_ = ctx.needs_input_grad
+        grad_query = torch.zeros_like(query) if for_query else None
+        grad_passages = torch.zeros_like(passages) if for_passages else None
+        logits = t.new_zeros(n)
         with without_autocast(query.device.type):
             for part in ctx.parts:
                 x, y, scores, weight = _group_scores(query, passages, t, teacher, part, ctx.offset, ctx.normalize)
                 slope = torch.softmax(scores, dim=1).mul_(weight.sum(1, keepdim=True)).sub_(weight)
                 slope *= upstream[part, None]
                 logits[part] = torch.linalg.vecdot(slope, scores)
-                slope /= _of_rows(t, part)[:, None]
-                grad_query[part] = x.finish(torch.bmm(slope[:, None], y.unit)[:, 0])
-                grad = y.finish(slope[:, :, None] * x.unit[:, None])
-                grad_passages[_members(ctx.offset, size, part)] = grad.flatten(0, 1)
-        return grad_query, grad_passages, temperature_gradient(logits, Temperature(t)), None, None, None, None
+                slope /= part_of(t, part)[:, None]
+                if grad_query is not None:
+                    grad_query[part] = x.finish(torch.bmm(slope[:, None], y.unit)[:, 0])
+                if grad_passages is not None:
+                    grad = y.finish(slope[:, :, None] * x.unit[:, None])
+                    grad_passages[_members(ctx.offset, size, part)] = grad.flatten(0, 1)
+        dt = temperature_gradient(logits, Temperature(t)) if for_t else None
+        return grad_query, grad_passages, dt, None, None, None, None
 
 
 def _group_scores(
@@ -200,7 +206,7 @@ def _group_scores(
     """Return some queries and their groups as the scores see them, the scores, and the teacher's weights."""
     own = passages[_members(offset, teacher.shape[1], part)].unflatten(0, (-1, teacher.shape[1]))
     x, y = (Rows(rows, normalize, None, t.dtype) for rows in (query[part], own))
-    scores = torch.bmm(y.unit, x.unit[:, :, None])[..., 0].div_(_of_rows(t, part)[:, None])
+    scores = torch.bmm(y.unit, x.unit[:, :, None])[..., 0].div_(part_of(t, part)[:, None])
     return x, y, scores, torch.softmax(teacher[part].to(t.dtype), dim=1)
 
 
@@ -208,14 +214,9 @@ def _members(offset: int, size: int, part: slice) -> slice:
     return slice(offset + part.start * size, offset + part.stop * size)
 
 
-def _of_rows(t: Tensor, part: slice) -> Tensor:
-    return t if len(t) == 1 else t[part]
-
-
 def _falling_groups(outside: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
     """Compute `sum_k weight_ik log(1 + exp(x_ik))` with x_ik = log(exp(outside_i) + sum_{l > k} exp(s_il)) - s_ik."""
-    # With a single group nothing is outside, and -inf - -inf in the gradient of logsumexp would be NaN.
-    later = outside[:, None].clamp_min(-1e30)
+    later = finite(outside)[:, None]  # with a single group nothing is outside
     terms = []
     for k in range(scores.shape[1] - 1, -1, -1):
         terms.append(weight[:, k] * infonce(torch.logsumexp(later, dim=1) - scores[:, k]))

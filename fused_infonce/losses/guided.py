@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.plan import default_limit
-from ..backends.precision import accumulator, all_wide, cast, product_dtype, statistics_dtype
+from ..backends.precision import accumulator, all_wide, cast, product_dtype, statistics_dtype, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode, all_ids, call_options, key_embeddings, temperature_of
 from ..compose.reduction import reduced, reduced_mean
@@ -122,7 +121,7 @@ def guided_info_nce(
     if contrast_queries:
         keys.append(KeySet(query, row_ids, guides[0]))
     if negative_keys is not None:
-        limit = options.workspace_limit or default_limit(query.device.type)
+        limit = options.limit(query.device.type)
         keys.append(_negatives(negative_keys, negative_ids, guides, ceiling, row_ids, limit))
     problem = Problem(
         KeySet(query, row_ids, guides[0]), tuple(keys), t, index, ceiling=ceiling, normalize=normalize
@@ -163,7 +162,7 @@ def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> 
     if contrast.is_explaining():
         return rejected
     step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # for a copy, squares, unit rows
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         for start in range(0, n, step):
             rows = slice(start, start + step)
             x, y = unit(query[rows], True, ceiling.dtype), unit(negatives[rows], True, ceiling.dtype)
@@ -177,7 +176,7 @@ def _ceiling(query: Tensor, key: Tensor, margin: float, strategy: str, dtype: to
 
     They are raised by what the rounding of a cosine and of itself, added in another order, may differ by.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         positive = dots(unit(query, True, dtype), unit(key, True, dtype))
     allowed = margin * positive.abs() if strategy == "relative" else margin
     tf32 = dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -19,7 +19,7 @@ from ..backends.precision import all_wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced, reduced_mean
-from ..compose.rows import dots, log_add, unit
+from ..compose.rows import dots, finite, log_add, unit
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
@@ -114,7 +114,7 @@ def multiple_negatives(
     ranking, products = ranking.widened()
     with products:
         pos, negs = ranking.scores(options)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         if ranking.apart:
             negs[0] = log_add(negs[0], ranking.own_negatives())
         if partition == "per_direction":
@@ -250,8 +250,8 @@ def _weighted(problem: Problem, options: Options, strength: float) -> tuple[RowS
     cooler = problem.temperature.cooler(strength)
     r = (cooler.values / problem.temperature.values).detach()
     rows = contrast.statistics(replace(problem, temperature=cooler), options).rows
-    finite = rows.neg.clamp_min(-1e30)  # where there are no negatives, -inf - -inf would be NaN
-    return rows._replace(pos=r * rows.pos, neg=rows.neg.detach() + r * (finite - finite.detach())), None
+    neg = finite(rows.neg)
+    return rows._replace(pos=r * rows.pos, neg=rows.neg.detach() + r * (neg - neg.detach())), None
 
 
 def check_options(directions: Any, partition: str, hardness: str | None, hardness_strength: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.precision import wide
+from ..backends.precision import wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options, of_views, stacked, temperature_of, views
 from ..compose.reduction import reduced, reduced_mean
@@ -69,7 +69,7 @@ def nt_xent(
     same = KeySet(rows, ids)
     with products:
         neg = contrast.statistics(Problem(same, (same,), t, normalize=normalize), options).rows.neg
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device.type):
         x = unit(rows, normalize, rows.dtype)
         losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t.values) for k in range(1, len(every))]
         return reduced_mean(torch.stack(losses).mean(0), reduction)

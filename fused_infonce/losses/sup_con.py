@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.precision import statistics_dtype, wide
+from ..backends.precision import statistics_dtype, wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options
 from ..compose.reduction import reduced_mean
@@ -96,7 +96,7 @@ def sup_con(
     problem = Problem(query, (keys,), t, positives.target[:anchors], normalize=normalize)
     with products:
         stats = contrast.statistics(problem, options).rows
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device.type):
         x = unit(rows, normalize, dtype)
         total, count = _class_totals(x, labels, weights, views)
         anchor, own = x[:anchors], positives.own

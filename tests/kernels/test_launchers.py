@@ -295,3 +295,10 @@ def test_streaming_splits_few_rows_over_programs():
     assert gradient_slots(side, side, 200, 1) == 1
     check(problem, PLANS[0])
     check(problem, replace(PLANS[0], limit=1))
+
+
+def test_a_plan_counts_the_vectors_of_a_state_as_the_kernels_do():
+    from fused_infonce.backends.contract import STATE_SLOTS
+    from fused_infonce.backends.triton.statistics import SLOTS
+
+    assert STATE_SLOTS == SLOTS

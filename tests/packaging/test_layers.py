@@ -84,12 +84,22 @@ def test_no_private_name_crosses_files_of_losses(module):
         assert not [(source, name) for source, name in own(module) if name.startswith("_") and source != module]
 
 
+# What a loss may know of the floor of devices: nothing of any one device.
+SHARED = {"contract", "indexing", "plan", "precision", "row_losses", "rows"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if floor(name) in ("losses", "wrappers", "compat")])
+def test_losses_know_no_device(module):
+    used = {source for source, _ in own(module) if floor(source) == "backends"}
+    assert used <= {"fused_infonce.backends", *(f"fused_infonce.backends.{name}" for name in SHARED)}
+
+
 def test_the_public_names_are_those_of_the_package():
     """`functional` and `__init__` import losses and define nothing."""
     for module in ("fused_infonce.functional", "fused_infonce.__init__"):
         tree = ast.parse(MODULES[module].read_text())
         kinds = {type(node) for node in tree.body}
-        assert kinds <= {ast.ImportFrom, ast.Import, ast.Assign, ast.Expr}, module
+        assert kinds <= {ast.ImportFrom, ast.Import, ast.Assign, ast.AugAssign, ast.Expr}, module  # __all__ += ...
 
 
 @pytest.mark.parametrize("module", MODULES)

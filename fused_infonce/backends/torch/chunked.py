@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..contract import OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import loss_and_slope
 from . import small
@@ -115,9 +116,9 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
     grad_query = torch.zeros_like(problem.query.rows, dtype=work.acc) if inputs[0] else None
     for chunk in work.chunks():
         scored = _Scored(work, chunk, buffers)
-        values, row, column, v = scored.losses(loss, work.part(weight, chunk.rows))
+        values, row, column, v = scored.losses(loss, part_of(weight, chunk.rows))
         losses.append(values)
-        grad = None if grad_query is None else work.part(grad_query, chunk.rows)
+        grad = None if grad_query is None else part_of(grad_query, chunk.rows)
         if temperature and grad is None:
             grad = torch.zeros_like(chunk.queries.unit)
         scored.add_gradients(row, column, grad)

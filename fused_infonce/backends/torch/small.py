@@ -19,7 +19,8 @@ from ..contract import LN2, LOG2E, KeySet, OnePass, Problem, RowStatistics, Stat
 from ..plan import DENSE, Plan
 from ..precision import EXPONENT_ROOM
 from ..row_losses import ROW_LOSSES, weighted
-from .keys import Guide, Rows
+from ..rows import Rows
+from .keys import Guide
 from .work import FLOOR, State, finite, log_sum, statistics_of
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..contract import LN2, LOG2E, Problem, RowStatistics
-from ..indexing import add_rows
+from ..indexing import add_rows, part_of
 from ..plan import Plan
 from ..precision import EXPONENT_ROOM
-from .keys import Guide, Keys, PairedKeys, Rows, SharedKeys
+from ..rows import Rows
+from .keys import Guide, Keys, PairedKeys, SharedKeys
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
 FLOOR = -1e4  # of a score that is left out: its exponential is 0 in float64 too, and unlike -inf it may be multiplied
@@ -89,10 +90,6 @@ class Work:
         bound = longest * max(keys.longest() for keys in self.sets)
         return bound * LOG2E / p.temperature.values.min().item() <= EXPONENT_ROOM[self.acc]
 
-    def part(self, x: Any, rows: slice) -> Any:
-        """Return some rows of a tensor (N, ...); a number or a tensor (1,) stands for all rows."""
-        return x if isinstance(x, float) or x.shape[0] == 1 or rows.stop - rows.start == self.n else x[rows]
-
     def chunks(self) -> Iterator[Chunk]:
         query = self.problem.query
         for start in range(0, self.n, self.plan.rows):
@@ -100,9 +97,9 @@ class Work:
             if self.problem.self_similar:
                 queries = self.key.rows[rows]
             else:
-                scale = None if query.scale is None else self.part(query.scale, rows)
-                queries = Rows(self.part(query.rows, rows), self.problem.normalize, scale, self.acc)
-            inv_t = self.part(self.inv_t, rows)
+                scale = None if query.scale is None else part_of(query.scale, rows)
+                queries = Rows(part_of(query.rows, rows), self.problem.normalize, scale, self.acc)
+            inv_t = part_of(self.inv_t, rows)
             if isinstance(inv_t, float):
                 yield Chunk(rows, queries, queries.unit, LOG2E * inv_t, inv_t)
             else:
@@ -181,7 +178,7 @@ class Work:
         """
         target, unit = self.problem.target, self.key.rows.unit
         if target is None:
-            return None, self.part(unit, chunk.rows), None
+            return None, part_of(unit, chunk.rows), None
         target = target[chunk.rows]
         m = unit.shape[0]
         index, inside = target.clamp(0, max(m - 1, 0)), (target >= 0) & (target < m)
@@ -207,7 +204,7 @@ class Work:
         if self.key.grad is None or not self.key.grad.shape[0]:
             return
         if index is None:
-            self.part(self.key.grad, chunk.rows).addcmul_(chunk.queries.unit, w)
+            part_of(self.key.grad, chunk.rows).addcmul_(chunk.queries.unit, w)
         else:
             add_rows(self.key.grad, index, chunk.queries.unit * w)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract import OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import loss_and_slope
 from . import launch, paired, tiles
@@ -16,7 +17,7 @@ from .accumulate import add_product, aligned, slices, streaming, workspace
 from .finish import Partners, finish
 from .gradient import write_exponentials
 from .launch import Side
-from .rows import part_of, scaled_rows, without_zero_rows
+from .rows import scaled_rows, without_zero_rows
 from .statistics import SLOTS, merged, row_states, unwritten
 from .work import Work, prepare
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.rows import scale_kernel, side_kernel
 from ..contract import EPS, LOG2E, KeySet, RowStatistics
+from ..indexing import part_of
 from . import tiles
 from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows, run, temperature_arguments, vector
 
@@ -86,11 +87,6 @@ def scaled_rows(
         EMULATE=INTERPRETED, ACC=acc_of(part), BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(temperature),
     )  # fmt: skip
     return factor, out
-
-
-def part_of(x: Tensor, rows: slice) -> Tensor:
-    """Return some rows of x (N, ...), or x itself where these are all rows or it has one value for all."""
-    return x if x.shape[0] == 1 or rows.stop - rows.start == x.shape[0] else x[rows]
 
 
 def without_zero_rows(inverse: Tensor | None, zero_row: float) -> Tensor | None:
