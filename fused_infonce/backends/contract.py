@@ -110,9 +110,10 @@ class Problem:
     @property
     def joint(self) -> bool:
         """Return whether the scores are one matrix: every key of all sets against every query, and columns of one."""
-        if len(self.keys) == 1:
-            return self.in_batch
-        return self.in_batch and not self.columns and all(keys.rows.dim() == 2 for keys in self.keys)
+        first, *others = self.keys
+        if not self.in_batch or not len(first.rows):
+            return False
+        return not others or (not self.columns and all(keys.rows.dim() == 2 for keys in others))
 
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""

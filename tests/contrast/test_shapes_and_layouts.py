@@ -206,6 +206,7 @@ CHUNKS = {  # n, m, workspace limit -> plan, blocks of rows, of columns
 def test_chunks_of_the_torch_backend_keep_the_bounds(case, t, ids, monkeypatch):
     n, m, limit, name, *_ = CHUNKS[case]
     monkeypatch.setattr(plan, "CPU_BLOCK", 2**19)
+    monkeypatch.setattr(plan, "DENSE", 0)  # else it would take the smallest of these whole
     plans = watch_plans(monkeypatch)
     inputs = call_of(max(n, m), 8, "loose", torch.float32, t)
     inputs |= {
