@@ -248,7 +248,8 @@ def test_mypy_finds_the_types_from_a_users_folder(way, source, built, mypy_cache
     (site,) = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").split()
     Path(site, "libraries.pth").write_text("\n".join(libraries()))
     editable = ("--no-build-isolation", "--config-settings", "editable_mode=strict", "--editable", str(source))
-    run(*PIP, "--python", python, *INSTALL, *([str(built[1])] if way == "plain" else editable))
+    # this environment may hold the package too, which the new one sees through libraries.pth
+    run(*PIP, "--python", python, *INSTALL, "--ignore-installed", *([str(built[1])] if way == "plain" else editable))
 
     (tmp_path / "train.py").write_text(USERS_FILE)
     mypy = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", str(mypy_cache), "train.py"]
