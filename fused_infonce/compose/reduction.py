@@ -31,9 +31,10 @@ def reduced(problem: Problem, options: Options, loss: Loss, weight: Tensor | Non
         _say_lonely()
     plan = None
     if isinstance(loss, str) and closed_form(problem, options, weight):
-        w, empty = row_weights(problem, options.reduction, weight)
-        plan = plan_of(problem, options, reduced=True, weighted=w.shape[0] > 1)
+        weighted_rows = weight is not None or not _every_row_counts(problem)
+        plan = plan_of(problem, options, reduced=True, weighted=weighted_rows)
         if plan.one_pass and not contrast.is_explaining():
+            w, empty = row_weights(problem, options.reduction, weight)
             total = contrast.onepass(problem, plan, loss, w)
             return total if empty is None else torch.where(empty, torch.nan, total)
     problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
