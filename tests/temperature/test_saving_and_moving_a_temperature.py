@@ -188,7 +188,9 @@ def test_other_dtypes_keep_what_parameters_are_there(held):
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
         loss = loss.to(dtype)
         assert all(p.dtype == dtype for p in loss.parameters())
-        torch.testing.assert_close(loss(query, key), before, rtol=3e-2, atol=0)
+        # bfloat16 rounds logit_scale by 2^-9 of its value, and so the temperature, and float32 inherits what it left
+        rounding = 1e-6 if dtype == torch.float64 else 3e-2
+        torch.testing.assert_close(loss(query, key), before, rtol=rounding, atol=0)
         loss = loss.to("cpu")
     assert loss.double() is loss
     frozen = loss.requires_grad_(False)
