@@ -65,11 +65,11 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
     return _without_graph(problem, lambda p: backend.statistics(p, plan))
 
 
-def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor) -> Tensor:
+def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> Tensor:
     """Return `sum_i weight_i loss_i`, or with `problem.columns` its mean with that of the columns.
 
-    plan: one that makes loss and gradients at once. loss: a name in `row_losses.ROW_LOSSES`. weight: (1,) or (N,); a
-    row of weight 0 counts for nothing.
+    plan: one that makes loss and gradients at once. loss: a name in `row_losses.ROW_LOSSES`. weight: (N,), a row of
+    weight 0 counting for nothing, or a number for all rows.
     """
     if plan.gradients:
         return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
@@ -85,10 +85,9 @@ def _zeros(problem: Problem) -> Statistics:
 
 def _without_graph(problem: Problem, run: Callable[[Problem], Any]) -> Any:
     """Run where nothing needs a gradient: what the Functions would cost is saved."""
-    with torch.no_grad():
-        bound = _bind(problem, problem.temperature.values, problem.inputs)
-        with without_autocast(problem.query.rows.device.type):
-            return run(bound)
+    bound = _bind(problem, problem.temperature.values, problem.inputs)
+    with without_autocast(problem.query.rows.device.type):
+        return run(bound)
 
 
 def _apart(problem: Problem) -> Sequence[Tensor]:
@@ -187,7 +186,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor, temperature: Tensor, *inputs: Tensor
+        ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, temperature: Tensor, *inputs: Tensor
     ) -> Tensor:
         wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[4]]
         if problem.self_similar:  # the query's gradient is that of both sides

@@ -30,7 +30,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 CONTESTANTS = ("fused", "dense")
 WARM_UP_ROWS = 64
-TIMING_SECONDS, MAX_SECONDS = 2.5, 16.0
+TIMING_SECONDS, MAX_SECONDS = 2.5, 10.0
 FEWEST_ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 50
 QUIET = 0.1  # share of the processor that other programs may use before times are not believed
 WORTH_IT = 0.05  # of a training step

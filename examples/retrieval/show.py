@@ -17,7 +17,7 @@ from .settings import Settings
 from .train import Training, TrainingData, new_encoder, prepare, train, training_options
 
 CHECKED_STEPS = 20
-REFERENCE_STEPS = 30  # enough to see that the curves are one; the rest would only take its time
+REFERENCE_STEPS = 20  # enough to see that the curves are one; the rest would only take its time
 CURVE_TOLERANCE = 1e-4
 WANTED_GAIN = 1.5
 

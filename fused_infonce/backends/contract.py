@@ -228,20 +228,18 @@ class Backend(Protocol):
         ...
 
     def gradients(
-        self,
-        problem: Problem,
-        plan: Plan,
-        statistics: Statistics,
-        upstream: Upstream,
-        dtypes: Sequence[torch.dtype | None],
-        kept: Sequence[Tensor] = (),
-    ) -> list[Tensor | None]:
+        self, problem: Problem, plan: Plan, statistics: Statistics, upstream: Upstream,
+        dtypes: Sequence[torch.dtype | None], kept: Sequence[Tensor] = (),
+    ) -> list[Tensor | None]:  # fmt: skip
         """Return the gradients; kept: what `statistics` of this problem and plan put into `keep`, or nothing."""
         ...
 
-    def onepass(self, problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+    def onepass(
+        self, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
+    ) -> OnePass:
         """Return `sum_i weight_i loss_i` and its gradients, for a plan that is `one_pass`.
 
-        loss: a name in `row_losses.ROW_LOSSES`. weight: (1,) or (N,); a row of weight 0 counts for nothing.
+        loss: a name in `row_losses.ROW_LOSSES`. weight: (N,), a row of weight 0 counting for nothing; or one for all
+        rows, a number or (1,).
         """
         ...

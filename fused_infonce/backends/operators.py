@@ -42,7 +42,11 @@ class Recorded:
         found = gradients(*flatten(problem, plan), statistics.tensors(), list(upstream), codes)
         return _none_if_empty(found, codes)
 
-    def onepass(self, problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+    def onepass(
+        self, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
+    ) -> OnePass:
+        if not isinstance(weight, Tensor):  # it may be symbolic
+            weight = problem.temperature.values.new_full((1,), weight)
         value, logits, *inputs = onepass(*flatten(problem, plan), loss, weight, wanted)
         return OnePass(value, _none_if_empty(inputs, wanted[:-1]), logits if wanted[-1] else None)
 
@@ -121,7 +125,8 @@ def onepass(
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     problem = Problem.of(tensors, *flags)
-    result = load(backend).onepass(problem, _plan(plan, sizes), loss, weight, wanted)
+    for_all = weight.shape[0] == 1 < problem.query.rows.shape[0] and weight.device.type == "cpu"  # free to read
+    result = load(backend).onepass(problem, _plan(plan, sizes), loss, weight.item() if for_all else weight, wanted)
     return _or_empty([result.loss, result.logits, *_apart(result.inputs)], problem.temperature.values)
 
 

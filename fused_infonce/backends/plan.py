@@ -124,6 +124,11 @@ class Call:
         return self.n == 0 or self.m == 0
 
     @property
+    def rows_alone(self) -> bool:
+        """Return whether a block of rows against all columns has all that its part of a reduced loss is made of."""
+        return self.reduced and not self.columns and not self.empty
+
+    @property
     def both_at_once(self) -> bool:
         """Return whether a pass over all scores may serve both directions: one exponential for both."""
         return self.columns and self.bounded and not self.per_row
@@ -137,85 +142,38 @@ class Call:
 # The first row whose condition holds: (plan, condition, N M D FLOPs of forward and backward, reason). Thresholds on a
 # GPU are estimates, for every architecture and dtype alike until one has been measured.
 Rule = tuple[str, Callable[[Call], bool], float, str]
+NO_GRADIENT = "no input requires a gradient"
+HALF = "all rows are compared with one another, and half of a symmetric matrix will do"
+AT_ONCE = "a block of queries meets all keys at once, which gives loss and gradients in one pass"
+AGAIN = ": the backward computes the scores again"
+# fmt: off
 TRITON: tuple[Rule, ...] = (
-    ("forward", lambda c: not c.gradients, 2, "no input requires a gradient"),
-    (
-        "triangular",
-        lambda c: c.self_similar and c.d > STREAMING_DIM,
-        5,
-        "all rows are compared with one another, and half of a symmetric matrix will do",
-    ),
-    (
-        "streaming",
-        lambda c: c.self_similar,
-        6,
-        "all rows are compared with one another, and one pass serves both sides",
-    ),
-    (
-        "onepass",
-        lambda c: (
-            c.reduced and not c.columns and not c.empty and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0
-        ),
-        6,
-        "a block of queries meets all keys at once, which gives loss and gradients in one pass",
-    ),
-    (
-        "streaming",
-        lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided,
-        10,
-        "embeddings are short, and the rows are enough to fill the device",
-    ),
+    ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
+    ("triangular", lambda c: c.self_similar and c.d > STREAMING_DIM, 5, HALF),
+    ("streaming", lambda c: c.self_similar, 6,
+     "all rows are compared with one another, and one pass serves both sides"),
+    ("onepass", lambda c: c.rows_alone and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0, 6, AT_ONCE),
+    ("streaming", lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided, 10,
+     "embeddings are short, and the rows are enough to fill the device"),
     ("workspace", lambda c: True, 8, "embeddings are long, or the rows too few to fill the device"),
 )
 REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "backend='reference' holds all scores, however many"),)
 TORCH: tuple[Rule, ...] = (
-    (
-        "dense",
-        lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c),
-        6,
-        "the scores are few, so that dividing them would cost more than it saves",
-    ),
-    (
-        "triangular",
-        lambda c: c.self_similar,
-        4,
-        "all rows are compared with one another, and half of a symmetric matrix will do",
-    ),
-    ("forward", lambda c: not c.gradients, 2, "no input requires a gradient"),
-    (
-        "onepass",
-        lambda c: c.reduced and not c.columns and not c.empty and _chunk(c) >= min(c.n, ONEPASS_ROWS),
-        6,
-        "a block of queries meets all keys at once, which gives loss and gradients in one pass",
-    ),
-    (
-        "onepass",
-        lambda c: c.reduced and c.both_at_once and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8,
-        6,
-        "all scores fit workspace_limit, which gives both directions and their gradients in one pass",
-    ),
+    ("dense", lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c), 6,
+     "the scores are few, so that dividing them would cost more than it saves"),
+    ("triangular", lambda c: c.self_similar, 4, HALF),
+    ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
+    ("onepass", lambda c: c.rows_alone and _chunk(c) >= min(c.n, ONEPASS_ROWS), 6, AT_ONCE),
+    ("onepass", lambda c: c.reduced and c.both_at_once and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8, 6,
+     "all scores fit workspace_limit, which gives both directions and their gradients in one pass"),
     ("workspace", lambda c: c.empty, 8, "there is nothing to compare"),
-    (
-        "workspace",
-        lambda c: c.columns,
-        8,
-        "both directions are asked for, and that of the keys is complete after the last query only: the backward "
-        "computes the scores again",
-    ),
-    (
-        "workspace",
-        lambda c: c.reduced,
-        8,
-        "too few queries fit workspace_limit beside all keys: the backward computes the scores again",
-    ),
-    (
-        "workspace",
-        lambda c: True,
-        8,
-        "the rows' losses are not simply added up (reduction='none', or a loss with terms of its own): the backward "
-        "computes the scores again",
-    ),
+    ("workspace", lambda c: c.columns, 8,
+     "both directions are asked for, and that of the keys is complete after the last query only" + AGAIN),
+    ("workspace", lambda c: c.reduced, 8, "too few queries fit workspace_limit beside all keys" + AGAIN),
+    ("workspace", lambda c: True, 8,
+     "the rows' losses are not simply added up (reduction='none', or a loss with terms of its own)" + AGAIN),
 )
+# fmt: on
 
 
 def choose(full: bool = False, **sizes: Any) -> Plan:

@@ -40,18 +40,17 @@ def decoupled_slope(x: Tensor) -> Tensor:
 ROW_LOSSES = {"infonce": RowLoss(infonce, torch.sigmoid), "decoupled": RowLoss(decoupled, decoupled_slope)}
 
 
-def weighted(values: Tensor, weight: Tensor) -> Tensor:
-    """Return `weight_i values_i` of (..., N) values and (1,) or (N,) weights.
+def weighted(values: Tensor, weight: Tensor | float) -> Tensor:
+    """Return `weight_i values_i` of (..., N) values and (N,) weights, or one weight for all rows, which is not 0.
 
     The value of a row of weight 0 counts for nothing, even where it is NaN; a query that is NaN still makes gradients
     of the keys NaN, by its products with 0.
     """
     values = values * weight
-    of_all = weight.shape[0] == 1 < values.shape[-1]  # then it is not 0
-    return values if of_all else values.masked_fill(weight == 0, 0)
+    return values.masked_fill(weight == 0, 0) if isinstance(weight, Tensor) else values
 
 
-def loss_and_slope(loss: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_slope(loss: str, x: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return the weighted losses of rows and their derivatives with respect to x."""
     value, slope = ROW_LOSSES[loss]
     return weighted(value(x), weight), weighted(slope(x), weight)

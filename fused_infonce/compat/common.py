@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..backends import user_level
 
+Result = TypeVar("Result")
 # Between a user's line and a drop-in there may be lines of the library that it stands in for.
 LIBRARIES = ("FlagEmbedding", "info_nce", "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers")
 
@@ -24,6 +27,19 @@ def say_once(what: str, why: str) -> None:
 def said(why: Exception) -> str:
     """Return the part of an error's message that says what was expected, without what came."""
     return str(why).partition(", got")[0]
+
+
+def fused_or(original: Callable[[], Result], what: str, fused: Callable[[], Result]) -> Result:
+    """Return what `fused` returns; where it refuses the call, what the original does, or raise the original's error.
+
+    The original's error shows that of `fused` as its context.
+    """
+    try:
+        return fused()
+    except (TypeError, ValueError) as why:
+        result = original()
+        say_once(what, said(why))
+        return result
 
 
 def loss_dtype(rows: Tensor, temperature: object = None) -> torch.dtype:

@@ -56,39 +56,34 @@ class FusedEmbedderMixin(Embedder):
         return torch.bmm(own, q_reps[:, :, None])[..., 0] / self.temperature
 
     def _compute_in_batch_neg_loss(
-        self,
-        q_reps: Tensor,
-        p_reps: Tensor,
-        teacher_targets: Tensor | None = None,
-        compute_score_func: Score | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor]:
-        if why := _obstacle(self, q_reps, p_reps, teacher_targets, compute_score_func, kwargs):
-            say_once(type(self).__name__, why)
-            return super()._compute_in_batch_neg_loss(q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
-        return None, self._fused_loss(q_reps, p_reps, teacher_targets, compute_score_func, lambda x: x)
+        self, q_reps: Tensor, p_reps: Tensor, teacher_targets: Tensor | None = None,
+        compute_score_func: Score | None = None, **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        original = super()._compute_in_batch_neg_loss
+        return self._loss(original, lambda x: x, q_reps, p_reps, teacher_targets, compute_score_func, kwargs)
 
     def _compute_cross_device_neg_loss(
-        self,
-        q_reps: Tensor,
-        p_reps: Tensor,
-        teacher_targets: Tensor | None = None,
-        compute_score_func: Score | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor]:
-        if why := _obstacle(self, q_reps, p_reps, teacher_targets, compute_score_func, kwargs):
+        self, q_reps: Tensor, p_reps: Tensor, teacher_targets: Tensor | None = None,
+        compute_score_func: Score | None = None, **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        original, gather = super()._compute_cross_device_neg_loss, self._dist_gather_tensor
+        return self._loss(original, gather, q_reps, p_reps, teacher_targets, compute_score_func, kwargs)
+
+    def _loss(
+        self, original: Callable[..., Any], gather: Callable[[Tensor], Tensor], q_reps: Tensor, p_reps: Tensor,
+        teacher_targets: Tensor | None, compute_score_func: Score | None, kwargs: dict[str, Any],
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """Return the scores, None where they were not made, and the loss over what `gather` makes of the rows."""
+        arguments = (q_reps, p_reps, teacher_targets, compute_score_func)
+        if why := _obstacle(self, *arguments, kwargs):
             say_once(type(self).__name__, why)
-            return super()._compute_cross_device_neg_loss(q_reps, p_reps, teacher_targets, compute_score_func, **kwargs)
-        return None, self._fused_loss(q_reps, p_reps, teacher_targets, compute_score_func, self._dist_gather_tensor)
+            return original(*arguments, **kwargs)
+        return None, self._fused_loss(*arguments, gather)
 
     def _fused_loss(
-        self,
-        q_reps: Tensor,
-        p_reps: Tensor,
-        teacher_targets: Tensor | None,
-        compute_score_func: Score | None,
+        self, q_reps: Tensor, p_reps: Tensor, teacher_targets: Tensor | None, compute_score_func: Score | None,
         gather: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the loss of the queries and passages of all processes, equal in every process."""
         device, acc = q_reps.device.type, accumulator(q_reps.dtype)
         dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # the dtype of the original's cross-entropy

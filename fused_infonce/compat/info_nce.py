@@ -12,13 +12,15 @@ library, whose value or error is returned. Known differences:
 
 from __future__ import annotations
 
+from functools import partial
+
 import info_nce as original
 from torch import Tensor
 
 from .. import functional
 from ..backends import Reduction
 from ..compose.arguments import NegativeMode
-from .common import loss_dtype, one_number, said, say_once
+from .common import fused_or, loss_dtype, one_number
 
 __all__ = ["InfoNCE", "info_nce"]
 
@@ -62,12 +64,10 @@ def info_nce(
         ValueError, TypeError: where the original does; see the top of this module.
     """
     arguments = (query, positive_key, negative_keys, temperature, reduction, negative_mode)
-    try:
+
+    def fused() -> Tensor:
         if getattr(temperature, "shape", None) != (len(query), 1):  # (N,) is one per column in the original
             one_number("temperature", temperature)
-        loss = functional.info_nce(*arguments)
-    except (TypeError, ValueError) as why:
-        loss = original.info_nce(*arguments)  # or raise its error, which shows ours as its context
-        say_once("info_nce", said(why))
-        return loss
-    return loss.to(loss_dtype(query, temperature))
+        return functional.info_nce(*arguments).to(loss_dtype(query, temperature))
+
+    return fused_or(partial(original.info_nce, *arguments), "info_nce", fused)

@@ -12,6 +12,7 @@ one with views of different shapes, is passed to lightly, whose value or error i
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 from ..backends.precision import wide, without_autocast
 from ..compose.arguments import views
 from ..functional import info_nce, nt_xent
-from .common import loss_dtype, one_number, said, say_once
+from .common import fused_or, loss_dtype, one_number
 
 __all__ = ["NTXentLoss"]
 
@@ -52,14 +53,12 @@ class NTXentLoss(original.NTXentLoss):
 
         Where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the bank after the loss.
         """
-        try:
-            views(out0, out1, ())
-            one_number("temperature", self.temperature)
-            loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
-        except (TypeError, ValueError) as why:
-            loss = super().forward(out0, out1)  # or raise its error, which shows ours as its context
-            say_once("NTXentLoss", said(why))
-            return loss
+        return fused_or(partial(super().forward, out0, out1), "NTXentLoss", partial(self._fused, out0, out1))
+
+    def _fused(self, out0: Tensor, out1: Tensor) -> Tensor:
+        views(out0, out1, ())
+        one_number("temperature", self.temperature)
+        loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
         return loss.to(loss_dtype(out0, self.temperature))
 
     def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:

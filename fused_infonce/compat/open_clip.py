@@ -16,13 +16,14 @@ How open_clip's own training script is given this class depends on the version: 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 from open_clip import loss as original
 from torch import Tensor
 
 from ..functional import clip_loss, info_nce
 from ..losses.clip import bias_of, temperature_of, with_bias
-from .common import loss_dtype, one_number, said, say_once
+from .common import fused_or, loss_dtype, one_number
 
 # open_clip 3.3.0 has this option; the main branch has neither it nor the last argument of `gather_features`.
 HOROVOD = "use_horovod" in inspect.signature(original.gather_features).parameters
@@ -62,15 +63,13 @@ class ClipLoss(original.ClipLoss):
         It has the features' dtype, float32 under autocast. The features are taken as they are: unit rows, as CLIP's
         models return them. `logit_scale` is already exponentiated.
         """
-        try:
-            loss = self._fused(image_features, text_features, logit_scale, logit_bias)
-        except (TypeError, ValueError) as why:
-            # or raise the original's error, which shows ours as its context
-            result = super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
-            say_once("ClipLoss", said(why))
-            return result
-        loss = loss.to(loss_dtype(image_features))
-        return {"contrastive_loss": loss} if output_dict else loss
+        arguments = (image_features, text_features, logit_scale, logit_bias)
+
+        def fused() -> Tensor | dict[str, Tensor]:
+            loss = self._fused(*arguments).to(loss_dtype(image_features))
+            return {"contrastive_loss": loss} if output_dict else loss
+
+        return fused_or(partial(super().forward, *arguments, output_dict), "ClipLoss", fused)
 
     def _fused(
         self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None

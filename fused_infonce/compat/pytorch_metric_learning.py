@@ -208,14 +208,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """The memory of pytorch-metric-learning; without a miner it makes no N x M pairs for this module's losses."""
 
     def create_indices_tuple(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        E_mem: Tensor,
-        L_mem: Tensor,
-        input_indices_tuple: Any,
+        self, embeddings: Tensor, labels: Tensor, E_mem: Tensor, L_mem: Tensor, input_indices_tuple: Any,
         do_remove_self_comparisons: bool,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return the pairs of a batch and the memory, or an `AllPairs` in their place."""
         make = partial(
             super().create_indices_tuple, embeddings, labels, E_mem, L_mem, input_indices_tuple,

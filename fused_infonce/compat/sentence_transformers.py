@@ -23,6 +23,7 @@ with the options that their warnings name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import sentence_transformers
@@ -47,7 +48,7 @@ except ImportError as error:
 
 from ..backends.precision import accumulator
 from ..functional import guided_info_nce, multiple_negatives
-from .common import said, say_once
+from .common import fused_or
 
 __all__ = [
     "CachedGISTEmbedLoss",
@@ -78,12 +79,8 @@ class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
 
         It is float32, or float64 for float64 embeddings; under autocast it has the original's dtype.
         """
-        try:
-            return _multiple_negatives(self, embeddings)
-        except (TypeError, ValueError) as why:
-            loss = super().compute_loss_from_embeddings(embeddings, labels)  # or raise its error
-            say_once("MultipleNegativesRankingLoss", said(why))
-            return loss
+        original = partial(super().compute_loss_from_embeddings, embeddings, labels)
+        return fused_or(original, "MultipleNegativesRankingLoss", lambda: _multiple_negatives(self, embeddings))
 
 
 class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRankingLoss):
@@ -105,16 +102,11 @@ class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRanking
 
         `with_backward` gives the embeddings their gradients and detaches the loss.
         """
-        try:
-            loss = _multiple_negatives(self.loss, [torch.cat(parts) for parts in reps])
-        except (TypeError, ValueError) as why:
-            loss = super().calculate_loss(reps, labels, with_backward=with_backward)
-            say_once("CachedMultipleNegativesRankingLoss", said(why))
-            return loss
-        if not with_backward:
-            return loss
-        loss.backward()
-        return loss.detach()
+        return fused_or(
+            partial(super().calculate_loss, reps, labels, with_backward=with_backward),
+            "CachedMultipleNegativesRankingLoss",
+            lambda: _with_backward(_multiple_negatives(self.loss, [torch.cat(parts) for parts in reps]), with_backward),
+        )
 
 
 class GISTEmbedLoss(original.GISTEmbedLoss):
@@ -140,12 +132,8 @@ class GISTEmbedLoss(original.GISTEmbedLoss):
         rows = embed_columns(self.model, columns)
         with torch.no_grad():
             guides = embed_columns(self.guide, _features_of_guide(self, untouched))
-        try:
-            return _guided(self, rows, guides)
-        except (TypeError, ValueError) as why:
-            loss = super().forward(untouched, labels)
-            say_once("GISTEmbedLoss", said(why))
-            return loss
+        original = partial(super().forward, untouched, labels)
+        return fused_or(original, "GISTEmbedLoss", lambda: _guided(self, rows, guides))
 
 
 class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
@@ -158,16 +146,21 @@ class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
 
         `with_backward` gives the embeddings their gradients and detaches the loss.
         """
-        try:
-            loss = _guided(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)))
-        except (TypeError, ValueError) as why:
-            loss = super().calculate_loss(reps, reps_guided, with_backward=with_backward)
-            say_once("CachedGISTEmbedLoss", said(why))
-            return loss
-        if not with_backward:
-            return loss
-        loss.backward()
-        return loss.detach()
+
+        def fused() -> Tensor:
+            columns = ([torch.cat(parts) for parts in every] for every in (reps, reps_guided))
+            return _with_backward(_guided(self, *columns), with_backward)
+
+        original = partial(super().calculate_loss, reps, reps_guided, with_backward=with_backward)
+        return fused_or(original, "CachedGISTEmbedLoss", fused)
+
+
+def _with_backward(loss: Tensor, with_backward: bool) -> Tensor:
+    """Return a loss; if asked, make the gradients of its embeddings first, and detach it."""
+    if not with_backward:
+        return loss
+    loss.backward()
+    return loss.detach()
 
 
 def _features_of_guide(loss: Any, columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,22 +30,11 @@ def temperature_of(value: float | Tensor, rows: Tensor, name: str = "temperature
 
 
 def of_keys(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None,
-    temperature: float | Tensor,
-    negative_mode: str,
-    *,
-    symmetric: bool,
-    normalize: bool = True,
-    in_batch_negatives: bool | None = None,
-    ignore_index: int = -100,
-    target: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-    names: tuple[str, str] = ("positive_key", "symmetric"),
-) -> Problem:
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, temperature: float | Tensor, negative_mode: str,
+    *, symmetric: bool, normalize: bool = True, in_batch_negatives: bool | None = None, ignore_index: int = -100,
+    target: Tensor | None = None, query_ids: Tensor | None = None, key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None, names: tuple[str, str] = ("positive_key", "symmetric"),
+) -> Problem:  # fmt: skip
     """Return the problem of queries against keys: the arguments of `info_nce`, checked.
 
     names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
@@ -72,15 +61,9 @@ def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | 
 
 
 def _check_embeddings(
-    query: Any,
-    positive_key: Any,
-    negative_keys: Any,
-    negative_mode: str,
-    symmetric: bool,
-    in_batch_negatives: bool | None,
-    target: Any,
-    names: tuple[str, str],
-) -> bool:
+    query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, symmetric: bool,
+    in_batch_negatives: bool | None, target: Any, names: tuple[str, str],
+) -> bool:  # fmt: skip
     """Check the modes and embeddings of `info_nce`; return whether in-batch keys are negatives."""
     checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
     if negative_keys is None and target is None and in_batch_negatives is None and checks.alike(query, positive_key):
@@ -127,14 +110,9 @@ def key_embeddings(
 
 
 def all_ids(
-    query_ids: Any,
-    key_ids: Any,
-    negative_ids: Any,
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None,
+    query_ids: Any, key_ids: Any, negative_ids: Any, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None,
     keys_are_negatives: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the ids of queries, keys and negatives, checked."""
     if query_ids is None and key_ids is None and negative_ids is None:
         return None, None, None

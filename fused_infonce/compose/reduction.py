@@ -63,13 +63,16 @@ def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
 def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
     if reduction == "none":
-        w = weight
-        rows = rows if w is None else w * rows if w.requires_grad else weighted(rows, w)
-        return _counted(rows, problem)
+        return _counted(rows if weight is None else _times(weight, rows), problem)
     w, empty = row_weights(problem, reduction, weight)
-    # A row of weight 0 counts for nothing, but where weights have a gradient the row's loss is the gradient.
-    total = (_counted(w * rows, problem) if w.requires_grad else weighted(rows, w)).sum()
+    total = _counted(_times(w, rows), problem).sum()
     return total if empty is None else torch.where(empty, torch.nan, total)
+
+
+def _times(weight: Tensor | float, rows: Tensor) -> Tensor:
+    """Return weighted losses. A row of weight 0 counts for nothing, but where weights have a gradient the row's loss is
+    the gradient."""
+    return weight * rows if isinstance(weight, Tensor) and weight.requires_grad else weighted(rows, weight)
 
 
 def _counted(rows: Tensor, problem: Problem) -> Tensor:
@@ -85,12 +88,14 @@ def _every_row_counts(problem: Problem) -> bool:
     return len(target) > 0 and checks.values_are_free(target) and target.min().item() >= 0
 
 
-def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the factors of the rows' losses, (1,) or (N,), and where there may be none, whether a mean has no rows."""
+def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor | float, Tensor | None]:
+    """Return the factors of the rows' losses, (N,), or one for all; and where there may be no rows, whether a mean has
+    none."""
     n, t = problem.query.rows.shape[0], problem.temperature.values
     if weight is None and _every_row_counts(problem):
-        uniform = t.new_full((1,), 1 / max(n, 1) if reduction == "mean" else 1.0)
-        return uniform, uniform[0] > 0 if reduction == "mean" and n == 0 else None
+        if reduction == "sum":
+            return 1.0, None
+        return 1 / max(n, 1), t.new_ones((), dtype=torch.bool) if n == 0 else None
     weight = _counted(t.new_ones(n) if weight is None else weight, problem)
     if reduction == "sum":
         return weight, None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.contract import EPS
+from ..backends.contract import EPS, Problem
 from ..backends.indexing import add_rows, take_rows
+from ..backends.reference import unit_rows
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -19,25 +21,13 @@ def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     if not normalize:
         return x
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return _unit_rows(x)
+        return unit_rows(x)
     unit_and_norm = _Unit.apply(x) if torch.is_grad_enabled() and x.requires_grad else _Unit.forward(x)
     return unit_and_norm[0]
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    """Compute `F.normalize(x, dim=-1)`, but for two kinds of rows.
-
-    A row with a norm up to EPS has no gradient (there it would be 1e12), and a row whose norm overflows is NaN (there
-    it would be zeros).
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    norm = norm.masked_fill(norm == math.inf, math.nan)
-    small = norm <= EPS
-    return torch.where(small, x.detach() / EPS, x / torch.where(small, 1, norm))
-
-
 class _Unit(torch.autograd.Function):
-    """The unit rows of `_unit_rows` and the norms in a third of its operators, differentiable any number of times."""
+    """The unit rows of `unit_rows` and the norms in a third of its operators, differentiable any number of times."""
 
     generate_vmap_rule = True
 
@@ -94,3 +84,33 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
         return take_rows(sums, place), torch.searchsorted(ordered, classes, right=True) - place
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
+
+
+def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of each row's negatives, (N, D), and their number, (N,), in O((N + M) (D + log M)).
+
+    sets: the rows that are added, of each set of keys; those of a guided problem are not known without its scores.
+    """
+    row_ids, target, first = problem.query.ids, problem.target, sets[0]
+    n, m, device = len(problem.query.rows), len(first), first.device
+    total, count = first.new_zeros(n, first.shape[-1]), torch.zeros(n, dtype=torch.int64, device=device)
+    for keys, y in [*zip(problem.keys, sets, strict=True)][0 if problem.in_batch else 1 :]:
+        ids = None if row_ids is None else keys.ids
+        if y.dim() == 3:
+            left = y.new_ones(y.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(y.dtype)
+            total, count = total + torch.bmm(left[:, None], y)[:, 0], count + left.sum(1)
+            continue
+        total, count = total + y.sum(0), count + len(y)
+        if ids is not None:
+            same, times = class_sums(ids, y, row_ids)
+            total, count = total - same, count - times
+    if problem.in_batch and m:
+        kept = torch.arange(n, device=device) if target is None else target
+        among = (kept >= 0) & (kept < m)  # whether the row's positive is among what was added
+        kept, ids = kept.clamp(0, m - 1), problem.keys[0].ids
+        if ids is not None and row_ids is not None:
+            among = among & (ids[kept] != row_ids)
+        total, count = total - among[:, None] * take_rows(first, kept), count - among.long()
+        if problem.self_similar:
+            total, count = total - first, count - 1
+    return total, count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from ..compose.arguments import NEGATIVE_MODES, NegativeMode
 from ..temperature.scale import HasTemperature, TemperatureLike
 
 Negatives = Literal["views", "keys"]
+COMMON = ("reduction", "normalize", "backend", "workspace_limit")  # options that the functions of all losses take
+OF_KEYS = ("symmetric", "negative_mode", "in_batch_negatives", "ignore_index")  # options of negatives="keys" only
+OF_VIEWS = (False, "unpaired", None, -100)  # and their values for negatives="views"
+TEMPERATURE = ("temperature", "learnable_temperature", "max_logit_scale")
 
 
 class Plans(tuple[Plan, ...]):
@@ -54,8 +59,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 256 MiB elsewhere, or what the environment says.
     """
 
-    shown: tuple[str, ...] = ()  # options that the representation always shows, after the temperature
-    hidden: dict[str, Any] = {"normalize": True, "backend": "auto", "workspace_limit": None}  # noqa: RUF012  # defaults
+    own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has
 
     def __init__(
         self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,
@@ -72,17 +76,16 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that the functions of all losses take, by name."""
-        return {
-            "reduction": self.reduction,
-            "normalize": self.normalize,
-            "backend": self.backend,
-            "workspace_limit": self.workspace_limit,
-        }
+        """The options that the loss's function takes, by name."""
+        return {name: getattr(self, name) for name in (*self.own, *COMMON)}
 
     def extra_repr(self) -> str:
-        shown = self.shown_temperature() | {name: getattr(self, name) for name in (*self.shown, "reduction")}
-        shown |= {name: getattr(self, name) for name, usual in self.hidden.items() if getattr(self, name) != usual}
+        """Show the temperature, the reduction, and every other option that is not at its default."""
+        shown = self.shown_temperature() | {"reduction": self.reduction}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if name not in TEMPERATURE and value is not parameter.default and value != parameter.default:
+                shown[name] = value
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
@@ -102,11 +105,8 @@ class PairLoss(ContrastiveLoss):
         super().__init__(**options)
         checks.one_of("negatives", negatives, get_args(Negatives))
         checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
-        own = (symmetric, negative_mode, in_batch_negatives, ignore_index)
-        if negatives == "views" and own != (False, "unpaired", None, -100):
-            raise ValueError(
-                "symmetric, negative_mode, in_batch_negatives and ignore_index are options of negatives='keys'"
-            )
+        if negatives == "views" and (symmetric, negative_mode, in_batch_negatives, ignore_index) != OF_VIEWS:
+            raise ValueError(f"{', '.join(OF_KEYS[:-1])} and {OF_KEYS[-1]} are options of negatives='keys'")
         self.negatives = negatives
         self.symmetric = symmetric
         self.negative_mode = negative_mode
@@ -116,10 +116,7 @@ class PairLoss(ContrastiveLoss):
     def of_keys(self, **given: Tensor | None) -> dict[str, Any]:
         """Return the arguments that only the function of keys takes; with negatives="views" none may be given."""
         if self.negatives == "keys":
-            return given | {
-                "symmetric": self.symmetric, "negative_mode": self.negative_mode,
-                "in_batch_negatives": self.in_batch_negatives, "ignore_index": self.ignore_index,
-            }  # fmt: skip
+            return given | {name: getattr(self, name) for name in OF_KEYS}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} needs negatives='keys': those of two views are their other rows")

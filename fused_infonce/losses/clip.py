@@ -136,7 +136,6 @@ class ClipLoss(ContrastiveLoss):
         >>> learned(images, texts).backward()
     """
 
-    hidden = ContrastiveLoss.hidden | {"normalize": False}
     needs_temperature = False
 
     def __init__(

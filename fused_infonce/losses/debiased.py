@@ -13,8 +13,8 @@ from ..backends import BackendName, Reduction
 from ..backends.contract import Problem, RowStatistics
 from ..backends.row_losses import infonce
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views
-from ..compose.positives import members
 from ..compose.reduction import Loss, reduced
+from ..compose.rows import negative_sums
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
 
@@ -137,33 +137,13 @@ def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
     t, x = problem.temperature.values, rows.neg - rows.pos
     none = x == -torch.inf  # the row has no negatives
     x = x.masked_fill(none, 0)
-    n = negatives(problem).clamp(min=1).to(x.dtype)
+    n = negative_sums(problem, [rows.detach()[..., :0] for rows in problem.inputs[1:]])[1].clamp(min=1).to(x.dtype)
     y = torch.log(n * tau) - x
     over = y > -torch.finfo(y.dtype).tiny  # NaN is not over, and stays; below this -y the slope 1 / y is infinite
     log1mexp = torch.log(-torch.expm1(y.masked_fill(over, -1)))
     estimate = (x + log1mexp - torch.log1p(-tau)).masked_fill(over, -torch.inf)
     floor = torch.log(n) - 1 / t - rows.pos
     return infonce(torch.clamp(estimate, min=floor)).masked_fill(none, 0)
-
-
-def negatives(problem: Problem) -> Tensor:
-    """Return the number of negatives of each row, (N,), in O((N + M) log M)."""
-    p, (key, *others) = problem, problem.keys
-    n, m, row_ids, device = len(p.query.rows), len(key.rows), p.query.ids, p.query.rows.device
-    count = torch.zeros(n, dtype=torch.int64, device=device)
-    if p.in_batch:
-        kept = torch.arange(n, device=device) if p.target is None else p.target
-        there = (kept >= 0) & (kept < m)
-        count = count + m - there.long() - int(p.self_similar)
-        if row_ids is not None and key.ids is not None and m:
-            counted_already = there & (key.ids[kept.clamp(0, m - 1)] == row_ids)
-            count = count - members(row_ids, key.ids)[2] + counted_already.long()
-    for keys in others:
-        count = count + keys.rows.shape[-2]
-        if keys.ids is not None and row_ids is not None:
-            shared = keys.ids.dim() == 1
-            count = count - (members(row_ids, keys.ids)[2] if shared else (keys.ids == row_ids[:, None]).sum(1))
-    return count
 
 
 def prior(value: Any) -> float:
@@ -212,8 +192,6 @@ class DebiasedLoss(PairLoss):
         >>> loss = DebiasedLoss(temperature=0.5, tau_plus=0.1)
         >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
     """
-
-    shown = ("tau_plus", "negatives")
 
     def __init__(
         self,

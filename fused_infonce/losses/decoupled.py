@@ -183,8 +183,6 @@ class DCLLoss(PairLoss):
         >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
     """
 
-    shown = ("sigma", "negatives")
-
     def __init__(
         self,
         temperature: TemperatureLike = 0.1,

@@ -147,6 +147,10 @@ class Teacher(NamedTuple):
     t: Tensor  # (1,) or (N,), in the dtype of the logits
     step: int  # how many rows at a time
 
+    @property
+    def width(self) -> int:
+        return self.rows.shape[1] if self.keys is None else len(self.keys)
+
     def parts(self) -> list[slice]:
         n = len(self.rows)
         return [slice(start, min(start + self.step, n)) for start in range(0, n, self.step)]
@@ -172,17 +176,14 @@ def _teachers(
     teacher: list[Tensor], normalize: bool, t: Tensor, dtype: torch.dtype, symmetric: bool, options: Options
 ) -> list[Teacher]:
     """Return a teacher's directions, from its two embeddings or its scores."""
-    sides: list[tuple[Tensor, Tensor | None]]
-    if len(teacher) == 1:
-        (scores,) = teacher
-        sides, widths = [(scores, None), (scores.T, None)], [scores.shape[1], scores.shape[0]]
-    else:
+    sides: list[tuple[Tensor, Tensor | None]] = [(z, None) for x in teacher for z in (x, x.T)]
+    if len(teacher) == 2:
         a, b = (unit(z, normalize, dtype) for z in teacher)
-        sides, widths = [(a, b), (b, a)], [len(b), len(a)]
+        sides = [(a, b), (b, a)]
+    every = [Teacher(*side, t.to(dtype), 1) for side in sides]
     # the logits of a row, before and after their division, and the terms of its entropy
     limit = options.limit(t.device.type)
-    steps = [max(1, limit // max(3 * width * dtype.itemsize, 1)) for width in widths]
-    every = [Teacher(*side, t.to(dtype), step) for side, step in zip(sides, steps, strict=True)]
+    every = [x._replace(step=max(1, limit // max(3 * x.width * dtype.itemsize, 1))) for x in every]
     return every if symmetric else every[:1]
 
 
@@ -193,7 +194,7 @@ def _soft_targets(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bo
         return SoftTargets(none, y.new_zeros(len(none), y.shape[1]), none, none.long())
     if options.backend == "reference":  # which is differentiable any number of times
         return _targets_of(teacher, y, pivot, entropy)
-    return SoftTargets(*_SoftTargets.apply(*teacher, pivot, y, entropy))
+    return SoftTargets(*_SoftTargets.apply(y, pivot, entropy, *teacher))
 
 
 def _targets_of(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool) -> SoftTargets:
@@ -227,19 +228,10 @@ class _SoftTargets(torch.autograd.Function):
     """The soft targets, whose exponentials the backward makes once more: it returns sum_i T_ij g_i, j not the pivot."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        keys: Tensor | None,
-        t: Tensor,
-        step: int,
-        pivot: Tensor | None,
-        y: Tensor,
-        entropy: bool,
-    ) -> Any:
-        found = _targets_of(Teacher(rows, keys, t, step), y, pivot, entropy)
-        ctx.step = step
-        ctx.save_for_backward(rows, keys, t, found.pivot)
+    def forward(ctx: Any, y: Tensor, pivot: Tensor | None, entropy: bool, *teacher: Any) -> Any:
+        found = _targets_of(Teacher(*teacher), y, pivot, entropy)
+        *tensors, ctx.step = teacher
+        ctx.save_for_backward(*tensors, found.pivot)
         ctx.mark_non_differentiable(found.others, found.entropy, found.pivot)
         return tuple(found)
 
@@ -248,13 +240,12 @@ class _SoftTargets(torch.autograd.Function):
     def backward(ctx: Any, _others: Any, upstream: Tensor, *_: Any) -> Any:
         rows, keys, t, pivot = ctx.saved_tensors
         teacher = Teacher(rows, keys, t, ctx.step)
-        count = rows.shape[1] if keys is None else len(keys)
-        grad = upstream.new_zeros(count, upstream.shape[1])
+        grad = upstream.new_zeros(teacher.width, upstream.shape[1])
         for part in teacher.parts():
             e = teacher.exponentials(part)[0]
             total = e.sum(1, keepdim=True)
             grad.addmm_(e.scatter_(1, pivot[part, None], 0).T, upstream[part] / total)
-        return None, None, None, None, None, grad, None
+        return grad, None, None, *[None] * len(teacher)
 
 
 def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> None:
@@ -327,7 +318,10 @@ class DistillationLoss(ContrastiveLoss):
         >>> loss(images, texts, teacher_images, teacher_texts).backward()
     """
 
-    shown = ("teacher_temperature", "objective", "alpha", "symmetric")
+    own = (
+        "teacher_temperature", "objective", "alpha", "temperature_squared", "symmetric", "normalize_teacher",
+        "ignore_index",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -376,20 +370,6 @@ class DistillationLoss(ContrastiveLoss):
     ) -> Tensor:
         """Return the loss of a student's embeddings, given a teacher's embeddings or `teacher_scores`."""
         return distilled_info_nce(
-            query,
-            key,
-            teacher_query,
-            teacher_key,
-            self.temperature,
-            teacher_scores=teacher_scores,
-            teacher_temperature=self.teacher_temperature,
-            objective=self.objective,
-            alpha=self.alpha,
-            temperature_squared=self.temperature_squared,
-            symmetric=self.symmetric,
-            normalize_teacher=self.normalize_teacher,
-            ignore_index=self.ignore_index,
-            target=target,
-            weight=weight,
-            **self.options,
-        )
+            query, key, teacher_query, teacher_key, self.temperature, teacher_scores=teacher_scores, target=target,
+            weight=weight, **self.options,
+        )  # fmt: skip

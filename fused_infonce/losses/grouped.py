@@ -304,7 +304,7 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         >>> loss(query, passages).backward()
     """
 
-    shown = ("group_size", "in_batch_negatives", "distillation")
+    own = ("group_size", "in_batch_negatives", "distillation")
 
     def __init__(
         self,
@@ -340,14 +340,6 @@ class GroupedInfoNCELoss(ContrastiveLoss):
     ) -> Tensor:
         """Return the loss of (N, D) queries and (M G, D) passages, with a distillation of (N, G) `teacher_scores`."""
         return grouped_info_nce(
-            query,
-            passages,
-            self.group_size,
-            temperature=self.temperature,
-            in_batch_negatives=self.in_batch_negatives,
-            target=target,
-            offset=offset,
-            teacher_scores=teacher_scores,
-            distillation=self.distillation,
+            query, passages, temperature=self.temperature, target=target, offset=offset, teacher_scores=teacher_scores,
             **self.options,
-        )
+        )  # fmt: skip

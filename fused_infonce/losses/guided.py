@@ -185,15 +185,9 @@ def _ceiling(query: Tensor, key: Tensor, margin: float, strategy: str, dtype: to
 
 
 def _guides(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    guide_query: Any,
-    guide_key: Any,
-    guide_negatives: Any,
-    normalize: bool,
-    spare: bool,
-) -> Guides:
+    query: Tensor, key: Tensor, negatives: Tensor | None, guide_query: Any, guide_key: Any, guide_negatives: Any,
+    normalize: bool, spare: bool,
+) -> Guides:  # fmt: skip
     """Return the guide's embeddings of queries, keys and the negatives that it may leave out, checked and detached."""
     if guide_negatives is not None and (negatives is None or spare):
         why = "spare_negatives=True" if spare else "no negative_keys were given"
@@ -258,7 +252,7 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         >>> loss(query, key).backward()
     """
 
-    shown = ("negative_mode", "margin", "margin_strategy", "spare_negatives", "contrast_queries", "contrast_keys")
+    own = ("negative_mode", "margin", "margin_strategy", "spare_negatives", "contrast_queries", "contrast_keys")
 
     def __init__(
         self,
@@ -304,21 +298,6 @@ class GuidedInfoNCELoss(ContrastiveLoss):
     ) -> Tensor:
         """Return the loss of queries and keys, given a guide's embeddings of them; see `guided_info_nce` for shapes."""
         return guided_info_nce(
-            query,
-            positive_key,
-            negative_keys,
-            self.temperature,
-            negative_mode=self.negative_mode,
-            guide_query=guide_query,
-            guide_key=guide_key,
-            guide_negatives=guide_negatives,
-            key_ids=key_ids,
-            negative_ids=negative_ids,
-            margin=self.margin,
-            margin_strategy=self.margin_strategy,
-            spare_negatives=self.spare_negatives,
-            contrast_queries=self.contrast_queries,
-            contrast_keys=self.contrast_keys,
-            offset=offset,
-            **self.options,
-        )
+            query, positive_key, negative_keys, self.temperature, guide_query=guide_query, guide_key=guide_key,
+            guide_negatives=guide_negatives, key_ids=key_ids, negative_ids=negative_ids, offset=offset, **self.options,
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from ..backends.indexing import take_rows
 from ..backends.precision import without_autocast
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode, call_options, of_keys
 from ..compose.reduction import reduced, reduced_rows, widened
-from ..compose.rows import class_sums, dots, unit
+from ..compose.rows import dots, negative_sums, unit
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans
 
@@ -130,31 +130,15 @@ def _pull(problem: Problem) -> Tensor:
 
 
 def _row_pull(problem: Problem) -> Tensor:
-    t, row_ids, target = problem.temperature.values, problem.query.ids, problem.target
+    t = problem.temperature.values
     x, *sets = (unit(rows, problem.normalize, t.dtype) for rows in problem.inputs)
-    y = sets[0]
-    n, m = len(x), len(y)
-    if target is not None:
-        target = target.clamp(0, max(m - 1, 0))
-    positive = x.new_zeros(x.shape) if m == 0 else y if target is None else take_rows(y, target)
-    total, count = positive, t.new_ones(n)
-    if problem.in_batch and m:
-        key_ids = problem.keys[0].ids
-        total, count = y.sum(0).expand_as(x), count * m
-        if row_ids is not None and key_ids is not None:  # keys of the row's id are left out, its positive not
-            same, times = class_sums(key_ids, y, row_ids)
-            again = ((key_ids if target is None else key_ids[target]) == row_ids).to(t.dtype)
-            total, count = total - same + again[:, None] * positive, count - times + again
-    for (_, ids, _, _), z in zip(problem.keys[1:], sets[1:], strict=True):
-        if z.dim() == 3:
-            left = z.new_ones(z.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(t.dtype)
-            total, count = total + torch.bmm(left[:, None], z)[:, 0], count + left.sum(1)
-            continue
-        total, count = total + z.sum(0), count + len(z)
-        if ids is not None and row_ids is not None:
-            same, times = class_sums(ids, z, row_ids)
-            total, count = total - same, count - times
-    return (dots(x, positive) - dots(x, total) / count) / t
+    m = len(sets[0])
+    if problem.target is not None:
+        positive = take_rows(sets[0], problem.target.clamp(0, m - 1)) if m else torch.zeros_like(x)
+    else:
+        positive = sets[0]
+    total, count = negative_sums(problem, sets)
+    return (dots(x, positive) - dots(x, positive + total) / (1 + count)) / t
 
 
 class FusedInfoNCELoss(ContrastiveLoss):
@@ -184,10 +168,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         >>> loss(query, key).backward()
     """
 
-    shown = ("negative_mode",)
-    hidden = ContrastiveLoss.hidden | {
-        "symmetric": False, "in_batch_negatives": None, "ignore_index": -100, "label_smoothing": 0.0
-    }  # fmt: skip
+    own = ("negative_mode", "symmetric", "in_batch_negatives", "ignore_index", "label_smoothing")
 
     def __init__(
         self,
@@ -230,19 +211,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
     ) -> Tensor:
         """Return the loss of queries and keys, shaped as `info_nce` says; a `temperature` is for this call only."""
         return info_nce(
-            query,
-            positive_key,
-            negative_keys,
-            temperature=self.temperature if temperature is None else temperature,
-            negative_mode=self.negative_mode,
-            symmetric=self.symmetric,
-            in_batch_negatives=self.in_batch_negatives,
-            ignore_index=self.ignore_index,
-            target=target,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            negative_ids=negative_ids,
-            weight=weight,
-            label_smoothing=self.label_smoothing,
+            query, positive_key, negative_keys, temperature=self.temperature if temperature is None else temperature,
+            target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, weight=weight,
             **self.options,
-        )
+        )  # fmt: skip

@@ -148,13 +148,7 @@ class MoCoLoss(ContrastiveLoss):
         In training mode and with `enqueue` the keys take the place of the oldest in the queue; a backward that is still
         to come is not disturbed.
         """
-        loss = moco_loss(
-            query,
-            key,
-            self.queue,
-            self.temperature,
-            **self.options,
-        )
+        loss = moco_loss(query, key, self.queue, self.temperature, **self.options)
         if enqueue and self.training:
             self.enqueue(key)
         return loss

@@ -333,7 +333,7 @@ class MultipleNegativesLoss(ContrastiveLoss):
         >>> loss(query, [positive, hard]).backward()
     """
 
-    shown = ("directions", "partition", "hardness", "hardness_strength")
+    own = ("directions", "partition", "hardness", "hardness_strength")
 
     def __init__(
         self,
@@ -369,14 +369,5 @@ class MultipleNegativesLoss(ContrastiveLoss):
     ) -> Tensor:
         """Return the loss of (N, D) queries and their documents: a positive each, then columns of hard negatives."""
         return multiple_negatives(
-            query,
-            documents,
-            self.temperature,
-            directions=self.directions,
-            partition=self.partition,
-            hardness=self.hardness,
-            hardness_strength=self.hardness_strength,
-            offset=offset,
-            all_queries=all_queries,
-            **self.options,
+            query, documents, self.temperature, offset=offset, all_queries=all_queries, **self.options
         )

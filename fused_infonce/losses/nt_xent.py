@@ -113,10 +113,4 @@ class NTXentLoss(ContrastiveLoss):
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
         """Return the loss of two or more views of a batch, (N, D) each."""
-        return nt_xent(
-            view_a,
-            view_b,
-            self.temperature,
-            more_views=more_views,
-            **self.options,
-        )
+        return nt_xent(view_a, view_b, self.temperature, more_views=more_views, **self.options)

@@ -251,7 +251,7 @@ class SupConLoss(ContrastiveLoss):
         >>> loss(torch.randn(32, 2, 128, requires_grad=True), labels=torch.arange(32) % 10).backward()
     """
 
-    shown = ("contrast_mode", "base_temperature")
+    own = ("contrast_mode", "base_temperature")
 
     def __init__(
         self,
@@ -277,6 +277,4 @@ class SupConLoss(ContrastiveLoss):
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the loss of (N, V, D) features, with (N,) labels or an (N, N) mask or neither; see `sup_con`."""
-        return sup_con(
-            features, labels, mask, self.temperature, self.contrast_mode, self.base_temperature, **self.options
-        )
+        return sup_con(features, labels, mask, self.temperature, **self.options)

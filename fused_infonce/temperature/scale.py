@@ -91,7 +91,8 @@ class HasTemperature(nn.Module):
         """The temperature in use: what was assigned, what the callable says, or `exp(-logit_scale)`. Assignable."""
         if self.logit_scale is not None:
             return torch.exp(-self.logit_scale)
-        held = self.held_temperature
+        held = self.__dict__.get("_temperature")  # the usual case, without a search
+        held = self.held_temperature if held is None else held
         if not callable(held):
             return held
         try:

@@ -269,7 +269,7 @@ def test_module_equals_function():
     got = DCLLoss(0.3, negatives="keys", sigma=0.5, **options)(a, b, c, **rows)
     want = decoupled_info_nce(a, b, c, 0.3, **options, **rows, positive_weight=von_mises_fisher_weight(a, b))
     assert torch.equal(got, want)
-    assert repr(DCLLoss(sigma=0.5)) == "DCLLoss(temperature=0.1, sigma=0.5, negatives='views', reduction='mean')"
+    assert repr(DCLLoss(sigma=0.5)) == "DCLLoss(temperature=0.1, reduction='mean', sigma=0.5)"
 
 
 ROWS = torch.ones(4, 3)

@@ -215,7 +215,7 @@ def test_copies_and_pickles_give_the_same_loss(options):
 
 
 def test_the_representation_names_every_option_that_is_set():
-    assert repr(FusedInfoNCELoss()) == "FusedInfoNCELoss(temperature=0.1, negative_mode='unpaired', reduction='mean')"
+    assert repr(FusedInfoNCELoss()) == "FusedInfoNCELoss(temperature=0.1, reduction='mean')"
     text = repr(FusedInfoNCELoss(**EVERY))
     assert "temperature=0.3" in text
     for name, value in EVERY.items():

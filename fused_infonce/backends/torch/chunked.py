@@ -101,7 +101,7 @@ def _coefficients(
     return w
 
 
-def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute a reduced loss and its gradients from one product of the scores; see `Backend.onepass`.
 
     A chunk of rows sees every column, so its statistics, and with them its coefficients, are final at once. With
@@ -153,7 +153,7 @@ class _Scored:
         self.state = state
         self.column_sum = torch.cat(column_sums) if column_sums else None
 
-    def losses(self, loss: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def losses(self, loss: str, weight: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return the weighted losses of the rows, u / t / sum of rows and of columns, and -dL/dpos."""
         inv_t, tiny = self.chunk.inv_t, torch.finfo(self.work.acc).tiny  # nothing to divide where nothing is negative
         pos = self.work.positives(self.chunk)

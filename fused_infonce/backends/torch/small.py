@@ -49,7 +49,7 @@ class _Dense:
         if self.same or not problem.normalize:
             self.x, self.y = unit, self.rows[-1].unit
         else:
-            self.x, self.y = unit[:n], unit[n:]
+            self.x, self.y = unit.tensor_split((n,))
         self.inv_t = 1 / problem.temperature.values.item()
         self.index = None if target is None else target.unsqueeze(1)
         self.inside: Tensor | None = None  # (N, 1): which targets are there; None: all
@@ -74,7 +74,9 @@ class _Dense:
 
     def positives(self, scores: Tensor) -> Tensor:
         """Return the (N,) scores of the targets: 0 for -1, NaN out of range or where they are infinite."""
-        return self.there(scores.diagonal().clone() if self.index is None else scores.gather(1, self.index).squeeze(1))
+        return self.there(
+            torch.diagonal_copy(scores) if self.index is None else scores.gather(1, self.index).squeeze(1)
+        )
 
     def exact_positives(self) -> Tensor:
         """Return the (N,) logits of the targets, without what a factor for base 2 would add to the rounding of all."""
@@ -258,7 +260,7 @@ def gradients(
     return [g if g is None or dtype is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
 
 
-def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute `Backend.onepass` for a dense plan."""
     dense = _Dense(problem)
     scores = dense.scores(plan)
@@ -267,18 +269,18 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Seq
     # (N,), or where columns are asked for (2, N): rows of theirs below
     m, sums = states[0] if len(states) == 1 else map(_stack, zip(*states, strict=True))
     margin = log_sum((m, sums)).sub_(pos, alpha=LN2)
-    uniform = weight.shape[0] == 1 < pos.shape[0]
-    share = (weight.item() if uniform else 1) / len(states)
+    share, each = (1.0, weight) if isinstance(weight, Tensor) else (weight, None)  # one for all is multiplied last
+    share /= len(states)
     value_of, slope_of = ROW_LOSSES[loss]
     value = value_of(margin)
-    total = (value if uniform else weighted(value, weight)).sum().mul_(share)
+    total = (value if each is None else weighted(value, each)).sum().mul_(share)
     *inputs, temperature = wanted
     if not any(wanted):
         return OnePass(total, [None] * len(inputs), None)
 
-    slope = slope_of(margin) if uniform else weighted(slope_of(margin), weight)
+    slope = slope_of(margin) if each is None else weighted(slope_of(margin), each)
     factor = slope / dense.divisor(sums)  # type: ignore[arg-type]
-    row, column, v = (factor[0], factor[1], slope.sum(0)) if problem.columns else (factor, None, slope)
+    row, column, v = (*factor.unbind(), slope.sum(0)) if problem.columns else (factor, None, slope)
     w = dense.coefficients(exponentials, row, column, v, sign=-1, spare=False)
     sides = dense.gradients(w, [inputs[0] or temperature, *inputs[1:]], share * dense.inv_t)
     logits = None

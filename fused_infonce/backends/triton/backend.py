@@ -67,7 +67,7 @@ def gradients(
         return finished(work, accumulators, upstream.pos, unscale, dtypes)
 
 
-def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor, wanted: Sequence[bool]) -> OnePass:
+def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute a reduced loss and its gradients from one product of the scores; see `Backend.onepass`.
 
     Exponentials are written unshifted, b_j exp(s_ij), so they must fit the inputs' dtype: `plan` sees to that. What
@@ -119,13 +119,9 @@ def joined(parts: list[Tensor], none: Tensor) -> Tensor:
 
 
 def finished(
-    work: Work,
-    accumulators: dict[int, Tensor],
-    v: Tensor,
-    unscale: Tensor | None,
-    dtypes: Sequence[torch.dtype | None],
-    factor: Tensor | None = None,
-) -> list[Tensor | None]:
+    work: Work, accumulators: dict[int, Tensor], v: Tensor, unscale: Tensor | None,
+    dtypes: Sequence[torch.dtype | None], factor: Tensor | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients from the sums over the tiles, those of queries times a factor.
 
     Paired keys, the positives, the projection and the cast are what is still to be done.

@@ -25,14 +25,9 @@ class Partners(NamedTuple):
 
 
 def finish(
-    g: Tensor | None,
-    x: Side,
-    project: bool,
-    partners: Partners | None,
-    unscale: Tensor | None,
-    dtype: torch.dtype,
+    g: Tensor | None, x: Side, project: bool, partners: Partners | None, unscale: Tensor | None, dtype: torch.dtype,
     factor: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the gradient of x in `dtype` from accumulators g (slots, n, D), times a factor a row; None: zeros."""
     n, d = x.rows.shape
     in_place = g is not None and g.shape[0] == 1 and g.dtype == dtype  # a program reads and writes rows of its own

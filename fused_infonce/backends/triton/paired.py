@@ -56,14 +56,9 @@ def paired_states(x: Side, keys: Paired) -> Tensor:
 
 
 def paired_gradient(
-    g: Tensor | None,
-    x: Side,
-    keys: Paired,
-    normalize: bool,
-    unscale: Tensor | None,
-    dtype: torch.dtype | None,
+    g: Tensor | None, x: Side, keys: Paired, normalize: bool, unscale: Tensor | None, dtype: torch.dtype | None,
     accumulate: bool,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """Return the gradient of paired keys in `dtype`, and add their part of the rows' to g (slots, N, D)."""
     n, h, d = keys.rows.shape
     dk = None if dtype is None else torch.empty((n, h, d), dtype=dtype, device=keys.rows.device)

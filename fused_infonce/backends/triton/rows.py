@@ -16,15 +16,9 @@ from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows
 
 
 def side(
-    keys: KeySet,
-    normalize: bool,
-    temperature: Tensor | None = None,
-    *,
-    statistics: RowStatistics | None = None,
-    u: Tensor | None = None,
-    positive: tuple[KeySet, Tensor | None] | None = None,
-    ceiling: Tensor | None = None,
-) -> tuple[Side, Tensor | None]:
+    keys: KeySet, normalize: bool, temperature: Tensor | None = None, *, statistics: RowStatistics | None = None,
+    u: Tensor | None = None, positive: tuple[KeySet, Tensor | None] | None = None, ceiling: Tensor | None = None,
+) -> tuple[Side, Tensor | None]:  # fmt: skip
     """Return a set of rows made ready for tile passes, and the (N,) logits of its targets if asked for.
 
     temperature: of the direction whose rows they are; statistics, u: of that direction, for its gradients

@@ -34,11 +34,8 @@ class Work:
 
 
 def prepare(
-    problem: Problem,
-    statistics: Statistics | None = None,
-    upstream: Upstream | None = None,
-    positives: bool = False,
-) -> tuple[Work, Tensor | None]:
+    problem: Problem, statistics: Statistics | None = None, upstream: Upstream | None = None, positives: bool = False,
+) -> tuple[Work, Tensor | None]:  # fmt: skip
     """Return the problem made ready, for gradients with statistics and their upstream, and with `positives` the logits
     of the targets."""
     t, target, normalize = problem.temperature.values, contiguous(problem.target), problem.normalize
