@@ -46,7 +46,9 @@ class Recorded:
         self, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
     ) -> OnePass:
         if not isinstance(weight, Tensor):  # it may be symbolic
-            weight = problem.temperature.values.new_full((1,), weight)
+            values = problem.temperature.values
+            exact = torch.float64 if values.device.type == "cpu" else values.dtype  # read there as the number it was
+            weight = values.new_full((1,), weight, dtype=exact)
         value, logits, *inputs = onepass(*flatten(problem, plan), loss, weight, wanted)
         return OnePass(value, _none_if_empty(inputs, wanted[:-1]), logits if wanted[-1] else None)
 
