@@ -151,8 +151,8 @@ class RowStatistics(NamedTuple):
 
     pos: the target's logit s_{i, y_i}; 0 where the row has no target (-1), NaN where the target is out of range
     neg: log sum_j exp s_ij over the row's negatives; -inf where there are none
-    mean: sum_j exp(s_ij - neg_i) s_ij; 0 where there are none, and of any value, such as NaN, for a plan that needs no
-        gradients and is not `full`. No gradient flows through it
+    mean: sum_j exp(s_ij - neg_i) s_ij; 0 where there are none, and of any value, such as NaN, for a plan without
+        `mean`. No gradient flows through it
     maximum, scale: m and r with exp(s_ij - neg_i) = 2^(s_ij log2(e) - m_i) r_i, where a large neg_i has lost digits
         that m_i has. m is the largest logit in base 2, or 0 where every exponential fits. Both have no gradient
 

@@ -55,15 +55,13 @@ class Recorded:
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     """Return the arguments that an operator takes for a problem and a plan."""
-    sizes = [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded), int(plan.full)]
+    sizes = [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded), int(plan.full), int(plan.mean)]
     return problem.tensors(), problem.flags, plan.backend, plan.name, sizes
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
-    rows, cols, limit, gradients, bounded, full = sizes
-    return Plan(
-        name, rows, cols, limit, flops=0, reason="", gradients=bool(gradients), bounded=bool(bounded), full=bool(full)
-    )
+    rows, cols, limit, *flags = sizes
+    return Plan(name, rows, cols, limit, 0, "", "", *map(bool, flags))
 
 
 def _or_empty(tensors: Tensors, like: Tensor) -> list[Tensor]:

@@ -45,6 +45,7 @@ class Plan:
     gradients: whether any input needs one
     bounded: whether exp of every logit is known to fit the accumulator
     full: whether mean and maximum are results, so that they are computed even where no gradient needs them
+    mean: whether the mean is computed: it is a result, or the temperature's gradient is made of it
     """
 
     name: str
@@ -57,6 +58,7 @@ class Plan:
     gradients: bool = True
     bounded: bool = False
     full: bool = False
+    mean: bool = True
 
     @property
     def one_pass(self) -> bool:
@@ -176,8 +178,8 @@ TORCH: tuple[Rule, ...] = (
 # fmt: on
 
 
-def choose(full: bool = False, **sizes: Any) -> Plan:
-    """Return the plan of one call, from the fields of `Call`; full: as in `Plan`."""
+def choose(full: bool = False, mean: bool = True, **sizes: Any) -> Plan:
+    """Return the plan of one call, from the fields of `Call`; full, mean: as in `Plan`."""
     call = Call(**sizes)
     rules, blocks = RULES[call.backend]
     name, _, flops, reason = next(rule for rule in rules if rule[1](call))
@@ -186,7 +188,7 @@ def choose(full: bool = False, **sizes: Any) -> Plan:
     if not call.gradients:
         flops = 1 if name == "triangular" else 2
     rows, cols = blocks(name, call)
-    return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full)
+    return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean)
 
 
 def _few(call: Call) -> int:

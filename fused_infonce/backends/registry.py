@@ -138,14 +138,15 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     dtype = product_dtype(query)
     device = query.device.type
     plan = choose if compiling else remembered
-    needed = torch.is_grad_enabled() and True in [x.requires_grad for x in (*problem.inputs, t.values)]
+    of_t = torch.is_grad_enabled() and t.values.requires_grad
+    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
     return plan(
         backend=backend, device=device, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
         per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
-        joint=problem.joint,
+        mean=full or of_t, joint=problem.joint,
     )  # fmt: skip
 
 

@@ -234,7 +234,7 @@ def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
         directions=loss.directions,
         partition=loss.partition_mode,
         hardness=loss.hardness_mode,
-        hardness_strength=loss.hardness_strength,
+        hardness_strength=0.0 if loss.hardness_mode is None else loss.hardness_strength,  # which is then ignored
         offset=offset,
         all_queries=every,
         normalize=normalize,

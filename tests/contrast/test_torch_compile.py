@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -98,7 +96,7 @@ def test_operators_pass_opcheck(columns: bool) -> None:
     keys = tuple(KeySet(torch.randn(shape)) for shape in ((N, D), (5, D), (N, H, D)))
     problem = Problem(KeySet(torch.randn(N, D)), keys, Temperature(torch.tensor([0.1])), columns=columns)
     # full: opcheck compares results with `==`, which a mean that nobody asked for, NaN, would fail
-    chosen = replace(plan_of(problem, Options("torch"), reduced=False), full=True)
+    chosen = plan_of(problem, Options("torch"), reduced=False, full=True)
     flat = operators.flatten(problem, chosen)
     torch.library.opcheck(operators.statistics, flat)
     stats = operators.statistics(*flat)

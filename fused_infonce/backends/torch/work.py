@@ -153,13 +153,15 @@ class Work:
         return m, total if lost is None else total.masked_fill_(lost, torch.nan)
 
     def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
-        """Return (m, l, s) along each of `dims`, or (m, l) for a forward alone. Unshifted they share an exponential."""
+        """Return (m, l, s) along each of `dims`, or (m, l) where the plan needs no mean.
+
+        Unshifted they share an exponential.
+        """
         if self.shift and len(dims) > 1:
             return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
-        forward = not (self.plan.gradients or self.plan.full)
-        states = [self.exponentials(scores, tile, dims[0], scratch, forward)]
+        states = [self.exponentials(scores, tile, dims[0], scratch, final=not self.plan.mean)]
         states += [(None, scratch.sum(dim)) for dim in dims[1:]]
-        if forward:
+        if not self.plan.mean:
             return states
         if self.shift:
             tile.exclude(scores, 0.0)  # 0 * -inf is NaN: only a logit that really is infinite may do that
