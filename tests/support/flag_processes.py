@@ -1,4 +1,4 @@
-"""The work of each of the processes of test_flag_embedding_distributed."""
+"""The work of each process of test_flag_embedding_distributed; it is run by its path, so that imports are absolute."""
 
 import contextlib
 import random
@@ -7,8 +7,8 @@ from unittest import mock
 
 import torch
 
-from .flag_models import ORIGINALS, features, gradient, make, table
-from .processes import WORLD
+from support.flag_models import ORIGINALS, features, gradient, make, table
+from support.processes import WORLD
 
 
 def configuration(seed):
