@@ -27,7 +27,7 @@ def test_every_table_has_a_place() -> None:
 
 def test_losses_have_their_row_once_they_are_recorded(tmp_path: Path) -> None:
     with (HERE / "results" / "cpu.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["loss"] in ("info_nce", "nt_xent")]  # before any was
     device = {name: rows[0][name] for name in ("device", "torch")} | {"date": "2099-01-01", "dtype": "float32"}
     case = LossCase("ClipLoss, learned scale", 64)
     sizes = {"loss": case.loss, "direction": case.direction, "n": 64, "m": case.m, "d": case.d, "pass": case.mode}
