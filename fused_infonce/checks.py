@@ -25,7 +25,7 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 SMALLEST = 1e-30
 
 
-def one_of(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str | bool | None, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -119,6 +119,19 @@ def positive_float(name: str, value: Any) -> float:
     if not SMALLEST < number < 1 / SMALLEST:
         raise ValueError(f"{name} must be positive and finite, also in float32, got {value}")
     return number
+
+
+def not_negative(name: str, value: Any) -> float:
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must not be negative, and finite, got {value}")
+    return number
+
+
+def flags(**values: object) -> None:
+    """Check options that are True or False."""
+    for name, value in values.items():
+        one_of(name, value, (True, False))
 
 
 def fraction(name: str, value: Any) -> float:

@@ -22,7 +22,7 @@ from open_clip import loss as original
 from torch import Tensor
 
 from ..functional import clip_loss, info_nce
-from ..losses.clip import bias_of, temperature_of, with_bias
+from ..losses.clip import bias_of, temperature_of_scale, with_bias
 from .common import fused_or, loss_dtype, one_number
 
 # open_clip 3.3.0 has this option; the main branch has neither it nor the last argument of `gather_features`.
@@ -77,7 +77,7 @@ class ClipLoss(original.ClipLoss):
         one_number("logit_scale", logit_scale)
         if self.world_size == 1:
             return clip_loss(image, text, logit_scale, logit_bias)
-        t, bias = temperature_of(logit_scale, image), bias_of(logit_bias)
+        t, bias = temperature_of_scale(logit_scale, image), bias_of(logit_bias)
         all_image, all_text = original.gather_features(
             image, text, self.local_loss, self.gather_with_grad, self.rank, self.world_size,
             *([self.use_horovod] if HOROVOD else []),

@@ -20,6 +20,14 @@ OF_VIEWS = (False, "unpaired", None, -100)  # and their values for negatives="vi
 TEMPERATURE = ("temperature", "learnable_temperature", "max_logit_scale")
 
 
+def check_options_of_keys(symmetric: Any, negative_mode: Any, in_batch_negatives: Any, ignore_index: Any) -> None:
+    """Check the options of a loss of queries against keys, all of which `info_nce` explains."""
+    checks.flags(symmetric=symmetric)
+    checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+    checks.one_of("in_batch_negatives", in_batch_negatives, (True, False, None))
+    checks.whole("ignore_index", ignore_index, -(2**63))
+
+
 class Plans(tuple[Plan, ...]):
     """The plans of a call, one for each matrix of scores that it goes over; they print a line each."""
 
@@ -68,7 +76,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         super().__init__(temperature, learnable_temperature, max_logit_scale)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
         checks.one_of("backend", backend, checks.BACKENDS)
-        checks.one_of("normalize", normalize, (True, False))
+        checks.flags(normalize=normalize)
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
@@ -104,7 +112,7 @@ class PairLoss(ContrastiveLoss):
     ):  # fmt: skip
         super().__init__(**options)
         checks.one_of("negatives", negatives, get_args(Negatives))
-        checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+        check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         if negatives == "views" and (symmetric, negative_mode, in_batch_negatives, ignore_index) != OF_VIEWS:
             raise ValueError(f"{', '.join(OF_KEYS[:-1])} and {OF_KEYS[-1]} are options of negatives='keys'")
         self.negatives = negatives
@@ -119,5 +127,6 @@ class PairLoss(ContrastiveLoss):
             return given | {name: getattr(self, name) for name in OF_KEYS}
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f"{name} needs negatives='keys': those of two views are their other rows")
+                why = ": those of two views are their other rows" if name == "negative_keys" else ""
+                raise ValueError(f"{name} needs negatives='keys'{why}")
         return {}

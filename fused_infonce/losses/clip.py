@@ -57,7 +57,7 @@ def clip_loss(
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
     _check_pairs(image_features, text_features)
-    problem = _problem(image_features, text_features, temperature_of(logit_scale, image_features), normalize)
+    problem = _problem(image_features, text_features, temperature_of_scale(logit_scale, image_features), normalize)
     bias, options = bias_of(logit_bias), call_options(backend, workspace_limit, reduction)
     return with_bias(reduced(problem, options, "infonce"), bias)
 
@@ -78,7 +78,7 @@ def _check_pairs(image: Any, text: Any) -> None:
             )
 
 
-def temperature_of(logit_scale: Any, features: Tensor) -> float | Tensor:
+def temperature_of_scale(logit_scale: Any, features: Tensor) -> float | Tensor:
     """Return 1 / scale, checked, in the dtype of the statistics where it is a tensor."""
     if not isinstance(logit_scale, Tensor):
         return 1 / checks.positive_float("logit_scale", logit_scale)

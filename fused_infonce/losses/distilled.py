@@ -345,6 +345,8 @@ class DistillationLoss(ContrastiveLoss):
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
         )
         checks.one_of("objective", objective, OBJECTIVES)
+        checks.flags(temperature_squared=temperature_squared, symmetric=symmetric, normalize_teacher=normalize_teacher)
+        checks.whole("ignore_index", ignore_index, -(2**63))
         if teacher_temperature is not None:
             checks.number_or_tensor("teacher_temperature", teacher_temperature)
         if isinstance(teacher_temperature, Tensor) and teacher_temperature.requires_grad:

@@ -325,6 +325,7 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         )
         if distillation is not None:
             checks.one_of("distillation", distillation, DISTILLATIONS)
+        checks.flags(in_batch_negatives=in_batch_negatives)
         self.group_size = checks.whole("group_size", group_size, 1)
         self.in_batch_negatives = in_batch_negatives
         self.distillation = distillation

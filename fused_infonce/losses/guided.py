@@ -276,6 +276,7 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         )
         checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
         checks.one_of("margin_strategy", margin_strategy, MARGINS)
+        checks.flags(spare_negatives=spare_negatives, contrast_queries=contrast_queries, contrast_keys=contrast_keys)
         self.negative_mode = negative_mode
         self.margin = checks.finite("margin", margin)
         self.margin_strategy = margin_strategy

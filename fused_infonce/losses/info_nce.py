@@ -13,11 +13,11 @@ from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
 from ..backends.indexing import take_rows
 from ..backends.precision import without_autocast
-from ..compose.arguments import NEGATIVE_MODES, NegativeMode, call_options, of_keys
+from ..compose.arguments import NegativeMode, call_options, of_keys
 from ..compose.reduction import reduced, reduced_rows, widened
 from ..compose.rows import dots, negative_sums, unit
 from ..temperature.scale import TemperatureLike
-from .base import ContrastiveLoss, Plans
+from .base import ContrastiveLoss, Plans, check_options_of_keys
 
 
 def info_nce(
@@ -189,7 +189,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
         )
-        checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+        check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         self.negative_mode = negative_mode
         self.symmetric = symmetric
         self.in_batch_negatives = in_batch_negatives

@@ -268,8 +268,7 @@ def check_options(directions: Any, partition: str, hardness: str | None, hardnes
         raise ValueError(f"partition='per_direction' needs the positive in every direction, {without[0]!r} has none")
     if hardness is not None:
         checks.one_of("hardness", hardness, HARDNESS)
-    if not 0 <= checks.real("hardness_strength", hardness_strength) < math.inf:
-        raise ValueError(f"hardness_strength must not be negative, and finite, got {hardness_strength}")
+    checks.not_negative("hardness_strength", hardness_strength)
     if hardness is None and hardness_strength:
         kinds = ", ".join(map(repr, HARDNESS))
         raise ValueError(f"hardness_strength={hardness_strength} has no effect without hardness: one of {kinds}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -172,8 +171,4 @@ def _weights(weights: Any, dims: Sequence[int]) -> list[float]:
         raise TypeError(f"weights must be a sequence of numbers or None, got {type(weights).__name__}")
     if len(weights) != len(dims):
         raise ValueError(f"weights must be {len(dims)} as dims are, got {len(weights)}")
-    numbers = [checks.real(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
-    for i, number in enumerate(numbers):
-        if not 0 <= number < math.inf:
-            raise ValueError(f"weights[{i}] must not be negative, and finite, got {number}")
-    return numbers
+    return [checks.not_negative(f"weights[{i}]", weight) for i, weight in enumerate(weights)]

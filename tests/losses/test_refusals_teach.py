@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from support.losses import LOSSES
 
 import fused_infonce as f
 from fused_infonce import FusedInfoNCELoss, MoCoLoss, SupConLoss, explain, guided_info_nce, info_nce, sup_con
@@ -122,10 +125,19 @@ def test_sparse_tensors_are_refused(name):
             SPARSE[name](sparse)
 
 
-@pytest.mark.parametrize("cls", [FusedInfoNCELoss, SupConLoss])
-def test_a_word_is_no_answer_to_whether_to_normalize(cls):
-    with pytest.raises(ValueError, match="normalize must be one of True, False, got 'no'"):
-        cls(normalize="no")
+SWITCHES = ("symmetric", "in_batch_negatives", "temperature_squared", "spare_negatives", "contrast_keys", "normalize")
+
+
+@pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
+def test_a_word_is_no_answer_to_yes_or_no(make):
+    taken = inspect.signature(make).parameters
+    for name in filter(taken.__contains__, SWITCHES):
+        more = {"negatives": "keys"} if "negatives" in taken else {}
+        with pytest.raises(ValueError, match=f"{name} must be one of True, False(, None)?, got 'no'"):
+            make(**{name: "no"}, **more)
+    if "ignore_index" in taken:
+        with pytest.raises(TypeError, match="ignore_index must be an integer, got str"):
+            make(ignore_index="x")
 
 
 META = {

@@ -11,34 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.helpers import two
+from support.losses import LOSSES
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from fused_infonce import (
-    ClipLoss,
-    DCLLoss,
-    DebiasedLoss,
-    DistillationLoss,
     FusedInfoNCELoss,
-    GroupedInfoNCELoss,
-    GuidedInfoNCELoss,
     MatryoshkaLoss,
     MoCoLoss,
-    MultipleNegativesLoss,
-    NTXentLoss,
-    SupConLoss,
     info_nce,
 )
 
-LOSSES = {
-    cls.__name__: cls
-    for cls in (
-        ClipLoss, DCLLoss, DebiasedLoss, DistillationLoss, FusedInfoNCELoss, GuidedInfoNCELoss, MultipleNegativesLoss,
-        NTXentLoss, SupConLoss,
-    )
-} | {
-    "GroupedInfoNCELoss": lambda **t: GroupedInfoNCELoss(2, **t), "MoCoLoss": lambda **t: MoCoLoss(4, queue_size=3, **t)
-}  # fmt: skip
 every_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 
 

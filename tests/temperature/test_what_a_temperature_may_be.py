@@ -10,34 +10,18 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import two
+from support.losses import LOSSES
 from torch import nn
 from torch.nn.utils import parametrize
 
 from fused_infonce import (
     ClipLoss,
-    DCLLoss,
-    DebiasedLoss,
-    DistillationLoss,
     FusedInfoNCELoss,
-    GroupedInfoNCELoss,
-    GuidedInfoNCELoss,
-    MoCoLoss,
-    MultipleNegativesLoss,
     NTXentLoss,
-    SupConLoss,
     clip_loss,
     info_nce,
 )
 
-LOSSES = {
-    cls.__name__: cls
-    for cls in (
-        ClipLoss, DCLLoss, DebiasedLoss, DistillationLoss, FusedInfoNCELoss, GuidedInfoNCELoss, MultipleNegativesLoss,
-        NTXentLoss, SupConLoss,
-    )
-} | {
-    "GroupedInfoNCELoss": lambda **t: GroupedInfoNCELoss(2, **t), "MoCoLoss": lambda **t: MoCoLoss(4, queue_size=3, **t)
-}  # fmt: skip
 every_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 
 
