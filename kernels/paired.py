@@ -5,8 +5,8 @@ import triton.language as tl
 
 from .gradient import direction, term
 from .rows import inverse_norm
-from .statistics import FLOOR, store_state, update
-from .tile import cast, live, load_rows, load_vector
+from .statistics import store_state, update
+from .tile import FLOOR, cast, live, load_rows, load_vector
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def paired_statistics_kernel(
     for start_h in range(0, H, BLOCK_H):
         offs_h = start_h + tl.arange(0, BLOCK_H)
         d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
-        m, l, x = update(m, l, x, d * (a[:, None] * b) * s[:, None], keep, 1)
+        m, l, x = update(m, l, x, tl.where(keep, d * (a[:, None] * b) * s[:, None], FLOOR), 1)
     store_state(ROWS_ptr, 0, offs_m, size_q, m, l, x)
 
 
@@ -91,7 +91,7 @@ def paired_gradient_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     a = live(load_vector(A_ptr, offs_m, size_q, 1.0, ACC), zero_row)
-    s, n, u = direction(S_ptr, N_ptr, U_ptr, offs_m, size_q, ACC)
+    r, n, w = direction(S_ptr, N_ptr, U_ptr, a, offs_m, size_q, ACC)
     q = load_rows(Q_ptr, offs_m, stride_qm, size_q, offs_d, D).to(ACC)
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start_h in range(0, H, BLOCK_H):
@@ -99,7 +99,7 @@ def paired_gradient_kernel(
         d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
         b = live(b, zero_row)
         keep = keep & (b != 0.0) & (a != 0.0)[:, None]
-        c = tl.where(keep, term(d, a[:, None], s[:, None], n[:, None], u[:, None], b), 0.0)
+        c = tl.where(keep, term(d, r[:, None], n[:, None], w[:, None], b), 0.0)
         ptrs, inside = cube(K_ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_km, stride_kh)
         k = tl.load(ptrs, mask=inside, other=0.0).to(ACC)
         g += tl.sum(c[:, :, None] * k, 1)

@@ -7,17 +7,14 @@ in slots of a (slots, STATE_SLOTS, size) buffer and are merged in slot order, so
 import triton
 import triton.language as tl
 
-from .tile import load_tile, load_vector, negatives, raw_dots
+from .tile import FLOOR, load_tile, load_vector, negatives, raw_dots
 
-# The logit of what is no negative. Finite: its 2^-inf = 0 times itself is 0, where a logit of -inf gives NaN.
-FLOOR = tl.constexpr(-(2.0**127))
 STATE_SLOTS = tl.constexpr(3)  # vectors of a state
 
 
 @triton.jit
-def update(m, l, x, s, keep, AXIS: tl.constexpr):
-    """Return the states after also seeing the kept logits s along AXIS."""
-    s = tl.where(keep, s, FLOOR)
+def update(m, l, x, s, AXIS: tl.constexpr):
+    """Return the states after also seeing the logits s along AXIS, FLOOR for those that do not count."""
     new = tl.maximum(m, tl.max(s, AXIS))
     shift = tl.where(new == FLOOR, 0.0, new)
     p = tl.exp2(s - tl.expand_dims(shift, AXIS))
@@ -44,18 +41,70 @@ def store_state(S_ptr, slot, offs, size, m, l, x):
     tl.store(ptrs + size * 2, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_start"])
+@triton.jit
+def add_tile(
+    m, l, x, x_tile, start_m, start_n, a, sx,
+    X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, slot,
+    size_x, size_y, D, stride_xm, stride_yn,
+    WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
+    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return the rows' states after one more tile, and write those of its columns into a slot.
+
+    A row outside is not stored, and needs no mask. WHOLE: whether all columns are inside, and negatives. UNSHIFTED: one
+    exponential serves both directions.
+    """
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
+    d = raw_dots(
+        x_tile, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, size_x, size_y, D, ACC, DOT, TMA, BLOCK_M,
+        BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    s = (d * b[None, :]) * (a * sx)[:, None]
+    if not WHOLE:
+        keep = negatives(
+            offs_m, offs_n, size_x, size_y, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE, BLOCK_G, ACC
+        )
+        s = tl.where(keep, s, FLOOR)
+    if UNSHIFTED:
+        p = tl.exp2(s)
+        l += tl.sum(p, 1)
+        if MEAN:
+            x += tl.sum(p * s, 1)
+    else:
+        m, l, x = update(m, l, x, s, 1)
+    if COLUMNS_ptr is not None:
+        none, zero = tl.full((BLOCK_N,), FLOOR, ACC), tl.zeros((BLOCK_N,), ACC)
+        if UNSHIFTED:
+            p = tl.where((offs_m < size_x)[:, None], p, 0.0)
+            cm, cl, cx = zero, tl.sum(p, 0), zero
+            if MEAN:
+                cx = tl.sum(p * s, 0)
+        else:
+            sy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC)
+            t = tl.where((offs_m < size_x)[:, None], (d * a[:, None]) * (b * sy)[None, :], FLOOR)
+            if not WHOLE:
+                t = tl.where(keep, t, FLOOR)
+            cm, cl, cx = update(none, zero, zero, t, 0)
+        store_state(COLUMNS_ptr, slot, offs_n, size_y, cm, cl, cx)
+    return m, l, x
+
+
+@triton.jit(do_not_specialize=["row_start", "slot"])
 def statistics_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr, COLUMNS_ptr,
-    row_start, size_x, size_y, D, stride_xm, stride_yn, split,
-    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
-    DOT: tl.constexpr, HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    row_start, size_x, size_y, D, stride_xm, stride_yn, split, slot,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
+    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, HOIST: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write states of BLOCK_M rows over `split` columns into row slot program_id(1), and of these columns over these
-    rows into column slot 1 + program_id(0).
+    """Write states of BLOCK_M rows over `split` blocks of columns into row slot `slot + program_id(1)`, and of these
+    columns over these rows into column slot 1 + program_id(0).
 
-    s_ij = a_i b_j (x_i . y_j) sx_i for rows, and with sy_j for columns; sx = log2(e) / t.
+    s_ij = a_i b_j (x_i . y_j) sx_i for rows, and with sy_j for columns; sx = log2(e) / t. UNSHIFTED: every exponential
+    fits, every maximum is 0, and both directions have one temperature. Without MEAN the third vector of such states is
+    0. PEEL "off" is of whole tiles that do not meet the diagonal, "on" of the others, with the last columns; "" of all.
     """
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -64,33 +113,34 @@ def statistics_kernel(
     a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
     sx = load_vector(SX_ptr, offs_m, size_x, 1.0, ACC)
     if HOIST:
-        x_tile = load_tile(X_ptr, start_m, stride_xm, size_x, 0, D, BLOCK_M, BLOCK_D, TMA)
+        x_tile = load_tile(X_ptr, start_m, stride_xm, size_x, 0, D, BLOCK_M, BLOCK_D, TMA, False)
     else:
         x_tile = None
-    m = tl.full((BLOCK_M,), FLOOR, ACC)
+    m = tl.full((BLOCK_M,), 0.0 if UNSHIFTED else FLOOR, ACC)
     l = tl.zeros((BLOCK_M,), ACC)
     x = tl.zeros((BLOCK_M,), ACC)
-    for start_n in range(pid_n * split, tl.minimum((pid_n + 1) * split, size_y), BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        d = raw_dots(
-            x_tile, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, size_x, size_y, D, ACC, DOT, TMA, BLOCK_M,
-            BLOCK_N, BLOCK_D,
+    whole, count = size_y // BLOCK_N, tl.cdiv(size_y, BLOCK_N)
+    start, end = pid_n * split, tl.minimum((pid_n + 1) * split, count)
+    met, after = 0, 0  # the first block that meets the diagonal, and the one after the last
+    if PEEL != "":
+        end = tl.minimum(end, whole)
+        if DIAGONAL:
+            met = tl.minimum(tl.maximum(start_m // BLOCK_N, start), end)
+            after = tl.minimum(tl.maximum(tl.cdiv(start_m + BLOCK_M, BLOCK_N), start), end)
+    blocks = end - start - (after - met)
+    if PEEL == "on":
+        blocks = (after - met) + (count - whole)
+    for k in range(0, blocks):
+        if PEEL == "on":
+            block = tl.where(k < after - met, met + k, whole + k - (after - met))
+        else:
+            block = start + k + tl.where(start + k >= met, after - met, 0)
+        m, l, x = add_tile(
+            m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr,
+            guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, D, stride_xm, stride_yn, PEEL == "off", TARGET, DIAGONAL,
+            GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
-        z = d * (a[:, None] * b[None, :])
-        inside_m, inside_n = offs_m < size_x, offs_n < size_y
-        keep = negatives(
-            inside_m, inside_n, offs_m, offs_n, size_x, size_y, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL,
-            GUIDE, BLOCK_G, ACC,
-        )  # fmt: skip
-        m, l, x = update(m, l, x, z * sx[:, None], keep, 1)
-        if COLUMNS_ptr is not None:
-            sy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC)
-            none = tl.full((BLOCK_N,), FLOOR, ACC)
-            zero = tl.zeros((BLOCK_N,), ACC)
-            cm, cl, cx = update(none, zero, zero, z * sy[None, :], keep, 0)
-            store_state(COLUMNS_ptr, pid_m + 1, offs_n, size_y, cm, cl, cx)
-    store_state(ROWS_ptr, pid_n, offs_m, size_x, m, l, x)
+    store_state(ROWS_ptr, slot + pid_n, offs_m, size_x, m, l, x)
 
 
 @triton.jit(do_not_specialize=["first", "slots"])

@@ -6,6 +6,9 @@
 import triton
 import triton.language as tl
 
+# The logit of what is no negative. Finite: its 2^-inf = 0 times itself is 0, where a logit of -inf gives NaN.
+FLOOR = tl.constexpr(-(2.0**127))
+
 
 @triton.jit
 def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
@@ -31,15 +34,23 @@ def load_rows(ptr, offs, stride, size, offs_d, D):
 
 
 @triton.jit
-def load_tile(ptr, start, stride, size, start_d, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """Load rows from `start` and columns from `start_d` of a matrix: (BLOCK_M, BLOCK_D); 0 outside.
+def load_tile(
+    ptr, start, stride, size, start_d, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr = True,
+):  # fmt: skip
+    """Load rows from `start` and columns from `start_d` of a matrix: (BLOCK_M, BLOCK_D).
 
-    TMA: `ptr` is a descriptor of blocks of this shape, and what is outside is outside of the matrix, not past `size`.
+    A column outside is 0; so is a row outside if MASKED, else it is the last row. TMA: `ptr` is a descriptor of blocks
+    of this shape, and what is outside is outside of the matrix, not past `size`.
     """
+    offs_m, offs_d = start + tl.arange(0, BLOCK_M), start_d + tl.arange(0, BLOCK_D)
     if TMA:
         tile = ptr.load([start, start_d])
+    elif MASKED:
+        tile = load_rows(ptr, offs_m, stride, size, offs_d, D)
     else:
-        tile = load_rows(ptr, start + tl.arange(0, BLOCK_M), stride, size, start_d + tl.arange(0, BLOCK_D), D)
+        ptrs = ptr + tl.minimum(offs_m, size - 1).to(tl.int64)[:, None] * stride + offs_d[None, :]
+        tile = tl.load(ptrs, mask=offs_d[None, :] < D, other=0.0)
     return tile
 
 
@@ -70,32 +81,41 @@ def raw_dots(
     ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return d_ij = x_i . y_j, (BLOCK_M, BLOCK_N). `x` holds whole rows where they fit a tile, else None."""
+    """Return d_ij = x_i . y_j, (BLOCK_M, BLOCK_N), of any value outside, such as NaN.
+
+    `x` holds whole rows where they fit a tile, else None.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if x is not None:
-        y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA)
+        y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA, False)
         acc = dot(x, tl.trans(y), acc, DOT)
     else:
         for start_d in range(0, D, BLOCK_D):
-            x_part = load_tile(X_ptr, start_m, stride_xm, size_x, start_d, D, BLOCK_M, BLOCK_D, TMA)
-            y_part = load_tile(Y_ptr, start_n, stride_yn, size_y, start_d, D, BLOCK_N, BLOCK_D, TMA)
+            x_part = load_tile(X_ptr, start_m, stride_xm, size_x, start_d, D, BLOCK_M, BLOCK_D, TMA, False)
+            y_part = load_tile(Y_ptr, start_n, stride_yn, size_y, start_d, D, BLOCK_N, BLOCK_D, TMA, False)
             acc = dot(x_part, tl.trans(y_part), acc, DOT)
     return acc
 
 
 @triton.jit
+def meets_diagonal(start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return whether a tile holds a pair (i, i)."""
+    return (start_m < start_n + BLOCK_N) & (start_n < start_m + BLOCK_M)
+
+
+@triton.jit
 def negatives(
-    valid_m, valid_n, offs_m, offs_n, size_x, size_y,
+    offs_m, offs_n, size_x, size_y,
     TARGET_ptr, XI_ptr, YI_ptr, guide,
     TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return which pairs are negatives: (BLOCK_M, BLOCK_N).
+    """Return which pairs are negatives, of columns inside: (BLOCK_M, BLOCK_N).
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
     GUIDE: how the guide's rows are multiplied, as DOT of `dot`, or "" without one; `guide` is
     (GX, GY, inverse norms of both, ceilings of x, row length, strides).
     """
-    keep = valid_m[:, None] & valid_n[None, :]
+    keep = (offs_m[:, None] >= 0) & (offs_n[None, :] < size_y)
     if DIAGONAL:
         keep = keep & (offs_m[:, None] != offs_n[None, :])
     if TARGET != 0:

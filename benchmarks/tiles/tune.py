@@ -102,7 +102,8 @@ def instead(tile: Tile, arch: str, kernel: str, dtype: torch.dtype) -> Iterator[
 def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device) -> Run:
     """A function that launches one of WORKLOADS as `info_nce` of (n, d) rows does, and returns what is compared."""
     from fused_infonce.backends.contract import LOG2E
-    from fused_infonce.backends.triton.gradient import add_streaming_gradient, write_coefficients, write_exponentials
+    from fused_infonce.backends.triton.coefficients import block_of, write_coefficients, write_exponentials
+    from fused_infonce.backends.triton.gradient import add_streaming_gradient
     from fused_infonce.backends.triton.launch import Excluded, Side
     from fused_infonce.backends.triton.statistics import merged, row_states, unwritten
 
@@ -116,14 +117,14 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
     if name in ("statistics", "columns"):
         columns = None if name == "statistics" else unwritten(scale)
         y = y if columns else Side(y.rows, y.inverse)
-        return lambda: (row_states(x, y, excluded, columns, limit), *(columns or ())[1:])
-    c = torch.empty((min(n, 4096), n), dtype=dtype, device=device)
+        return lambda: (row_states(x, y, excluded, columns, limit, unshifted=True, mean=False), *(columns or ())[1:])
+    some = slice(0, min(n, 4096))
     if name == "exponentials":
         y = Side(y.rows, y.inverse)
-        return lambda: (c, write_exponentials(c, x, y, slice(0, len(c)), excluded))
+        return lambda: write_exponentials(block_of(x, y, some.stop, n), x, y, some, excluded, mean=False)
     y = Side(y.rows, y.inverse)
-    found = merged(row_states(x, y, excluded, None, limit), scale)
-    x = Side(x.rows, x.inverse, None, scale, found.maximum, found.scale * scale / n)
+    found = merged(row_states(x, y, excluded, None, limit, unshifted=True, mean=False), scale)
+    x = Side(x.rows, x.inverse, None, scale, None, found.scale * scale / n)
     if name == "gradient":
         g = torch.empty((1, n, d), dtype=acc, device=device)
 
@@ -134,8 +135,7 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
         return gradient
 
     def coefficients() -> tuple[Tensor, ...]:
-        write_coefficients(c, x, y, slice(0, len(c)), slice(0, n), excluded)
-        return (c,)
+        return (write_coefficients(block_of(x, y, some.stop, n), x, y, some, slice(0, n), excluded),)
 
     return coefficients
 

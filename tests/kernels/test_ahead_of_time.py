@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 AOT = ROOT / "tests" / "support" / "aot.py"
 RECORD = ROOT / "benchmarks" / "results" / "tiles.csv"
-TILED = {"statistics_kernel", "gradient_kernel", "coefficients_kernel"}
+TILED = {"statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel"}
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.serial, pytest.mark.timeout(600)]  # compiles on all cores

@@ -28,7 +28,12 @@ from support.problems import (
 )
 from torch import Tensor
 
-from fused_infonce.backends.contract import Upstream
+from fused_infonce.backends.contract import Temperature, Upstream
+from fused_infonce.backends.plan import Plan
+
+launch = pytest.importorskip(
+    "fused_infonce.backends.triton.launch", reason="triton is not installed", exc_type=ImportError
+)
 
 pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
 
@@ -47,6 +52,45 @@ SHAPES = [(1, 1, 20), (1, 17, 1), (2, 15, 16), (15, 2, 33), (16, 16, 32), (17, 3
 def test_ragged_shapes_keep_the_bounds(n, m, d, plan):
     target = None if n <= m else torch.randint(m, (n,))
     check(make(n, m, d, target=target, normalize=d > 1), plan)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Every launch is divided into the tiles that need a mask and the others, however few they are."""
+    monkeypatch.setattr(launch, "PEELED", 1)
+
+
+@both_plans
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize(
+    ("n", "m", "options"),
+    [
+        (70, 129, {}), (33, 96, {}), (64, 64, {"columns": True}), (97, 97, {"columns": True}),
+        (40, 70, {"in_batch": False}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("shared_t", [False, True])
+def test_tiles_without_a_mask_keep_the_bounds(n, m, options, shared_t, bounded, plan, apart):
+    problem = make(n, m, 20, **options)
+    if shared_t:
+        problem = replace(problem, temperature=Temperature(torch.full((1,), 0.3, dtype=torch.float64)))
+    if not problem.in_batch:  # keys of no diagonal, the last of which are outside
+        problem = with_segments(problem, 77)
+    check(problem, replace(plan, bounded=bounded))
+
+
+@pytest.mark.parametrize("shared", [None, 77])
+@pytest.mark.parametrize(("n", "m", "rows"), [(70, 129, 40), (129, 129, 64), (33, 64, 33)])
+def test_one_pass_without_a_mask_equals_one_with(n, m, rows, shared, apart, monkeypatch):
+    problem = with_segments(make(n, m, 20), shared)
+    wanted = [True] * (len(problem.inputs) + 1)
+    chosen, weight, found = Plan("onepass", rows, m, LIMIT, 0, "", bounded=True), torch.rand(n), []
+    for peeled in (1, 1000):
+        monkeypatch.setattr(launch, "PEELED", peeled)
+        loss, grads, logits = backend.onepass(problem, chosen, "infonce", weight, wanted)
+        found.append([loss, logits, *grads])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
 @both_plans

@@ -31,8 +31,8 @@ def tma(monkeypatch):
     counts = []
     arguments = launch.pair_arguments
 
-    def counted(*args):
-        result = arguments(*args)
+    def counted(*args, **options):
+        result = arguments(*args, **options)
         counts.append(result["TMA"])
         assert result["TMA"] == (not isinstance(result["X_ptr"], Tensor)) == (not isinstance(result["Y_ptr"], Tensor))
         return result
@@ -42,7 +42,7 @@ def tma(monkeypatch):
         counts.clear()
         return counts
 
-    for launcher in ("statistics", "gradient"):
+    for launcher in ("statistics", "gradient", "coefficients"):
         monkeypatch.setattr(import_module(f"fused_infonce.backends.triton.{launcher}"), "pair_arguments", counted)
     return switch
 

@@ -53,7 +53,7 @@ TENSOR_CORE = {  # what a tile of 16-bit inputs must compile to
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
-TILED = ("statistics_kernel", "gradient_kernel", "coefficients_kernel")
+TILED = ("statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel")
 DESCRIPTORS = ("sm_90", "sm_100")  # targets that can load tiles through tensor descriptors
 TYPES = {
     torch.float16: "*fp16",
@@ -69,7 +69,9 @@ class Case:
     target: str
     dtype: str
     d: int
-    variant: str  # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide
+    # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
+    # "bounded" and "bounded columns": plain and columns where every exponential fits and no mean is needed
+    variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
 
@@ -119,7 +121,8 @@ def launches(case: Case) -> list[Launch]:
 
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-    n, d, acc = 512, case.d, accumulator(dtype)
+    # of 16-bit rows enough for tiles on a diagonal to have launches of their own
+    n, d, acc = 4096 if dtype.itemsize == 2 else 512, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     general = case.variant == "general"
     names, guide = (ids if general else None), (x if case.variant == "guided" else None)
@@ -128,7 +131,7 @@ def launches(case: Case) -> list[Launch]:
         keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), torch.zeros(n, 16, dtype=torch.int64)))
     problem = Problem(
         KeySet(x, names, guide), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
-        ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns=case.variant == "columns",
+        ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
     )  # fmt: skip
     saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
     triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
@@ -137,13 +140,14 @@ def launches(case: Case) -> list[Launch]:
         u = torch.zeros(n, dtype=acc)
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
-            plan = Plan(name, 512, 512, 1 << 28, 0, "")
+            bounded = "bounded" in case.variant
+            plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=not bounded)
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
             backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
         if not problem.columns:
-            plan = Plan("onepass", 512, 512, 1 << 28, 0, "")
-            backend.onepass(problem, plan, "infonce", u, [True] * (len(problem.inputs) + 1))
+            plan = Plan("onepass", n, n, 1 << 28, 0, "")
+            backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
     finally:
         triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA = saved
     return recorded
@@ -170,7 +174,7 @@ def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTS
     for index, parameter in enumerate(fn.params):
         value, free = arguments[parameter.name], parameter.do_not_specialize
         signature[parameter.name] = type_of(value, (index,), parameter.is_constexpr, free)
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    options = {name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
     return ASTSource(fn, signature, constants, attributes), options
 
 
@@ -233,15 +237,20 @@ def default_cases() -> Iterator[Case]:
 
 
 def all_cases() -> Iterator[Case]:
+    """Yield a row length for every entry of the table: up to 128, to 256, and longer; of "gradient" also 64 and 512."""
     for target in TARGETS:
-        for dtype in ("bfloat16", "float32", "tf32", "float64"):
-            for d in (64, 128, 256, 512, 1024):
-                for variant in ("plain", "columns", "general", "guided"):
-                    yield Case(target, dtype, d, variant, TILED)
+        for d in (128, 256, 1024):
+            for variant in ("plain", "columns", "general", "guided", "bounded", "bounded columns"):
+                yield Case(target, "bfloat16", d, variant, TILED)
+        for variant in ("plain", "columns"):
+            for d in (64, 512):
+                yield Case(target, "bfloat16", d, variant, ("gradient_kernel",))
+            for dtype in ("float32", "tf32", "float64"):
+                yield Case(target, dtype, 512, variant, TILED)
+                yield Case(target, dtype, 128, variant, ("gradient_kernel",))
     for target in DESCRIPTORS:
-        for d in (64, 128, 256, 512, 1024):
-            for variant in ("plain", "columns"):
-                yield Case(target, "bfloat16", d, variant, TILED, tma=True)
+        for variant in ("bounded", "bounded columns"):
+            yield Case(target, "bfloat16", 256, variant, TILED, tma=True)
 
 
 def compile_all(cases: list[Case]) -> list[Result]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..plan import PRODUCT_SHARE, Plan
 from ..precision import accumulator
-from .gradient import add_streaming_gradient, gradient_slots, write_coefficients
+from .coefficients import block_of, block_size, write_coefficients
+from .gradient import add_streaming_gradient, gradient_slots
 from .launch import Excluded, Side
 from .work import Work
 
@@ -45,16 +46,18 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     if not segments:
         return {}
     accumulators: dict[int, Tensor] = {}
-    block_rows, block_cols = min(plan.rows, n), min(plan.cols, max(len(keys) for _, keys, _ in segments))
-    block = query.rows.new_empty((block_rows, aligned(block_cols, query.rows)))
+    widest = max((keys for _, keys, _ in segments), key=len)
+    block_rows, block_cols = block_size(query, widest, plan.rows, plan.cols)
+    if mirrored:
+        block_rows = block_cols = min(block_rows, block_cols)
+    block = block_of(query, widest, block_rows, block_cols)
     for index, keys, excluded in segments:
         symmetric = mirrored and index == 1
         for rows in slices(n, block_rows):
             for cols in slices(len(keys), block_cols):
                 if symmetric and cols.start < rows.start:
                     continue
-                c = block[: rows.stop - rows.start, : cols.stop - cols.start]
-                write_coefficients(c, query, keys, rows, cols, excluded)
+                c = write_coefficients(block, query, keys, rows, cols, excluded)
                 if wanted[0]:
                     add_product(accumulators, 0, query, rows, c, keys.rows[cols], plan.limit)
                 other = 0 if symmetric else index
@@ -65,12 +68,6 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
 
 def slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def aligned(cols: int, like: Tensor) -> int:
-    """Return a row length with which long rows start at multiples of 16 bytes, as library products want."""
-    lane = 16 // like.element_size()
-    return cols if cols < 16 * lane else -(-cols // lane) * lane
 
 
 @cache

@@ -13,13 +13,13 @@ from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import loss_and_slope
 from . import launch, paired, tiles
-from .accumulate import add_product, aligned, slices, streaming, workspace
+from .accumulate import add_product, slices, streaming, workspace
+from .coefficients import block_of, write_exponentials
 from .finish import Partners, finish
-from .gradient import write_exponentials
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
 from .statistics import SLOTS, merged, row_states, unwritten
-from .work import Work, prepare
+from .work import Work, prepare, unshifted
 
 FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 4 below overflow
 
@@ -40,12 +40,14 @@ def unavailable(tensor: Tensor) -> str:
 
 def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
     with torch.cuda.device_of(problem.query.rows):
-        work, pos = prepare(problem, positives=True)
+        work, pos = prepare(problem, plan, positives=True)
         query, n = work.query, len(work.query)
         assert pos is not None
         columns = unwritten(pos) if problem.columns else None
         states = [
-            row_states(query, keys, excluded, columns if index == 1 else None, plan.limit)
+            row_states(
+                query, keys, excluded, columns if index == 1 else None, plan.limit, unshifted(problem, plan), plan.mean
+            )
             for index, keys, excluded in work.segments
         ]
         states += [paired.paired_states(query, keys) for keys in work.paired.values()]
@@ -58,7 +60,7 @@ def gradients(
     kept: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:  # fmt: skip
     with torch.cuda.device_of(problem.query.rows):
-        work, _ = prepare(problem, statistics, upstream)
+        work, _ = prepare(problem, plan, statistics, upstream)
         work, unscale = in_float16_range(work)
         rows = problem.query.rows
         fits = rows.shape[1] <= tiles.STREAMING_MAX_D[rows.dtype] and problem.ceiling is None
@@ -75,24 +77,25 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     queries themselves in the products for the keys.
     """
     with torch.cuda.device_of(problem.query.rows):
-        work, pos = prepare(problem, positives=True)
+        work, pos = prepare(problem, plan, positives=True)
         query, t = work.query, problem.temperature.values
         assert pos is not None
         states = [paired.paired_states(query, keys) for keys in work.paired.values()]
         segments = list(work.segments)
-        blocks = [query.rows.new_empty((plan.rows, aligned(len(keys), query.rows))) for _, keys, _ in segments]
+        blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
         accumulators: dict[int, Tensor] = {}
         losses, slopes, factors, found = [], [], [], []
         for rows in slices(len(query), plan.rows):
-            size = rows.stop - rows.start
-            chunk = [(block[:size, : len(s[1])], *s) for block, s in zip(blocks, segments, strict=True)]
-            parts = [write_exponentials(c, query, keys, rows, excluded) for c, _, keys, excluded in chunk]
-            parts += [state[:, :, rows].contiguous() for state in states]
+            chunk = [
+                write_exponentials(block, query, keys, rows, excluded, wanted[-1])
+                for block, (_, keys, excluded) in zip(blocks, segments, strict=True)
+            ]
+            parts = [state for _, state in chunk] + [state[:, :, rows].contiguous() for state in states]
             rows_pos, w, rows_t = (part_of(x, rows) for x in (pos, weight, t))
             found.append(merged(parts[0] if len(parts) == 1 else torch.cat(parts), rows_pos))
             value, u = loss_and_slope(loss, found[-1].neg - rows_pos, w)
             factor, scaled = scaled_rows(query, rows, u, found[-1], rows_t)
-            for c, index, keys, _ in chunk:
+            for (c, _), (index, keys, _) in zip(chunk, segments, strict=True):
                 if wanted[0]:
                     add_product(accumulators, 0, query, rows, c, keys.rows, plan.limit)
                 if wanted[index]:

@@ -20,6 +20,7 @@ try:
 except ImportError:  # an old triton
     TensorDescriptor = None
 
+PEELED = 8  # blocks of columns from which on tiles that need a mask have a launch of their own: an estimate
 MOST_PARTS = 64  # one program merges all parts of its rows, one after the other: an estimate
 INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
@@ -32,7 +33,7 @@ class Side:
     inverse: Tensor | None  # inverse norms or scales; None: 1
     ids: Tensor | None = None
     scale: Tensor | None = None  # log2(e) / t
-    shift: Tensor | None = None  # the statistics' maximum, whose scale is in the weight
+    shift: Tensor | None = None  # the statistics' maximum, whose scale is in the weight; None: 0
     weight: Tensor | None = None  # u r / t; None: this side's statistics have no gradient
     guide: Tensor | None = None  # (n, D'), the guide's rows, the last dimension contiguous
     guide_inverse: Tensor | None = None
@@ -131,8 +132,17 @@ def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
-    """Return the arguments that describe the two sides to every tile kernel."""
+def peeled(x: Side, y: Side, excluded: Excluded, across: int) -> bool:
+    """Return whether the tiles that need a mask have a launch of their own, the others then having none.
+
+    across: blocks of columns, few of which may meet the diagonal.
+    """
+    ids = x.ids is not None and y.ids is not None
+    return across >= PEELED and excluded.target is None and not ids and not guided(x, y)
+
+
+def pair_arguments(tile: tiles.Tile, x: Side, y: Side, bounded: bool = False) -> dict[str, Any]:
+    """Return the arguments that describe the two sides to every tile kernel; bounded: with the tile's registers."""
     tma = tile.tma and describable(x.rows) and describable(y.rows)
     return {
         "X_ptr": described(x.rows, tile.block_m, tile.block_d) if tma else x.rows,
@@ -141,6 +151,7 @@ def pair_arguments(tile: tiles.Tile, x: Side, y: Side) -> dict[str, Any]:
         "D": x.rows.shape[1], "stride_xm": x.rows.stride(0), "stride_yn": y.rows.stride(0),
         "ACC": acc_of(x.rows), "DOT": dot_of(x.rows), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d, "num_warps": tile.warps, "num_stages": tile.stages,
+        **({"maxnreg": tile.registers} if bounded and tile.registers else {}),
     }  # fmt: skip
 
 

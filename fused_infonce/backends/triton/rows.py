@@ -18,11 +18,13 @@ from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows
 def side(
     keys: KeySet, normalize: bool, temperature: Tensor | None = None, *, statistics: RowStatistics | None = None,
     u: Tensor | None = None, positive: tuple[KeySet, Tensor | None] | None = None, ceiling: Tensor | None = None,
+    shifted: bool = True,
 ) -> tuple[Side, Tensor | None]:  # fmt: skip
     """Return a set of rows made ready for tile passes, and the (N,) logits of its targets if asked for.
 
     temperature: of the direction whose rows they are; statistics, u: of that direction, for its gradients
     positive: the set that holds the rows' targets, and the targets
+    shifted: whether a maximum of the statistics may be other than 0
     """
     x, ids = contiguous_rows(keys.rows), contiguous(keys.ids)
     inverse = vector(x, x.shape[0]) if normalize else contiguous(keys.scale)
@@ -40,7 +42,7 @@ def side(
         )  # fmt: skip
     guide = None if keys.guide is None else contiguous_rows(keys.guide)
     norms = None if guide is None else _inverse_norms(guide)
-    shift = None if statistics is None else statistics.maximum
+    shift = statistics.maximum if statistics is not None and shifted else None
     zero_row = 1 / EPS if normalize else math.inf
     return Side(x, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), zero_row), pos
 

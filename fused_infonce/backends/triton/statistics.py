@@ -16,6 +16,7 @@ from .launch import (
     columns_per_program,
     guide_arguments,
     pair_arguments,
+    peeled,
     run,
     tile_of,
 )
@@ -47,31 +48,41 @@ def merged(states: Tensor, pos: Tensor) -> RowStatistics:
     return into
 
 
-def row_states(x: Side, y: Side, excluded: Excluded, columns: RowStatistics | None, limit: int) -> Tensor:
+def row_states(
+    x: Side, y: Side, excluded: Excluded, columns: RowStatistics | None, limit: int, unshifted: bool, mean: bool
+) -> Tensor:
     """Return the (slots, SLOTS, N) states of the rows of x over y.
 
     columns: the statistics that those of y over x are merged into.
+    unshifted, mean: of a plan and a problem; see the kernel.
 
     Row states take a slot for each part of the columns, as many as half of `limit` bytes hold; column states one for
     each block of rows, hence as many launches as keep them within the other half.
     """
     n, m = len(x), len(y)
-    tile = tile_of("statistics" if columns is None else "columns", x, y)
-    blocks = cdiv(n, tile.block_m)
+    tile = tile_of("statistics" if columns is None else "both" if unshifted else "columns", x, y)
+    blocks, across = cdiv(n, tile.block_m), cdiv(m, tile.block_n)
     step, state = blocks, SLOTS * accumulator(x.rows.dtype).itemsize
     if columns is not None:
         step = max(1, min(blocks, limit // 2 // (state * max(m, 1)) - 1))
-    split = columns_per_program(step, m, tile.block_n, x.rows.device, limit // 2 // (state * max(n, 1)), WAVES)
-    states = x.rows.new_empty((cdiv(m, split), SLOTS, n), dtype=accumulator(x.rows.dtype))
+    most = limit // 2 // (state * max(n, 1))
+    peel = most > 1 and peeled(x, y, excluded, across)
+    split = columns_per_program(step, m, tile.block_n, x.rows.device, most - peel, WAVES) // tile.block_n
+    parts = cdiv(across, split)
+    states = x.rows.new_empty((parts + peel, SLOTS, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states.new_empty((step + 1, SLOTS, m))
     for start in range(0, blocks, max(step, 1)):
         count = min(step, blocks - start)
-        run(
-            statistics_kernel, (count, states.shape[0]),
-            ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m, split=split,
-            HOIST=x.rows.shape[1] <= tile.block_d, **pair_arguments(tile, x, y), **excluded.arguments(x, y),
-            **guide_arguments(x, y),
-        )  # fmt: skip
+        for name in ("off", "on") if peel else ("",):
+            alone = name == "on"  # over all columns, into the last slot
+            run(
+                statistics_kernel, (count, 1 if alone else parts),
+                ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m,
+                split=across if alone else split, slot=parts if alone else 0, PEEL=name, UNSHIFTED=unshifted,
+                MEAN=mean or not unshifted, HOIST=x.rows.shape[1] <= tile.block_d,
+                **pair_arguments(tile, x, y, bounded=name == "off"), **excluded.arguments(x, y),
+                **guide_arguments(x, y),
+            )  # fmt: skip
         if columns is not None and slots is not None:
             last = start + count == blocks
             merge(slots, 0 if start else 1, count + 1, columns if last else None)

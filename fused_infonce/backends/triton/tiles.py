@@ -18,10 +18,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool = False  # rows through tensor descriptors: not yet measured
+    registers: int | None = None  # a bound on a thread's registers, so that two programs fit a processor; None: none
 
 
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
 # "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
+# "columns" are statistics of both directions, "both" those that one exponential serves, and "coefficients_columns"
+# coefficients of two exponentials. A bound on registers is for tiles without masks.
 Rows = tuple[tuple[int | None, Tile], ...]
 TABLE: dict[str, dict[str, dict[str, Rows]]] = {
     INTERPRETER: {
@@ -68,6 +71,9 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
             ),
         },
         "columns": {
+            "half": ((128, Tile(128, 64, 128, 8, 2)), (256, Tile(128, 64, 256, 8, 2)), (None, Tile(128, 64, 64, 8, 3))),
+        },
+        "both": {
             "half": (
                 (128, Tile(128, 128, 128, 8, 2)),
                 (256, Tile(128, 128, 256, 8, 2)),
@@ -80,19 +86,24 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "coefficients": {
             "half": ((None, Tile(128, 128, 64, 8, 3)),),
         },
+        "exponentials": {"half": ((None, Tile(128, 128, 64, 8, 3, registers=128)),)},
+        "coefficients_columns": {"half": ((None, Tile(128, 64, 64, 8, 3)),)},
     },
     "sm_100": {
         "statistics": {
             "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
         },
-        "columns": {
-            "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
-        },
+        "columns": {"half": ((128, Tile(128, 64, 128, 8, 3)), (None, Tile(128, 64, 64, 8, 3)))},
         "gradient": {
             "half": ((256, Tile(128, 64, 16, 8, 2)), (512, Tile(64, 32, 16, 8, 2))),
         },
         "coefficients": {
+            "half": ((None, Tile(128, 64, 64, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 4, 2)),),
+        },
+        "exponentials": {"half": ((None, Tile(128, 128, 64, 8, 3)),)},
+        "both": {
+            "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
         },
     },
     "gfx942": {
@@ -109,6 +120,8 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
 # Where an architecture has no entry for a kernel, a dtype class or a row length, its parent's is taken. Only the
 # interpreter has entries of one dtype class, "half", for all.
 PARENT = {"sm_86": "sm_80", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
+# The kernel whose entry is taken where an architecture has none for another.
+INSTEAD = {"exponentials": "coefficients", "coefficients_columns": "coefficients", "both": "columns"}
 CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single", torch.float64: "double"}
 
@@ -157,7 +170,8 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
     """Return the tile of a kernel over rows of length d; a "gradient" tile holds whole rows."""
     where: str | None = arch
     while where:
-        classes = TABLE.get(where, {}).get(kernel, {})
+        of_arch = TABLE.get(where, {})
+        classes = of_arch.get(kernel) or of_arch.get(INSTEAD.get(kernel, ""), {})
         rows = classes.get(CLASSES[dtype]) or (classes["half"] if where == INTERPRETER else ())
         for longest, entry in rows:
             if longest is None or d <= longest:

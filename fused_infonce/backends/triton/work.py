@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..contract import Problem, Statistics, Upstream
+from ..plan import Plan
 from . import paired
 from .launch import Excluded, Side, contiguous
 from .paired import Paired
@@ -33,8 +34,20 @@ class Work:
                 yield index, keys, Excluded(self.target, diagonal) if index == 1 else Excluded()
 
 
+def unshifted(problem: Problem, plan: Plan) -> bool:
+    """Return whether every exponential fits as it is and serves all directions, and nobody asks for a maximum.
+
+    Paired keys always have one, and a guide needs one, because a pair that one tile's rounding leaves out and another's
+    does not has a probability that only a maximum bounds.
+    """
+    one = problem.temperature.shared or not (problem.columns or problem.self_similar)
+    shared = all(keys.rows.dim() == 2 for keys in problem.keys)
+    return plan.bounded and not plan.full and problem.ceiling is None and one and shared
+
+
 def prepare(
-    problem: Problem, statistics: Statistics | None = None, upstream: Upstream | None = None, positives: bool = False,
+    problem: Problem, plan: Plan, statistics: Statistics | None = None, upstream: Upstream | None = None,
+    positives: bool = False,
 ) -> tuple[Work, Tensor | None]:  # fmt: skip
     """Return the problem made ready, for gradients with statistics and their upstream, and with `positives` the logits
     of the targets."""
@@ -43,14 +56,15 @@ def prepare(
     slope = column_slope = None
     if statistics is not None and upstream is not None:
         (rows, columns), slope, column_slope = statistics, upstream.neg, upstream.column_neg
+    shifted = not unshifted(problem, plan)
     query, pos = side(
         problem.query, normalize, t, statistics=rows, u=slope, positive=(first, target) if positives else None,
-        ceiling=problem.ceiling,
+        ceiling=problem.ceiling, shifted=shifted,
     )  # fmt: skip
     if problem.self_similar:  # in a backward C + C^T serves both sides at once
         key = replace(query, ids=contiguous(first.ids), scale=query.scale if upstream else None)
     elif problem.columns:
-        key, _ = side(first, normalize, t, statistics=columns, u=column_slope)
+        key, _ = side(first, normalize, t, statistics=columns, u=column_slope, shifted=shifted)
     else:
         key, _ = side(first, normalize)
     shared, pairs = {1: key}, {}
