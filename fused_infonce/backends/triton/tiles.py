@@ -194,8 +194,9 @@ def with_guide(tile: Tile) -> Tile:
 
     How much smaller is an estimate, which has not been measured yet.
     """
-    block_m = tile.block_m if tile.block_m > 64 else min(tile.block_m, 32)
-    return tile._replace(block_m=block_m, block_n=min(tile.block_n, 64), warps=max(tile.warps, 8), tma=False)
+    most_m, most_n = (tile.block_m, 64) if tile.block_m > 64 else (32, 32)
+    block_m, block_n = min(tile.block_m, most_m), min(tile.block_n, most_n)
+    return tile._replace(block_m=block_m, block_n=block_n, warps=max(tile.warps, 8), tma=False)
 
 
 def row_tile(arch: str, d: int) -> tuple[int, int]:
