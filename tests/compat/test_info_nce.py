@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import error, evaluate
-from support.libraries import library
+from support.libraries import library, seeds
 from support.side_by_side import assert_same, error_of, refuse_fallback
 
 original = library("info_nce")
@@ -35,7 +35,7 @@ def options_of(mode: str) -> dict[str, Any]:
     return {"negative_mode": "paired"} if mode == "paired" else {}
 
 
-@pytest.mark.parametrize("seed", range(440))
+@pytest.mark.parametrize("seed", seeds(440))
 def test_equals_the_original(seed, monkeypatch):
     """Shapes, modes, reductions, temperatures of every kind, dtypes; as a function and as a module."""
     refuse_fallback(monkeypatch, drop_in)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import DEVICE, both_backends, error, evaluate
-from support.libraries import library, without_package
+from support.libraries import library, seeds, without_package
 from support.processes import in_two_processes
 from support.side_by_side import assert_same, error_of, refuse_fallback
 
@@ -56,7 +56,7 @@ def at(module: ModuleType, t: float, **options: Any) -> Any:
     return lambda out0, out1, temperature=t: module.NTXentLoss(temperature, **options)(out0, out1)
 
 
-@pytest.mark.parametrize("seed", range(440))
+@pytest.mark.parametrize("seed", seeds(440))
 def test_equals_the_original(seed, monkeypatch):
     """Shapes, temperatures of either sign and every kind, dtypes; options that change nothing in one process."""
     refuse_fallback(monkeypatch, drop_in)
@@ -84,7 +84,7 @@ def same_bank(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return type(a) is type(b) and torch.equal(a.bank, b.bank) and torch.equal(a.bank_ptr, b.bank_ptr)
 
 
-@pytest.mark.parametrize("seed", range(440))
+@pytest.mark.parametrize("seed", seeds(440))
 def test_equals_the_original_with_a_memory_bank(seed, monkeypatch):
     """Several calls, so that the bank wraps; it holds the same after each."""
     refuse_fallback(monkeypatch, drop_in)

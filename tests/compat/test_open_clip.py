@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import DEVICE, both_backends, error, evaluate
-from support.libraries import library, without_package
+from support.libraries import library, seeds, without_package
 from support.processes import WORLD, in_two_processes
 from support.side_by_side import assert_same, error_of, refuse_fallback
 
@@ -32,7 +32,7 @@ def features(n: int = N, d: int = D, dtype: torch.dtype = torch.float32) -> dict
     return {"image_features": image.to(dtype), "text_features": text.to(dtype)}
 
 
-@pytest.mark.parametrize("seed", range(440))
+@pytest.mark.parametrize("seed", seeds(440))
 def test_equals_the_original(seed, monkeypatch):
     """Shapes, scales and biases of every kind, constructor options that change nothing in one process, dtypes."""
     refuse_fallback(monkeypatch, drop_in)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import evaluate
+from support.libraries import seeds
 from support.side_by_side import assert_same, error_of
 from torch import Tensor
 
@@ -55,7 +56,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(560))
+@pytest.mark.parametrize("seed", seeds(560))
 def test_equals_the_formula(seed):
     """Shapes, labels and masks of every kind, both contrast modes, temperatures, dtypes."""
     draw = random.Random(seed)

@@ -11,6 +11,11 @@ import pytest
 REQUIRED = os.environ.get("FUSED_INFONCE_COMPAT") == "1"  # then what is missing fails, where else it skips
 
 
+def seeds(count: int) -> range:
+    """Return the seeds of random calls: all of them in `make test-compat`, every fourth of them in `make test`."""
+    return range(0, count, 1 if REQUIRED else 4)
+
+
 def library(name: str, load=importlib.import_module) -> ModuleType:
     """Return a module of a library, or skip the test module that asks for it where the library is missing."""
     if REQUIRED:

@@ -40,9 +40,8 @@ def unshifted(problem: Problem, plan: Plan) -> bool:
     Paired keys always have one, and a guide needs one, because a pair that one tile's rounding leaves out and another's
     does not has a probability that only a maximum bounds.
     """
-    one = problem.temperature.shared or not (problem.columns or problem.self_similar)
-    shared = all(keys.rows.dim() == 2 for keys in problem.keys)
-    return plan.bounded and not plan.full and problem.ceiling is None and one and shared
+    shared = problem.temperature.shared and all(keys.rows.dim() == 2 for keys in problem.keys)
+    return plan.bounded and not plan.full and problem.ceiling is None and shared
 
 
 def prepare(
