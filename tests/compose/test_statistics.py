@@ -125,7 +125,8 @@ def test_pos_and_neg_have_the_gradients_of_finite_differences(backend, columns, 
         found = directions(statistics(query, key, temperature=temperature, **options))
         return tuple(x for rows in found for x in (rows.pos, rows.neg))
 
-    assert torch.autograd.gradcheck(differentiable, leaves, fast_mode=columns)
+    slow = columns or backend == "triton"  # where every component in turn takes half a minute
+    assert torch.autograd.gradcheck(differentiable, leaves, fast_mode=slow)
 
 
 @every_backend
