@@ -29,17 +29,22 @@ def said(why: Exception) -> str:
     return str(why).partition(", got")[0]
 
 
-def fused_or(original: Callable[[], Result], what: str, fused: Callable[[], Result]) -> Result:
+def fused_or(
+    original: Callable[[], Result], what: str, fused: Callable[[], Result],
+    then: Callable[[Result], Result] | None = None,
+) -> Result:  # fmt: skip
     """Return what `fused` returns; where it refuses the call, what the original does, or raise the original's error.
 
-    The original's error shows that of `fused` as its context.
+    The original's error shows that of `fused` as its context. then: applied to what `fused` returned; an error in it
+    is not taken for a refusal.
     """
     try:
-        return fused()
+        result = fused()
     except (TypeError, ValueError) as why:
         result = original()
         say_once(what, said(why))
         return result
+    return result if then is None else then(result)
 
 
 def loss_dtype(rows: Tensor, temperature: object = None) -> torch.dtype:

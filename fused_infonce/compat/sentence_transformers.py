@@ -105,7 +105,8 @@ class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRanking
         return fused_or(
             partial(super().calculate_loss, reps, labels, with_backward=with_backward),
             "CachedMultipleNegativesRankingLoss",
-            lambda: _with_backward(_multiple_negatives(self.loss, [torch.cat(parts) for parts in reps]), with_backward),
+            lambda: _multiple_negatives(self.loss, [torch.cat(parts) for parts in reps]),
+            _backward if with_backward else None,
         )
 
 
@@ -148,17 +149,14 @@ class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
         """
 
         def fused() -> Tensor:
-            columns = ([torch.cat(parts) for parts in every] for every in (reps, reps_guided))
-            return _with_backward(_guided(self, *columns), with_backward)
+            return _guided(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)))
 
         original = partial(super().calculate_loss, reps, reps_guided, with_backward=with_backward)
-        return fused_or(original, "CachedGISTEmbedLoss", fused)
+        return fused_or(original, "CachedGISTEmbedLoss", fused, _backward if with_backward else None)
 
 
-def _with_backward(loss: Tensor, with_backward: bool) -> Tensor:
-    """Return a loss; if asked, make the gradients of its embeddings first, and detach it."""
-    if not with_backward:
-        return loss
+def _backward(loss: Tensor) -> Tensor:
+    """Make the gradients of a loss's embeddings, and return it detached."""
     loss.backward()
     return loss.detach()
 
