@@ -17,6 +17,7 @@ from support.helpers import (
     embeddings,
     error,
     evaluate,
+    every_pair,
     on,
     oracle,
     stretch,
@@ -65,9 +66,7 @@ def test_few_rows_whose_scores_are_held_at_once_keep_the_bounds(kind, temperatur
     assert {p.name for p in plans} == {"dense"} or dtype == torch.float16
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.05])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@every_pair(kind=KINDS, temperature=[0.01, 0.02, 0.05], dtype=[torch.bfloat16, torch.float32])
 def test_many_rows_keep_the_bounds_at_low_temperatures(kind, temperature, dtype):
     """The size at which 16-bit inputs are held to a loss error of 1e-5 whatever the temperature."""
     rows = [x.to(dtype) for x in embeddings(kind, MANY_ROWS, 256)[:2]]

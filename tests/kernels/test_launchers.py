@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.helpers import DEVICE, TRITON, embeddings, error, stretch
+from support.helpers import DEVICE, TRITON, embeddings, error, every_pair, stretch
 from support.problems import (
     LIMIT,
     PLANS,
@@ -60,17 +60,15 @@ def apart(monkeypatch):
     monkeypatch.setattr(launch, "PEELED", 1)
 
 
-@both_plans
-@pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize(
-    ("n", "m", "options"),
-    [
+@every_pair(
+    call=[
         (70, 129, {}), (33, 96, {}), (64, 64, {"columns": True}), (97, 97, {"columns": True}),
         (40, 70, {"in_batch": False}),
     ],
+    shared_t=[False, True], bounded=[False, True], plan=PLANS,
 )  # fmt: skip
-@pytest.mark.parametrize("shared_t", [False, True])
-def test_tiles_without_a_mask_keep_the_bounds(n, m, options, shared_t, bounded, plan, apart):
+def test_tiles_without_a_mask_keep_the_bounds(call, shared_t, bounded, plan, apart):
+    n, m, options = call
     problem = make(n, m, 20, **options)
     if shared_t:
         problem = replace(problem, temperature=Temperature(torch.full((1,), 0.3, dtype=torch.float64)))
@@ -105,12 +103,12 @@ def test_column_statistics_do_not_depend_on_the_limit(n, ids, plan):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
 
 
-@both_plans
-@pytest.mark.parametrize("in_batch", [True, False])
-@pytest.mark.parametrize("ids", [False, True])
-@pytest.mark.parametrize(("shared", "own"), [(None, None), (21, None), (None, 3), (40, 18)])
-@pytest.mark.parametrize("target", [False, True])
-def test_segments_ids_and_targets_keep_the_bounds(target, shared, own, ids, in_batch, plan):
+@every_pair(
+    target=[False, True], segments=[(None, None), (21, None), (None, 3), (40, 18)], ids=[False, True],
+    in_batch=[True, False], plan=PLANS,
+)  # fmt: skip
+def test_segments_ids_and_targets_keep_the_bounds(target, segments, ids, in_batch, plan):
+    shared, own = segments
     problem = make(18, 35, 20, in_batch=in_batch)
     if target:
         index = torch.randint(-1, 35, (18,))
@@ -140,11 +138,12 @@ def test_many_rows_of_one_target_are_summed_in_steps(plan, wide):
     check(make(70, 3, 300 if wide else 5, target=torch.full((70,), 1)), plan)
 
 
-@both_plans
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("kind", "t"), [("tight", 0.01), ("medium", 0.02), ("loose", 1.0), ("cone_98", 0.05)])
-def test_tight_loose_and_cone_shaped_rows_keep_the_bounds(kind, t, normalize, dtype, plan):
+@every_pair(
+    rows=[("tight", 0.01), ("medium", 0.02), ("loose", 1.0), ("cone_98", 0.05)], normalize=[True, False],
+    dtype=[torch.float32, torch.bfloat16, torch.float16], plan=PLANS,
+)  # fmt: skip
+def test_tight_loose_and_cone_shaped_rows_keep_the_bounds(rows, normalize, dtype, plan):
+    kind, t = rows
     query, key, negative = embeddings(kind, 40, 40, 40, 3)
     low, high = (0.1, 10) if normalize else (0.8, 1.25)
     query, key, negative = (stretch(x, low, high).to(dtype) for x in (query, key, negative))

@@ -9,6 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from support.helpers import every_pair
 from support.problems import LIMIT, PLANS, backend, both_plans, check, make, upstream_of, with_segments
 from torch import Tensor
 
@@ -66,17 +67,17 @@ def same(problem: Problem, plan: Plan, tma) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
-@both_plans
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("d", [24, 40, 64])
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 17), (17, 33), (127, 17), (33, 127)])
-def test_ragged_shapes_give_the_bits_of_pointer_loads(n, m, d, dtype, plan, tma):
+@every_pair(
+    shape=[(1, 1), (1, 17), (17, 33), (127, 17), (33, 127)], d=[24, 40, 64],
+    dtype=[torch.bfloat16, torch.float32, torch.float64], plan=PLANS,
+)  # fmt: skip
+def test_ragged_shapes_give_the_bits_of_pointer_loads(shape, d, dtype, plan, tma):
+    n, m = shape
     target = None if n <= m else torch.randint(m, (n,))
     same(make(n, m, d, dtype, target=target), plan, tma)
 
 
-@both_plans
-@pytest.mark.parametrize("limit", [1, LIMIT])
+@pytest.mark.parametrize(("plan", "limit"), zip(PLANS, [1, LIMIT], strict=True))
 def test_columns_ids_and_segments_give_the_bits_of_pointer_loads(limit, plan, tma):
     """Also in super-blocks of rows that start inside of a tensor."""
     problem = with_segments(make(70, 70, 24, torch.float32, columns=True), 21, 3, ids=True)
@@ -103,8 +104,7 @@ def test_one_pass_gives_the_bits_of_pointer_loads(tma):
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-@both_plans
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("plan", "value"), zip(PLANS, [math.nan, math.inf], strict=True))
 def test_what_is_not_finite_shows(value, plan, tma):
     """In the rows that see it alone: blocks of coefficients end inside of the tensors."""
     for side in (0, 1):

@@ -267,7 +267,13 @@ def pairwise(
 
 
 def name_of(value: Any) -> str:
-    return str(value).removeprefix("torch.").strip("()").replace(", ", "x")
+    return value.name if isinstance(value, Plan) else str(value).removeprefix("torch.").strip("()").replace(", ", "x")
+
+
+def every_pair(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise over few combinations of the factors, among them every pair of values of two of them."""
+    found = [(*case.values(),) for case in pairwise(factors)]
+    return pytest.mark.parametrize(tuple(factors), found, ids=["-".join(map(name_of, case)) for case in found])
 
 
 def cases(
