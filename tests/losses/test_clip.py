@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import clip as dense
-from support.helpers import DEVICE, both_backends, cases, elsewhere, error
+from support.helpers import DEVICE, both_backends, cases, elsewhere, error, interpreted
 from support.libraries import library, without_package
 
 from fused_infonce import ClipLoss, clip_loss
@@ -41,7 +41,7 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, no
     def truth(image, text, scale=6.5):
         return dense.clip_loss(image, text, scale, normalize=normalize, reduction=reduction)
 
-    assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(fused, inputs, fast_mode=True)
     got, want = fused(*inputs), truth(*inputs)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
     grads = [torch.autograd.grad(x.sum(), inputs) for x in (got, want)]

@@ -18,6 +18,7 @@ from support.helpers import (
     elsewhere,
     embeddings,
     error,
+    interpreted,
     make_call,
     on,
     valid,
@@ -75,7 +76,7 @@ def test_gradients_are_those_of_finite_differences_and_of_lists(backend, case, m
     def truth(*x):
         return by_lists(**(dict(zip(names, x, strict=True)) | fixed | options))
 
-    assert torch.autograd.gradcheck(ours, tensors, fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(ours, tensors, fast_mode=True)
     for got, want in both([ours, truth], tensors):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -111,7 +112,7 @@ def test_gradients_of_views_are_those_of_finite_differences_and_of_lists(
         return of
 
     ours = call(decoupled_nt_xent, backend=backend, workspace_limit=200 if blocks == "several" else None)
-    assert torch.autograd.gradcheck(ours, tensors, fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(ours, tensors, fast_mode=True)
     for got, want in both([ours, call(views_by_lists)], tensors):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 

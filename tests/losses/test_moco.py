@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import moco as dense
-from support.helpers import DEVICE, both_backends, cases, elsewhere, error, watch_plans
+from support.helpers import DEVICE, both_backends, cases, elsewhere, error, interpreted, watch_plans
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(
         loss.temperature = t
         return loss(query, key, enqueue=False)
 
-    assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
+    assert interpreted(backend) or torch.autograd.gradcheck(fused, inputs, fast_mode=True)
     got = fused(*inputs)
     want = dense.moco_loss(query, key, loss.queue, *(inputs[1:] or [0.4]), reduction=reduction, normalize=normalize)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)

@@ -26,6 +26,12 @@ DEVICE = {"torch": "cpu", "triton": "cuda" if COMPILED else "cpu"}
 TRITON = pytest.param("triton", marks=pytest.mark.gpu if COMPILED else pytest.mark.interpreter)
 both_backends = pytest.mark.parametrize("backend", ["torch", TRITON])
 
+
+def interpreted(backend: str) -> bool:
+    """Return whether calls are slow, so that gradients equal to the dense code's are not held to finite differences."""
+    return backend == "triton" and not COMPILED
+
+
 Inputs = dict[str, Tensor]  # by the names of info_nce's arguments
 
 # The cosine of a query and its positive; the cone's also of any two rows.
