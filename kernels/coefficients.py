@@ -1,8 +1,8 @@
 """Blocks of coefficients and of exponentials, written into a workspace for library products.
 
 The workspace is as wide and as high as whole tiles, so that nothing is masked when it is written. Where the pairs that
-are no negatives are on a diagonal alone, two launches make one block: PEEL "off" is of the whole tiles that do not meet
-the diagonal, and "on" of the others, with the last columns; "" is of all tiles at once.
+are no negatives are on a diagonal alone, or there are none, two launches make one block: PEEL "off" is of the whole
+tiles that do not meet the diagonal, and "on" of the others, with columns that end within a tile; "" is of all tiles.
 """
 
 import triton
@@ -15,20 +15,22 @@ from .tile import FLOOR, cast, live, load_vector, meets_diagonal, negatives, raw
 
 @triton.jit
 def tile_start(
-    row_start, row_end, col_start, col_end, PEEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    row_start, row_end, col_start, col_end, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Return this program's blocks of rows and columns, their first row and column, and whether the tile is made."""
     row_blocks = tl.cdiv(row_end - row_start, BLOCK_M)
     pid_m = tl.program_id(0) % row_blocks
     pid_n = tl.program_id(0) // row_blocks
     start_m = row_start + pid_m * BLOCK_M
     across = tl.cdiv(col_end - col_start, BLOCK_N)
-    most = (BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1  # tiles of a row block that may meet the diagonal; then the last one
+    # tiles of a row block that may meet the diagonal; then the last one
+    most = (BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1 if DIAGONAL else 0
     last = pid_n == most
     if PEEL == "on":
         pid_n = tl.where(last, across - 1, pid_n + tl.maximum(start_m - col_start, 0) // BLOCK_N)
     start_n = col_start + pid_n * BLOCK_N
-    meets = meets_diagonal(start_m, start_n, BLOCK_M, BLOCK_N)
+    meets = meets_diagonal(start_m, start_n, BLOCK_M, BLOCK_N) & DIAGONAL
     ragged = start_n + BLOCK_N > col_end
     made = pid_n < across
     if PEEL == "on":
@@ -51,7 +53,9 @@ def exponentials_kernel(
     z is that of kernels/gradient.py. States with m = 0 of the rows over each block of columns go to slots of ROWS. A
     zero row counts in these only. Without MEAN the third vector of a state is 0.
     """
-    pid_m, pid_n, start_m, start_n, made = tile_start(row_start, row_end, col_start, col_end, PEEL, BLOCK_M, BLOCK_N)
+    pid_m, pid_n, start_m, start_n, made = tile_start(
+        row_start, row_end, col_start, col_end, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
+    )
     if not made:
         return
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
@@ -92,7 +96,9 @@ def coefficients_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype."""
-    pid_m, pid_n, start_m, start_n, made = tile_start(row_start, row_end, col_start, col_end, PEEL, BLOCK_M, BLOCK_N)
+    pid_m, pid_n, start_m, start_n, made = tile_start(
+        row_start, row_end, col_start, col_end, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
+    )
     if not made:
         return
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def apart(monkeypatch):
 @every_pair(
     call=[
         (70, 129, {}), (33, 96, {}), (64, 64, {"columns": True}), (97, 97, {"columns": True}),
-        (40, 70, {"in_batch": False}),
+        (40, 77, {"in_batch": False}), (40, 96, {"in_batch": False}),
     ],
     shared_t=[False, True], bounded=[False, True], plan=PLANS,
 )  # fmt: skip
@@ -72,12 +73,12 @@ def test_tiles_without_a_mask_keep_the_bounds(call, shared_t, bounded, plan, apa
     problem = make(n, m, 20, **options)
     if shared_t:
         problem = replace(problem, temperature=Temperature(torch.full((1,), 0.3, dtype=torch.float64)))
-    if not problem.in_batch:  # keys of no diagonal, the last of which are outside
-        problem = with_segments(problem, 77)
+    if not problem.in_batch:  # keys of no diagonal
+        problem = with_segments(problem, m)
     check(problem, replace(plan, bounded=bounded))
 
 
-@pytest.mark.parametrize("shared", [None, 77])
+@pytest.mark.parametrize("shared", [None, 77, 96])
 @pytest.mark.parametrize(("n", "m", "rows"), [(70, 129, 40), (129, 129, 64), (33, 64, 33)])
 def test_one_pass_without_a_mask_equals_one_with(n, m, rows, shared, apart, monkeypatch):
     problem = with_segments(make(n, m, 20), shared)
@@ -89,6 +90,27 @@ def test_one_pass_without_a_mask_equals_one_with(n, m, rows, shared, apart, monk
         found.append([loss, logits, *grads])
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kernel", ["coefficients", "exponentials", "statistics"])
+@pytest.mark.parametrize(("shared", "want"), [(96, {"off": 9}), (77, {"off": 9, "on": 3})])
+def test_keys_of_no_diagonal_have_masks_in_their_last_columns_alone(kernel, shared, want, apart, monkeypatch):
+    """Tiles of 32 x 32; where the last is whole, none has a mask, and there is one launch."""
+    coefficients, statistics = (
+        import_module(f"fused_infonce.backends.triton.{name}") for name in ("coefficients", "statistics")
+    )
+    launched = {}
+    module = statistics if kernel == "statistics" else coefficients
+    monkeypatch.setattr(module, "run", lambda _, grid, **options: launched.update({options["PEEL"]: math.prod(grid)}))
+    x, y = (launch.Side(torch.empty(n, 20), None, weight=torch.empty(n)) for n in (70, shared))
+    block, rows, excluded = coefficients.block_of(x, y, 70, shared), slice(0, 70), launch.Excluded()
+    if kernel == "coefficients":
+        coefficients.write_coefficients(block, x, y, rows, slice(0, shared), excluded)
+    elif kernel == "exponentials":
+        coefficients.write_exponentials(block, x, y, rows, excluded, mean=False)
+    else:
+        statistics.row_states(x, y, excluded, None, LIMIT, unshifted=True, mean=False)
+    assert launched == want
 
 
 @both_plans

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.coefficients import coefficients_kernel, exponentials_kernel
 from ..precision import accumulator
-from .launch import Excluded, Side, cdiv, guide_arguments, pair_arguments, peeled, run, tile_of
+from .launch import Excluded, Side, cdiv, guide_arguments, pair_arguments, peels, run, tile_of
 from .statistics import SLOTS
 
 NAMES = ("exponentials", "coefficients", "coefficients_columns")  # of the kernels of this file in `tiles.TABLE`
@@ -59,10 +59,10 @@ def _run(
     **more: Any,
 ) -> None:  # fmt: skip
     """Launch a kernel over a block: at once, or apart over the tiles that need a mask, where these are few."""
-    tile = tile_of(tile_name, x, y)
-    across = cdiv(cols.stop - cols.start, tile.block_n)
-    few = cdiv(tile.block_m, tile.block_n) + 2  # which may meet the diagonal, and the last
-    for name, columns in [("off", across), ("on", few)] if peeled(x, y, excluded, across) else [("", across)]:
+    tile, size = tile_of(tile_name, x, y), cols.stop - cols.start
+    few = cdiv(tile.block_m, tile.block_n) + 2 if excluded.diagonal else 1  # that may meet it, and the last
+    for name in peels(x, y, excluded, size, tile.block_n):
+        columns = few if name == "on" else cdiv(size, tile.block_n)
         run(
             kernel, (cdiv(rows.stop - rows.start, tile.block_m) * columns,), C_ptr=block, PEEL=name,
             row_start=rows.start, row_end=rows.stop, col_start=cols.start, col_end=cols.stop,

@@ -132,13 +132,16 @@ def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peeled(x: Side, y: Side, excluded: Excluded, across: int) -> bool:
-    """Return whether the tiles that need a mask have a launch of their own, the others then having none.
+def peels(x: Side, y: Side, excluded: Excluded, columns: int, block_n: int) -> tuple[str, ...]:
+    """Return the launches that make all tiles, as PEEL of the kernels names them: few that need a mask have their own.
 
-    across: blocks of columns, few of which may meet the diagonal.
+    columns: of y that are seen, whose last tile needs a mask unless it is whole.
     """
-    ids = x.ids is not None and y.ids is not None
-    return across >= PEELED and excluded.target is None and not ids and not guided(x, y)
+    if excluded.target is not None or (x.ids is not None and y.ids is not None) or guided(x, y):
+        return ("",)
+    if not excluded.diagonal and columns % block_n == 0:
+        return ("off",)
+    return ("off", "on") if cdiv(columns, block_n) >= PEELED else ("",)
 
 
 def pair_arguments(tile: tiles.Tile, x: Side, y: Side, bounded: bool = False) -> dict[str, Any]:

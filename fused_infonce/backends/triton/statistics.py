@@ -16,7 +16,7 @@ from .launch import (
     columns_per_program,
     guide_arguments,
     pair_arguments,
-    peeled,
+    peels,
     run,
     tile_of,
 )
@@ -66,14 +66,17 @@ def row_states(
     if columns is not None:
         step = max(1, min(blocks, limit // 2 // (state * max(m, 1)) - 1))
     most = limit // 2 // (state * max(n, 1))
-    peel = most > 1 and peeled(x, y, excluded, across)
+    names = peels(x, y, excluded, m, tile.block_n)
+    if most <= 1 and "on" in names:  # which would take a slot
+        names = ("",)
+    peel = "on" in names
     split = columns_per_program(step, m, tile.block_n, x.rows.device, most - peel, WAVES) // tile.block_n
     parts = cdiv(across, split)
     states = x.rows.new_empty((parts + peel, SLOTS, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states.new_empty((step + 1, SLOTS, m))
     for start in range(0, blocks, max(step, 1)):
         count = min(step, blocks - start)
-        for name in ("off", "on") if peel else ("",):
+        for name in names:
             alone = name == "on"  # over all columns, into the last slot
             run(
                 statistics_kernel, (count, 1 if alone else parts),
