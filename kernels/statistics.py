@@ -1,7 +1,7 @@
 """Softmax statistics of rows, and of columns from the same dot products.
 
 A state is (m, l, x) in base 2: the maximum logit, sum 2^(s - m) and sum 2^(s - m) s. States of parts of a row lie
-in slots of a (slots, STATE_SLOTS, size) buffer and are merged in slot order, so a result never depends on timing.
+in slots of a (slots, STATE_SLOTS, size) buffer and are merged in a fixed order, so a result never depends on timing.
 """
 
 import triton
@@ -23,9 +23,10 @@ def update(m, l, x, s, AXIS: tl.constexpr):
 
 
 @triton.jit
-def load_state(S_ptr, slot, offs, size):
-    ptrs = S_ptr + tl.cast(slot, tl.int64) * STATE_SLOTS * size + offs
-    inside = offs < size
+def load_states(S_ptr, slot, slots, offs, size):
+    """Return the states in a block of slots, (len(slot), len(offs)) each; past the last slot they are empty."""
+    ptrs = S_ptr + slot.to(tl.int64)[:, None] * STATE_SLOTS * size + offs[None, :]
+    inside = (slot < slots)[:, None] & (offs < size)[None, :]
     m = tl.load(ptrs, mask=inside, other=FLOOR)
     l = tl.load(ptrs + size, mask=inside, other=0.0)
     x = tl.load(ptrs + size * 2, mask=inside, other=0.0)
@@ -147,7 +148,7 @@ def statistics_kernel(
 def merge_kernel(
     S_ptr, NEG_ptr, MEAN_ptr, MAXIMUM_ptr, SCALE_ptr,
     first, slots, size,
-    ln2: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    ln2: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Merge slots first, first + 1, ... into slot 0, or with NEG into statistics.
 
@@ -158,13 +159,13 @@ def merge_kernel(
     m = tl.full((BLOCK_M,), FLOOR, ACC)
     l = tl.zeros((BLOCK_M,), ACC)
     x = tl.zeros((BLOCK_M,), ACC)
-    for slot in range(first, slots):
-        m_slot, l_slot, x_slot = load_state(S_ptr, slot, offs, size)
-        new = tl.maximum(m, m_slot)
+    for start in range(first, slots, BLOCK_S):
+        m_slot, l_slot, x_slot = load_states(S_ptr, start + tl.arange(0, BLOCK_S), slots, offs, size)
+        new = tl.maximum(m, tl.max(m_slot, 0))
         scale = tl.exp2(m - new)
-        scale_slot = tl.exp2(m_slot - new)
-        l = l * scale + l_slot * scale_slot
-        x = x * scale + x_slot * scale_slot
+        scale_slot = tl.exp2(m_slot - new[None, :])
+        l = l * scale + tl.sum(l_slot * scale_slot, 0)
+        x = x * scale + tl.sum(x_slot * scale_slot, 0)
         m = new
     if NEG_ptr is None:
         store_state(S_ptr, 0, offs, size, m, l, x)

@@ -21,6 +21,7 @@ from .launch import (
     tile_of,
 )
 
+MERGED = 16, 64  # slots and rows that a program merges at a time: an estimate
 WAVES = 5  # of programs of a statistics pass over a device, whose parts of a row cost little: an estimate
 SLOTS: int = STATE_SLOTS.value
 
@@ -32,12 +33,12 @@ def unwritten(pos: Tensor) -> RowStatistics:
 
 def merge(states: Tensor, first: int, slots: int, into: RowStatistics | None = None) -> None:
     """Merge slots first to slots - 1 of (slots, SLOTS, n) states into statistics, or without `into` into slot 0."""
-    size, block_m = states.shape[2], 256
+    size, (block_s, block_m) = states.shape[2], MERGED
     _, neg, mean, maximum, scale = into or [None] * len(RowStatistics._fields)
     run(
         merge_kernel, (cdiv(size, block_m),),
         S_ptr=states, NEG_ptr=neg, MEAN_ptr=mean, MAXIMUM_ptr=maximum, SCALE_ptr=scale, first=first, slots=slots,
-        size=size, ln2=LN2, ACC=acc_of(states), BLOCK_M=block_m,
+        size=size, ln2=LN2, ACC=acc_of(states), BLOCK_S=block_s, BLOCK_M=block_m,
     )  # fmt: skip
 
 
