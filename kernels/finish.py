@@ -57,7 +57,7 @@ def positive_part(
 @triton.jit
 def finished_rows(
     G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr,
-    a, offs_m, offs_d, slots, size_x, size_z, D, stride_zn, stride_t,
+    a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def finished_rows(
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if G_ptr is not None:
         for slot in range(slots):
-            slot_ptr = G_ptr + tl.cast(slot, tl.int64) * size_x * D
-            g += load_rows(slot_ptr, offs_m, D, size_x, offs_d, D)
+            slot_ptr = G_ptr + tl.cast(slot, tl.int64) * size_x * stride_gm
+            g += load_rows(slot_ptr, offs_m, stride_gm, size_x, offs_d, D)
     if F_ptr is not None:
         g *= load_vector(F_ptr, offs_m, size_x, 1.0, ACC)[:, None]
     if UNSCALE_ptr is not None:
@@ -82,11 +82,11 @@ def finished_rows(
 @triton.jit
 def finish_kernel(
     G_ptr, F_ptr, X_ptr, A_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr, DX_ptr,
-    slots, size_x, size_z, D, stride_xm, stride_zn, stride_t,
+    slots, size_x, size_z, D, stride_gm, stride_xm, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PROJECT: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT."""
+    """Write dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT; only D components of any row are read."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     radial = tl.zeros((BLOCK_M,), ACC)
@@ -95,7 +95,8 @@ def finish_kernel(
             offs_d = start_d + tl.arange(0, BLOCK_D)
             g = finished_rows(
                 G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr, a, offs_m,
-                offs_d, slots, size_x, size_z, D, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M, BLOCK_D, BLOCK_E,
+                offs_d, slots, size_x, size_z, D, stride_gm, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M,
+                BLOCK_D, BLOCK_E,
             )  # fmt: skip
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
             radial += tl.sum(g * x, 1)
@@ -104,7 +105,7 @@ def finish_kernel(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         g = finished_rows(
             G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, UNSCALE_ptr, a, offs_m, offs_d,
-            slots, size_x, size_z, D, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M, BLOCK_D, BLOCK_E,
+            slots, size_x, size_z, D, stride_gm, stride_zn, stride_t, zero_row, MUTUAL, ACC, BLOCK_M, BLOCK_D, BLOCK_E,
         )  # fmt: skip
         if PROJECT:
             g -= radial[:, None] * load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)

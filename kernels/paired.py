@@ -83,7 +83,7 @@ def paired_statistics_kernel(
 @triton.jit
 def paired_gradient_kernel(
     Q_ptr, K_ptr, D_ptr, B_ptr, A_ptr, S_ptr, N_ptr, U_ptr, UNSCALE_ptr, QI_ptr, KI_ptr, G_ptr, DK_ptr,
-    size_q, H, D, stride_qm, stride_km, stride_kh,
+    size_q, H, D, stride_qm, stride_km, stride_kh, stride_gm,
     zero_row: tl.constexpr, NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def paired_gradient_kernel(
             ptrs, inside = cube(DK_ptr, offs_m, offs_h, offs_d, size_q, H, D, tl.cast(H, tl.int64) * D, D)
             tl.store(ptrs, dk, mask=inside)
     if G_ptr is not None:
-        ptrs = G_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
+        ptrs = G_ptr + offs_m.to(tl.int64)[:, None] * stride_gm + offs_d[None, :]
         inside = (offs_m < size_q)[:, None] & (offs_d < D)[None, :]
         if ACCUMULATE:
             g += tl.load(ptrs, mask=inside, other=0.0)

@@ -38,16 +38,17 @@ def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
 
 @triton.jit
 def side_kernel(
-    X_ptr, A_ptr, TEMPERATURE_ptr, S_ptr, U_ptr, R_ptr, W_ptr, Y_ptr, B_ptr, TARGET_ptr, POS_ptr,
-    size_x, size_y, D, stride_xm, stride_yn, stride_t,
+    X_ptr, PADDED_ptr, A_ptr, TEMPERATURE_ptr, S_ptr, U_ptr, R_ptr, W_ptr, Y_ptr, B_ptr, TARGET_ptr, POS_ptr,
+    size_x, size_y, D, width, stride_xm, stride_yn, stride_t,
     eps: tl.constexpr, at_eps: tl.constexpr, log2e: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write a_i = 1 / max(|x_i|, eps), and of these what is asked for:
 
-    S     s_i = log2(e) / t_i
-    W     w_i = u_i r_i / t_i
-    POS   pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
+    PADDED   x_i and zeros, `width` components
+    S        s_i = log2(e) / t_i
+    W        w_i = u_i r_i / t_i
+    POS      pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
 
     Without NORMALIZE a and b are given, or 1.
     """
@@ -61,10 +62,14 @@ def side_kernel(
         target = tl.load(TARGET_ptr + offs_m, mask=inside, other=-1)
     valid = (target >= 0) & (target < size_y)
     row = tl.where(valid, target, size_y)
-    if NORMALIZE or (POS_ptr is not None):
+    if NORMALIZE or (POS_ptr is not None) or (PADDED_ptr is not None):
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
-            x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
+            part = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D)
+            if PADDED_ptr is not None:
+                ptrs = PADDED_ptr + offs_m.to(tl.int64)[:, None] * width + offs_d[None, :]
+                tl.store(ptrs, part, mask=inside[:, None] & (offs_d < width)[None, :])
+            x = part.to(ACC)
             square += tl.sum(x * x, 1)
             if POS_ptr is not None:
                 y = load_rows(Y_ptr, row, stride_yn, size_y, offs_d, D).to(ACC)

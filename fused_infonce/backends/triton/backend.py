@@ -129,13 +129,13 @@ def finished(
 
     Paired keys, the positives, the projection and the cast are what is still to be done.
     """
-    grads = paired_gradients(work, accumulators, unscale, dtypes)
+    grads, d = paired_gradients(work, accumulators, unscale, dtypes), work.problem.query.rows.shape[1]
     partners = positive_partners(work, v, dtypes)
     for index, rows in {0: work.query, **work.shared}.items():
         if (dtype := dtypes[index]) is not None:
-            g, project = accumulators.get(index), work.problem.normalize
+            g, project = accumulators.pop(index, None), work.problem.normalize
             f = factor if index == 0 else None
-            grads[index] = finish(g, rows, project, partners.get(index), unscale, dtype, f)
+            grads[index] = finish(g, rows, d, project, partners.get(index), unscale, dtype, f)
     return [grads.get(index) for index in range(len(dtypes))]
 
 

@@ -20,8 +20,9 @@ try:
 except ImportError:  # an old triton
     TensorDescriptor = None
 
+ALIGNED = 16  # elements and bytes: multiples of it are all that Triton knows of integers and of pointers
 PEELED = 8  # blocks of columns from which on tiles that need a mask have a launch of their own: an estimate
-MOST_PARTS = 64  # one program merges all parts of its rows, one after the other: an estimate
+MOST_PARTS = 64  # a program merges all parts of its rows: an estimate
 INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 
 
@@ -29,13 +30,13 @@ INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
 class Side:
     """The rows of one side of a tile pass. Vectors are contiguous, one value a row, in the accumulator dtype."""
 
-    rows: Tensor  # (n, D), the last dimension contiguous
+    rows: Tensor  # (n, D or with zeros after them a multiple of ALIGNED), the last dimension contiguous
     inverse: Tensor | None  # inverse norms or scales; None: 1
     ids: Tensor | None = None
     scale: Tensor | None = None  # log2(e) / t
     shift: Tensor | None = None  # the statistics' maximum, whose scale is in the weight; None: 0
     weight: Tensor | None = None  # u r / t; None: this side's statistics have no gradient
-    guide: Tensor | None = None  # (n, D'), the guide's rows, the last dimension contiguous
+    guide: Tensor | None = None  # (n, D'), the guide's rows, likewise
     guide_inverse: Tensor | None = None
     ceiling: Tensor | None = None  # of the guide's cosines, for queries
     zero_row: float = math.inf  # an inverse norm from which on a row counts as zero: its gradient is 0
@@ -69,6 +70,17 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
 
 def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def padded_rows(x: Tensor) -> Tensor | None:
+    """Return memory for these rows and zeros after them, where x itself would be read an element at a time; else None.
+
+    A 16-bit element is also too small to be copied asynchronously, which costs registers as well.
+    """
+    d = x.shape[1]
+    if d % ALIGNED == 0 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % ALIGNED == 0:
+        return None
+    return torch.empty((x.shape[0], cdiv(d, ALIGNED) * ALIGNED), dtype=x.dtype, device=x.device)
 
 
 def acc_of(x: Tensor) -> tl.dtype:

@@ -59,17 +59,17 @@ def paired_gradient(
     g: Tensor | None, x: Side, keys: Paired, normalize: bool, unscale: Tensor | None, dtype: torch.dtype | None,
     accumulate: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Return the gradient of paired keys in `dtype`, and add their part of the rows' to g (slots, N, D)."""
-    n, h, d = keys.rows.shape
+    """Return the gradient of paired keys in `dtype`, and add their part of the rows' to g (slots, N, width of x)."""
+    (n, h, d), q = keys.rows.shape, x.rows
     dk = None if dtype is None else torch.empty((n, h, d), dtype=dtype, device=keys.rows.device)
     x_ids, key_ids = id_pointers(x, keys)
     block_m, block_h, block_d = tiles.paired_tile(tiles.architecture(x.rows.device), h, d)
     run(
         paired_gradient_kernel, (cdiv(n, block_m), cdiv(d, block_d)),
-        Q_ptr=x.rows, K_ptr=keys.rows, D_ptr=keys.dots, B_ptr=keys.inverse, A_ptr=x.inverse, S_ptr=x.scale,
+        Q_ptr=q, K_ptr=keys.rows, D_ptr=keys.dots, B_ptr=keys.inverse, A_ptr=x.inverse, S_ptr=x.scale,
         N_ptr=x.shift, U_ptr=x.weight, UNSCALE_ptr=unscale, QI_ptr=x_ids, KI_ptr=key_ids, G_ptr=g, DK_ptr=dk,
         size_q=n, H=h, D=d,
-        stride_qm=x.rows.stride(0), stride_km=keys.rows.stride(0), stride_kh=keys.rows.stride(1),
+        stride_qm=q.stride(0), stride_km=keys.rows.stride(0), stride_kh=keys.rows.stride(1), stride_gm=q.shape[1],
         zero_row=keys.zero_row, NORMALIZE=normalize, ACCUMULATE=accumulate, EMULATE=INTERPRETED, ACC=acc_of(x.rows),
         BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
     )  # fmt: skip

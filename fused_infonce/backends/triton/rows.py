@@ -12,7 +12,18 @@ from ...kernels.rows import scale_kernel, side_kernel
 from ..contract import EPS, LOG2E, KeySet, RowStatistics
 from ..indexing import part_of
 from . import tiles
-from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows, run, temperature_arguments, vector
+from .launch import (
+    INTERPRETED,
+    Side,
+    acc_of,
+    cdiv,
+    contiguous,
+    contiguous_rows,
+    padded_rows,
+    run,
+    temperature_arguments,
+    vector,
+)
 
 
 def side(
@@ -27,42 +38,44 @@ def side(
     shifted: whether a maximum of the statistics may be other than 0
     """
     x, ids = contiguous_rows(keys.rows), contiguous(keys.ids)
+    padded = padded_rows(x)
     inverse = vector(x, x.shape[0]) if normalize else contiguous(keys.scale)
     scale = None if temperature is None else vector(x, x.shape[0])
     weight = None if u is None else torch.empty_like(u)
     pos = None if positive is None else vector(x, x.shape[0])
-    if normalize or temperature is not None:
+    if normalize or temperature is not None or padded is not None:
         others, target = positive or (None, None)
         y = None if others is None else contiguous_rows(others.rows)
         run(
-            side_kernel, **_rows_arguments(x, y), **temperature_arguments(temperature), A_ptr=inverse, S_ptr=scale,
-            U_ptr=u, R_ptr=None if statistics is None else statistics.scale, W_ptr=weight,
+            side_kernel, **_rows_arguments(x, padded, y), **temperature_arguments(temperature), A_ptr=inverse,
+            S_ptr=scale, U_ptr=u, R_ptr=None if statistics is None else statistics.scale, W_ptr=weight,
             B_ptr=None if others is None else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos, at_eps=1 / EPS,
             NORMALIZE=normalize,
         )  # fmt: skip
-    guide = None if keys.guide is None else contiguous_rows(keys.guide)
-    norms = None if guide is None else _inverse_norms(guide)
+    guide, norms = (None, None) if keys.guide is None else _guide(contiguous_rows(keys.guide))
     shift = statistics.maximum if statistics is not None and shifted else None
     zero_row = 1 / EPS if normalize else math.inf
-    return Side(x, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), zero_row), pos
+    rows = x if padded is None else padded
+    return Side(rows, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), zero_row), pos
 
 
-def _inverse_norms(guide: Tensor) -> Tensor:
-    """Return 1 / max(|g_i|, EPS) of a guide's rows, 0 for those that count as zero."""
-    norms = vector(guide, guide.shape[0])
+def _guide(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a guide's rows as tile passes read them, and 1 / max(|g_i|, EPS), 0 for those that count as zero."""
+    norms, padded = vector(x, x.shape[0]), padded_rows(x)
     none: dict[str, Any] = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
     run(
-        side_kernel, **_rows_arguments(guide, None), **temperature_arguments(None), **none, A_ptr=norms, at_eps=0.0,
+        side_kernel, **_rows_arguments(x, padded, None), **temperature_arguments(None), **none, A_ptr=norms, at_eps=0.0,
         NORMALIZE=True,
     )  # fmt: skip
-    return norms
+    return x if padded is None else padded, norms
 
 
-def _rows_arguments(x: Tensor, y: Tensor | None) -> dict[str, Any]:
-    """Return the arguments that describe rows x, and the rows y that hold their targets, to the kernel."""
+def _rows_arguments(x: Tensor, padded: Tensor | None, y: Tensor | None) -> dict[str, Any]:
+    """Return the arguments that describe rows x, memory for their copy, and the rows y that hold their targets."""
     block_m, block_d = tiles.row_tile(tiles.architecture(x.device), x.shape[1])
     return {
         "grid": (cdiv(x.shape[0], block_m),), "X_ptr": x, "Y_ptr": y, "size_x": x.shape[0], "D": x.shape[1],
+        "PADDED_ptr": padded, "width": 0 if padded is None else padded.shape[1],
         "size_y": 0 if y is None else y.shape[0], "stride_xm": x.stride(0),
         "stride_yn": 0 if y is None else y.stride(0), "eps": EPS, "log2e": LOG2E, "ACC": acc_of(x),
         "BLOCK_M": block_m, "BLOCK_D": block_d,
