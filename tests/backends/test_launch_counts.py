@@ -79,10 +79,11 @@ def own(view_a, view_b):
     [
         (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 256, 24),
         (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 64, 24),
+        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 100, 22),
         (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton", symmetric=True), both, 256, 34),
         (lambda a, b: nt_xent(a, b, 0.05, backend="triton"), own, 256, 20),
     ],
-    ids=["one", "one-narrow", "symmetric", "self"],
+    ids=["one", "one-narrow", "one-padded", "symmetric", "self"],
 )
 @pytest.mark.interpreter
 def test_fewer_kernels_than_the_dense_loss(ours, dense, width, most, watch):

@@ -115,35 +115,41 @@ def test_what_is_not_finite_shows(value, plan, tma):
 
 def test_rows_with_gaps_need_no_copy(tma):
     """Strides that are multiples of 16 bytes need no copy, whatever lies between the rows."""
-    wide = torch.full((40, 64), math.nan)
-    wide[:, 16:40] = torch.randn(40, 24)
-    problem = make(20, 40, 24, torch.float32)
-    problem = replace(problem, keys=(KeySet(wide[:, 16:40]),))
+    wide = torch.full((40, 80), math.nan)
+    wide[:, 16:48] = torch.randn(40, 32)
+    problem = make(20, 40, 32, torch.float32)
+    problem = replace(problem, keys=(KeySet(wide[:, 16:48]),))
+    assert launch.padded_rows(problem.inputs[1]) is None
     same(problem, PLANS[0], tma)
 
 
-def unaligned(case: str) -> Tensor:
-    rows = torch.randn(40, 33)
-    return {
-        "stride": rows[:, :24],
-        "base": torch.randn(40 * 24 + 1)[1:].view(40, 24),
-        "expanded": torch.randn(1, 24).expand(40, 24),
-        "overlapping": torch.randn(40 * 24).as_strided((40, 24), (16, 1)),
-        "odd": torch.randn(40, 17),
-    }[case]
-
-
-@pytest.mark.parametrize("case", ["stride", "base", "expanded", "overlapping", "odd"])
-@both_plans
-def test_unaligned_rows_take_the_pointers(case, plan, tma):
-    key = unaligned(case)
+def described(key: Tensor, plan: Plan, tma) -> list[bool]:
+    """Return which launches over these keys load through descriptors."""
     assert not launch.describable(key)
     problem = make(20, 40, key.shape[1], torch.float32)
     problem = replace(problem, keys=(KeySet(key),))
     counts = tma(True)
     check(problem, plan)
     assert counts
-    assert not any(counts)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "key", [torch.randn(40, 33)[:, :32], torch.randn(40 * 32 + 1)[1:].view(40, 32), torch.randn(40, 17)],
+    ids=["stride", "base", "odd"],
+)  # fmt: skip
+@both_plans
+def test_unaligned_rows_are_copied_first(key, plan, tma):
+    assert all(described(key, plan, tma))
+
+
+@pytest.mark.parametrize(
+    "key", [torch.randn(1, 32).expand(40, 32), torch.randn(40 * 32).as_strided((40, 32), (16, 1))],
+    ids=["expanded", "overlapping"],
+)  # fmt: skip
+@both_plans
+def test_rows_that_share_memory_take_the_pointers(key, plan, tma):
+    assert not any(described(key, plan, tma))
 
 
 def test_empty_rows_take_the_pointers():
