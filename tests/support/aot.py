@@ -229,7 +229,7 @@ def default_cases() -> Iterator[Case]:
         for dtype in ("bfloat16", "float32"):
             yield Case(target, dtype, 256, "plain")
             yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
-            yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel"))
+            yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)

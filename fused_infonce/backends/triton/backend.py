@@ -15,7 +15,7 @@ from ..row_losses import loss_and_slope
 from . import launch, paired, tiles
 from .accumulate import add_product, slices, streaming, workspace
 from .coefficients import block_of, write_exponentials
-from .finish import Partners, finish
+from .finish import Partners, finish, partners_by_target
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
 from .statistics import SLOTS, merged, row_states, unwritten
@@ -197,8 +197,6 @@ def positive_partners(work: Work, v: Tensor, dtypes: Sequence[torch.dtype | None
     partners = {0: Partners(key.rows, key.inverse, v, t, target, mutual=mutual)}
     if target is None:
         partners[1] = Partners(query.rows, query.inverse, v, t)
-    elif dtypes[1] is not None:  # queries by target, in their order: a sum over them never depends on timing
-        sorted_target, order = torch.sort(target, stable=True)
-        starts = torch.searchsorted(sorted_target, torch.arange(m + 1, device=v.device))
-        partners[1] = Partners(query.rows, query.inverse, v, t, order, starts)
+    elif dtypes[1] is not None:
+        partners[1] = partners_by_target(query, v, t, target, m)
     return partners

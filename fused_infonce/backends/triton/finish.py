@@ -1,4 +1,4 @@
-"""The launcher of kernels/finish.py: the last pass over a gradient."""
+"""Launchers of kernels/finish.py: the last pass over a gradient, and the sums of positives that it needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.finish import finish_kernel
+from ...kernels.finish import finish_kernel, parts_kernel
+from ..precision import accumulator
 from . import tiles
 from .launch import INTERPRETED, Side, acc_of, cdiv, run, temperature_arguments
+
+PART = 64  # queries of one key that a program sums: an estimate
 
 
 class Partners(NamedTuple):
@@ -21,7 +24,30 @@ class Partners(NamedTuple):
     temperature: Tensor
     indices: Tensor | None = None
     starts: Tensor | None = None
+    parts: Tensor | None = None
     mutual: bool = False
+
+
+def partners_by_target(x: Side, v: Tensor, temperature: Tensor, target: Tensor, keys: int) -> Partners:
+    """Return the queries x as partners of their targets among so many keys.
+
+    They are sorted by target, in their order, so that a sum over them never depends on timing. Where one key has many
+    of them it is a sum of sums: else one program would walk through all.
+    """
+    (n, width), acc = x.rows.shape, accumulator(x.rows.dtype)
+    ascending, order = torch.sort(target, stable=True)
+    starts = torch.searchsorted(ascending, torch.arange(keys + 1, device=v.device))
+    parts = None
+    if n >= PART:
+        parts = x.rows.new_empty((n // (PART // 2), width), dtype=acc)
+        block_e, block_d = tiles.parts_tile(tiles.architecture(v.device), width)
+        run(
+            parts_kernel, (parts.shape[0], cdiv(width, block_d)),
+            Z_ptr=x.rows, B_ptr=x.inverse, V_ptr=v, ORDER_ptr=order, SORTED_ptr=ascending, STARTS_ptr=starts,
+            PARTS_ptr=parts, size_x=keys, size_z=n, D=width, stride_zn=x.rows.stride(0), zero_row=x.zero_row, PART=PART,
+            ACC=acc_of(x.rows), BLOCK_E=block_e, BLOCK_D=block_d, **temperature_arguments(temperature),
+        )  # fmt: skip
+    return Partners(x.rows, x.inverse, v, temperature, order, starts, parts)
 
 
 def finish(
@@ -33,16 +59,16 @@ def finish(
     n, width = x.rows.shape
     in_place = g is not None and len(g) == 1 and g.dtype == dtype and width == d  # a program's rows are its own
     dx = g[0] if in_place and g is not None else torch.empty((n, d), dtype=dtype, device=x.rows.device)
-    z, inverse, v, t, indices, starts, mutual = partners or (None, None, None, None, None, None, False)
-    block_m, block_d, block_e = tiles.finish_tile(tiles.architecture(x.rows.device), d, gather=starts is not None)
+    z, inverse, v, t, indices, starts, parts, mutual = partners or (*[None] * 7, False)
+    block_m, block_d, block_e, block_p = tiles.finish_tile(tiles.architecture(x.rows.device), d, starts is not None)
     warps = 8 if starts is None else 4  # with which nothing spills in the default cases of tests/aot.py
     run(
         finish_kernel, (cdiv(n, block_m),),
         G_ptr=g, F_ptr=factor, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, B_ptr=inverse, V_ptr=v, TARGET_ptr=indices,
-        STARTS_ptr=starts, UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else g.shape[0], size_x=n,
-        size_z=0 if z is None else z.shape[0], D=d, stride_gm=width, stride_xm=x.rows.stride(0),
-        stride_zn=0 if z is None else z.stride(0), zero_row=x.zero_row, MUTUAL=mutual, PROJECT=project,
-        EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e,
+        STARTS_ptr=starts, PARTS_ptr=parts, UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else g.shape[0],
+        size_x=n, size_z=0 if z is None else z.shape[0], D=d, stride_gm=width, stride_xm=x.rows.stride(0),
+        stride_zn=0 if z is None else z.stride(0), zero_row=x.zero_row, MUTUAL=mutual, PART=PART, PROJECT=project,
+        EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_P=block_p,
         num_warps=warps, **temperature_arguments(t),
     )  # fmt: skip
     return dx

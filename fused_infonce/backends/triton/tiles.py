@@ -205,12 +205,18 @@ def row_tile(arch: str, d: int) -> tuple[int, int]:
     return (4096 if arch == INTERPRETER else 1024) // block_d, block_d
 
 
-def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int]:
-    """Return (rows, columns, partners) of a block of a gradient; `gather`: rows have any number of partners."""
+def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int, int]:
+    """Return (rows, columns, partners, sums of partners) of a block; `gather`: rows have any number of partners."""
     block_m, block_d = row_tile(arch, d)
     if gather:
         block_m = 16 if arch == INTERPRETER else 1
-    return block_m, block_d, min(2048 // block_d, 16)
+    return block_m, block_d, min(2048 // block_d, 16), min(4096 // block_d, 8)
+
+
+def parts_tile(arch: str, d: int) -> tuple[int, int]:
+    """Return (partners, columns) of a block whose rows are summed."""
+    block_d = min(power_of_two(d), 256)
+    return (64 if arch == INTERPRETER else min(4096 // block_d, 64)), block_d
 
 
 def paired_tile(arch: str, h: int, d: int) -> tuple[int, int, int]:
