@@ -147,14 +147,18 @@ def finish_kernel(
     G_ptr, F_ptr, X_ptr, A_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
     DX_ptr,
     slots, size_x, size_z, D, stride_gm, stride_xm, stride_zn, stride_t,
-    zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, PROJECT: tl.constexpr, EMULATE: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+    zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, PROJECT: tl.constexpr, WHOLE: tl.constexpr,
+    EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT; only D components of any row are read."""
+    """Write dx_i = g_i - a_i^2 (g_i . x_i) x_i, or g_i without PROJECT; only D components of any row are read.
+
+    WHOLE: a block holds whole rows.
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     radial = tl.zeros((BLOCK_M,), ACC)
-    if PROJECT:
+    if PROJECT and not WHOLE:
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             g = finished_rows(
@@ -164,7 +168,6 @@ def finish_kernel(
             )  # fmt: skip
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
             radial += tl.sum(g * x, 1)
-        radial = (radial * a) * a
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         g = finished_rows(
@@ -173,7 +176,10 @@ def finish_kernel(
             BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
         )  # fmt: skip
         if PROJECT:
-            g -= radial[:, None] * load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
+            x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
+            if WHOLE:
+                radial = tl.sum(g * x, 1)
+            g -= ((radial * a) * a)[:, None] * x
         ptrs = DX_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
         tl.store(
             ptrs, cast(g, DX_ptr.dtype.element_ty, EMULATE), mask=(offs_m[:, None] < size_x) & (offs_d[None, :] < D)

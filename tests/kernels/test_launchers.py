@@ -160,6 +160,22 @@ def test_many_rows_of_one_target_are_summed_in_steps(plan, wide):
     check(make(70, 3, 300 if wide else 5, target=torch.full((70,), 1)), plan)
 
 
+@both_plans
+@pytest.mark.parametrize("target", [False, True])
+def test_rows_longer_than_a_block_are_finished_in_steps(plan, target, monkeypatch):
+    from fused_infonce.backends.triton import tiles
+
+    blocks = []
+
+    def narrow(arch, d, gather):
+        blocks.append(d)
+        return 4, 32, 4, 4
+
+    monkeypatch.setattr(tiles, "finish_tile", narrow)
+    check(make(18, 20, 70, target=torch.randint(20, (18,)) if target else torch.arange(18)), plan)
+    assert blocks == [70, 70]
+
+
 @every_pair(
     rows=[("tight", 0.01), ("medium", 0.02), ("loose", 1.0), ("cone_98", 0.05)], normalize=[True, False],
     dtype=[torch.float32, torch.bfloat16, torch.float16], plan=PLANS,

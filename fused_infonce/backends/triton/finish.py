@@ -68,7 +68,8 @@ def finish(
         STARTS_ptr=starts, PARTS_ptr=parts, UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else g.shape[0],
         size_x=n, size_z=0 if z is None else z.shape[0], D=d, stride_gm=width, stride_xm=x.rows.stride(0),
         stride_zn=0 if z is None else z.stride(0), zero_row=x.zero_row, MUTUAL=mutual, PART=PART, PROJECT=project,
-        EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_P=block_p,
+        WHOLE=d <= block_d, EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e,
+        BLOCK_P=block_p,
         num_warps=warps, **temperature_arguments(t),
     )  # fmt: skip
     return dx
