@@ -11,8 +11,9 @@ from typing import Any
 from .contract import STATE_SLOTS
 
 MIB = 2**20
-DEFAULT_LIMIT = {"cpu": 64 * MIB}  # a block that a few caches can hold; other devices: OTHER_LIMIT
-OTHER_LIMIT = 256 * MIB
+CPU_LIMIT = 64 * MIB  # a block that a few caches can hold
+OTHER_LIMIT = 256 * MIB  # of a device whose memory is not known
+MEMORY_SHARE = 128  # this part of a GPU's memory is its limit: an estimate, not yet measured
 LIMIT_VARIABLE = "FUSED_INFONCE_WORKSPACE_LIMIT"
 LEAST_LIMIT = 2**16  # a number of MiB taken for one of bytes would run for minutes
 # Of the CPU's thresholds DENSE_SELF has its runs in results/cpu.csv and notes.md; the others were tried, not recorded.
@@ -22,14 +23,15 @@ CPU_BLOCK = 2**21  # scores: 8 MiB in fp32, so that the elementwise passes stay 
 DENSE = 2**18  # scores up to which a call costs more than its arithmetic
 DENSE_SELF = 2**22  # of self-similarity, where blocks on the diagonal waste half of their scores: 2048 rows
 TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
-TRIANGULAR_SIDE = 4096  # of a block on a GPU: an estimate, not yet measured
+TRIANGULAR_SIDE = 6144  # at most, of a block on a GPU, whose diagonal is waste: an estimate, not yet measured
 STREAMING_DIM = 128  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
 PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
 GPU_ONEPASS_ROWS = 512  # with fewer in a chunk, adding to the keys' gradients costs too much: an estimate, not measured
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
 STATE_BLOCK = 64  # columns of a tile, a state each: those of backends/triton/tiles.py, but for float64's 32
-WORKSPACE_ROWS = 4096  # rows of a coefficient block on a GPU: an estimate, not yet measured
+PROCESSORS = 132  # of the GPU that plans without one are made for: an H100's and an H200's
+PRODUCT_ROWS, PRODUCT_WIDTHS = 128, (256, 128)  # of an output tile of a library product, one a processor: an estimate
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ def _not_bytes(name: str, value: int | str) -> str:
     return f"{name} must be a number of bytes, {LEAST_LIMIT} (64 KiB) or more ({example}), got {value!r}"
 
 
-def default_limit(device: str) -> int:
-    """Return the bytes of workspace on a device where the call does not say: from the environment, if it does."""
+def limit_of_environment() -> int | None:
+    """Return the bytes of workspace that the environment asks for; None if it does not."""
     text = os.environ.get(LIMIT_VARIABLE, "").strip()
-    if text and not text.isdecimal():
+    if not text:
+        return None
+    if not text.isdecimal():
         raise ValueError(_not_bytes(LIMIT_VARIABLE, text))
-    return checked_limit(LIMIT_VARIABLE, int(text) if text else None) or DEFAULT_LIMIT.get(device, OTHER_LIMIT)
+    return checked_limit(LIMIT_VARIABLE, int(text))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Call:
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
+    processors: int = PROCESSORS  # of a GPU, which the output tiles of a library product are to fill
 
     @property
     def empty(self) -> bool:
@@ -212,7 +217,7 @@ def _chunk(call: Call) -> int:
 def _gpu_chunk(call: Call) -> int:
     """Return the rows per chunk on a GPU whose exponentials and states fit; 0 if a chunk would be too short."""
     states = STATE_SLOTS * call.acc_itemsize * -(-call.m // STATE_BLOCK)
-    chunk = _even(call.n, call.room // (call.itemsize * call.m + states))
+    chunk = _filling(call.n, call.room // (call.itemsize * call.m + states), call)
     return chunk if chunk >= min(call.n, GPU_ONEPASS_ROWS) else 0
 
 
@@ -220,10 +225,12 @@ def _triton_block(name: str, call: Call) -> tuple[int, int]:
     n, m = max(call.n, 1), max(call.m, 1)
     if name == "onepass":
         return _gpu_chunk(call), m
+    scores = call.room // call.itemsize
+    side = max(math.isqrt(scores), 1)
     if name == "triangular":
-        return (min(TRIANGULAR_SIDE, max(math.isqrt(call.room // call.itemsize), 1)),) * 2
-    cols = min(m, max(call.room // (call.itemsize * min(n, WORKSPACE_ROWS)), 1))
-    return min(n, max(call.room // (call.itemsize * cols), 1)), cols
+        return (_filling(n, min(TRIANGULAR_SIDE, side), call),) * 2
+    cols = _filling(m, max(scores // _filling(n, side, call), 1), call)
+    return _filling(n, max(scores // cols, 1), call), cols
 
 
 def _torch_block(name: str, call: Call) -> tuple[int, int]:
@@ -242,13 +249,31 @@ def _torch_block(name: str, call: Call) -> tuple[int, int]:
     return rows, min(m, max(block // rows, 1), max(call.limit // (4 * acc * rows), 1))
 
 
+def _filling(n: int, most: int, call: Call) -> int:
+    """Return the rows of a block, at most `most` of n, whose library product with D columns fills a GPU.
+
+    Its output tiles make as many whole waves of the processors as fit, of the widest tiles that make one; a wave may
+    lack a twentieth. Where none fits, the library has to divide the sum, and the rows are divided evenly.
+    """
+    if most >= n:
+        return n
+    tiles, fill = most // PRODUCT_ROWS, call.processors
+    for width in PRODUCT_WIDTHS:
+        across = -(-call.d // width)
+        waves = (tiles * across + fill // 20) // fill
+        if waves > 0:
+            return max(min(waves * fill // across, tiles), 1) * PRODUCT_ROWS
+    return _even(n, most)
+
+
 def _even(n: int, most: int) -> int:
-    """Return a chunk of at most `most` rows that splits n rows evenly, in whole tiles of 128 where it holds one."""
-    most = most if most < 128 else most // 128 * 128
+    """Return a chunk of at most `most` rows that splits n rows evenly, in whole tiles where it holds one."""
+    tile = PRODUCT_ROWS
+    most = most if most < tile else most // tile * tile
     if most >= n or most < 1:
         return min(n, most)
     chunk = -(-n // -(-n // most))
-    return chunk if chunk < 128 else min(most, -(-chunk // 128) * 128)
+    return chunk if chunk < tile else min(most, -(-chunk // tile) * tile)
 
 
 def _whole(name: str, call: Call) -> tuple[int, int]:

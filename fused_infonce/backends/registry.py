@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .contract import LN2, Backend, Problem
-from .plan import Plan, choose, default_limit
+from .device import facts
+from .plan import Plan, choose, limit_of_environment
 from .precision import EXPONENT_ROOM, accumulator, product_dtype
 
 BackendName = Literal["auto", "triton", "torch", "reference"]
@@ -31,9 +32,14 @@ class Options:
     workspace_limit: int | None = None
     reduction: Reduction = "mean"
 
-    def limit(self, device: str) -> int:
+    def limit(self, device: torch.device) -> int:
         """Return the bytes of workspace on a device."""
         return self.workspace_limit or default_limit(device)
+
+
+def default_limit(device: torch.device) -> int:
+    """Return the bytes of workspace where the call does not say: the environment's, if it does, or the device's."""
+    return limit_of_environment() or facts(device).limit
 
 
 def load(name: str) -> Backend:
@@ -136,17 +142,18 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     for keys in problem.keys if problem.in_batch else problem.keys[1:]:
         m += keys.rows.shape[-2]
     dtype = product_dtype(query)
-    device = query.device.type
+    device = query.device
     plan = choose if compiling else remembered
     of_t = torch.is_grad_enabled() and t.values.requires_grad
     needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
     return plan(
-        backend=backend, device=device, n=n, m=m, d=d, itemsize=dtype.itemsize,
+        backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
         per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
         mean=full or of_t, joint=problem.joint,
+        processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 
 

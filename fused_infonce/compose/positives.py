@@ -44,7 +44,7 @@ def pair_margins(
 
     Rows are gathered in parts that fit the workspace limit. Gradients are always added in the same order.
     """
-    return _Margins.apply(neg, x, y, rows, keys, Options(workspace_limit=workspace_limit).limit(x.device.type))
+    return _Margins.apply(neg, x, y, rows, keys, Options(workspace_limit=workspace_limit).limit(x.device))
 
 
 class _Margins(torch.autograd.Function):

@@ -64,7 +64,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         reduction: "mean", "sum" or "none".
         normalize: divide every row by its norm first.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 256 MiB elsewhere, or what the environment says.
+        workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 1/128 of a GPU's memory, or what the environment says.
     """
 
     own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has

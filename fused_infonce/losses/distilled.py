@@ -84,7 +84,7 @@ def distilled_info_nce(
         backend: of the student: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
             The teacher's part is made by PyTorch for some rows at a time, within the limit; its embeddings are held
             once in the dtype of the statistics, float32 for 16-bit inputs, in which their products are made.
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32. A gradient is the student's part less
@@ -182,7 +182,7 @@ def _teachers(
         sides = [(a, b), (b, a)]
     every = [Teacher(*side, t.to(dtype), 1) for side in sides]
     # the logits of a row, before and after their division, and the terms of its entropy
-    limit = options.limit(t.device.type)
+    limit = options.limit(t.device)
     every = [x._replace(step=max(1, limit // max(3 * x.width * dtype.itemsize, 1))) for x in every]
     return every if symmetric else every[:1]
 
@@ -309,7 +309,7 @@ class DistillationLoss(ContrastiveLoss):
             `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Example:
         >>> loss = DistillationLoss(temperature=0.05, symmetric=True)

@@ -68,7 +68,7 @@ def grouped_info_nce(
         teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
         distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
             Beside it "m3_kd_loss" holds the (N, G, D) own passages once in float32, and N G^2 / 2 numbers.
 
     Returns:
@@ -124,7 +124,7 @@ def _divergence(
     if options.backend == "reference" or contrast.is_explaining():  # it is differentiable any number of times
         scores = _own_scores(query, own, t.values, normalize)
         return -(_weights(teacher, t) * torch.log_softmax(scores, dim=1)).sum(1)
-    limit = options.limit(query.device.type)
+    limit = options.limit(query.device)
     return _Divergence.apply(query, passages, t.values, teacher, offset, normalize, limit)
 
 
@@ -296,7 +296,7 @@ class GroupedInfoNCELoss(ContrastiveLoss):
             `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Example:
         >>> loss = GroupedInfoNCELoss(group_size=8)

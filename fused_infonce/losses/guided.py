@@ -82,7 +82,7 @@ def guided_info_nce(
         offset: the row of the first query's positive.
         normalize: divide every row by max(norm, 1e-12) first. The guide's rows always are.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -121,7 +121,7 @@ def guided_info_nce(
     if contrast_queries:
         keys.append(KeySet(query, row_ids, guides[0]))
     if negative_keys is not None:
-        limit = options.limit(query.device.type)
+        limit = options.limit(query.device)
         keys.append(_negatives(negative_keys, negative_ids, guides, ceiling, row_ids, limit))
     problem = Problem(
         KeySet(query, row_ids, guides[0]), tuple(keys), t, index, ceiling=ceiling, normalize=normalize
@@ -244,7 +244,7 @@ class GuidedInfoNCELoss(ContrastiveLoss):
             `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Example:
         >>> loss = GuidedInfoNCELoss(temperature=0.02, margin=0.1)  # the embeddings are their own guide

@@ -87,7 +87,7 @@ def multiple_negatives(
         normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         reduction: "mean", "sum" or "none" (one value per query).
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
             Beside it the hard negatives are held once in one tensor; several directions, or a hardness that tells a
             query's own hard negatives from others, hold 16-bit rows once in float32.
 
@@ -324,7 +324,7 @@ class MultipleNegativesLoss(ContrastiveLoss):
             `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Example:
         >>> loss = MultipleNegativesLoss(hardness="hard_negatives", hardness_strength=5.0)

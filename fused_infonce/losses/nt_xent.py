@@ -48,7 +48,7 @@ def nt_xent(
         more_views: further views, (N, D) each.
         normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Returns:
         A 0-d loss, or (V N,) for "none": float64 for float64 inputs, else float32.
@@ -89,7 +89,7 @@ class NTXentLoss(ContrastiveLoss):
             `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.1)

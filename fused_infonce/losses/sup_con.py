@@ -58,7 +58,7 @@ def sup_con(
             the anchors of the first view first, (N,) for "one".
         normalize: divide every row by max(norm, 1e-12) first. The original leaves it to the caller.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Returns:
         A 0-d loss, or (V N,) or (N,) for "none": float64 for float64 inputs, else float32.
@@ -244,7 +244,7 @@ class SupConLoss(ContrastiveLoss):
             `loss.parameters()` to the optimizer, without weight decay.
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
-        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 256 MiB elsewhere.
+        workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
 
     Example:
         >>> loss = SupConLoss(temperature=0.07)
