@@ -23,10 +23,9 @@ def update(m, l, x, s, AXIS: tl.constexpr):
 
 
 @triton.jit
-def load_states(S_ptr, slot, slots, offs, size):
-    """Return the states in a block of slots, (len(slot), len(offs)) each; past the last slot they are empty."""
+def load_states(S_ptr, slot, offs, size, inside):
+    """Return the states in a block of slots, (len(slot), len(offs)) each; those not inside are empty."""
     ptrs = S_ptr + slot.to(tl.int64)[:, None] * STATE_SLOTS * size + offs[None, :]
-    inside = (slot < slots)[:, None] & (offs < size)[None, :]
     m = tl.load(ptrs, mask=inside, other=FLOOR)
     l = tl.load(ptrs + size, mask=inside, other=0.0)
     x = tl.load(ptrs + size * 2, mask=inside, other=0.0)
@@ -44,17 +43,17 @@ def store_state(S_ptr, slot, offs, size, m, l, x):
 
 @triton.jit
 def add_tile(
-    m, l, x, x_tile, start_m, start_n, a, sx,
+    m, l, x, x_tile, start_m, start_n, a, sx, outside,
     X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, slot,
-    size_x, size_y, D, stride_xm, stride_yn,
+    size_x, size_y, shift, D, stride_xm, stride_yn,
     WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
     UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the rows' states after one more tile, and write those of its columns into a slot.
 
-    A row outside is not stored, and needs no mask. WHOLE: whether all columns are inside, and negatives. UNSHIFTED: one
-    exponential serves both directions.
+    A row outside is not stored, and needs no mask; for columns its logits get `outside`, FLOOR, which is 0 of others.
+    WHOLE: whether all columns are inside, and negatives. UNSHIFTED: one exponential serves both directions.
     """
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
@@ -63,10 +62,13 @@ def add_tile(
         BLOCK_N, BLOCK_D,
     )  # fmt: skip
     s = (d * b[None, :]) * (a * sx)[:, None]
+    if COLUMNS_ptr is not None:
+        s += outside[:, None]
     if not WHOLE:
         keep = negatives(
-            offs_m, offs_n, size_x, size_y, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE, BLOCK_G, ACC
-        )
+            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE, BLOCK_G,
+            ACC,
+        )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
     if UNSHIFTED:
         p = tl.exp2(s)
@@ -78,13 +80,12 @@ def add_tile(
     if COLUMNS_ptr is not None:
         none, zero = tl.full((BLOCK_N,), FLOOR, ACC), tl.zeros((BLOCK_N,), ACC)
         if UNSHIFTED:
-            p = tl.where((offs_m < size_x)[:, None], p, 0.0)
             cm, cl, cx = zero, tl.sum(p, 0), zero
             if MEAN:
                 cx = tl.sum(p * s, 0)
         else:
             sy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC)
-            t = tl.where((offs_m < size_x)[:, None], (d * a[:, None]) * (b * sy)[None, :], FLOOR)
+            t = (d * a[:, None]) * (b * sy)[None, :] + outside[:, None]
             if not WHOLE:
                 t = tl.where(keep, t, FLOOR)
             cm, cl, cx = update(none, zero, zero, t, 0)
@@ -92,20 +93,30 @@ def add_tile(
     return m, l, x
 
 
-@triton.jit(do_not_specialize=["row_start", "slot"])
+@triton.jit
+def span(first, size: tl.constexpr, BLOCK: tl.constexpr, start, end):
+    """Return the first of the blocks from start to end that meets one of `size` places from `first` on, and the one
+    after the last."""
+    near, beyond = first // BLOCK, tl.cdiv(first + size, BLOCK)
+    return tl.minimum(tl.maximum(near, start), end), tl.minimum(tl.maximum(beyond, start), end)
+
+
+@triton.jit(do_not_specialize=["row_start", "shift", "slot"])
 def statistics_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr, COLUMNS_ptr,
-    row_start, size_x, size_y, D, stride_xm, stride_yn, split, slot,
-    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
-    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, HOIST: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    row_start, size_x, size_y, shift, D, stride_xm, stride_yn, split, slot,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, HALF: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write states of BLOCK_M rows over `split` blocks of columns into row slot `slot + program_id(1)`, and of these
     columns over these rows into column slot 1 + program_id(0).
 
     s_ij = a_i b_j (x_i . y_j) sx_i for rows, and with sy_j for columns; sx = log2(e) / t. UNSHIFTED: every exponential
     fits, every maximum is 0, and both directions have one temperature. Without MEAN the third vector of such states is
-    0. PEEL "off" is of whole tiles that do not meet the diagonal, "on" of the others, with the last columns; "" of all.
+    0. PEEL "off" is of whole tiles that do not meet a diagonal of pairs that are left out, "on" of the others, with the
+    last columns; "" of all. HALF: x and y are the same rows, and columns before a block's own rows are left
+    out, being those of earlier blocks' states; what is written of columns up to the last of its own does not count.
     """
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -120,47 +131,61 @@ def statistics_kernel(
     m = tl.full((BLOCK_M,), 0.0 if UNSHIFTED else FLOOR, ACC)
     l = tl.zeros((BLOCK_M,), ACC)
     x = tl.zeros((BLOCK_M,), ACC)
+    outside = tl.where(offs_m < size_x, 0.0, FLOOR).to(ACC)
     whole, count = size_y // BLOCK_N, tl.cdiv(size_y, BLOCK_N)
     start, end = pid_n * split, tl.minimum((pid_n + 1) * split, count)
-    met, after = 0, 0  # the first block that meets the diagonal, and the one after the last
+    if HALF:
+        start = tl.maximum(start, start_m // BLOCK_N)
     if PEEL != "":
         end = tl.minimum(end, whole)
-        if DIAGONAL:
-            met = tl.minimum(tl.maximum(start_m // BLOCK_N, start), end)
-            after = tl.minimum(tl.maximum(tl.cdiv(start_m + BLOCK_M, BLOCK_N), start), end)
-    blocks = end - start - (after - met)
+    near, beyond, met, after = start, start, start, start  # blocks near to beyond, met to after meet a diagonal
+    if PEEL != "" and DIAGONAL:
+        near, beyond = span(start_m, BLOCK_M, BLOCK_N, start, end)
+        if shift is not None:
+            met, after = span(start_m + shift, BLOCK_M, BLOCK_N, start, end)
+    first, second = beyond - near, after - met
+    blocks = end - start - first - second
     if PEEL == "on":
-        blocks = (after - met) + (count - whole)
+        blocks = first + second + (count - whole)
     for k in range(0, blocks):
         if PEEL == "on":
-            block = tl.where(k < after - met, met + k, whole + k - (after - met))
+            block = tl.where(k < first, near + k, tl.where(k < first + second, met - first, whole - first - second) + k)
         else:
-            block = start + k + tl.where(start + k >= met, after - met, 0)
+            block = start + k
+            block += tl.where(block >= near, first, 0)
+            block += tl.where(block >= met, second, 0)
         m, l, x = add_tile(
-            m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr,
-            guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, D, stride_xm, stride_yn, PEEL == "off", TARGET, DIAGONAL,
-            GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N, BLOCK_D,
+            m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, outside, X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr,
+            YI_ptr, guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, shift, D, stride_xm, stride_yn, PEEL == "off",
+            TARGET, DIAGONAL, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     store_state(ROWS_ptr, slot + pid_n, offs_m, size_x, m, l, x)
 
 
-@triton.jit(do_not_specialize=["first", "slots"])
+@triton.jit(do_not_specialize=["first", "slots", "own", "start"])
 def merge_kernel(
     S_ptr, NEG_ptr, MEAN_ptr, MAXIMUM_ptr, SCALE_ptr,
-    first, slots, size,
-    ln2: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+    first, slots, own, start, size,
+    ln2: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Merge slots first, first + 1, ... into slot 0, or with NEG into statistics.
 
     neg = ln sum e^s, mean = sum e^(s - neg) s: -inf and 0 where there were no logits. MAXIMUM and SCALE are m and r
-    with e^(s - neg) = 2^(s log2(e) - m) r, and 0 there.
+    with e^(s - neg) = 2^(s log2(e) - m) r, and 0 there. HALF: slot k of 1 to `own` is of the columns of block
+    start + k - 1 of HALF rows, and only what is behind these rows counts; 0: every slot counts.
     """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.full((BLOCK_M,), FLOOR, ACC)
     l = tl.zeros((BLOCK_M,), ACC)
     x = tl.zeros((BLOCK_M,), ACC)
-    for start in range(first, slots, BLOCK_S):
-        m_slot, l_slot, x_slot = load_states(S_ptr, start + tl.arange(0, BLOCK_S), slots, offs, size)
+    for near in range(first, slots, BLOCK_S):
+        slot = near + tl.arange(0, BLOCK_S)
+        inside = (slot < slots)[:, None] & (offs < size)[None, :]
+        if HALF:
+            inside = inside & (
+                ((slot < 1) | (slot > own))[:, None] | ((offs // HALF)[None, :] >= (start + slot)[:, None])
+            )
+        m_slot, l_slot, x_slot = load_states(S_ptr, slot, offs, size, inside)
         new = tl.maximum(m, tl.max(m_slot, 0))
         scale = tl.exp2(m - new)
         scale_slot = tl.exp2(m_slot - new[None, :])

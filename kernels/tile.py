@@ -105,19 +105,21 @@ def meets_diagonal(start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def negatives(
-    offs_m, offs_n, size_x, size_y,
+    offs_m, offs_n, size_x, size_y, shift,
     TARGET_ptr, XI_ptr, YI_ptr, guide,
     TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Return which pairs are negatives, of columns inside: (BLOCK_M, BLOCK_N).
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
-    GUIDE: how the guide's rows are multiplied, as DOT of `dot`, or "" without one; `guide` is
-    (GX, GY, inverse norms of both, ceilings of x, row length, strides).
+    shift: nor are x_i and y_j with |i - j| = shift; or None. GUIDE: how the guide's rows are multiplied, as DOT of
+    `dot`, or "" without one; `guide` is (GX, GY, inverse norms of both, ceilings of x, row length, strides).
     """
     keep = (offs_m[:, None] >= 0) & (offs_n[None, :] < size_y)
     if DIAGONAL:
         keep = keep & (offs_m[:, None] != offs_n[None, :])
+    if shift is not None:
+        keep = keep & (tl.abs(offs_m[:, None] - offs_n[None, :]) != shift)
     if TARGET != 0:
         if TARGET == 1:
             target = tl.load(TARGET_ptr + offs_m, mask=offs_m < size_x, other=-1)

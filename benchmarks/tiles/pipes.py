@@ -44,7 +44,7 @@ LABEL = re.compile(r"\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 BRANCH = re.compile(r"(?:@!?U?P\d+\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?`\((\.L_x_\d+)\)")
 GUARD = re.compile(r"^@!?U?P\w+\s+")
-VARIANTS = ("bounded", "bounded columns", "plain", "columns")
+VARIANTS = ("bounded", "bounded columns", "bounded views", "plain", "columns")
 
 
 def parsed(text: str) -> tuple[list[str], list[tuple[int, int]]]:

@@ -73,9 +73,10 @@ class Problem:
     in_batch: bool = True  # the first set's keys that are not the row's target are its negatives
     columns: bool = False  # also the statistics of key j of the first set against all queries: target None, N == M
     normalize: bool = True
-    # The keys are the queries, no row is its own negative, and the target of a row's target is the row. Gradients of
-    # both sides are then returned as the query's
+    # The keys are the queries and there is no other set, no row is its own negative, and the target of a row's target
+    # is the row, so that exclusions are symmetric. Gradients of both sides are then returned as the query's
     self_similar: bool = False
+    two_views: bool = False  # of self-similar rows: the target of row i is row i + N / 2, or i - N / 2
 
     @property
     def sets(self) -> tuple[KeySet, ...]:
@@ -133,17 +134,15 @@ class Problem:
 
     @property
     def flags(self) -> tuple[bool, ...]:
-        return self.in_batch, self.columns, self.normalize, self.self_similar
+        return self.in_batch, self.columns, self.normalize, self.self_similar, self.two_views
 
     @staticmethod
-    def of(tensors: Sequence[Any], in_batch: bool, columns: bool, normalize: bool, self_similar: bool) -> Problem:
+    def of(tensors: Sequence[Any], *flags: bool) -> Problem:
         """Return the problem that `tensors` and `flags` were taken from."""
         temperature, target, ceiling, *rest = tensors
         width = len(KeySet._fields)
         query, *keys = (KeySet(*rest[i : i + width]) for i in range(0, len(rest), width))
-        return Problem(
-            query, tuple(keys), Temperature(temperature), target, ceiling, in_batch, columns, normalize, self_similar
-        )
+        return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, *flags)
 
 
 class RowStatistics(NamedTuple):

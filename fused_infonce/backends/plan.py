@@ -156,9 +156,9 @@ AGAIN = ": the backward computes the scores again"
 # fmt: off
 TRITON: tuple[Rule, ...] = (
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
-    ("triangular", lambda c: c.self_similar and c.d > STREAMING_DIM, 5, HALF),
-    ("streaming", lambda c: c.self_similar, 6,
-     "all rows are compared with one another, and one pass serves both sides"),
+    ("triangular", lambda c: c.self_similar and c.d > STREAMING_DIM, 4, HALF),
+    ("streaming", lambda c: c.self_similar, 5,
+     "all rows are compared with one another, half of whose scores are made at first, and one pass serves both sides"),
     ("onepass", lambda c: c.rows_alone and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0, 6, AT_ONCE),
     ("streaming", lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided, 10,
      "embeddings are short, and the rows are enough to fill the device"),
@@ -188,10 +188,11 @@ def choose(full: bool = False, mean: bool = True, **sizes: Any) -> Plan:
     call = Call(**sizes)
     rules, blocks = RULES[call.backend]
     name, _, flops, reason = next(rule for rule in rules if rule[1](call))
-    if name == "dense" and call.self_similar:
+    halved = call.self_similar and call.backend != "reference"
+    if name == "dense" and halved:
         flops = 4
     if not call.gradients:
-        flops = 1 if name == "triangular" else 2
+        flops = 1 if halved and name != "dense" else 2
     rows, cols = blocks(name, call)
     return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean)
 

@@ -139,7 +139,8 @@ def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normal
     rows = stacked(views(view_a, view_b, ()))
     target = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
     same = KeySet(rows)
-    return Problem(same, (same,), temperature_of(temperature, rows), target, normalize=normalize, self_similar=True)
+    t = temperature_of(temperature, rows)
+    return Problem(same, (same,), t, target, normalize=normalize, self_similar=True, two_views=True)
 
 
 def stacked(views: Sequence[Tensor]) -> Tensor:

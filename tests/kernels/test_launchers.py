@@ -22,6 +22,7 @@ from support.problems import (
     dense,
     dense_gradients,
     make,
+    natural,
     problem_of,
     upstream_of,
     with_ids,
@@ -29,12 +30,13 @@ from support.problems import (
 )
 from torch import Tensor
 
-from fused_infonce.backends.contract import Temperature, Upstream
+from fused_infonce.backends.contract import RowStatistics, Temperature, Upstream
 from fused_infonce.backends.plan import Plan
 
 launch = pytest.importorskip(
     "fused_infonce.backends.triton.launch", reason="triton is not installed", exc_type=ImportError
 )
+kernels = pytest.importorskip("fused_infonce.kernels.statistics", exc_type=ImportError)
 
 pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
 
@@ -139,18 +141,54 @@ def test_segments_ids_and_targets_keep_the_bounds(target, segments, ids, in_batc
     check(with_segments(problem, shared, own, ids), plan)
 
 
+def of_itself(n, kind, bounded, **options):
+    """Rows against themselves: two views in order, pairs in any order, or no targets but the rows."""
+    if kind == "pairs":
+        order = torch.randperm(n // 2 * 2)
+        a, b = order.chunk(2)
+        target = torch.arange(n).scatter(0, torch.cat([a, b]), torch.cat([b, a]))
+    else:
+        target = torch.arange(n).roll(n // 2) if kind == "views" else None
+    problem = make(n, n, 20, target=target, self_similar=True, two_views=kind == "views", **options)
+    if bounded:  # where all rows share a temperature, one exponential serves both directions
+        problem = replace(problem, temperature=Temperature(torch.full((1,), 0.3, dtype=torch.float64)))
+    return replace(problem, keys=(problem.query,))
+
+
 @both_plans
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_self_similarity_gives_one_gradient_for_both_sides(normalize, plan):
-    """Two views against each other: a row is no negative of its own or its partner; one gradient for both sides."""
-    problem = make(70, 70, 20, target=torch.arange(70).roll(35), self_similar=True, normalize=normalize)
-    problem = replace(problem, keys=(problem.query,))
-    plan = replace(plan, rows=24, cols=24)  # square blocks, as `choose` makes them
+@pytest.mark.parametrize(
+    ("n", "kind", "peeled"), [(70, "views", 1000), (134, "views", 1), (69, "pairs", 1), (97, "alone", 1)]
+)
+def test_self_similarity_gives_one_gradient_for_both_sides(n, kind, peeled, normalize, bounded, plan, monkeypatch):
+    """A row is no negative of its own or of its partner; one state serves its row and its column, and one gradient both
+    sides. Of 134 rows in tiles of 32 those on three diagonals and the last have launches of their own."""
+    monkeypatch.setattr(launch, "PEELED", peeled)
+    problem = of_itself(n, kind, bounded, normalize=normalize)
+    plan = replace(plan, rows=70, cols=70, bounded=bounded)  # square blocks, as `choose` makes them
     stats, upstream = backend.statistics(problem, plan), upstream_of(problem)
-    torch.testing.assert_close(stats.rows.neg, dense(problem)[1].rows.neg.detach(), rtol=1e-12, atol=1e-12)
+    for name, x, y in zip(RowStatistics._fields, natural(stats.rows), dense(problem)[1].rows, strict=True):
+        torch.testing.assert_close(x, y.detach(), rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     both, none = backend.gradients(problem, plan, stats, upstream, [torch.float64, None])
     assert none is None
     assert error(both, sum(dense_gradients(problem, upstream))) < 1e-10
+
+
+@pytest.mark.parametrize(("kind", "peeled"), [("views", 1), ("pairs", 1000)])
+def test_half_of_the_scores_are_made_whatever_the_limit(kind, peeled, monkeypatch):
+    """And no score twice: with a limit of one byte every block of rows is merged on its own."""
+    monkeypatch.setattr(launch, "PEELED", peeled)
+    problem, tiles = of_itself(134, kind, bounded=True), []
+    add_tile = kernels.add_tile
+    monkeypatch.setattr(kernels, "add_tile", lambda *arguments: tiles.append(arguments[4:6]) or add_tile(*arguments))
+    plan = replace(PLANS[0], bounded=True)
+    whole, again, parts = (backend.statistics(problem, replace(plan, limit=limit)) for limit in (LIMIT, LIMIT, 1))
+    if launch.INTERPRETED:
+        assert len(tiles) == 3 * 15  # of 5 x 5
+    assert all(torch.equal(x, y) for x, y in zip(whole.rows, again.rows, strict=True))
+    for x, y in zip(whole.rows, parts.rows, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
 
 
 @both_plans

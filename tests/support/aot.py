@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Case:
     dtype: str
     d: int
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
-    # "bounded" and "bounded columns": plain and columns where every exponential fits and no mean is needed
+    # "views": rows of two views against one another;
+    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
@@ -133,6 +134,8 @@ def launches(case: Case) -> list[Launch]:
         KeySet(x, names, guide), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
         ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
     )  # fmt: skip
+    if "views" in case.variant:
+        problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
     saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
     triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
     tiles.FORCE_TMA = case.tma
@@ -145,7 +148,7 @@ def launches(case: Case) -> list[Launch]:
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
             backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
-        if not problem.columns:
+        if not (problem.columns or problem.self_similar):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
             backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
     finally:
@@ -229,6 +232,7 @@ def default_cases() -> Iterator[Case]:
         for dtype in ("bfloat16", "float32"):
             yield Case(target, dtype, 256, "plain")
             yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
+            yield Case(target, dtype, 256, "bounded views", ("statistics_kernel",))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
     for target in DESCRIPTORS:
@@ -240,7 +244,7 @@ def all_cases() -> Iterator[Case]:
     """Yield a row length for every entry of the table: up to 128, to 256, and longer; of "gradient" also 64 and 512."""
     for target in TARGETS:
         for d in (128, 256, 1024):
-            for variant in ("plain", "columns", "general", "guided", "bounded", "bounded columns"):
+            for variant in ("plain", "columns", "general", "guided", "bounded", "bounded columns", "bounded views"):
                 yield Case(target, "bfloat16", d, variant, TILED)
         for variant in ("plain", "columns"):
             for d in (64, 512):

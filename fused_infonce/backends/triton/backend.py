@@ -43,11 +43,13 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
         work, pos = prepare(problem, plan, positives=True)
         query, n = work.query, len(work.query)
         assert pos is not None
-        columns = unwritten(pos) if problem.columns else None
+        columns, kind = unwritten(pos) if problem.columns else None, (unshifted(problem, plan), plan.mean)
+        if problem.self_similar and n:
+            rows = unwritten(pos)
+            row_states(query, work.shared[1], work.excluded, rows, plan.limit, *kind, half=True)
+            return Statistics(rows)
         states = [
-            row_states(
-                query, keys, excluded, columns if index == 1 else None, plan.limit, unshifted(problem, plan), plan.mean
-            )
+            row_states(query, keys, excluded, columns if index == 1 else None, plan.limit, *kind)
             for index, keys, excluded in work.segments
         ]
         states += [paired.paired_states(query, keys) for keys in work.paired.values()]

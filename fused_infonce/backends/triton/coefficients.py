@@ -60,8 +60,8 @@ def _run(
 ) -> None:  # fmt: skip
     """Launch a kernel over a block: at once, or apart over the tiles that need a mask, where these are few."""
     tile, size = tile_of(tile_name, x, y), cols.stop - cols.start
-    few = cdiv(tile.block_m, tile.block_n) + 2 if excluded.diagonal else 1  # that may meet it, and the last
-    for name in peels(x, y, excluded, size, tile.block_n):
+    few = excluded.diagonals * (cdiv(tile.block_m, tile.block_n) + 1) + 1  # which may meet a diagonal, and the last
+    for name in peels(x, y, excluded, size, tile):
         columns = few if name == "on" else cdiv(size, tile.block_n)
         run(
             kernel, (cdiv(rows.stop - rows.start, tile.block_m) * columns,), C_ptr=block, PEEL=name,

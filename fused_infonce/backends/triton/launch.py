@@ -50,13 +50,20 @@ class Excluded(NamedTuple):
 
     target: Tensor | None = None  # (N,) indices of the queries' targets among the keys
     diagonal: bool = False  # query i and key i
+    shift: int | None = None  # query i and keys i + shift and i - shift
+
+    @property
+    def diagonals(self) -> int:
+        """Return how many diagonals of pairs there may be."""
+        return 0 if not self.diagonal else 1 if self.shift is None else 3
 
     def arguments(self, x: Side, y: Side, of_x: bool = True) -> dict[str, Any]:
         """Return the arguments of a tile kernel; of_x: whether x are the queries."""
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
         ids = {"XI_ptr": x_ids, "YI_ptr": y_ids}
-        return ids | {"TARGET_ptr": self.target, "TARGET": target, "DIAGONAL": self.diagonal}
+        pairs = {"TARGET_ptr": self.target, "TARGET": target, "DIAGONAL": self.diagonal, "shift": self.shift}
+        return ids | pairs
 
 
 def cdiv(a: int, b: int) -> int:
@@ -144,16 +151,18 @@ def guide_arguments(x: Side, y: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peels(x: Side, y: Side, excluded: Excluded, columns: int, block_n: int) -> tuple[str, ...]:
+def peels(x: Side, y: Side, excluded: Excluded, columns: int, tile: tiles.Tile) -> tuple[str, ...]:
     """Return the launches that make all tiles, as PEEL of the kernels names them: few that need a mask have their own.
 
-    columns: of y that are seen, whose last tile needs a mask unless it is whole.
+    columns: of y that are seen, whose last tile needs a mask unless it is whole. No tile may meet two diagonals.
     """
     if excluded.target is not None or (x.ids is not None and y.ids is not None) or guided(x, y):
         return ("",)
-    if not excluded.diagonal and columns % block_n == 0:
+    if not excluded.diagonal and columns % tile.block_n == 0:
         return ("off",)
-    return ("off", "on") if cdiv(columns, block_n) >= PEELED else ("",)
+    apart = excluded.shift is None or excluded.shift >= tile.block_m + tile.block_n
+    few = cdiv(columns, tile.block_n) >= PEELED * max(excluded.diagonals, 1)
+    return ("off", "on") if apart and few else ("",)
 
 
 def pair_arguments(tile: tiles.Tile, x: Side, y: Side, bounded: bool = False) -> dict[str, Any]:

@@ -30,8 +30,14 @@ class Work:
         """Yield (place, keys, pairs excluded besides equal ids) of each set of keys that a tile pass runs over."""
         for index, keys in self.shared.items():
             if len(keys) and (index > 1 or self.problem.in_batch):
-                diagonal = self.target is None or self.problem.self_similar
-                yield index, keys, Excluded(self.target, diagonal) if index == 1 else Excluded()
+                yield index, keys, self.excluded if index == 1 else Excluded()
+
+    @property
+    def excluded(self) -> Excluded:
+        """Return the pairs of queries and keys of the first set that are no negatives."""
+        if self.problem.two_views:
+            return Excluded(diagonal=True, shift=len(self.query) // 2)
+        return Excluded(self.target, self.target is None or self.problem.self_similar)
 
 
 def unshifted(problem: Problem, plan: Plan) -> bool:
@@ -60,8 +66,8 @@ def prepare(
         problem.query, normalize, t, statistics=rows, u=slope, positive=(first, target) if positives else None,
         ceiling=problem.ceiling, shifted=shifted,
     )  # fmt: skip
-    if problem.self_similar:  # in a backward C + C^T serves both sides at once
-        key = replace(query, ids=contiguous(first.ids), scale=query.scale if upstream else None)
+    if problem.self_similar:  # a state serves a row and a column, and in a backward C + C^T both sides
+        key = replace(query, ids=contiguous(first.ids))
     elif problem.columns:
         key, _ = side(first, normalize, t, statistics=columns, u=column_slope, shifted=shifted)
     else:
