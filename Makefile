@@ -93,7 +93,7 @@ tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.p
 	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.tiles.tune --record $(or $(RECORD),results/tune.csv) $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
-	$(BIN)/python tests/support/aot.py --all --record benchmarks/results/tiles.csv
+	$(BIN)/python -m benchmarks.tiles.aot --all --record benchmarks/results/tiles.csv
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist *.egg-info .gpu-site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -8,6 +8,8 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.suites.accuracy        errors at low temperatures
     python -m benchmarks.tiles.tune             tile sizes on a GPU
     python -m benchmarks.tiles.host_time        what a call costs the host of a GPU
+    python -m benchmarks.tiles.aot              registers, spills and instructions of the kernels, without a GPU
+    python -m benchmarks.tiles.pipes            cycles of their tiles, counted in the machine code
     python -m benchmarks.compare OLD.csv NEW.csv
     python -m benchmarks.house                  frames of a call, lines and files of the product
     python -m benchmarks.plot                   pictures of what is recorded

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-AOT = ROOT / "tests" / "support" / "aot.py"
+AOT = [sys.executable, "-m", "benchmarks.tiles.aot"]
 RECORD = ROOT / "benchmarks" / "results" / "tiles.csv"
 TILED = {"statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel"}
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.serial, pytest.mark.timeout(600)]  # compiles on all c
 def compiled():
     """In a process of its own: kernels decorated under TRITON_INTERPRET cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, AOT], env=environment, capture_output=True, text=True)
+    run = subprocess.run(AOT, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -67,14 +67,9 @@ class TestDefaults:
 
 
 def test_the_recorded_table_is_of_these_sources():
-    """Regenerate it with `python tests/support/aot.py --all --record benchmarks/results/tiles.csv`."""
-    sources = subprocess.run(
-        [sys.executable, AOT, "--hash"],
-        env={**os.environ, "TRITON_INTERPRET": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    """Regenerate it with `make tiles`."""
+    environment = {**os.environ, "TRITON_INTERPRET": ""}
+    sources = subprocess.run([*AOT, "--hash"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     with RECORD.open() as file:
         rows = list(csv.DictReader(file))
     assert {row["sources"] for row in rows} == {sources.stdout.strip()}

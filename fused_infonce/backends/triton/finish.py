@@ -61,7 +61,7 @@ def finish(
     dx = g[0] if in_place and g is not None else torch.empty((n, d), dtype=dtype, device=x.rows.device)
     z, inverse, v, t, indices, starts, parts, mutual = partners or (*[None] * 7, False)
     block_m, block_d, block_e, block_p = tiles.finish_tile(tiles.architecture(x.rows.device), d, starts is not None)
-    warps = 8 if starts is None else 4  # with which nothing spills in the default cases of tests/aot.py
+    warps = 8 if starts is None else 4  # with which nothing spills in the default cases of benchmarks/tiles/aot.py
     run(
         finish_kernel, (cdiv(n, block_m),),
         G_ptr=g, F_ptr=factor, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, B_ptr=inverse, V_ptr=v, TARGET_ptr=indices,

@@ -1,8 +1,8 @@
 """Compile the kernels ahead of time, without a GPU, exactly as the launchers would launch them.
 
-    python tests/support/aot.py                  one configuration per kernel, target and dtype class, as JSON
-    python tests/support/aot.py --all            the whole tile table, as a table
-    python tests/support/aot.py --all --record FILE    and as CSV, with a hash of the sources it holds for
+    python -m benchmarks.tiles.aot               one configuration per kernel, target and dtype class, as JSON
+    python -m benchmarks.tiles.aot --all         the whole tile table, as a table
+    python -m benchmarks.tiles.aot --all --record FILE    and as CSV, with a hash of the sources it holds for
 
 Needs a process without TRITON_INTERPRET.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import csv
 import hashlib
 import json
@@ -23,7 +24,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -31,12 +33,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks import ROOT
 from fused_infonce.backends.contract import KeySet, Problem, Temperature, Upstream
 from fused_infonce.backends.plan import Plan
 from fused_infonce.backends.precision import accumulator
 from fused_infonce.backends.triton import backend, tiles
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce/backends/triton/tiles.py"]
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -53,6 +55,7 @@ TENSOR_CORE = {  # what a tile of 16-bit inputs must compile to
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
+PROCESSORS = 132  # of an H100 or an H200, which the numbers of programs are for
 TILED = ("statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel")
 DESCRIPTORS = ("sm_90", "sm_100")  # targets that can load tiles through tensor descriptors
 TYPES = {
@@ -110,16 +113,33 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-Launch = tuple[triton.JITFunction, dict[str, Any]]
+class Launch(NamedTuple):
+    """A launch of a kernel that was recorded."""
+
+    kernel: triton.JITFunction
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def recorded(target: str, tma: bool | None = None) -> Iterator[list[Launch]]:
+    """Record the launches of kernels as on a device of this kind with 132 processors, and run none."""
+    found: list[Launch] = []
+
+    def record(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.append(Launch(self, kwargs, grid))
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", record),
+        mock.patch.object(tiles, "architecture", return_value=target),
+        mock.patch.object(tiles, "processors", return_value=PROCESSORS),
+        mock.patch.object(tiles, "FORCE_TMA", tma),
+    ):
+        yield found
 
 
 def launches(case: Case) -> list[Launch]:
     """Return the launches that the launchers make for a problem of this kind, recorded instead of run."""
-    recorded: list[Launch] = []
-
-    def record(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recorded.append((self, kwargs))
-
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     # of 16-bit rows enough for tiles on a diagonal to have launches of their own
@@ -136,10 +156,7 @@ def launches(case: Case) -> list[Launch]:
     )  # fmt: skip
     if "views" in case.variant:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
-    saved = triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA
-    triton.JITFunction.run, tiles.architecture, tiles.processors = record, lambda _: case.target, lambda _: 132
-    tiles.FORCE_TMA = case.tma
-    try:
+    with recorded(case.target, case.tma) as found:
         u = torch.zeros(n, dtype=acc)
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
@@ -151,12 +168,10 @@ def launches(case: Case) -> list[Launch]:
         if not (problem.columns or problem.self_similar):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
             backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
-    finally:
-        triton.JITFunction.run, tiles.architecture, tiles.processors, tiles.FORCE_TMA = saved
-    return recorded
+    return found
 
 
-def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
+def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """Specialise as the just-in-time compiler does: None and 1 are constants, and divisibility by 16 is known."""
     signature, constants, attributes = {}, {}, {}
 
@@ -177,7 +192,9 @@ def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTS
     for index, parameter in enumerate(fn.params):
         value, free = arguments[parameter.name], parameter.do_not_specialize
         signature[parameter.name] = type_of(value, (index,), parameter.is_constexpr, free)
-    options = {name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
+    options: dict[str, Any] = {
+        name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments
+    }
     return ASTSource(fn, signature, constants, attributes), options
 
 
@@ -186,27 +203,36 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def inspect(case: Case, kernel: Any) -> tuple[int, int, str]:
-    """Return (registers a thread, bytes spilled a thread, tensor-core instruction)."""
-    wanted = TENSOR_CORE[case.target]
-    if case.target.startswith("gfx"):
+class MachineCode(NamedTuple):
+    """What a kernel compiled to."""
+
+    registers: int  # a thread
+    spilled_bytes: int  # a thread
+    text: str  # its instructions
+
+
+def field(name: str, text: str) -> int:
+    """Return the number that follows a name and a colon."""
+    found = re.search(rf"\b{name}:\s*(\d+)", text)
+    assert found, f"the compiler's tools say nothing of {name}"
+    return int(found[1])
+
+
+def machine_code(kernel: Any) -> MachineCode:
+    """Return the machine code of a compiled kernel, disassembled."""
+    if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        registers, scratch = (
-            int(re.search(rf"\.{field}:\s*(\d+)", text)[1]) for field in ("vgpr_count", "private_segment_fixed_size")
-        )
-        return registers, scratch, wanted if wanted in text else ""
+        return MachineCode(field("vgpr_count", text), field("private_segment_fixed_size", text), text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
-        text = kernel.asm["ptx"] if "tcgen05" in wanted else tool("nvdisasm", file.name)
-    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-    return registers, stack, wanted if re.search(rf"\b{re.escape(wanted)}", text) else ""
+        return MachineCode(field("REG", usage), field("STACK", usage), tool("nvdisasm", "-c", file.name))
 
 
 def compile_case(case: Case) -> list[Result]:
     results: dict[tuple[Any, ...], Result] = {}
-    for fn, arguments in launches(case):
+    for fn, arguments, _ in launches(case):
         if case.kernels and fn.__name__ not in case.kernels:
             continue
         src, options = specialised(fn, arguments)
@@ -214,12 +240,14 @@ def compile_case(case: Case) -> list[Result]:
         if key in results:
             continue
         kernel = triton.compile(src, target=TARGETS[case.target], options=options)
-        registers, spilled, core = inspect(case, kernel)
-        block = [arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D")]
+        code, core = machine_code(kernel), TENSOR_CORE[case.target]
+        found = re.search(rf"\b{re.escape(core)}", code.text + kernel.asm.get("ptx", ""))
+        block_m, block_n, block_d = (arguments.get(f"BLOCK_{name}", 0) for name in "MND")
         results[key] = Result(
-            case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, *block,
-            kernel.metadata.num_warps, kernel.metadata.num_stages, registers, kernel.metadata.shared / 1024,
-            SHARED_LIMIT[case.target], spilled, core, kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"),
+            case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, block_m, block_n,
+            block_d, kernel.metadata.num_warps, kernel.metadata.num_stages, code.registers,
+            kernel.metadata.shared / 1024, SHARED_LIMIT[case.target], code.spilled_bytes, core if found else "",
+            kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"),
         )  # fmt: skip
     return list(results.values())
 
