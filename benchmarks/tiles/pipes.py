@@ -163,6 +163,7 @@ def form(arguments: dict[str, Any]) -> str:
     words += ["columns"] if arguments.get("COLUMNS_ptr") is not None else []
     words += [side for side in "xy" if arguments.get(f"U{side.upper()}_ptr") is not None]
     words += ["diagonal"] if arguments["DIAGONAL"] else []
+    words += ["target"] if arguments["TARGET"] else []
     words += ["added"] if arguments.get("ACCUMULATE") else []
     return ", ".join(words)
 
