@@ -1,6 +1,7 @@
 """Options of pytest for the microbenchmarks."""
 
 import pytest
+from support.broken_context import pytest_runtest_call, pytest_runtest_protocol  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from support.broken_context import pytest_runtest_call, pytest_runtest_protocol  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for examples/ and benchmarks/; at the end, so that the installed fused_infonce comes first

@@ -1,0 +1,23 @@
+"""Without a GPU the first call of every test here runs all the same, of few rows, in Triton's interpreter.
+
+That proves that the tests run. What a GPU alone can answer is marked gpu.
+"""
+
+from pathlib import Path
+
+import pytest
+from support.helpers import COMPILED
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    if COMPILED:
+        return
+    seen, others = set(), []
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("interpreter") and not item.get_closest_marker("gpu"):
+            (others.append(item) if item.originalname in seen else seen.add(item.originalname))
+    items[:] = [item for item in items if item not in set(others)]
+    config.hook.pytest_deselected(items=others)
