@@ -11,6 +11,8 @@ OURS = "fused_infonce"
 DENSE = "dense"
 COMPILED = "dense compiled"  # which takes longer to compile than to measure: for two cases of suites/gpu.py
 FLOOR = "floor"  # bare matmuls
+AGAIN = f"{FLOOR}, at the end"  # of a case: its ratio to the floor is the drift of the machine
+REPLAYED = ", replayed"  # after a contestant's name: its pass, captured as a graph
 TEMPERATURE = 0.05
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from . import HERE, ROOT
-from .cases import COMPILED, DENSE, FLOOR, OURS
+from .cases import AGAIN, COMPILED, DENSE, FLOOR, OURS, REPLAYED
 from .record import Row, newest, read
 
 LOSSES = ("info_nce", "nt_xent")
@@ -60,6 +60,7 @@ def panels(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
     found: dict[str, dict[str, list[Row]]] = {}
     for direction in DIRECTIONS:
         of_one = [row for row in rows if row["direction"] == direction and row["n"] == row["m"]]
+        of_one = [row for row in of_one if not row["contestant"].endswith((AGAIN, REPLAYED))]
         if len({row["n"] for row in of_one}) < 2:
             continue
         names = sorted({row["contestant"] for row in of_one}, key=lambda name: [*COLOURS, name].index(name))

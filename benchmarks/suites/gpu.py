@@ -2,45 +2,63 @@
 
     python -m benchmarks.suites.gpu [--record results/gpu.csv] [--minutes 7.5] [--without NAME ...]
     python -m benchmarks.suites.gpu --list                      the cases in their order, without a GPU
+    python -m benchmarks.suites.gpu --stand-in                  tiny cases on a CPU, whose times mean nothing
 
 Before the first case of a direction and dtype our results are checked against float64: where they are wrong, no such
-case is timed, and the exit status is 1. Then, case by case, every contestant is checked against ours and timed: medians
-of `triton.testing.do_bench`, or of three passes that take long. Who runs out of memory, fails or disagrees is recorded
-as such, with no figures. A row is recorded as soon as it is known; time's end is final even in the midst of a case.
-A failure that the GPU's context does not survive ends the run, which says who it was: `--without NAME` leaves a
-contestant out.
+case is timed, and the exit status is 1. Then, case by case, every contestant is checked against ours. Who runs out of
+memory, fails or disagrees is recorded as such, with no figures. The others are timed in turn, three times, and the
+floor once more at the end: medians of `triton.testing.do_bench`, or of single passes that take long. Small cases are
+also replayed as graphs, which the host does not slow down. The rows of a case are recorded as soon as they are known;
+time's end is final even in the midst of a case. A failure that the GPU's context does not survive ends the process: the
+rest runs in a new one, without the contestant, or where it was ours without the case, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import contestants, record
-from benchmarks.cases import COMPILED, DENSE, FLOOR, OURS, TEMPERATURE, Case, square
+from benchmarks.cases import AGAIN, COMPILED, DENSE, FLOOR, OURS, REPLAYED, TEMPERATURE, Case, square
 from benchmarks.contest import Contest, forget_gradients
 from fused_infonce import info_nce, nt_xent
-from fused_infonce.backends import BackendName
+from fused_infonce.backends import BackendName, registry
 
 WIDTHS = (64, 128, 256, 512, 768, 1024, 2048, 4096)
+UNEVEN = ((16381, 768), (16384, 312), (8191, 312))  # rows and widths that no tile or 16-byte load divides
 DIRECTIONS = ("one", "symmetric", "self")
 ALL_ROWS = 1 << 18  # beyond, only ours, the floor and the dense loss, which then says that it cannot
-GATE = ((1000, 100), (2048, 768), (4096, 128))  # rows and widths at which we are checked first
+GATE = ((1000, 100), (1001, 312), (2048, 768), (4096, 128))  # rows and widths at which we are checked first
 BOUNDS = {  # of loss and both gradients
     "bfloat16": (1e-5, 5e-3, 5e-3),
     "float16": (1e-5, 5e-3, 5e-3),
     "float32": (1e-5, 1e-5, 1e-5),
 }
-SLOW = 0.1  # seconds: such a pass is timed three times and no more
+SLOW = 0.1  # seconds: such a pass is timed once a turn
+TURNS = 3
+REPLAYED_ROWS = 4096  # above them the host is no matter
+STAND_IN = (  # direction, dtype and pass of the cases without a GPU
+    ("one", "bfloat16", "fwd_bwd"),
+    ("symmetric", "float16", "fwd"),
+    ("self", "float32", "fwd_bwd"),
+)
+Pass = Callable[[], object]
+
+
+class Disagrees(Exception):
+    """What a contestant computes is something else."""
 
 
 class OutOfTime(BaseException):
@@ -48,7 +66,11 @@ class OutOfTime(BaseException):
 
 
 class Broken(BaseException):
-    """A GPU's context that nothing more can be run in; the argument is who was running."""
+    """A GPU's context that nothing more can be run in: who was running, and how many cases were done."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name, self.done = name, 0
 
 
 def cases() -> list[Case]:
@@ -58,10 +80,12 @@ def cases() -> list[Case]:
     chosen += [square(16384, 768, direction=direction) for direction in two]
     chosen += [square(16384, d) for d in WIDTHS if d != 768]
     chosen += [square(8192, 768, dtype) for dtype in ("float16", "float32")]
+    chosen += [square(n, d) for n, d in UNEVEN]
     chosen += [square(n, 768, mode="fwd") for n in (16384, 65536, 2048)]
     chosen += [square(n, 256) for n in (1 << 20, 1 << 18)]
     chosen += [square(n, 768, direction=direction) for n in (32768, 131072, 8192, 2048, 512) for direction in two]
     chosen += [square(16384, d, direction=direction) for d in (256, 128, 1024) for direction in two]
+    chosen += [square(n, d, direction=direction) for n, d in UNEVEN[:2] for direction in two]
     chosen += [square(8192, 768, dtype, direction) for dtype in ("float16", "float32") for direction in two]
     chosen += [square(16384, 768, direction=direction, mode="fwd") for direction in two]
     chosen += [square(n, d) for n in (512, 4096, 65536) for d in (128, 256, 1024)]
@@ -74,7 +98,8 @@ def taking_part(this: Case, names: list[str]) -> list[str]:
     if this.rows > ALL_ROWS:
         return [name for name in names if name in (OURS, DENSE)]
     compiled = this in [square(8192, 768, direction=direction) for direction in ("one", "symmetric")]
-    return [name for name in names if name != COMPILED or compiled]
+    names = [name for name in names if name != COMPILED or compiled]
+    return names + [f"{name}{REPLAYED}" for name in (OURS, DENSE) if name in names and this.rows <= REPLAYED_ROWS]
 
 
 def kind(this: Case) -> str:
@@ -111,52 +136,108 @@ def evaluate(direction: str, rows: Sequence[Tensor], backend: BackendName) -> li
 
 
 def measure(case: Case, device: torch.device, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The row of each contestant as soon as it is known; of who cannot run, one that says so in place of a time."""
+    """The rows of a case: of who cannot run at once, saying so; of the others when they have been timed, in turn.
+
+    What ends the run is raised after the rows of those that have been timed.
+    """
     run = Contest(case, device, contestants.losses(case, device), contestants.floor(case))
-    names = [name for name in [FLOOR, *taking_part(case, list(run.losses))] if name not in without]
+    names = [FLOOR, *taking_part(case, list(run.losses))]
+    names = [name for name in names if not {name, name.removesuffix(REPLAYED)} & {*without}]
     if COMPILED in names:
         torch._dynamo.reset()
+    passes: dict[str, Pass] = {}
     times: dict[str, list[float]] = {}
-    mine: list[Tensor] = []
-    inputs = case.inputs(device, seed=1)
-    for name in names:
-        try:  # each on its own: what cannot run must not take the others with it
-            if name == OURS:
-                mine = run.result(OURS)
-            if name not in (OURS, FLOOR) and (wrong := run.disagreement(name, mine)):
-                row = failed(run, name, f"disagrees: {wrong}")
-            else:
-                times[name] = timed(run, name, inputs)
-                row = run.row(name, times[name], times.get(FLOOR, []))
-        except Exception as error:  # whatever a peer raises
-            row = failed(run, name, why(error))
-        yield row
-        clean(device, name)
-        if name == OURS and not mine:
-            return  # nothing to check the others against
+    inputs, mine = case.inputs(device, seed=1), list[Tensor]()
+    end: BaseException | None = None
+    try:
+        for name in names:  # each on its own: what cannot run must not take the others with it
+            try:
+                passes[name] = checked(run, name, inputs, mine)
+            except Exception as error:  # whatever a peer raises
+                yield failed(run, name, why(error))
+            clean(device, name)
+            if name == OURS and not mine:
+                break  # nothing to check the others against
+        for name in [*passes] * TURNS + [AGAIN]:
+            of = FLOOR if name == AGAIN else name
+            if of not in passes:
+                continue
+            try:
+                times[name] = times.get(name, []) + timed(name, passes[of], inputs)
+            except Exception as error:
+                del passes[of]
+                times.pop(name, None)
+                yield failed(run, name, why(error))
+            clean(device, name)
+    except (OutOfTime, Broken) as stop:
+        end = stop
+    for name, seconds in times.items():
+        yield run.row(name, seconds, times.get(FLOOR, []))
+    if end:
+        raise end
 
 
-def timed(run: Contest, name: str, inputs: tuple[Tensor, ...]) -> list[float]:
-    """Seconds of a contestant's passes, the first ones not counted."""
+def checked(run: Contest, name: str, inputs: tuple[Tensor, ...], mine: list[Tensor]) -> Pass:
+    """A function that runs one pass of a contestant, whose results and peak of memory are known from here on.
+
+    Args:
+        mine: our results, which are put there when it is our turn.
+
+    Raises:
+        Disagrees: its results are not ours.
+    """
+    of = name.removesuffix(REPLAYED)
+    if name == FLOOR:
+        run.peaks[AGAIN] = run.peak(FLOOR)
+    elif name == OURS:
+        mine += run.result(OURS)
+    elif name != of:
+        run.peaks[name] = run.peak(of)
+        return captured(lambda *rows: run.launch(of, *rows), inputs)
+    elif wrong := run.disagreement(name, mine):
+        raise Disagrees(wrong)
+    return partial(run.launch, name, *inputs)
+
+
+def captured(launch: Callable[..., object], inputs: tuple[Tensor, ...]) -> Pass:
+    """A function that replays a pass, captured as a graph; on a CPU it runs the pass."""
+    inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+    if not inputs[0].is_cuda:
+        return partial(launch, *inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            launch(*inputs)
+            forget_gradients(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(*inputs)
+    return graph.replay
+
+
+def timed(name: str, once: Pass, inputs: tuple[Tensor, ...]) -> list[float]:
+    """Seconds of a contestant's passes in one turn, the first ones not counted where passes are short."""
+    forget_gradients(inputs)
+    start = time.perf_counter()
+    once()
+    if inputs[0].is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if seconds > SLOW or not inputs[0].is_cuda:
+        return [seconds]
     from triton.testing import do_bench
 
-    def once() -> float:
-        forget_gradients(inputs)
-        start = time.perf_counter()
-        run.step(name, *inputs)
-        return time.perf_counter() - start
-
-    if once() > SLOW:
-        return [once() for _ in range(3)]
-    milliseconds = do_bench(
-        lambda: run.launch(name, *inputs), warmup=10, rep=100, grad_to_none=list(inputs), return_mode="all"
-    )
+    milliseconds = do_bench(once, warmup=5, rep=35, grad_to_none=list(inputs), return_mode="all")
     return [t / 1e3 for t in milliseconds]
 
 
 def why(error: Exception) -> str:
     """The reason of a failure, in one line."""
     text = str(error)
+    if isinstance(error, Disagrees):
+        return f"disagrees: {text}"
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
         return "out of memory"
     return f"failed: {type(error).__name__}: {text.splitlines()[0][:120] if text else ''}"
@@ -200,15 +281,18 @@ def run_all(
     """Run cases until they are done or time ends, and return whether all went well.
 
     Args:
-        path: the CSV file that every row is appended to as soon as it is known.
+        path: the CSV file that the rows of a case are appended to as soon as they are known.
         without: contestants that are left out.
+
+    Raises:
+        Broken: nothing more can be run in this process.
     """
-    done, checked, wrong = 0, set[str](), list[str]()
+    done, seen, wrong = 0, set[str](), list[str]()
     try:
         with time_limit(60 * minutes):
             for this in tqdm(chosen):
-                if kind(this) not in checked:
-                    checked.add(kind(this))
+                if kind(this) not in seen:
+                    seen.add(kind(this))
                     if complaints := gate(this.direction, this.dtype, device):
                         wrong.append(kind(this))
                         print(f"ours is wrong, so no {kind(this)} is timed:", *complaints, sep="\n  ", file=sys.stderr)
@@ -218,6 +302,7 @@ def run_all(
                         record.append(path, [row])
                     if "p20_ms" in row:
                         figures = f"{row['median_ms']:>10} ms  {row['floor_ratio']:>7} x floor"
+                        figures = figures if device.type == "cuda" else "has run, on a stand-in"
                         tqdm.write(f"{this!s:45} {row['contestant']:24} {figures}")
                     elif row["contestant"] == OURS:
                         wrong.append(str(this))
@@ -225,13 +310,29 @@ def run_all(
     except OutOfTime:
         print("no time left for", *chosen[done:], sep="\n  ", file=sys.stderr)
     except Broken as broken:
-        print(
-            f"{chosen[done]}: {broken} has broken the GPU's context, so nothing more can be run in this process.",
-            f"Rows so far are recorded; to run the others, leave it out: --without {str(broken)!r}",
-            sep="\n", file=sys.stderr,
-        )  # fmt: skip
-        return False
+        broken.done = done
+        print(f"{chosen[done]}: {broken.name} has broken the GPU's context, so a new process goes on", file=sys.stderr)
+        raise
     return not wrong
+
+
+def rest(args: argparse.Namespace, broken: Broken, minutes: float) -> list[str]:
+    """The arguments of a process that runs what is left: without who broke the context, or without the case."""
+    ours = broken.name.removesuffix(REPLAYED) in (OURS, FLOOR)
+    without = [*args.without, *([] if ours else [broken.name])]
+    found = ["--minutes", f"{minutes:.2f}", "--first", str(args.first + broken.done + ours), "--failed"]
+    found += ["--record", args.record] if args.record else []
+    return found + (["--without", *without] if without else [])
+
+
+def stand_in() -> bool:
+    """Run tiny cases on a CPU, with the Triton backend in its interpreter, and return whether all went well."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    print("CPU tensors stand in for a GPU: no time below means anything, and none is recorded")
+    chosen = [Case(direction, 20, 20, 24, dtype, mode) for direction, dtype, mode in STAND_IN]
+    triton = mock.patch.object(registry, "resolve", lambda name, _: "triton" if name == "auto" else name)
+    with triton, mock.patch.dict(globals(), GATE=((33, 24),), TURNS=1):
+        return run_all(chosen, torch.device("cpu"), minutes=2, path=None)
 
 
 def main() -> None:
@@ -239,13 +340,26 @@ def main() -> None:
     parser.add_argument("--record", help="append the results to this CSV file, absolute or relative to benchmarks/")
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--list", action="store_true", help="print the cases and time nothing")
+    parser.add_argument("--stand-in", action="store_true", help="run tiny cases on a CPU: their times mean nothing")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contestants that are left out")
+    parser.add_argument("--first", type=int, default=0, help="the place of the first case in --list")
+    parser.add_argument("--failed", action="store_true", help="exit with status 1, since an earlier part has failed")
     args = parser.parse_args()
     if args.list:
         return print(*cases(), sep="\n")
+    if args.stand_in and args.record:
+        parser.error("times of a stand-in are not recorded")
+    if args.stand_in:
+        sys.exit(not stand_in())
     if not torch.cuda.is_available():
         parser.exit(2, "the suite needs a GPU and torch sees none; --list prints the cases without one\n")
-    sys.exit(not run_all(cases(), torch.device("cuda"), args.minutes, args.record, args.without))
+    start = time.monotonic()
+    try:
+        well = run_all(cases()[args.first :], torch.device("cuda"), args.minutes, args.record, args.without)
+    except Broken as broken:
+        left = args.minutes - (time.monotonic() - start) / 60
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.suites.gpu", *rest(args, broken, left)])
+    sys.exit(args.failed or not well)
 
 
 if __name__ == "__main__":
