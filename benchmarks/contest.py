@@ -167,6 +167,16 @@ class Contest:
         return self.peaks[name]
 
 
+def alive(device: torch.device) -> bool:
+    """Return whether a device answers: a GPU's context does not any more after an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
 def forget_gradients(inputs: tuple[Tensor, ...]) -> None:
     """Set the gradients of inputs to None, for another pass."""
     for x in inputs:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.suites.gpu [--record results/gpu.csv] [--minutes 7.5] [--without NAME ...]
     python -m benchmarks.suites.gpu --list                      the cases in their order, without a GPU
-    python -m benchmarks.suites.gpu --stand-in                  tiny cases on a CPU, whose times mean nothing
+    TRITON_INTERPRET=1 python -m benchmarks.suites.gpu --stand-in         tiny cases on a CPU, no times
 
 Before the first case of a direction and dtype our results are checked against float64: where they are wrong, no such
 case is timed, and the exit status is 1. Then, case by case, every contestant is checked against ours. Who runs out of
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import contestants, record
 from benchmarks.cases import AGAIN, COMPILED, DENSE, FLOOR, OURS, REPLAYED, TEMPERATURE, Case, square
-from benchmarks.contest import Contest, forget_gradients
+from benchmarks.contest import Contest, alive, forget_gradients
 from fused_infonce import info_nce, nt_xent
 from fused_infonce.backends import BackendName, registry
 
@@ -251,12 +251,10 @@ def failed(run: Contest, name: str, reason: str) -> dict[str, Any]:
 
 def clean(device: torch.device, name: str) -> None:
     """Free what a contestant leaves behind, so that it is no matter of the next."""
+    if not alive(device):
+        raise Broken(name)
     if device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except Exception as error:
-            raise Broken(name) from error
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -327,8 +325,7 @@ def rest(args: argparse.Namespace, broken: Broken, minutes: float) -> list[str]:
 
 def stand_in() -> bool:
     """Run tiny cases on a CPU, with the Triton backend in its interpreter, and return whether all went well."""
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-    print("CPU tensors stand in for a GPU: no time below means anything, and none is recorded")
+    print("CPU tensors stand in for a GPU: nothing is timed or recorded")
     chosen = [Case(direction, 20, 20, 24, dtype, mode) for direction, dtype, mode in STAND_IN]
     triton = mock.patch.object(registry, "resolve", lambda name, _: "triton" if name == "auto" else name)
     with triton, mock.patch.dict(globals(), GATE=((33, 24),), TURNS=1):
@@ -340,7 +337,7 @@ def main() -> None:
     parser.add_argument("--record", help="append the results to this CSV file, absolute or relative to benchmarks/")
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--list", action="store_true", help="print the cases and time nothing")
-    parser.add_argument("--stand-in", action="store_true", help="run tiny cases on a CPU: their times mean nothing")
+    parser.add_argument("--stand-in", action="store_true", help="run tiny cases in the interpreter, on a CPU")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contestants that are left out")
     parser.add_argument("--first", type=int, default=0, help="the place of the first case in --list")
     parser.add_argument("--failed", action="store_true", help="exit with status 1, since an earlier part has failed")
@@ -349,6 +346,8 @@ def main() -> None:
         return print(*cases(), sep="\n")
     if args.stand_in and args.record:
         parser.error("times of a stand-in are not recorded")
+    if args.stand_in and not os.environ.get("TRITON_INTERPRET"):
+        parser.exit(2, "the interpreter stands in for a GPU: set TRITON_INTERPRET=1\n")
     if args.stand_in:
         sys.exit(not stand_in())
     if not torch.cuda.is_available():

@@ -3,9 +3,12 @@
     python -m benchmarks.tiles.tune --kernel exponentials coefficients --dim 768 256   what most calls launch: the first
     python -m benchmarks.tiles.tune [--kernel gradient ...] [--dtype bfloat16 ...] [--dim 128 ...] [--record tune.csv]
     python -m benchmarks.tiles.tune --list [--arch sm_90]                              the candidates, without a GPU
+    TRITON_INTERPRET=1 python -m benchmarks.tiles.tune --stand-in                      a few of them on a CPU, no times
 
-The defaults, half a minute for each workload and width, end within about 15 minutes. "exponentials" are what the kernel
-"coefficients" writes before the rows' statistics are known; they share its rows of the table, not its registers.
+For up to half of the minutes as many processes as there are processors compile candidates, those first that are nearest
+to the table's; in the other half those that have compiled are timed, each workload and width in an equal share.
+"exponentials" are what the kernel "coefficients" writes before the rows' statistics are known; they share its rows of
+the table, not its registers.
 
 A candidate takes its place in the table and runs through the launchers as any call would. Its result must be that of
 the table's tile, but for rounding. It differs from that tile in two fields at most, loads through tensor descriptors
@@ -17,9 +20,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,7 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import record
-from fused_infonce.backends.triton import tiles
+from benchmarks.contest import alive
+from benchmarks.tiles.ahead import Machine, compile_all, said, target
+from fused_infonce.backends.triton import launch, tiles
 from fused_infonce.backends.triton.tiles import Tile
 
 WORKLOADS = {  # what is timed -> the kernel whose rows of the table it uses
@@ -48,7 +56,25 @@ FIELDS = (
     *("date", "commit", "device", "driver", "torch", "triton", "arch", "kernel", "dtype", "n", "d", "tile", "default"),
     *("outcome", "error", "median_ms", "default_ms"),
 )
+COMPILING = 0.5  # of the minutes, at most
+CPU = torch.device("cpu")
 Run = Callable[[], tuple[Tensor, ...]]
+
+
+class Job(NamedTuple):
+    """One of WORKLOADS for rows of a dtype and a width, whose candidates are compared."""
+
+    name: str
+    dtype: torch.dtype
+    d: int
+
+    @property
+    def kernel(self) -> str:
+        """The kernel whose rows of the table it uses."""
+        return WORKLOADS[self.name]
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).split('.')[1]} D = {self.d}"
 
 
 def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]:
@@ -157,6 +183,19 @@ def error_of(found: list[Tensor], want: list[Tensor]) -> float:
     return max(error.item() for error in errors)
 
 
+def launched(job: Job, arch: str, n: int, tile: Tile) -> None:
+    """Launch a workload of n rows with a tile, on CPU tensors."""
+    with instead(tile, arch, job.kernel, job.dtype):
+        workload(job.name, job.dtype, n, job.d, CPU)()
+
+
+def compile_candidates(jobs: list[Job], machine: Machine, n: int, until: float) -> dict[tuple[Job, Tile], str]:
+    """Outcomes of compiling, the nearest candidates of all jobs first; those that there is no time for are absent."""
+    every = [(i, job, t) for job in jobs for i, t in enumerate(candidates(machine.arch, job.kernel, job.dtype, job.d))]
+    nearest = [found[1:] for found in sorted(every, key=lambda found: found[0])]
+    return compile_all([((job, t), partial(launched, job, machine.arch, n, t)) for job, t in nearest], machine, until)
+
+
 def measure(run: Run) -> float:
     """The median time of a function in milliseconds."""
     from triton.testing import do_bench
@@ -166,9 +205,13 @@ def measure(run: Run) -> float:
 
 def tune(
     arch: str, name: str, dtype: torch.dtype, n: int, d: int, device: torch.device, until: float,
-    timer: Callable[[Run], float] = measure,
+    timer: Callable[[Run], float] = measure, compiled: Mapping[Tile, str] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Records of the candidates, the table's tile first; those that there is no time for are left out."""
+    """Records of the candidates, the table's tile first; those that there is no time for are left out.
+
+    Args:
+        compiled: outcomes of compiling; if given, candidates that are not among them are left out too.
+    """
     kernel, run = WORKLOADS[name], workload(name, dtype, n, d, device)
     chosen = candidates(arch, kernel, dtype, d)
     want, default_ms = result(name, run), timer(run)
@@ -181,21 +224,27 @@ def tune(
         "default_ms": default_ms,
     }
     records = [{**about, "tile": chosen[0], "default": True, "outcome": "ok", "error": 0.0, "median_ms": default_ms}]
-    for tile in tqdm(chosen[1:], desc=f"{name} {about['dtype']} D={d}", leave=False):
+    others = [tile for tile in chosen[1:] if compiled is None or tile in compiled]
+    for tile in tqdm(others, desc=f"{name} {about['dtype']} D={d}", leave=False):
         if time.monotonic() > until:
             tqdm.write(f"{name}, D = {d}: out of time after {len(records)} of {len(chosen)} candidates")
             break
-        found = {**about, "tile": tile, "default": False, "outcome": "ok", "error": "", "median_ms": ""}
+        outcome = "ok" if compiled is None else compiled[tile]
+        found = {**about, "tile": tile, "default": False, "outcome": outcome, "error": "", "median_ms": ""}
         with instead(tile, arch, kernel, dtype):
             try:
-                found["error"] = error_of(result(name, run), want)
-                if found["error"] <= BOUNDS[tiles.CLASSES[dtype]]:
-                    found["median_ms"] = timer(run)
-                else:
-                    found["outcome"] = "wrong"
+                if outcome == "ok":
+                    found["error"] = error_of(result(name, run), want)
+                    if found["error"] <= BOUNDS[tiles.CLASSES[dtype]]:
+                        found["median_ms"] = timer(run)
+                    else:
+                        found["outcome"] = "wrong"
             except Exception as error:  # whatever the compiler or the driver raises: shared memory, registers
-                found["outcome"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+                found["outcome"] = said(error)
         records.append(found)
+        if not alive(device):
+            tqdm.write(f"{name}, D = {d}: {written(tile)} has broken the GPU's context: {found['outcome']}")
+            break
     return records
 
 
@@ -228,7 +277,14 @@ def written(tile: Tile) -> str:
     return f"Tile({', '.join(values)})"
 
 
-def main() -> None:
+def once(run: Run) -> float:
+    """Run a function on a stand-in, whose times mean nothing: each is 1."""
+    run()
+    return 1.0
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument(
@@ -236,11 +292,75 @@ def main() -> None:
     )
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512, 768])
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--minutes", type=float, default=0.5, help="at most, for each workload, dtype and width")
+    parser.add_argument("--minutes", type=float, default=9, help="at most, in all")
     parser.add_argument("--record", help="append every figure to this CSV file, absolute or relative to benchmarks/")
     parser.add_argument("--list", action="store_true", help="print the candidates and time nothing")
+    parser.add_argument("--stand-in", action="store_true", help="run a few candidates in the interpreter, on a CPU")
     parser.add_argument("--arch", choices=sorted(SHARED_KIB), help="with --list; else it is the GPU's")
-    args = parser.parse_args()
+    parser.add_argument("--first", type=int, default=0, help="how many workloads and widths are done")
+    return parser, parser.parse_args()
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """What is asked for: all widths of a workload and dtype after each other."""
+    every = itertools.product(args.kernel, [getattr(torch, dtype) for dtype in args.dtype], args.dim)
+    jobs = [Job(*job) for job in every]
+    return [job for job in jobs if job.kernel != "gradient" or job.d <= tiles.STREAMING_MAX_D[job.dtype]]
+
+
+def time_all(
+    jobs: list[Job], arch: str, device: torch.device, end: float, args: argparse.Namespace,
+    compiled: Mapping[tuple[Job, Tile], str] | None,
+) -> None:  # fmt: skip
+    """Tune every job in an equal share of the time that is left, and print the rows that it proposes.
+
+    Where a candidate breaks the GPU's context, the other jobs run in a new process.
+    """
+    found: dict[tuple[str, torch.dtype], dict[int, Tile]] = {}
+    for i, job in enumerate(jobs):
+        until = time.monotonic() + (end - time.monotonic()) / (len(jobs) - i)
+        known = None if compiled is None else {t: outcome for (of, t), outcome in compiled.items() if of == job}
+        timer = once if args.stand_in else measure
+        try:
+            records = tune(arch, *job[:2], args.rows, job.d, device, until, timer, known)
+        except Exception as error:
+            tqdm.write(f"{job}: the table's tile cannot run: {said(error)}")
+            records = []
+        if args.record:
+            rows = [{**record.provenance(device), **r, "tile": written(r["tile"])} for r in records]
+            record.append(args.record, rows, FIELDS)
+        if args.stand_in:
+            print(f"{job}: {', '.join(r['outcome'] for r in records)}")
+        elif records:
+            winner = best(records)
+            found.setdefault(job[:2], {})[job.d] = winner["tile"]
+            speed = winner["default_ms"] / winner["median_ms"]
+            tqdm.write(f"{job}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's")
+        if not alive(device):
+            left = ["--minutes", f"{(end - time.monotonic()) / 60:.2f}", "--first", str(args.first + i + 1)]
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tiles.tune", *sys.argv[1:], *left])
+    for (name, dtype), of_d in found.items():
+        kernel = WORKLOADS[name]
+        print(f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(of_d, kernel)}}}}},  # by {name}')
+
+
+def stand_in(args: argparse.Namespace) -> None:
+    """Run the table's tile and two candidates of every workload on a CPU, in Triton's interpreter."""
+    print("CPU tensors stand in for a GPU: nothing is timed, proposed or recorded")
+    args.rows, args.dim = 40, [24]
+    with mock.patch.dict(globals(), candidates=lambda *sizes, of=candidates: of(*sizes)[:3]):
+        time_all(jobs_of(args), tiles.architecture(CPU), CPU, time.monotonic() + 60 * args.minutes, args, None)
+
+
+def main() -> None:
+    start = time.monotonic()
+    parser, args = arguments()
+    if args.stand_in and args.record:
+        parser.error("times of a stand-in are not recorded")
+    if args.stand_in and not launch.INTERPRETED:
+        parser.exit(2, "the interpreter stands in for a GPU: set TRITON_INTERPRET=1\n")
+    if args.stand_in:
+        return stand_in(args)
     if not args.list and not torch.cuda.is_available():
         parser.exit(2, "tuning needs a GPU and torch sees none; --list prints the candidates without one\n")
     device = torch.device("cuda")
@@ -249,25 +369,16 @@ def main() -> None:
     )
     if args.arch and args.arch != arch:
         parser.error(f"this GPU's rows are those of {arch}, not of {args.arch}")
-    for name, dtype in itertools.product(args.kernel, [getattr(torch, dtype) for dtype in args.dtype]):
-        kernel, found, about = WORKLOADS[name], {}, f"{name} {str(dtype).split('.')[1]}"
-        for d in [d for d in args.dim if kernel != "gradient" or d <= tiles.STREAMING_MAX_D[dtype]]:
-            if args.list:
-                listed = candidates(arch, kernel, dtype, d)
-                print(f"{arch} {about} D = {d}: {len(listed)} candidates, the first is the table's")
-                print("\n".join(f"    {written(tile)}" for tile in listed))
-                continue
-            records = tune(arch, name, dtype, args.rows, d, device, time.monotonic() + 60 * args.minutes)
-            winner = best(records)
-            found[d] = winner["tile"]
-            speed = winner["default_ms"] / winner["median_ms"]
-            tqdm.write(f"{about} D = {d}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's")
-            if args.record:
-                rows = [{**record.provenance(device), **r, "tile": written(r["tile"])} for r in records]
-                record.append(args.record, rows, FIELDS)
-        if found:
-            row = f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(found, kernel)}}}}},'
-            print(f"{row}  # by {name}")
+    jobs = jobs_of(args)[args.first :]
+    if args.list:
+        for job in jobs:
+            listed = candidates(arch, job.kernel, job.dtype, job.d)
+            print(f"{arch} {job}: {len(listed)} candidates, the first is the table's")
+            print("\n".join(f"    {written(tile)}" for tile in listed))
+        return
+    machine = Machine(arch, target(), tiles.processors(device))
+    compiled = compile_candidates(jobs, machine, args.rows, start + 60 * args.minutes * COMPILING)
+    time_all(jobs, arch, device, start + 60 * args.minutes, args, compiled)
 
 
 if __name__ == "__main__":

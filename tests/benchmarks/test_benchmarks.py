@@ -155,7 +155,11 @@ def test_proposals_for_a_workload_are_rows_of_its_kernel(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
     record = {"tile": tiles.Tile(128, 64, 64, 8, 3), "outcome": "ok", "median_ms": 1.0, "default_ms": 1.0}
+    monkeypatch.setattr(tiles, "processors", lambda _: 132)
     monkeypatch.setattr(tune, "tune", lambda *_: [record])
+    monkeypatch.setattr(tune, "compile_candidates", lambda *_: {})
+    monkeypatch.setattr(tune, "alive", lambda _: True)
+    monkeypatch.setattr(tune, "target", lambda: None)
     monkeypatch.setattr(sys, "argv", ["it", "--kernel", "exponentials", "--dim", "256"])
     tune.main()
     row = '"sm_90": {"coefficients": {"half": ((None, Tile(128, 64, 64, 8, 3)),)}},'
