@@ -7,8 +7,6 @@
 
 For up to half of the minutes as many processes as there are processors compile candidates, those first that are nearest
 to the table's; in the other half those that have compiled are timed, each workload and width in an equal share.
-"exponentials" are what the kernel "coefficients" writes before the rows' statistics are known; they share its rows of
-the table, not its registers.
 
 A candidate takes its place in the table and runs through the launchers as any call would. Its result must be that of
 the table's tile, but for rounding. It differs from that tile in two fields at most, loads through tensor descriptors
@@ -38,13 +36,8 @@ from benchmarks.tiles.ahead import Machine, compile_all, said, target
 from fused_infonce.backends.triton import launch, tiles
 from fused_infonce.backends.triton.tiles import Tile
 
-WORKLOADS = {  # what is timed -> the kernel whose rows of the table it uses
-    "statistics": "statistics",
-    "columns": "columns",
-    "gradient": "gradient",
-    "coefficients": "coefficients",
-    "exponentials": "coefficients",
-}
+# Kernels of the table, of which each is launched as a call launches it; those of most calls come first.
+WORKLOADS = ("exponentials", "coefficients", "statistics", "both", "gradient", "columns")
 FIELDS_CHANGED = 2  # at most, by a candidate
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # what a program may use
 WARPS = (4, 8)
@@ -64,17 +57,12 @@ Run = Callable[[], tuple[Tensor, ...]]
 class Job(NamedTuple):
     """One of WORKLOADS for rows of a dtype and a width, whose candidates are compared."""
 
-    name: str
+    kernel: str
     dtype: torch.dtype
     d: int
 
-    @property
-    def kernel(self) -> str:
-        """The kernel whose rows of the table it uses."""
-        return WORKLOADS[self.name]
-
     def __str__(self) -> str:
-        return f"{self.name} {str(self.dtype).split('.')[1]} D = {self.d}"
+        return f"{self.kernel} {str(self.dtype).split('.')[1]} D = {self.d}"
 
 
 def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]:
@@ -105,7 +93,7 @@ def changed(tile: Tile, default: Tile) -> int:
 
 def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
     """Return whether the tiles loaded ahead can fit the shared memory; only a compiler knows for sure."""
-    whole = kernel == "gradient" or (kernel in ("statistics", "columns") and d <= tile.block_d)
+    whole = kernel == "gradient" or (kernel in ("statistics", "both", "columns") and d <= tile.block_d)
     rows = tile.block_m + tile.stages * tile.block_n if whole else tile.stages * (tile.block_m + tile.block_n)
     return rows * tile.block_d * dtype.itemsize <= SHARED_KIB.get(arch, 1 << 20) * 1024
 
@@ -140,10 +128,10 @@ def workload(name: str, dtype: torch.dtype, n: int, d: int, device: torch.device
     inverse = [1 / x.to(acc).norm(dim=1) for x in rows]
     x, y = (Side(r, a, scale=scale) for r, a in zip(rows, inverse, strict=True))
     excluded, limit = Excluded(diagonal=True), 256 * 2**20
-    if name in ("statistics", "columns"):
-        columns = None if name == "statistics" else unwritten(scale)
+    if name in ("statistics", "both", "columns"):
+        columns, plain = None if name == "statistics" else unwritten(scale), name != "columns"
         y = y if columns else Side(y.rows, y.inverse)
-        return lambda: (row_states(x, y, excluded, columns, limit, unshifted=True, mean=False), *(columns or ())[1:])
+        return lambda: (row_states(x, y, excluded, columns, limit, plain, mean=not plain), *(columns or ())[1:])
     some = slice(0, min(n, 4096))
     if name == "exponentials":
         y = Side(y.rows, y.inverse)
@@ -171,7 +159,7 @@ def result(name: str, run: Run) -> list[Tensor]:
     from fused_infonce.backends.triton.statistics import merged
 
     first, *rest = run()
-    found = merged(first, first[0, 0])[1:] if name in ("statistics", "columns") else (first,)
+    found = merged(first, first[0, 0])[1:] if name in ("statistics", "both", "columns") else (first,)
     return [x.detach().clone() for x in (*found, *rest)]
 
 
@@ -186,7 +174,7 @@ def error_of(found: list[Tensor], want: list[Tensor]) -> float:
 def launched(job: Job, arch: str, n: int, tile: Tile) -> None:
     """Launch a workload of n rows with a tile, on CPU tensors."""
     with instead(tile, arch, job.kernel, job.dtype):
-        workload(job.name, job.dtype, n, job.d, CPU)()
+        workload(job.kernel, job.dtype, n, job.d, CPU)()
 
 
 def compile_candidates(jobs: list[Job], machine: Machine, n: int, until: float) -> dict[tuple[Job, Tile], str]:
@@ -212,8 +200,8 @@ def tune(
     Args:
         compiled: outcomes of compiling; if given, candidates that are not among them are left out too.
     """
-    kernel, run = WORKLOADS[name], workload(name, dtype, n, d, device)
-    chosen = candidates(arch, kernel, dtype, d)
+    run = workload(name, dtype, n, d, device)
+    chosen = candidates(arch, name, dtype, d)
     want, default_ms = result(name, run), timer(run)
     about = {
         "arch": arch,
@@ -231,7 +219,7 @@ def tune(
             break
         outcome = "ok" if compiled is None else compiled[tile]
         found = {**about, "tile": tile, "default": False, "outcome": outcome, "error": "", "median_ms": ""}
-        with instead(tile, arch, kernel, dtype):
+        with instead(tile, arch, name, dtype):
             try:
                 if outcome == "ok":
                     found["error"] = error_of(result(name, run), want)
@@ -339,9 +327,8 @@ def time_all(
         if not alive(device):
             left = ["--minutes", f"{(end - time.monotonic()) / 60:.2f}", "--first", str(args.first + i + 1)]
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tiles.tune", *sys.argv[1:], *left])
-    for (name, dtype), of_d in found.items():
-        kernel = WORKLOADS[name]
-        print(f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(of_d, kernel)}}}}},  # by {name}')
+    for (kernel, dtype), of_d in found.items():
+        print(f'"{arch}": {{"{kernel}": {{"{tiles.CLASSES[dtype]}": {pasted(of_d, kernel)}}}}},')
 
 
 def stand_in(args: argparse.Namespace) -> None:

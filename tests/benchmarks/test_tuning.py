@@ -14,6 +14,7 @@ pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
 pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
+from triton.runtime import interpreter
 
 from benchmarks.tiles import ahead, tune
 from fused_infonce.backends.triton import tiles
@@ -47,6 +48,22 @@ def test_who_fails_is_named_and_who_is_late_is_left_out(monkeypatch, capsys):
     late.set()
     assert found == {"well": "ok", "bad": "ValueError: no such tile"}
     assert "1 of 4 compiled, 1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("kernel", tune.WORKLOADS)
+def test_what_is_launched_has_the_candidate_s_tile(kernel, arch, monkeypatch):
+    """Not the table's, whichever of an architecture's rows a launcher looks up."""
+    tile, launched = tiles.Tile(64, 16, 16, 2, 7), set()
+
+    def run(self, *args, **arguments):
+        launched.add(tuple(arguments.get(name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)
+    monkeypatch.setattr(tiles, "architecture", lambda _: arch)
+    tune.launched(tune.Job(kernel, torch.bfloat16, 16), arch, 64, tile)
+    assert (64, 16, 2, 7) in launched
 
 
 def test_only_what_has_compiled_is_timed(monkeypatch):
