@@ -100,10 +100,9 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
 
 def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Problem:
     """Return the problem over these tensors, which are its own, cast for the products."""
-    query = inputs[0]
-    dtype = product_dtype(query)
-    if {x.dtype for x in inputs} == {dtype}:
+    if not torch.is_autocast_enabled(inputs[0].device.type):  # they are in one dtype
         return problem
+    dtype = product_dtype(inputs[0])
     narrow = [cast(x, dtype) for x in inputs]
     sets = [s._replace(rows=rows, scale=scale) for s, (rows, scale) in zip(problem.sets, narrow, strict=True)]
     t = Temperature(temperature, problem.temperature.lowest)

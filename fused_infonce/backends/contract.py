@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from .precision import accumulator
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -77,20 +75,17 @@ class Problem:
     # is the row, so that exclusions are symmetric. Gradients of both sides are then returned as the query's
     self_similar: bool = False
     two_views: bool = False  # of self-similar rows: the target of row i is row i + N / 2, or i - N / 2
+    sets: tuple[KeySet, ...] = field(init=False)  # the queries and every set of keys, with which gradients are aligned
+    inputs: tuple[Tensor, ...] = field(init=False)  # their rows
 
-    @property
-    def sets(self) -> tuple[KeySet, ...]:
-        """The queries and every set of keys, with which gradients are aligned."""
-        return (self.query, *self.keys)
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.query.rows, *[keys.rows for keys in self.keys])
+    def __post_init__(self) -> None:
+        self.sets = (self.query, *self.keys)
+        self.inputs = (self.query.rows, *[keys.rows for keys in self.keys])
 
     @property
     def acc_dtype(self) -> torch.dtype:
         """Return the dtype of logits and accumulated gradients: float64 for float64 inputs, else float32."""
-        return accumulator(self.query.rows.dtype)
+        return self.temperature.values.dtype
 
     @property
     def logit_bound(self) -> float:
@@ -105,16 +100,15 @@ class Problem:
     @property
     def plain(self) -> bool:
         """Return whether all keys are negatives of all queries, but for the targets, which are on a diagonal."""
-        (_, ids, _, _), *others = self.keys
-        return not others and ids is None and self.every_row_counts and self.in_batch and self.ceiling is None
+        one_set = len(self.keys) == 1 and self.in_batch and self.ceiling is None
+        return one_set and self.keys[0].ids is None and self.every_row_counts
 
     @property
     def joint(self) -> bool:
         """Return whether the scores are one matrix: every key of all sets against every query, and columns of one."""
-        first, *others = self.keys
-        if not self.in_batch or not len(first.rows):
+        if not self.in_batch or not self.keys[0].rows.shape[0]:
             return False
-        return not others or (not self.columns and all(keys.rows.dim() == 2 for keys in others))
+        return len(self.keys) == 1 or (not self.columns and all(keys.rows.dim() == 2 for keys in self.keys[1:]))
 
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""

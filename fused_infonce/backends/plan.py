@@ -77,10 +77,8 @@ class Plan:
         )
 
 
-def checked_limit(name: str, value: Any) -> int | None:
-    """Return a number of bytes as it was given, by an argument or by the environment; None where it was not given."""
-    if value is None:
-        return None
+def checked_limit(name: str, value: Any) -> int:
+    """Return a number of bytes as it was given, by an argument or by the environment."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer number of bytes or None, got {type(value).__name__}")
     if not LEAST_LIMIT <= value < 2**63:

@@ -13,6 +13,8 @@ from torch import Tensor
 # normal numbers of the accumulator and, on a GPU, of the products' dtype; float16 has no such range.
 EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 90.0, torch.float32: 90.0, torch.float64: 900.0}
 
+AS_IT_IS = nullcontext()
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of logits and statistics for products in `dtype`."""
@@ -29,12 +31,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of the statistics of x, of its loss and of its temperature."""
-    return accumulator(product_dtype(x))
+    return accumulator(x.dtype)  # autocast leaves float64 as it is
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return the context in which products are made in the dtypes of their operands, whatever autocast says."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else AS_IT_IS
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

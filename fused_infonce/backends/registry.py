@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +17,13 @@ from torch.autograd import forward_ad
 from .contract import LN2, Backend, Problem
 from .device import facts
 from .plan import Plan, choose, limit_of_environment
-from .precision import EXPONENT_ROOM, accumulator, product_dtype
+from .precision import EXPONENT_ROOM, product_dtype
 
 BackendName = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The options of a call beyond its tensors."""
 
     backend: BackendName = "auto"
@@ -144,11 +142,12 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     dtype = product_dtype(query)
     device = query.device
     plan = choose if compiling else remembered
-    of_t = torch.is_grad_enabled() and t.values.requires_grad
-    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
+    recording = torch.is_grad_enabled()
+    of_t = recording and t.values.requires_grad
+    needed = of_t or (recording and True in [x.requires_grad for x in problem.inputs])
     return plan(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
-        acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
+        acc_itemsize=t.values.itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
         per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,

@@ -57,5 +57,5 @@ class Rows:
         """
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
-        grad.addcmul_(self.unit, torch.linalg.vecdot(grad, self.unit).unsqueeze(-1), value=-1)
+        grad.addcmul_(self.unit, (grad * self.unit).sum(-1, True), value=-1)
         return grad.div_(torch.threshold(self.norm, EPS, torch.inf))

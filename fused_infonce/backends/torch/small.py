@@ -49,22 +49,23 @@ class _Dense:
         if self.same or not problem.normalize:
             self.x, self.y = unit, self.rows[-1].unit
         else:
-            self.x, self.y = unit.tensor_split((n,))
+            self.x, self.y = unit.split_with_sizes((n, unit.shape[0] - n))
         self.inv_t = 1 / problem.temperature.values.item()
-        self.index = None if target is None else target.unsqueeze(1)
+        self.target = target  # of a row without one, any column
         self.inside: Tensor | None = None  # (N, 1): which targets are there; None: all
         if target is not None and not problem.self_similar:
             last = keys[0].rows.shape[0] - 1
             least, most = torch.aminmax(target)
             if least.item() < 0 or most.item() > last:
                 self.inside = ((target >= 0) & (target <= last)).unsqueeze(1)
-                self.index = target.clamp(0, last).unsqueeze(1)
+                self.target = target.clamp(0, last)
+        self.index = None if self.target is None else self.target.unsqueeze(1)
         self.masks = self._masks() if query.ids is not None or problem.ceiling is not None else []
 
     def scores(self, plan: Plan) -> Tensor:
         """Return S, and note whether all its exponentials fit as they are."""
-        scores = self.x.new_empty(self.x.shape[0], self.y.shape[0])
-        scores.addmm_(self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
+        nothing = self.problem.temperature.values  # whatever it is: times 0 it is not read
+        scores = torch.addmm(nothing, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
         self.fits = plan.bounded and not plan.full
         if not (self.fits or plan.full):
             room = EXPONENT_ROOM[scores.dtype]
@@ -80,7 +81,7 @@ class _Dense:
 
     def exact_positives(self) -> Tensor:
         """Return the (N,) logits of the targets, without what a factor for base 2 would add to the rounding of all."""
-        y = self.y[: self.x.shape[0]] if self.index is None else self.y.index_select(0, self.index.squeeze(1))
+        y = self.y[: self.x.shape[0]] if self.target is None else self.y.index_select(0, self.target)
         return self.there(torch.linalg.vecdot(self.x, y).mul_(self.inv_t))
 
     def there(self, pos: Tensor) -> Tensor:
@@ -178,10 +179,10 @@ class _Dense:
         w = e * factor if spare else e.mul_(factor)
         if column is not None and others:
             w.addcmul_(others[0], column)
-        if self.index is None:
-            torch.mul(v, sign * (1 + both), out=w.diagonal())
+        if self.target is None or self.index is None:
+            w.diagonal().add_(v, alpha=sign * (1 + both))
         else:
-            v = v + v.index_select(0, self.index.squeeze(1)) if both else v
+            v = v + v.index_select(0, self.target) if both else v
             v = v.mul(sign).unsqueeze(1)
             w.scatter_add_(1, self.index, v if self.inside is None else torch.where(self.inside, v, 0))
         return w if both or not self.same else w + w.T
@@ -192,7 +193,7 @@ class _Dense:
         grads = [torch.empty_like(self.rows[0].unit)]
         if len(self.rows) > 1:
             grads.append(torch.empty_like(self.y))
-        sides = grads if self.same or len(grads) > 1 else [grads[0][:n], grads[0][n:]]
+        sides = grads if self.same or len(grads) > 1 else grads[0].split_with_sizes((n, self.y.shape[0]))
         if wanted[0] or self.same:
             sides[0].addmm_(w, self.y, beta=0, alpha=scale)
         if len(sides) > 1 and any(wanted[1:]):
