@@ -8,7 +8,7 @@ JOBS        ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 TUNE_ARGS   ?=
-GPU_JOBS    ?= 8
+GPU_JOBS    ?= 14
 GPU_TEST_ARGS  ?=
 GPU_BENCH_ARGS ?=
 RECORD      ?=
@@ -66,41 +66,76 @@ bench: $(VENV)/.installed-bench $(VENV)/.peers ## microbenchmarks on this machin
 plots: $(VENV)/.installed-bench ## draw time and memory against N from the recorded results, into docs/
 	$(BIN)/python -m benchmarks.plot
 
-# With the torch, pytest, pytest-benchmark and hypothesis that are there: no environment is made and nothing is downloaded.
+# On a GPU: with the torch that is there, and no environment is made and nothing is downloaded. The other packages are
+# those of $(PYTHON), or the wheels of a folder that `make wheels` fills where there is a network, to be carried along.
+# STAND_IN=1 runs it all small, on a CPU, in Triton's interpreter: to see it run to its end; nothing is timed or recorded.
 # python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
 # python -m benchmarks... does too, and puts it right: see benchmarks/__init__.py.
+STAND_IN ?=
+WHEELS   ?= .wheels
+REPORTS  ?= .gpu-reports
 GPU_SITE := $(CURDIR)/.gpu-site
-GPU_TEST  = env -u TRITON_INTERPRET PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} \
-            $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
-.PHONY: gpu-site gpu-bench tune
+GPU_ENV   = env $(if $(STAND_IN),TRITON_INTERPRET=1,-u TRITON_INTERPRET) PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_TEST  = $(GPU_ENV) $(1) $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
+GPU_NEEDS = pytest pytest_benchmark pytest_reportlog pytest_timeout xdist hypothesis tqdm
+SEPARATOR := ,
+.PHONY: wheels gpu-site gpu-bench tune
 gpu-site:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")'
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if "$(STAND_IN)" or torch.cuda.is_available() else "torch sees no GPU")'
 	rm -rf $(GPU_SITE) && mkdir $(GPU_SITE)
 	cp -R fused_infonce $(GPU_SITE)/ && cp -R kernels $(GPU_SITE)/fused_infonce/
+	$(if $(wildcard $(WHEELS)/*.whl),$(PIP_OF_GPU) --target $(GPU_SITE) $(wildcard $(WHEELS)/*.whl))
+	@$(GPU_ENV) $(PYTHON) -c 'import $(subst $() ,$(SEPARATOR),$(GPU_NEEDS))' || \
+	{ echo "Install it, or carry it along: make wheels" >&2; exit 1; }
+PIP_OF_GPU = $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile
 
-# PYTEST_ARGS are for tests and microbenchmarks, GPU_TEST_ARGS for the tests alone, which run in $(GPU_JOBS) processes
-# where pytest-xdist is installed. RECORD, of one target at a time, is the CSV file to append to, absolute or relative to
-# benchmarks/. Without git, FUSED_INFONCE_COMMIT=... in the environment says which commit was measured.
-XDIST = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(GPU_JOBS) --dist=worksteal)
+# What the tests need, what that needs, and the peers of benchmarks/contestants.py, of which only the losses are used.
+CARRIED = pytest iniconfig packaging pluggy pygments pytest-benchmark py-cpuinfo2 pytest-reportlog pytest-timeout \
+          pytest-xdist execnet hypothesis sortedcontainers tqdm \
+          cut-cross-entropy inf-cl info-nce-pytorch liger-kernel lightly memeff open_clip_torch
+CARRIED_FOR = --python-version 3.12 --platform manylinux2014_x86_64
+wheels: ## collect wheels for a GPU without a network into .wheels/ (CARRIED_FOR="--python-version 3.12 ...")
+	rm -rf $(WHEELS)
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet $(PIP_ARGS) -c constraints.txt --no-deps \
+	--only-binary :all: $(CARRIED_FOR) -d $(WHEELS) $(CARRIED)
+
+# Under 10 minutes, each part with its own share of seconds; a failure in one keeps no other from running. PYTEST_ARGS are
+# for all parts, GPU_TEST_ARGS for tests alone. A line of $(REPORTS)/*.jsonl is written as soon as a test has run. RECORD,
+# of one target at a time, is the CSV file to append to, absolute or relative to benchmarks/. Without git,
+# FUSED_INFONCE_COMMIT=... in the environment says which commit was measured.
+PART = $(call GPU_TEST,$(4)) $(2) --session-timeout $(3) --timeout 60 --timeout-method thread \
+       --report-log $(REPORTS)/$(1).jsonl $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1
+ON_GPU = -m $(if $(STAND_IN),interpreter,gpu) $(GPU_TEST_ARGS)
+WORKERS = --numprocesses $(GPU_JOBS) --dist worksteal
+MICRO = benchmarks --benchmark-only \
+        $(if $(STAND_IN),-k one-64x64 --benchmark-columns rounds,--record $(or $(RECORD),results/gpu-micro.csv))
 gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
-	$(GPU_TEST) -m gpu $(XDIST) $(PYTEST_ARGS) $(GPU_TEST_ARGS)
-	$(GPU_TEST) benchmarks --benchmark-only --record $(or $(RECORD),results/gpu-micro.csv) $(PYTEST_ARGS)
+	@mkdir -p $(REPORTS); failed=0; \
+	$(call PART,gpu,tests/gpu $(ON_GPU) $(WORKERS),240); \
+	$(call PART,micro,$(MICRO),100); \
+	if command -v compute-sanitizer; then \
+	$(call PART,sanitizer,tests/gpu $(ON_GPU) -m sanitizer,50,PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1); \
+	else echo "Skipped: compute-sanitizer is not on the PATH"; fi; \
+	$(call PART,others,tests --ignore tests/gpu $(ON_GPU) $(WORKERS),110); \
+	exit $$failed
 
 gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
-	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.suites.gpu --record $(or $(RECORD),results/gpu.csv) $(GPU_BENCH_ARGS)
+	$(GPU_ENV) $(PYTHON) -m benchmarks.suites.gpu \
+	$(if $(STAND_IN),--stand-in,--record $(or $(RECORD),results/gpu.csv)) $(GPU_BENCH_ARGS)
 
 tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.py (TUNE_ARGS="--dim 256 ...")
-	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.tiles.tune --record $(or $(RECORD),results/tune.csv) $(TUNE_ARGS)
+	$(GPU_ENV) $(PYTHON) -m benchmarks.tiles.tune \
+	$(if $(STAND_IN),--stand-in,--record $(or $(RECORD),results/tune.csv)) $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
 	$(BIN)/python -m benchmarks.tiles.aot --all --record benchmarks/results/tiles.csv
 
 clean: ## remove what builds and tests leave behind
-	rm -rf build dist *.egg-info .gpu-site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .gpu-site .gpu-reports .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
-distclean: clean ## the same, and the virtual environment
-	rm -rf $(VENV)
+distclean: clean ## the same, and the virtual environment and carried wheels
+	rm -rf $(VENV) .wheels
 
 # Debian without python3-venv has no ensurepip: pip is then installed from outside.
 $(VENV)/.made:

@@ -6,7 +6,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.suites.gpu             the suite on a GPU
     python -m benchmarks.suites.drop_ins        every drop-in against its library
     python -m benchmarks.suites.accuracy        errors at low temperatures
-    python -m benchmarks.tiles.tune             tile sizes on a GPU
+    python -m benchmarks.tiles.tune             tile sizes on a GPU, compiled beforehand by ahead.py
     python -m benchmarks.tiles.host_time        what a call costs the host of a GPU
     python -m benchmarks.tiles.aot              registers, spills and instructions of the kernels, without a GPU
     python -m benchmarks.tiles.pipes            cycles of their tiles, counted in the machine code

@@ -15,21 +15,11 @@ from torch import Tensor
 
 from benchmarks.contest import peak_bytes
 from fused_infonce import nt_xent
-from fused_infonce.backends import plan
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 MIB = 2**20
 N = size(65536, 50)
 T = 0.05
-
-
-@pytest.fixture(autouse=True)
-def every_plan(monkeypatch):
-    """Without a GPU the rows are too few for some plans."""
-    if not COMPILED:
-        monkeypatch.setattr(plan, "GPU_ONEPASS_DIM", 1)
-        monkeypatch.setattr(plan, "STREAMING_ROWS", 1)
-        monkeypatch.setattr(plan, "STREAMING_DIM", 16)
 
 
 def pairs(n: int, d: int, dtype: torch.dtype) -> dict[str, Tensor]:
