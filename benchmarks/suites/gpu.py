@@ -357,6 +357,7 @@ def main() -> None:
         well = run_all(cases()[args.first :], torch.device("cuda"), args.minutes, args.record, args.without)
     except Broken as broken:
         left = args.minutes - (time.monotonic() - start) / 60
+        sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.suites.gpu", *rest(args, broken, left)])
     sys.exit(args.failed or not well)
 

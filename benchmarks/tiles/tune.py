@@ -325,6 +325,7 @@ def time_all(
             speed = winner["default_ms"] / winner["median_ms"]
             tqdm.write(f"{job}: {written(winner['tile'])}, {speed:.2f} times as fast as the table's")
         if not alive(device):
+            sys.stdout.flush()
             left = ["--minutes", f"{(end - time.monotonic()) / 60:.2f}", "--first", str(args.first + i + 1)]
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tiles.tune", *sys.argv[1:], *left])
     for (kernel, dtype), of_d in found.items():

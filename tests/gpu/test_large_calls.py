@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracles import info_nce as dense
 from support.helpers import COMPILED, assert_close, evaluate, info_nce, on, watch_plans
-from support.stand_in import DEVICE, distinct, on_a_stream, size, synchronize
+from support.stand_in import DEVICE, on_a_stream, size, synchronize
 from torch import Tensor
 
 from benchmarks.contest import peak_bytes
@@ -27,7 +27,7 @@ def pairs(n: int, d: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"query": query.to(dtype), "positive_key": (query + noise).to(dtype)}
 
 
-def in_chunks(query: Tensor, key: Tensor, symmetric: bool, rows: int = 1024) -> tuple[Tensor, dict[str, Tensor]]:
+def in_chunks(query: Tensor, key: Tensor, symmetric: bool, rows: int = 256) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss and the gradients in float64, with no more than `rows` rows of logits at a time."""
     query, key = (x.double().requires_grad_() for x in (query, key))
     loss, target = torch.zeros((), dtype=torch.float64, device=query.device), torch.arange(len(query), device=DEVICE)
@@ -126,7 +126,7 @@ def test_a_large_call_is_repeated_to_the_bit(name, monkeypatch):
     first = step()
     assert {made.name for made in plans} == {name.split(",")[0]}
     assert all(x.isfinite().all() and x.any() for x in first)
-    for _ in range(3):
+    for _ in range(size(3, 1)):
         assert all(torch.equal(x, y) for x, y in zip(step(), first, strict=True))
 
 
@@ -159,18 +159,18 @@ def test_another_stream_than_the_default_computes_the_same(name):
 
     before = step()
     got = on_a_stream(renewed)
-    assert distinct(before[0], got[0])
+    assert not torch.equal(before[0], got[0])
     assert all(torch.equal(x, y) for x, y in zip(got, step(), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_threads_do_not_disturb_each_other(backend):
     """Each on a stream of its own, at the same time; without a GPU one after the other, as the interpreter must be."""
-    calls = [on(DEVICE, pairs(size(3000 + i, 20 + i), size(128, 24), torch.bfloat16)) for i in range(4)]
+    calls = [on(DEVICE, pairs(size(3000 + i, 20 + i), size(128, 24), torch.bfloat16)) for i in range(size(4, 2))]
 
     def run(inputs: dict[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         with torch.cuda.stream(torch.cuda.Stream()) if COMPILED else nullcontext():
-            found = [evaluate(info_nce, inputs, temperature=T, backend=backend) for _ in range(size(20, 2))]
+            found = [evaluate(info_nce, inputs, temperature=T, backend=backend) for _ in range(size(20, 1))]
             if COMPILED:
                 torch.cuda.current_stream().synchronize()
         return found

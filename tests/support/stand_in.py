@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .helpers import COMPILED
@@ -66,8 +65,3 @@ def forbid_waiting(forbidden: bool) -> None:
     """Let whatever waits for the GPU raise, or not."""
     if COMPILED:
         torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
-
-
-def distinct(*tensors: Tensor) -> bool:
-    """Return whether no two tensors are equal."""
-    return not any(torch.equal(x, y) for i, x in enumerate(tensors) for y in tensors[:i])
