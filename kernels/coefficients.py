@@ -8,9 +8,11 @@ tiles that do not meet one, and "on" of the others, with columns that end within
 import triton
 import triton.language as tl
 
-from .gradient import coefficients, direction
+from .gradient import both_directions, coefficients, direction
 from .statistics import store_state
 from .tile import FLOOR, cast, live, load_vector, meets_diagonal, negatives, raw_dots
+
+NO_NEGATIVE = tl.constexpr(-(2**15))  # what `encoded` scores have in place of FLOOR
 
 
 @triton.jit
@@ -52,8 +54,8 @@ def tile_start(
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "shift"])  # columns must be known to be aligned
 def exponentials_kernel(
-    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, ROWS_ptr,
-    row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm,
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, ROWS_ptr, COLUMNS_ptr,
+    row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
     BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -62,6 +64,9 @@ def exponentials_kernel(
 
     z is that of kernels/gradient.py. States with m = 0 of the rows over each block of columns go to slots of ROWS. A
     zero row counts in these only. Without MEAN the third vector of a state is 0.
+
+    With COLUMNS: states of the columns over each block of rows go to slots of it, and the scores z_ij sx_i themselves
+    are written, since what turns exponentials into coefficients is of their row and their column then; see `encoded`.
     """
     pid_m, pid_n, start_m, start_n, made = tile_start(
         row_start, row_end, col_start, col_end, shift, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
@@ -76,6 +81,8 @@ def exponentials_kernel(
         BLOCK_N, BLOCK_D,
     )  # fmt: skip
     s = (d * b[None, :]) * a[:, None]
+    if COLUMNS_ptr is not None:
+        s += tl.where(offs_m < row_end, 0.0, FLOOR)[:, None]
     if PEEL != "off":
         keep = negatives(
             offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE,
@@ -88,7 +95,29 @@ def exponentials_kernel(
     if MEAN:
         x = tl.sum(p * s, 1)
     store_state(ROWS_ptr, pid_n, rows, row_end - row_start, tl.zeros((BLOCK_M,), ACC), tl.sum(p, 1), x)
-    write_tile(C_ptr, p * live(b, zero_row)[None, :], rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+    if COLUMNS_ptr is None:
+        write_tile(C_ptr, p * live(b, zero_row)[None, :], rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+    else:
+        none = tl.zeros((BLOCK_N,), ACC)
+        x = none
+        if MEAN:
+            x = tl.sum(p * s, 0)
+        store_state(COLUMNS_ptr, pid_m, offs_n, col_end, none, tl.sum(p, 0), x)
+        c = encoded(s, code, C_ptr.dtype.element_ty)
+        if PEEL != "off" and C_ptr.dtype.element_ty == tl.int16:
+            c = tl.where(keep, c, NO_NEGATIVE)
+        write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+
+
+@triton.jit
+def encoded(s, code, dtype: tl.constexpr):
+    """Return scores as `dtype` holds them: as they are, or as the integers next to `code s`, of at most 15 bits.
+
+    The last bits of a float32 of 3 2^22 and a small number are that number, rounded to the nearest integer.
+    """
+    if dtype == tl.int16:
+        s = (s * code + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
+    return s
 
 
 @triton.jit
@@ -132,3 +161,30 @@ def coefficients_kernel(
         c = tl.where(keep, c, 0.0)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+
+
+@triton.jit
+def combine_kernel(
+    S_ptr, C_ptr, A_ptr, B_ptr, UX_ptr, RX_ptr, UY_ptr, RY_ptr, TEMPERATURE_ptr,
+    size_x, size_y, columns, stride_cm, step,
+    zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Turn the scores of both directions into C_ij = a_i b_j (ux_i rx_i + uy_j ry_j) / t 2^s_ij, rounded once.
+
+    S and C are the same memory, written up to `columns`; the temperature is one for all rows, and every maximum is 0.
+    """
+    across = tl.cdiv(columns, BLOCK_N)
+    offs_m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    inverse_t = 1.0 / tl.load(TEMPERATURE_ptr)
+    a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
+    b = live(load_vector(B_ptr, offs_n, size_y, 1.0, ACC), zero_row)
+    wx = load_vector(UX_ptr, offs_m, size_x, 0.0, ACC) * load_vector(RX_ptr, offs_m, size_x, 0.0, ACC) * inverse_t * a
+    wy = load_vector(UY_ptr, offs_n, size_y, 0.0, ACC) * load_vector(RY_ptr, offs_n, size_y, 0.0, ACC) * inverse_t * b
+    inside = (offs_m[:, None] < size_x) & (offs_n[None, :] < columns)
+    offs = offs_m.to(tl.int64)[:, None] * stride_cm + offs_n[None, :]
+    s = tl.load(S_ptr + offs, mask=inside, other=0)
+    if S_ptr.dtype.element_ty == tl.int16:
+        s = tl.where(s == NO_NEGATIVE, FLOOR, s.to(ACC) * step)
+    c = both_directions(tl.exp2(s), a, wx, b, wy)
+    tl.store(C_ptr + offs, cast(c, C_ptr.dtype.element_ty, EMULATE), mask=inside)

@@ -34,6 +34,12 @@ def term(d, r, n, w, other, CLAMP: tl.constexpr = False):
 
 
 @triton.jit
+def both_directions(e, a, wx, b, wy):
+    """Return C of both directions from their one exponential, 2^z_ij s."""
+    return (e * wx[:, None]) * b[None, :] + (e * wy[None, :]) * a[:, None]
+
+
+@triton.jit
 def coefficients(
     d, a, rx, nx, wx, b, ry, ny, wy,
     HAS_X: tl.constexpr, HAS_Y: tl.constexpr, UNSHIFTED: tl.constexpr, CLAMP: tl.constexpr,
@@ -43,8 +49,7 @@ def coefficients(
     UNSHIFTED: every n is 0, and one exponential serves both directions.
     """
     if HAS_X and HAS_Y and UNSHIFTED:
-        e = tl.exp2((d * b[None, :]) * rx[:, None])
-        c = (e * wx[:, None]) * b[None, :] + (e * wy[None, :]) * a[:, None]
+        c = both_directions(tl.exp2((d * b[None, :]) * rx[:, None]), a, wx, b, wy)
     elif HAS_X:
         c = term(d, rx[:, None], nx[:, None], wx[:, None], b[None, :], CLAMP)
         if HAS_Y:

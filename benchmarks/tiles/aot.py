@@ -64,6 +64,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int16: "*i16",
 }
 
 
@@ -165,7 +166,7 @@ def launches(case: Case) -> list[Launch]:
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
             backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
-        if not (problem.columns or problem.self_similar):
+        if not problem.self_similar and (bounded or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
             backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
     return found
@@ -261,6 +262,7 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "plain")
             yield Case(target, dtype, 256, "columns", ("statistics_kernel",))
             yield Case(target, dtype, 256, "bounded views", ("statistics_kernel",))
+            yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
     for target in DESCRIPTORS:

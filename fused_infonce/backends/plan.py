@@ -28,6 +28,7 @@ STREAMING_DIM = 128  # above it the register accumulator starves the tensor core
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
 PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
 GPU_ONEPASS_ROWS = 512  # with fewer in a chunk, adding to the keys' gradients costs too much: an estimate, not measured
+GPU_BOTH_DIM = 256  # of both directions: below it a second product costs less than a pass over scores: an estimate
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
 STATE_BLOCK = 64  # columns of a tile, a state each: those of backends/triton/tiles.py, but for float64's 32
 PROCESSORS = 132  # of the GPU that plans without one are made for: an H100's and an H200's
@@ -150,6 +151,7 @@ Rule = tuple[str, Callable[[Call], bool], float, str]
 NO_GRADIENT = "no input requires a gradient"
 HALF = "all rows are compared with one another, and half of a symmetric matrix will do"
 AT_ONCE = "a block of queries meets all keys at once, which gives loss and gradients in one pass"
+ALL_FIT = "all scores fit workspace_limit, which gives both directions and their gradients in one pass"
 AGAIN = ": the backward computes the scores again"
 # fmt: off
 TRITON: tuple[Rule, ...] = (
@@ -158,6 +160,8 @@ TRITON: tuple[Rule, ...] = (
     ("streaming", lambda c: c.self_similar, 5,
      "all rows are compared with one another, half of whose scores are made at first, and one pass serves both sides"),
     ("onepass", lambda c: c.rows_alone and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0, 6, AT_ONCE),
+    ("onepass", lambda c: c.reduced and c.both_at_once and c.joint and not c.guided and c.d >= GPU_BOTH_DIM
+     and 0 < c.n * _gpu_bytes(c) <= c.room, 6, ALL_FIT),
     ("streaming", lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided, 10,
      "embeddings are short, and the rows are enough to fill the device"),
     ("workspace", lambda c: True, 8, "embeddings are long, or the rows too few to fill the device"),
@@ -170,7 +174,7 @@ TORCH: tuple[Rule, ...] = (
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
     ("onepass", lambda c: c.rows_alone and _chunk(c) >= min(c.n, ONEPASS_ROWS), 6, AT_ONCE),
     ("onepass", lambda c: c.reduced and c.both_at_once and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8, 6,
-     "all scores fit workspace_limit, which gives both directions and their gradients in one pass"),
+     ALL_FIT),
     ("workspace", lambda c: c.empty, 8, "there is nothing to compare"),
     ("workspace", lambda c: c.columns, 8,
      "both directions are asked for, and that of the keys is complete after the last query only" + AGAIN),
@@ -215,15 +219,20 @@ def _chunk(call: Call) -> int:
 
 def _gpu_chunk(call: Call) -> int:
     """Return the rows per chunk on a GPU whose exponentials and states fit; 0 if a chunk would be too short."""
-    states = STATE_SLOTS * call.acc_itemsize * -(-call.m // STATE_BLOCK)
-    chunk = _filling(call.n, call.room // (call.itemsize * call.m + states), call)
+    chunk = _filling(call.n, call.room // _gpu_bytes(call), call)
     return chunk if chunk >= min(call.n, GPU_ONEPASS_ROWS) else 0
+
+
+def _gpu_bytes(call: Call) -> int:
+    """Return the bytes of a row's exponentials or scores on a GPU, and of their states."""
+    states = STATE_SLOTS * call.acc_itemsize * -(-call.m // STATE_BLOCK)
+    return call.itemsize * call.m + states * (1 + call.columns)
 
 
 def _triton_block(name: str, call: Call) -> tuple[int, int]:
     n, m = max(call.n, 1), max(call.m, 1)
     if name == "onepass":
-        return _gpu_chunk(call), m
+        return n if call.columns else _gpu_chunk(call), m
     scores = call.room // call.itemsize
     side = max(math.isqrt(scores), 1)
     if name == "triangular":

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..contract import OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..contract import LOG2E, OnePass, Problem, RowStatistics, Statistics, Upstream
 from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import loss_and_slope
 from . import launch, paired, tiles
 from .accumulate import add_product, slices, streaming, workspace
-from .coefficients import block_of, write_exponentials
+from .coefficients import block_of, combine, write_exponentials, write_scores
 from .finish import Partners, finish, partners_by_target
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
@@ -82,6 +82,8 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         work, pos = prepare(problem, plan, positives=True)
         query, t = work.query, problem.temperature.values
         assert pos is not None
+        if problem.columns:
+            return both_directions(work, pos, plan, loss, weight, wanted)
         states = [paired.paired_states(query, keys) for keys in work.paired.values()]
         segments = list(work.segments)
         blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
@@ -116,6 +118,34 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         grads = finished(work, accumulators, -u, None, dtypes, None if states else factor)
         logits = u * (rows_found.mean - pos) if wanted[-1] else None
         return OnePass(joined(losses, pos).sum(), grads, logits)
+
+
+def both_directions(
+    work: Work, pos: Tensor, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
+) -> OnePass:
+    """Compute the mean of the reduced losses of rows and columns, and its gradients, from one product of the scores.
+
+    Scores are written where all of them fit, since the factors of a column are known after the last row only, and
+    become coefficients where they lie.
+    """
+    query, key, problem = work.query, work.shared[1], work.problem
+    block = block_of(query, key, len(query), len(key))
+    *states, step = write_scores(block, query, key, work.excluded, problem.logit_bound * LOG2E, wanted[-1])
+    found = [merged(state, pos) for state in states]
+    (value, u), (column_value, column_u) = (loss_and_slope(loss, each.neg - pos, weight / 2) for each in found)
+    sums: dict[int, Tensor] = {}
+    if wanted[0] or wanted[1]:
+        c = combine(block, query, key, (u, column_u), found, problem.temperature.values, step)
+        if wanted[0]:
+            add_product(sums, 0, query, slice(0, len(query)), c, key.rows, plan.limit)
+        if wanted[1]:
+            add_product(sums, 1, key, slice(0, len(key)), c.T, query.rows, plan.limit)
+    dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
+    grads = finished(work, sums, -(u + column_u), None, dtypes)
+    logits = None
+    if wanted[-1]:
+        logits = u * (found[0].mean - pos) + column_u * (found[1].mean - pos)
+    return OnePass(value.sum() + column_value.sum(), grads, logits)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...kernels.coefficients import coefficients_kernel, exponentials_kernel
+from ...kernels.coefficients import coefficients_kernel, combine_kernel, exponentials_kernel
+from ..contract import RowStatistics
 from ..precision import accumulator
-from .launch import Excluded, Side, cdiv, guide_arguments, pair_arguments, peels, run, tile_of
+from . import tiles
+from .launch import INTERPRETED, Excluded, Side, acc_of, cdiv, guide_arguments, pair_arguments, peels, run, tile_of
 from .statistics import SLOTS
 
+CODES = 2**15 - 2  # the largest integer that stands for a score: below 2^15 - 1 whatever the score's rounding
+ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "code": 0.0}  # what the kernel of exponentials gets for one direction
 NAMES = ("exponentials", "coefficients", "coefficients_columns")  # of the kernels of this file in `tiles.TABLE`
 
 
@@ -50,8 +56,51 @@ def write_exponentials(
     size, every = rows.stop - rows.start, slice(0, len(y))
     across = cdiv(len(y), tile_of("exponentials", x, y).block_n)
     states = block.new_empty((across, SLOTS, size), dtype=accumulator(block.dtype))
-    _run(exponentials_kernel, "exponentials", block, x, y, rows, every, excluded, ROWS_ptr=states, MEAN=mean)
+    _run(exponentials_kernel, "exponentials", block, x, y, rows, every, excluded, ROWS_ptr=states, MEAN=mean, **ALONE)
     return block[:size, : len(y)], states.sum(0, keepdim=True)  # every maximum is 0
+
+
+def write_scores(
+    block: Tensor, x: Side, y: Side, excluded: Excluded, bound: float, mean: bool
+) -> tuple[Tensor, Tensor, float]:
+    """Write the scores of all of x against all of y into a block of `block_of`.
+
+    Return the (1, SLOTS, n) states of the rows and of the columns, and the step in which 16-bit blocks hold scores, of
+    a size of at most `bound` in base 2.
+    """
+    tile, step = tile_of("coefficients", x, y), bound / CODES
+    states, columns = (
+        block.new_empty((cdiv(len(across), width), SLOTS, len(side)), dtype=accumulator(block.dtype))
+        for side, across, width in ((x, y, tile.block_n), (y, x, tile.block_m))
+    )
+    _run(
+        exponentials_kernel, "coefficients", scores_of(block), x, y, slice(0, len(x)), slice(0, len(y)), excluded,
+        ROWS_ptr=states, COLUMNS_ptr=columns, MEAN=mean, code=1 / step,
+    )  # fmt: skip
+    return states.sum(0, keepdim=True), columns.sum(0, keepdim=True), step
+
+
+def combine(
+    block: Tensor, x: Side, y: Side, slopes: Sequence[Tensor], found: Sequence[RowStatistics], temperature: Tensor,
+    step: float,
+) -> Tensor:  # fmt: skip
+    """Return C of both directions, in place of their scores in a block; slopes, found: of rows and of columns."""
+    n, m, width = len(x), len(y), tile_of("coefficients", x, y).block_n
+    written = cdiv(m, width) * width
+    block_m, block_n = tiles.block_tile(tiles.architecture(block.device))
+    run(
+        combine_kernel, (cdiv(n, block_m) * cdiv(written, block_n),),
+        S_ptr=scores_of(block), C_ptr=block, A_ptr=x.inverse, B_ptr=y.inverse, UX_ptr=slopes[0], RX_ptr=found[0].scale,
+        UY_ptr=slopes[1], RY_ptr=found[1].scale, TEMPERATURE_ptr=temperature, size_x=n, size_y=m,
+        columns=written, stride_cm=block.stride(0), step=step, zero_row=x.zero_row, EMULATE=INTERPRETED,
+        ACC=acc_of(block), BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    return block[:n, :m]
+
+
+def scores_of(block: Tensor) -> Tensor:
+    """Return the memory of a block as that of scores."""
+    return block.view(torch.int16) if block.itemsize == 2 else block
 
 
 def _run(

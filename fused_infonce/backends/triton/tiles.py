@@ -205,6 +205,11 @@ def row_tile(arch: str, d: int) -> tuple[int, int]:
     return (4096 if arch == INTERPRETER else 1024) // block_d, block_d
 
 
+def block_tile(arch: str) -> tuple[int, int]:
+    """Return (rows, columns) of a tile of a pass over a block of scores, which memory alone bounds."""
+    return (64, 256) if arch == INTERPRETER else (16, 256)
+
+
 def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int, int]:
     """Return (rows, columns, partners, sums of partners) of a block; `gather`: rows have any number of partners."""
     block_m, block_d = row_tile(arch, d)
