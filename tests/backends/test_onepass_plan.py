@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import info_nce as dense_info_nce
 from oracles import views
-from support.helpers import watch_plans
+from support.helpers import embeddings, watch_plans
 
 from fused_infonce import explain, info_nce, nt_xent
 from fused_infonce.backends import plan
@@ -26,6 +26,7 @@ OPTIONS = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, and no lower bound on D."""
     for name, value in {
+        "GPU_BOTH_DIM": 1,
         "GPU_ONEPASS_DIM": 1,
         "GPU_ONEPASS_ROWS": 8,
         "ONEPASS_ROWS": 8,
@@ -66,6 +67,92 @@ def test_losses_and_gradients_of_one_pass_keep_the_bounds(
     assert relative(loss, truth) <= min(fp32, bound)
     for grad, true_grad in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, exact), strict=True):
         assert relative(grad, true_grad) <= bound
+
+
+@pytest.fixture
+def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many pairs: 97, of which only tiles on the diagonal and the last get masks, or 45, where all do."""
+    launch = pytest.importorskip("fused_infonce.backends.triton.launch", exc_type=ImportError)
+    monkeypatch.setattr(launch, "PEELED", 1 if request.param == 97 else 1000)
+    return request.param
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("pairs", "kind", "temperature"),
+    [
+        (45, "tight", 1.0), (45, "tight", 0.0175), (45, "loose", 0.0175), (45, "cone_98", 1.0), (45, "cone_98", 0.0175),
+        (97, "tight", 0.05), (97, "cone_98", 0.05),
+    ],
+    indirect=["pairs"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_both_directions_of_one_pass_keep_the_bounds(
+    pairs: int, kind: str, temperature: float, dtype: torch.dtype
+) -> None:
+    """The scores that become coefficients are held in 16 bits meanwhile; only coefficients count as a rounding."""
+    inputs = [x.to(dtype).requires_grad_() for x in embeddings(kind, pairs, D)[:2]]
+    t = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+    options = {"temperature": t, "symmetric": True, "backend": "triton"}
+    assert [p.name for p in explain(*inputs, **options)] == ["onepass"]
+    loss = info_nce(*inputs, **options)
+    grads = torch.autograd.grad(loss, [*inputs, t])
+    exact = [x.detach().double().requires_grad_() for x in (*inputs, t)]
+    truth = dense_info_nce.info_nce(*exact[:2], temperature=exact[2], symmetric=True)
+    fp32 = 1e-5 * max(1, 0.05 / temperature)
+    bound = {torch.bfloat16: 5e-3, torch.float32: fp32, torch.float64: 1e-11}[dtype]
+    assert relative(loss, truth) <= min(fp32, bound)
+    wants = [bound, bound, min(1e-4, bound)]
+    for grad, true_grad, most in zip(grads, torch.autograd.grad(truth, exact), wants, strict=True):
+        assert relative(grad, true_grad) <= most
+    again = info_nce(*inputs, **options)
+    assert torch.equal(again, loss)
+    assert torch.equal(torch.autograd.grad(again, inputs[:1])[0], grads[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_both_directions_of_one_pass_with_ids_weights_and_zero_rows(wanted: tuple[int, ...], reduction: str) -> None:
+    inputs = [torch.randn(N, D, dtype=torch.float64) for _ in range(2)]
+    inputs[0][3], inputs[1][5] = 0, 0
+    inputs.append(torch.tensor(0.2, dtype=torch.float64))
+    ids, weight = torch.arange(N) % 7, torch.rand(N, dtype=torch.float64)
+    weight[4] = 0
+    options = {"key_ids": ids, "weight": weight, "symmetric": True, "reduction": reduction}
+    values = []
+    for backend in ("triton", "reference"):
+        given = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        made = {**options, "temperature": given[2], "backend": backend}
+        assert backend != "triton" or [p.name for p in explain(*given[:2], **made)] == ["onepass"]
+        loss = info_nce(*given[:2], **made)
+        values.append([loss, *torch.autograd.grad(loss, [given[i] for i in wanted])])
+    for x, y in zip(*values, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.interpreter
+def test_both_directions_need_one_temperature_and_room_for_all_scores() -> None:
+    query, key = (torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+
+    def name(**options: object) -> str:
+        return explain(query, key, symmetric=True, backend="triton", **options)[0].name
+
+    assert name(temperature=0.05) == "onepass"
+    assert name(temperature=0.01) == "workspace"  # exp(1 / 0.01) does not fit
+    assert name(temperature=torch.full((N,), 0.05)) == "workspace"
+    assert name(temperature=0.05, reduction="none") == "workspace"
+    more = {"negative_keys": torch.randn(4, D, dtype=torch.bfloat16), "in_batch_negatives": True}
+    assert name(temperature=0.05, **more) == "workspace"
+
+    sizes = dict(
+        backend="triton", device="cuda", d=768, itemsize=2, acc_itemsize=4, gradients=True, columns=True,
+        self_similar=False, reduced=True, per_row=False, plain=True, bounded=True, joint=True,
+    )  # fmt: skip
+    need = 2 * 8192**2 + 2 * 12 * 8192 * 128  # all scores, and the states of rows and columns over their tiles
+    for limit, found in ((need * 4 // 3, "onepass"), (need, "workspace")):  # a quarter is for products
+        chosen = plan.choose(n=8192, m=8192, limit=limit, **sizes)
+        assert (chosen.name, chosen.flops) == (found, 6 if found == "onepass" else 8)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
