@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Options
-from .backends.contract import Problem, RowStatistics, Statistics, Temperature, Upstream
+from .backends.contract import KeySet, Problem, RowStatistics, Statistics, Temperature, Upstream
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
 from .backends.row_losses import temperature_gradient
@@ -98,11 +98,13 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
     return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
 
 
-def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor]) -> Problem:
-    """Return the problem over these tensors, which are its own, cast for the products."""
-    if not torch.is_autocast_enabled(inputs[0].device.type):  # they are in one dtype
+def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
+    """Return the problem over these tensors, which are its own, cast for the products; dtype: of these, if known."""
+    if dtype is None and not torch.is_autocast_enabled(inputs[0].device.type):  # they are in one dtype
         return problem
-    dtype = product_dtype(inputs[0])
+    dtype = dtype or product_dtype(inputs[0])
+    if {x.dtype for x in inputs} == {dtype}:
+        return problem
     narrow = [cast(x, dtype) for x in inputs]
     sets = [s._replace(rows=rows, scale=scale) for s, (rows, scale) in zip(problem.sets, narrow, strict=True)]
     t = Temperature(temperature, problem.temperature.lowest)
@@ -181,7 +183,7 @@ def _given(slope: Tensor | None, like: Tensor) -> Tensor:
 
 
 class _OnePass(torch.autograd.Function):
-    """A reduced loss with its gradients made in the forward; the backward scales them."""
+    """A reduced loss with its gradients made in the forward; the backward scales them, or finishes what they are of."""
 
     @staticmethod
     def forward(
@@ -191,19 +193,54 @@ class _OnePass(torch.autograd.Function):
         if problem.self_similar:  # the query's gradient is that of both sides
             wanted[1] = False
         ctx.dtypes = [x.dtype for x in inputs]
-        problem = _bind(problem, temperature, inputs)
+        bound = _bind(problem, temperature, inputs)
         with without_autocast(inputs[0].device.type):
-            result = backends.get(plan.backend).onepass(problem, plan, loss, weight, wanted)
-        dt = None if result.logits is None else temperature_gradient(result.logits, problem.temperature)
-        ctx.save_for_backward(dt, *_unscale(problem, result.inputs))
+            result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
+        dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
+        ctx.unfinished = len(result.kept) > 0
+        if ctx.unfinished:  # inputs are saved as they came: a cast of them would be memory of its own
+            problem = _of_backward(problem, wanted)
+            tensors = problem.tensors()
+            ctx.plan, ctx.product_dtype = plan, bound.query.rows.dtype
+            ctx.problem = problem.with_tensors([None] * len(tensors))
+            ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted, strict=False)]
+            ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
+        else:
+            ctx.save_for_backward(dt, *_unscale(bound, result.inputs))
         return result.loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        dt, *grads = ctx.saved_tensors
-        scaled = [_times(g, upstream, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, None if dt is None else dt * upstream, *scaled
+        dt, *saved = ctx.saved_tensors
+        if ctx.unfinished:
+            grads = _finished(ctx, saved, upstream)
+        else:
+            grads = [_times(g, upstream, dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
+        return None, None, None, None, None if dt is None else dt * upstream, *grads
+
+
+def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:
+    """Return the problem without the rows that a backward does not need, which may be overwritten before it.
+
+    These are of all sets but the queries and the first that have no gradient.
+    """
+    first, *others = problem.keys
+    keys = [
+        x if want else KeySet(x.rows.new_empty((0, *x.rows.shape[1:])))
+        for x, want in zip(others, wanted[2:], strict=False)
+    ]
+    return replace(problem, keys=(first, *keys))
+
+
+def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
+    """Return the gradients of a one-pass loss from the sums that its forward made."""
+    count, end = len(ctx.dtypes), len(ctx.dtypes) + len(ctx.problem.tensors())
+    problem = ctx.problem.with_tensors(saved[count:end])
+    problem = _bind(problem, problem.temperature.values, problem.inputs, ctx.product_dtype)
+    with without_autocast(problem.query.rows.device.type):
+        backend = backends.get(ctx.plan.backend)
+        return _unscale(problem, backend.finished(problem, ctx.plan, saved[:count], saved[end:], upstream, ctx.dtypes))
 
 
 def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:

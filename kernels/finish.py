@@ -78,7 +78,7 @@ def sum_of_parts(
 @triton.jit
 def positive_part(
     Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr,
-    a, offs_m, offs_d, size_x, size_z, D, stride_gm, stride_zn, stride_t,
+    a, offs_m, offs_d, size_x, size_z, D, stride_pn, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def positive_part(
         if PARTS_ptr is not None:
             slot = start // (PART // 2)
             parts = tl.where(many, tl.cdiv(end - start, PART), 0)
-            part += sum_of_parts(PARTS_ptr, slot, slot + parts, offs_d, D, stride_gm, ACC, BLOCK_P)
+            part += sum_of_parts(PARTS_ptr, slot, slot + parts, offs_d, D, stride_pn, ACC, BLOCK_P)
         part *= a[:, None]
     return part
 
@@ -120,7 +120,7 @@ def positive_part(
 @triton.jit
 def finished_rows(
     G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-    a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_zn, stride_t,
+    a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def finished_rows(
     if Z_ptr is not None:
         g += positive_part(
             Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, a, offs_m, offs_d, size_x, size_z,
-            D, stride_gm, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC, BLOCK_E, BLOCK_P,
+            D, stride_pn, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC, BLOCK_E, BLOCK_P,
         )  # fmt: skip
     return g
 
@@ -146,7 +146,7 @@ def finished_rows(
 def finish_kernel(
     G_ptr, F_ptr, X_ptr, A_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
     DX_ptr,
-    slots, size_x, size_z, D, stride_gm, stride_xm, stride_zn, stride_t,
+    slots, size_x, size_z, D, stride_gm, stride_pn, stride_xm, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, PROJECT: tl.constexpr, WHOLE: tl.constexpr,
     EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -163,8 +163,8 @@ def finish_kernel(
             offs_d = start_d + tl.arange(0, BLOCK_D)
             g = finished_rows(
                 G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr, a,
-                offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC,
-                BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
+                offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t, zero_row, MUTUAL,
+                PART, ACC, BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
             )  # fmt: skip
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
             radial += tl.sum(g * x, 1)
@@ -172,8 +172,8 @@ def finish_kernel(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         g = finished_rows(
             G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr, a,
-            offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC,
-            BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
+            offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t, zero_row, MUTUAL,
+            PART, ACC, BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
         )  # fmt: skip
         if PROJECT:
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)

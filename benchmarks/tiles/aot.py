@@ -168,7 +168,8 @@ def launches(case: Case) -> list[Launch]:
             backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
         if not problem.self_similar and (bounded or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
-            backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
+            made = backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
+            backend.finished(problem, plan, made.inputs, made.kept, u.sum(), [dtype] * len(problem.inputs))
     return found
 
 

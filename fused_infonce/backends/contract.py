@@ -192,15 +192,18 @@ class Upstream(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """A reduced loss with its gradients.
+    """A reduced loss with its gradients, or with what these are finished from once the upstream is known.
 
-    inputs: aligned with `Problem.inputs`, in the accumulator dtype; None where not wanted
+    inputs: the gradients, or with `kept` their sums over all scores, aligned with `Problem.inputs`, in the accumulator
+        dtype; None where not wanted, and for sets (N, H, D) whose gradients are still to be made
     logits: sum_j s_ij dL/ds_ij of each row, (N,), what the temperature's gradient is made of; None where not wanted
+    kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished
     """
 
     loss: Tensor
     inputs: list[Tensor | None]
     logits: Tensor | None
+    kept: Sequence[Tensor] = ()
 
 
 class Backend(Protocol):
@@ -235,4 +238,18 @@ class Backend(Protocol):
         loss: a name in `row_losses.ROW_LOSSES`. weight: (N,), a row of weight 0 counting for nothing; or one for all
         rows, a number or (1,).
         """
+        ...
+
+    def finished(
+        self, problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
+        dtypes: Sequence[torch.dtype | None],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Return the gradients of a one-pass loss times its upstream, rounded once; asked where `onepass` kept tensors.
+
+        sums, kept: of the `OnePass`, which stay as they are. upstream: a tensor of no dimensions.
+        """
+        ...
+
+    def kept_sizes(self, problem: Problem, plan: Plan) -> list[int]:
+        """Return the sizes of the vectors that `onepass` keeps, in the accumulator dtype."""
         ...

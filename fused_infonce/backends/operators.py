@@ -1,6 +1,6 @@
 """A backend as PyTorch operators: which `torch.compile` records in place of looking inside.
 
-An operator takes flat arguments and returns tensors; `Recorded` puts a backend's own signatures around three of them.
+An operator takes flat arguments and returns tensors; `Recorded` puts a backend's own signatures around four of them.
 """
 
 from __future__ import annotations
@@ -49,14 +49,31 @@ class Recorded:
             values = problem.temperature.values
             exact = torch.float64 if values.device.type == "cpu" else values.dtype  # read there as the number it was
             weight = values.new_full((1,), weight, dtype=exact)
-        value, logits, *inputs = onepass(*flatten(problem, plan), loss, weight, wanted)
-        return OnePass(value, _none_if_empty(inputs, wanted[:-1]), logits if wanted[-1] else None)
+        value, logits, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
+        kept = rest[len(problem.inputs) :]
+        there = _summed(problem, wanted, bool(kept))
+        return OnePass(value, _none_if_empty(rest[: len(there)], there), logits if wanted[-1] else None, kept)
+
+    def finished(
+        self, problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
+        dtypes: Sequence[torch.dtype | None],
+    ) -> list[Tensor | None]:  # fmt: skip
+        codes = [DTYPES.index(dtype) for dtype in dtypes]
+        return _none_if_empty(finished(*flatten(problem, plan), sums, kept, upstream, codes), codes)
+
+    def kept_sizes(self, problem: Problem, plan: Plan) -> list[int]:
+        return load(self.name).kept_sizes(problem, plan)
 
 
 def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     """Return the arguments that an operator takes for a problem and a plan."""
     sizes = [plan.rows, plan.cols, plan.limit, int(plan.gradients), int(plan.bounded), int(plan.full), int(plan.mean)]
     return problem.tensors(), problem.flags, plan.backend, plan.name, sizes
+
+
+def _summed(problem: Problem, wanted: Sequence[bool], unfinished: bool) -> list[bool]:
+    """Return which inputs `onepass` returns a gradient or, where these are unfinished, a sum of."""
+    return [w and not (unfinished and x.dim() == 3) for x, w in zip(problem.inputs, wanted, strict=False)]
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
@@ -127,7 +144,7 @@ def onepass(
     problem = Problem.of(tensors, *flags)
     for_all = weight.shape[0] == 1 < problem.query.rows.shape[0] and weight.device.type == "cpu"  # free to read
     result = load(backend).onepass(problem, _plan(plan, sizes), loss, weight.item() if for_all else weight, wanted)
-    return _or_empty([result.loss, result.logits, *_apart(result.inputs)], problem.temperature.values)
+    return _or_empty([result.loss, result.logits, *_apart([*result.inputs, *result.kept])], problem.temperature.values)
 
 
 @onepass.register_fake
@@ -138,8 +155,28 @@ def _(
     problem = Problem.of(tensors, *flags)
     query, t = problem.query.rows, problem.temperature.values
     acc = accumulator(query.dtype)
-    grads = _like_inputs(problem, [acc if want else None for want in wanted[:-1]])
-    return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads]
+    kept = [t.new_empty(size) for size in load(backend).kept_sizes(problem, _plan(plan, sizes))]
+    grads = _like_inputs(problem, [acc if there else None for there in _summed(problem, wanted, bool(kept))])
+    return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads, *kept]
+
+
+@library.custom_op("fused_infonce::finished", mutates_args=())
+def finished(
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], sums: Tensors,
+    kept: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem.of(tensors, *flags)
+    wanted = [DTYPES[i] for i in dtypes]
+    grads = load(backend).finished(problem, _plan(plan, sizes), sums, kept, upstream, wanted)
+    return _or_empty(_apart(grads), problem.temperature.values)
+
+
+@finished.register_fake
+def _(
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], sums: Tensors,
+    kept: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    return _like_inputs(Problem.of(tensors, *flags), [DTYPES[i] for i in dtypes])
 
 
 def _like_inputs(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:

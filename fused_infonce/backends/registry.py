@@ -31,13 +31,8 @@ class Options(NamedTuple):
     reduction: Reduction = "mean"
 
     def limit(self, device: torch.device) -> int:
-        """Return the bytes of workspace on a device."""
-        return self.workspace_limit or default_limit(device)
-
-
-def default_limit(device: torch.device) -> int:
-    """Return the bytes of workspace where the call does not say: the environment's, if it does, or the device's."""
-    return limit_of_environment() or facts(device).limit
+        """Return the bytes of workspace on a device: the call's, or the environment's, or else the device's own."""
+        return self.workspace_limit or limit_of_environment() or facts(device).limit
 
 
 def load(name: str) -> Backend:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fused_infonce import explain
 from fused_infonce.backends import Options, device, plan
+from fused_infonce.backends.contract import STATE_SLOTS
 
 H200 = SimpleNamespace(multi_processor_count=132, total_memory=150_000_000_000)
 SIXTEEN_BIT = {"itemsize": 2, "acc_itemsize": 4}
@@ -67,7 +68,7 @@ def test_blocks_keep_the_limit_and_fill_whole_waves(n, m, d, processors, bits, d
     assert 1 <= found.cols <= m
     assert found.rows * found.cols * 2 <= max(1 << bits, 2)
     if found.name == "onepass" and found.rows < n:
-        state = plan.STATE_SLOTS * 4 * -(-m // plan.STATE_BLOCK)
+        state = STATE_SLOTS * 4 * -(-m // plan.STATE_BLOCK)
         most = ((1 << bits) - (1 << bits) // plan.PRODUCT_SHARE) // (2 * m + state)
         across = {width: -(-d // width) for width in plan.PRODUCT_WIDTHS}
         if most // 128 * across[128] >= processors:

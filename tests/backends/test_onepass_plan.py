@@ -236,6 +236,8 @@ def test_the_launcher_gives_the_gradient_of_each_rows_temperature() -> None:
     result = backend.onepass(problem, chosen, "infonce", weight, [False, False, True])
     (truth,) = torch.autograd.grad(dense_info_nce.info_nce(query, key, temperature=t), t)
     assert result.inputs == [None, None]
+    one = torch.ones((), dtype=torch.float64)
+    assert backend.finished(problem, chosen, result.inputs, result.kept, one, [None, None]) == [None, None]
     gradient = temperature_gradient(result.logits, problem.temperature)
     assert relative(gradient, truth) <= 1e-12
 

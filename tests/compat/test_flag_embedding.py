@@ -124,7 +124,7 @@ def test_no_matrix_of_scores(kind, distillation, no_in_batch, monkeypatch):
     if no_in_batch and distillation == "m3_kd_loss":
         distillation = "kl_div"
     monkeypatch.setattr(plan, "DENSE", 0)
-    monkeypatch.setattr(registry, "default_limit", lambda device: 1 << 16)
+    monkeypatch.setattr(registry, "limit_of_environment", lambda: 1 << 16)
     n, g, d = 256, 2, 8
     weight, teacher = table(n, n * g, d).float(), [0.0] * (n * g) if distillation else None
     options = {"kd_loss_type": distillation or "kl_div", "temperature": 0.5}

@@ -169,3 +169,15 @@ def with_segments(problem: Problem, shared: int | None = None, own: int | None =
     if ids:
         return with_ids(problem, torch.randint(few, (n,)), torch.randint(few, (len(problem.keys[0].rows),)))
     return problem
+
+
+def one_pass(problem: Problem, plan: Plan, weight: Tensor | float, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Return the InfoNCE loss, the logits and the gradients in the accumulator dtype, of an upstream of 1."""
+    result = backend.onepass(problem, plan, "infonce", weight, wanted)
+    dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
+    one = torch.ones((), dtype=problem.acc_dtype)
+    return [
+        result.loss,
+        result.logits,
+        *backend.finished(problem, plan, result.inputs, result.kept, one, dtypes),
+    ]

@@ -2,12 +2,18 @@
 
 from torch import Tensor
 
+from ..contract import Problem
+from ..plan import Plan
 from .chunked import gradients, onepass, statistics
 
-__all__ = ["differentiable", "gradients", "onepass", "statistics", "unavailable"]
+__all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "statistics", "unavailable"]
 
 differentiable = False
 
 
 def unavailable(tensor: Tensor) -> str:
     return ""
+
+
+def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
+    return []  # `onepass` returns the gradients themselves

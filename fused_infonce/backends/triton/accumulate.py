@@ -45,7 +45,7 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     segments = [segment for segment in work.segments if n and (wanted[0] or wanted[segment[0]])]
     if not segments:
         return {}
-    accumulators: dict[int, Tensor] = {}
+    sums = Sums(plan.limit)
     widest = max((keys for _, keys, _ in segments), key=len)
     block_rows, block_cols = block_size(query, widest, plan.rows, plan.cols)
     if mirrored:
@@ -59,11 +59,11 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
                     continue
                 c = write_coefficients(block, query, keys, rows, cols, excluded)
                 if wanted[0]:
-                    add_product(accumulators, 0, query, rows, c, keys.rows[cols], plan.limit)
+                    sums.add(0, query, rows, c, keys.rows[cols])
                 other = 0 if symmetric else index
                 if wanted[other] and not (symmetric and cols.start == rows.start):
-                    add_product(accumulators, other, keys, cols, c.T, query.rows[rows], plan.limit)
-    return accumulators
+                    sums.add(other, keys, cols, c.T, query.rows[rows])
+    return sums.of
 
 
 def slices(size: int, step: int) -> list[slice]:
@@ -81,31 +81,40 @@ def adds_in_place(device: torch.device) -> bool:
     return True
 
 
-def add_product(
-    accumulators: dict[int, Tensor], index: int, side: Side, rows: slice, a: Tensor, b: Tensor, limit: int
-) -> None:
-    """Add a @ b to some rows of accumulators[index], (1, n, D), in their dtype; from zeros at first.
+class Sums:
+    """Sums of products by place in the inputs, (1, rows, D) in the accumulator dtype, the first of some rows written.
 
-    What a product cannot add in place takes a share of `limit`; a first product of all rows is the accumulator itself.
+    What a product cannot add in place takes a share of `limit`.
     """
-    like, acc = side.rows, accumulator(side.rows.dtype)
-    narrow = a.dtype != acc
-    native = not narrow or (a.is_cuda and not torch.version.hip)  # a library product in the accumulator's dtype
-    if index not in accumulators:
-        if native and rows == slice(0, like.shape[0]):
-            accumulators[index] = (torch.mm(a, b, out_dtype=acc) if narrow else torch.mm(a, b))[None]
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.of: dict[int, Tensor] = {}
+        self.begun: set[tuple[int, int]] = set()  # (place, first row): each place is divided in one way
+
+    def add(self, index: int, side: Side, rows: slice, a: Tensor, b: Tensor) -> None:
+        """Add a @ b to these rows of a place, whose rows are those of `side`."""
+        like, acc = side.rows, accumulator(side.rows.dtype)
+        narrow = a.dtype != acc
+        native = not narrow or (a.is_cuda and not torch.version.hip)  # a library product in the accumulator's dtype
+        first = (index, rows.start) not in self.begun
+        self.begun.add((index, rows.start))
+        if first and native and rows == slice(0, like.shape[0]):
+            self.of[index] = (torch.mm(a, b, out_dtype=acc) if narrow else torch.mm(a, b))[None]
             return
-        accumulators[index] = like.new_zeros((1, *like.shape), dtype=acc)
-    out = accumulators[index][0, rows]
-    if not narrow:
-        out.addmm_(a, b)
-        return
-    if adds_in_place(out.device):
-        torch.addmm(out, a, b, out_dtype=acc, out=out)
-        return
-    most = max(limit // PRODUCT_SHARE // (out.element_size() * out.shape[1]), 1)
-    for part in slices(len(out), most):
-        if native:
-            out[part].add_(torch.mm(a[part], b, out_dtype=acc))
+        if index not in self.of:
+            self.of[index] = like.new_empty((1, *like.shape), dtype=acc)
+        out, beta = self.of[index][0, rows], 0 if first else 1  # with 0 what is there is not read
+        if not narrow:
+            out.addmm_(a, b, beta=beta)
+        elif adds_in_place(out.device):
+            torch.addmm(out, a, b, beta=beta, out_dtype=acc, out=out)
         else:
-            out[part].addmm_(a[part].to(acc), b.to(acc))
+            most = max(self.limit // PRODUCT_SHARE // (out.element_size() * out.shape[1]), 1)
+            for part in slices(len(out), most):
+                if not native:
+                    out[part].addmm_(a[part].to(acc), b.to(acc), beta=beta)
+                elif first:
+                    out[part] = torch.mm(a[part], b, out_dtype=acc)
+                else:
+                    out[part].add_(torch.mm(a[part], b, out_dtype=acc))

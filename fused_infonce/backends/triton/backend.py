@@ -13,13 +13,13 @@ from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import loss_and_slope
 from . import launch, paired, tiles
-from .accumulate import add_product, slices, streaming, workspace
+from .accumulate import Sums, slices, streaming, workspace
 from .coefficients import block_of, combine, write_exponentials, write_scores
 from .finish import Partners, finish, partners_by_target
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
 from .statistics import SLOTS, merged, row_states, unwritten
-from .work import Work, prepare, unshifted
+from .work import Work, prepare, restored, to_keep, unshifted
 
 FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 4 below overflow
 
@@ -68,7 +68,9 @@ def gradients(
         fits = rows.shape[1] <= tiles.STREAMING_MAX_D[rows.dtype] and problem.ceiling is None
         accumulate = streaming if plan.name == "streaming" and fits else workspace
         accumulators = accumulate(work, plan, [dtype is not None for dtype in dtypes])
-        return finished(work, accumulators, upstream.pos, unscale, dtypes)
+        made = paired_gradients(work, accumulators, unscale, dtypes)
+        made |= finished_sides(work, accumulators, upstream.pos, unscale, dtypes)
+        return [made.get(index) for index in range(len(dtypes))]
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
@@ -87,7 +89,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         states = [paired.paired_states(query, keys) for keys in work.paired.values()]
         segments = list(work.segments)
         blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
-        accumulators: dict[int, Tensor] = {}
+        sums = Sums(plan.limit)
         losses, slopes, factors, found = [], [], [], []
         for rows in slices(len(query), plan.rows):
             chunk = [
@@ -101,9 +103,9 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
             factor, scaled = scaled_rows(query, rows, u, found[-1], rows_t)
             for (c, _), (index, keys, _) in zip(chunk, segments, strict=True):
                 if wanted[0]:
-                    add_product(accumulators, 0, query, rows, c, keys.rows, plan.limit)
+                    sums.add(0, query, rows, c, keys.rows)
                 if wanted[index]:
-                    add_product(accumulators, index, keys, slice(0, len(keys)), c.T, scaled, plan.limit)
+                    sums.add(index, keys, slice(0, len(keys)), c.T, scaled)
             losses.append(value)
             slopes.append(u)
             factors.append(factor)
@@ -111,13 +113,34 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         u, factor = joined(slopes, pos), joined(factors, pos)
         rows_found = RowStatistics(*(joined(list(parts), pos) for parts in zip(*found, strict=True)))
         if states:  # what paired keys add to the queries' gradient has no such factor
-            if 0 in accumulators:
-                accumulators[0] *= factor[:, None]
+            if 0 in sums.of:
+                sums.of[0] *= factor[:, None]
             work = replace(work, query=replace(query, shift=rows_found.maximum, weight=u / t * rows_found.scale))
-        dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
-        grads = finished(work, accumulators, -u, None, dtypes, None if states else factor)
+            paired_gradients(work, sums.of, None, [problem.acc_dtype if wanted[0] else None, *[None] * len(wanted[2:])])
         logits = u * (rows_found.mean - pos) if wanted[-1] else None
-        return OnePass(joined(losses, pos).sum(), grads, logits)
+        return OnePass(joined(losses, pos).sum(), summed(work, sums, wanted), logits, to_keep(work, -u, factor))
+
+
+def summed(work: Work, sums: Sums, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Return the (rows, D) sums of the inputs that are wanted, zeros where nothing was added; None of paired keys."""
+    d = work.problem.query.rows.shape[1]
+    for index, side in {0: work.query, **work.shared}.items():
+        if wanted[index] and index not in sums.of:
+            sums.of[index] = side.rows.new_zeros((1, len(side), d), dtype=work.problem.acc_dtype)
+    return [sums.of[index][0, :, :d] if index in sums.of else None for index in range(len(wanted) - 1)]
+
+
+def finished(
+    problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:  # fmt: skip
+    with torch.cuda.device_of(problem.query.rows):
+        work, v, factor = restored(problem, kept)
+        accumulators = {index: x[None] for index, x in enumerate(sums) if x is not None}
+        made = paired_gradients(work, {}, upstream, [None, *dtypes[1:]])
+        of_queries = None if work.paired else factor
+        made |= finished_sides(work, accumulators, v * upstream, upstream, dtypes, of_queries, saved=True)
+        return [made.get(index) for index in range(len(dtypes))]
 
 
 def both_directions(
@@ -133,19 +156,18 @@ def both_directions(
     *states, step = write_scores(block, query, key, work.excluded, problem.logit_bound * LOG2E, wanted[-1])
     found = [merged(state, pos) for state in states]
     (value, u), (column_value, column_u) = (loss_and_slope(loss, each.neg - pos, weight / 2) for each in found)
-    sums: dict[int, Tensor] = {}
+    sums = Sums(plan.limit)
     if wanted[0] or wanted[1]:
         c = combine(block, query, key, (u, column_u), found, problem.temperature.values, step)
         if wanted[0]:
-            add_product(sums, 0, query, slice(0, len(query)), c, key.rows, plan.limit)
+            sums.add(0, query, slice(0, len(query)), c, key.rows)
         if wanted[1]:
-            add_product(sums, 1, key, slice(0, len(key)), c.T, query.rows, plan.limit)
-    dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
-    grads = finished(work, sums, -(u + column_u), None, dtypes)
+            sums.add(1, key, slice(0, len(key)), c.T, query.rows)
     logits = None
     if wanted[-1]:
         logits = u * (found[0].mean - pos) + column_u * (found[1].mean - pos)
-    return OnePass(value.sum() + column_value.sum(), grads, logits)
+    kept = to_keep(work, -(u + column_u), torch.ones_like(u))  # C has no factor to come
+    return OnePass(value.sum() + column_value.sum(), summed(work, sums, wanted), logits, kept)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:
@@ -153,22 +175,23 @@ def joined(parts: list[Tensor], none: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else none
 
 
-def finished(
+def finished_sides(
     work: Work, accumulators: dict[int, Tensor], v: Tensor, unscale: Tensor | None,
-    dtypes: Sequence[torch.dtype | None], factor: Tensor | None = None,
-) -> list[Tensor | None]:  # fmt: skip
-    """Return the gradients from the sums over the tiles, those of queries times a factor.
+    dtypes: Sequence[torch.dtype | None], factor: Tensor | None = None, saved: bool = False,
+) -> dict[int, Tensor | None]:  # fmt: skip
+    """Return the gradients of all but paired keys from their sums over the tiles, those of queries times a factor.
 
-    Paired keys, the positives, the projection and the cast are what is still to be done.
+    The positives, the projection and the cast are what is still to be done. saved: whether the sums must stay.
     """
-    grads, d = paired_gradients(work, accumulators, unscale, dtypes), work.problem.query.rows.shape[1]
+    d = work.problem.query.rows.shape[1]
     partners = positive_partners(work, v, dtypes)
+    grads: dict[int, Tensor | None] = {}
     for index, rows in {0: work.query, **work.shared}.items():
         if (dtype := dtypes[index]) is not None:
             g, project = accumulators.pop(index, None), work.problem.normalize
             f = factor if index == 0 else None
-            grads[index] = finish(g, rows, d, project, partners.get(index), unscale, dtype, f)
-    return [grads.get(index) for index in range(len(dtypes))]
+            grads[index] = finish(g, rows, d, project, partners.get(index), unscale, dtype, f, saved)
+    return grads
 
 
 def in_float16_range(work: Work) -> tuple[Work, Tensor | None]:

@@ -52,13 +52,18 @@ def partners_by_target(x: Side, v: Tensor, temperature: Tensor, target: Tensor, 
 
 def finish(
     g: Tensor | None, x: Side, d: int, project: bool, partners: Partners | None, unscale: Tensor | None,
-    dtype: torch.dtype, factor: Tensor | None = None,
+    dtype: torch.dtype, factor: Tensor | None = None, saved: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the first d components of x in `dtype`, from accumulators g (slots, n, width of x), times
-    a factor a row; None: zeros."""
-    n, width = x.rows.shape
-    in_place = g is not None and len(g) == 1 and g.dtype == dtype and width == d  # a program's rows are its own
-    dx = g[0] if in_place and g is not None else torch.empty((n, d), dtype=dtype, device=x.rows.device)
+    """Return the gradient of the first d components of x in `dtype`, from accumulators g (slots, n, at least d), times
+    a factor a row; None: zeros.
+
+    It is written into g where that is not `saved`, and of its shape and dtype.
+    """
+    n = len(x)
+    if g is not None and g.shape == (1, n, d) and g.dtype == dtype and not saved:
+        dx = g[0]  # a program reads and writes rows of its own
+    else:
+        dx = torch.empty((n, d), dtype=dtype, device=x.rows.device)
     z, inverse, v, t, indices, starts, parts, mutual = partners or (*[None] * 7, False)
     block_m, block_d, block_e, block_p = tiles.finish_tile(tiles.architecture(x.rows.device), d, starts is not None)
     warps = 8 if starts is None else 4  # with which nothing spills in the default cases of benchmarks/tiles/aot.py
@@ -66,10 +71,10 @@ def finish(
         finish_kernel, (cdiv(n, block_m),),
         G_ptr=g, F_ptr=factor, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, B_ptr=inverse, V_ptr=v, TARGET_ptr=indices,
         STARTS_ptr=starts, PARTS_ptr=parts, UNSCALE_ptr=unscale, DX_ptr=dx, slots=0 if g is None else g.shape[0],
-        size_x=n, size_z=0 if z is None else z.shape[0], D=d, stride_gm=width, stride_xm=x.rows.stride(0),
+        size_x=n, size_z=0 if z is None else z.shape[0], D=d, stride_gm=0 if g is None else g.stride(1),
+        stride_pn=0 if parts is None else parts.stride(0), stride_xm=x.rows.stride(0),
         stride_zn=0 if z is None else z.stride(0), zero_row=x.zero_row, MUTUAL=mutual, PART=PART, PROJECT=project,
         WHOLE=d <= block_d, EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e,
-        BLOCK_P=block_p,
-        num_warps=warps, **temperature_arguments(t),
+        BLOCK_P=block_p, num_warps=warps, **temperature_arguments(t),
     )  # fmt: skip
     return dx

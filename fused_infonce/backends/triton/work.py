@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..contract import Problem, Statistics, Upstream
+from ..contract import EPS, Problem, Statistics, Upstream
 from ..plan import Plan
 from . import paired
-from .launch import Excluded, Side, contiguous
+from .launch import Excluded, Side, contiguous, contiguous_rows
 from .paired import Paired
 from .rows import side
 
@@ -79,3 +80,38 @@ def prepare(
         else:
             pairs[index] = paired.paired_keys(query.rows, keys, normalize)
     return Work(problem, target, query, shared, pairs), pos
+
+
+def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
+    """Return the sizes of what `to_keep` returns: vectors of the queries, norms, dot products of paired keys."""
+    rows = [math.prod(s.rows.shape[:-1]) for s in problem.sets]
+    paired = [size for size, s in zip(rows, problem.sets, strict=True) if s.rows.dim() == 3]
+    n = rows[0]
+    return [n, n, *(rows if problem.normalize else []), *([n, n, n, *paired] if paired else [])]
+
+
+def to_keep(work: Work, v: Tensor, factor: Tensor) -> list[Tensor]:
+    """Return what `restored` needs beside the problem and its sums."""
+    query, pairs = work.query, work.paired
+    sides: dict[int, Side | Paired] = {0: query, **work.shared, **pairs}
+    norms = [sides[i].inverse for i in range(len(sides))] if work.problem.normalize else []
+    weights = [query.scale, query.shift, query.weight, *(keys.dots for keys in pairs.values())] if pairs else []
+    return [v, factor, *(x for x in (*norms, *weights) if x is not None)]
+
+
+def restored(problem: Problem, kept: Sequence[Tensor]) -> tuple[Work, Tensor, Tensor]:
+    """Return a problem made ready to finish its gradients, v and the queries' factor, from what `to_keep` returned."""
+    v, factor, *rest = kept
+    vectors = iter(rest)
+    sets, zero_row = problem.sets, 1 / EPS if problem.normalize else math.inf
+    inverse = [next(vectors) if problem.normalize else contiguous(s.scale) for s in sets]
+    sides = {i: Side(contiguous_rows(s.rows), inverse[i], zero_row=zero_row) for i, s in enumerate(sets)}
+    query, pairs = sides.pop(0), {}
+    paired = [i for i, side in sides.items() if side.rows.dim() == 3]
+    if paired:
+        scale, shift, weight = (next(vectors) for _ in range(3))
+        query = replace(query, ids=contiguous(problem.query.ids), scale=scale, shift=shift, weight=weight)
+    for i in paired:
+        rows = sides.pop(i).rows
+        pairs[i] = Paired(rows, next(vectors), inverse[i], contiguous(sets[i].ids), zero_row)
+    return Work(problem, contiguous(problem.target), query, sides, pairs), v, factor
