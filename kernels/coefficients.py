@@ -3,6 +3,8 @@
 The workspace is as wide and as high as whole tiles, so that nothing is masked when it is written. Where the pairs that
 are no negatives are on diagonals alone, or there are none, two launches make one block: PEEL "off" is of the whole
 tiles that do not meet one, and "on" of the others, with columns that end within a tile; "" is of all tiles at once.
+Programs of APART leave out no tile, since the compiler takes no branch around their loop, and "on" then writes its own
+a second time.
 """
 
 import triton
@@ -58,7 +60,7 @@ def exponentials_kernel(
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
     BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and 0 for pairs that are no negatives.
 
@@ -71,14 +73,14 @@ def exponentials_kernel(
     pid_m, pid_n, start_m, start_n, made = tile_start(
         row_start, row_end, col_start, col_end, shift, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
     )
-    if not made:
+    if not APART and not made:
         return
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     a = load_vector(A_ptr, offs_m, row_end, 1.0, ACC) * load_vector(SX_ptr, offs_m, row_end, 1.0, ACC)
     b = load_vector(B_ptr, offs_n, col_end, 1.0, ACC)
     d = raw_dots(
         None, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, row_end, col_end, D, ACC, DOT, TMA, BLOCK_M,
-        BLOCK_N, BLOCK_D,
+        BLOCK_N, BLOCK_D, APART,
     )  # fmt: skip
     s = (d * b[None, :]) * a[:, None]
     if COLUMNS_ptr is not None:
@@ -133,13 +135,13 @@ def coefficients_kernel(
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm,
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
     BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype."""
     pid_m, pid_n, start_m, start_n, made = tile_start(
         row_start, row_end, col_start, col_end, shift, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
     )
-    if not made:
+    if not APART and not made:
         return
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     a = live(load_vector(A_ptr, offs_m, row_end, 1.0, ACC), zero_row)
@@ -148,7 +150,7 @@ def coefficients_kernel(
     ry, ny, wy = direction(SY_ptr, NY_ptr, UY_ptr, b, offs_n, col_end, ACC)
     d = raw_dots(
         None, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, row_end, col_end, D, ACC, DOT, TMA, BLOCK_M,
-        BLOCK_N, BLOCK_D,
+        BLOCK_N, BLOCK_D, APART,
     )  # fmt: skip
     c = coefficients(
         d, a, rx, nx, wx, b, ry, ny, wy, UX_ptr is not None, UY_ptr is not None, UNSHIFTED, GUIDE != ""

@@ -79,20 +79,24 @@ def raw_dots(
     X_ptr, Y_ptr,
     start_m, start_n, stride_xm, stride_yn, size_x, size_y, D,
     ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, APART: tl.constexpr = False,
 ):  # fmt: skip
     """Return d_ij = x_i . y_j, (BLOCK_M, BLOCK_N), of any value outside, such as NaN.
 
-    `x` holds whole rows where they fit a tile, else None.
+    `x` holds whole rows where they fit a tile, else None. APART: warps of their own load the tiles, through descriptors
+    that are made here, since the compiler takes none of the host's for them.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if x is not None:
         y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA, False)
         acc = dot(x, tl.trans(y), acc, DOT)
     else:
-        for start_d in range(0, D, BLOCK_D):
-            x_part = load_tile(X_ptr, start_m, stride_xm, size_x, start_d, D, BLOCK_M, BLOCK_D, TMA, False)
-            y_part = load_tile(Y_ptr, start_n, stride_yn, size_y, start_d, D, BLOCK_N, BLOCK_D, TMA, False)
+        if APART:
+            X_ptr = tl.make_tensor_descriptor(X_ptr, [size_x, D], [stride_xm, 1], [BLOCK_M, BLOCK_D])
+            Y_ptr = tl.make_tensor_descriptor(Y_ptr, [size_y, D], [stride_yn, 1], [BLOCK_N, BLOCK_D])
+        for start_d in tl.range(0, D, BLOCK_D, warp_specialize=APART):
+            x_part = load_tile(X_ptr, start_m, stride_xm, size_x, start_d, D, BLOCK_M, BLOCK_D, TMA or APART, False)
+            y_part = load_tile(Y_ptr, start_n, stride_yn, size_y, start_d, D, BLOCK_N, BLOCK_D, TMA or APART, False)
             acc = dot(x_part, tl.trans(y_part), acc, DOT)
     return acc
 

@@ -10,7 +10,7 @@ to the table's; in the other half those that have compiled are timed, each workl
 
 A candidate takes its place in the table and runs through the launchers as any call would. Its result must be that of
 the table's tile, but for rounding. It differs from that tile in two fields at most, loads through tensor descriptors
-not counted: on sm_90 these are 30 to 80 of up to 270. The nearest come first, so that a run out of time has tried them.
+not counted: on sm_90 these are 60 to 110 of up to 1080. The nearest come first, so that a run out of time has tried them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks import record
 from benchmarks.contest import alive
 from benchmarks.tiles.ahead import Machine, compile_all, said, target
 from fused_infonce.backends.triton import launch, tiles
+from fused_infonce.backends.triton.coefficients import NAMES
 from fused_infonce.backends.triton.tiles import Tile
 
 # Kernels of the table, of which each is launched as a call launches it; those of most calls come first.
@@ -42,6 +43,7 @@ FIELDS_CHANGED = 2  # at most, by a candidate
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # what a program may use
 WARPS = (4, 8)
 MOST_STAGES = 5
+BOUND = 128  # registers of a thread, with which two programs of 8 warps fit a processor
 LARGEST = 256  # side of a tile
 GAIN = 0.98  # of the default's time: a smaller gain does not change the table
 BOUNDS = {"half": 2e-3, "single": 1e-5, "double": 1e-12}  # of a candidate's result against the default's
@@ -77,6 +79,7 @@ def candidates(arch: str, kernel: str, dtype: torch.dtype, d: int) -> list[Tile]
     choices["block_d"] = [size for size in choices["block_d"] if size <= lanes] or [lanes]
     choices["warps"] += [warps for warps in WARPS if warps != default.warps]
     choices["stages"] += [s for s in (default.stages - 1, default.stages + 1) if 1 <= s <= MOST_STAGES]
+    choices["registers"] += [None if default.registers else BOUND]
     for name, value in default._asdict().items():
         if isinstance(value, bool):  # such as loads through tensor descriptors
             choices[name] = [value, not value]
@@ -92,7 +95,10 @@ def changed(tile: Tile, default: Tile) -> int:
 
 
 def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
-    """Return whether the tiles loaded ahead can fit the shared memory; only a compiler knows for sure."""
+    """Return whether a kernel takes such a tile, and the rows loaded ahead can fit the shared memory, as far as is
+    known without a compiler."""
+    if tile.apart and (tile.tma or tile.registers or kernel not in NAMES):
+        return False
     whole = kernel == "gradient" or (kernel in ("statistics", "both", "columns") and d <= tile.block_d)
     rows = tile.block_m + tile.stages * tile.block_n if whole else tile.stages * (tile.block_m + tile.block_n)
     return rows * tile.block_d * dtype.itemsize <= SHARED_KIB.get(arch, 1 << 20) * 1024
@@ -260,8 +266,9 @@ def pasted(found: dict[int, Tile], kernel: str) -> str:
 
 def written(tile: Tile) -> str:
     """Return a row as the table has it, with defaults left out."""
-    optional = {name for name in tile._fields if tile._asdict()[name] == Tile._field_defaults.get(name, object())}
-    values = [f"{n}={v}" if isinstance(v, bool) else str(v) for n, v in tile._asdict().items() if n not in optional]
+    defaults = Tile._field_defaults
+    values = [str(v) for n, v in tile._asdict().items() if n not in defaults]
+    values += [f"{n}={v}" for n, v in tile._asdict().items() if n in defaults and v != defaults[n]]
     return f"Tile({', '.join(values)})"
 
 

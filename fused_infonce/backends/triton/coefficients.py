@@ -12,12 +12,25 @@ from ...kernels.coefficients import coefficients_kernel, combine_kernel, exponen
 from ..contract import RowStatistics
 from ..precision import accumulator
 from . import tiles
-from .launch import INTERPRETED, Excluded, Side, acc_of, cdiv, guide_arguments, pair_arguments, peels, run, tile_of
+from .launch import (
+    INTERPRETED,
+    Excluded,
+    Side,
+    acc_of,
+    cdiv,
+    describable,
+    guide_arguments,
+    pair_arguments,
+    peels,
+    run,
+    tile_of,
+)
 from .statistics import SLOTS
 
 CODES = 2**15 - 2  # the largest integer that stands for a score: below 2^15 - 1 whatever the score's rounding
 ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "code": 0.0}  # what the kernel of exponentials gets for one direction
 NAMES = ("exponentials", "coefficients", "coefficients_columns")  # of the kernels of this file in `tiles.TABLE`
+APART_WARPS = 4  # for which the compiler makes three times as many, four of them to load rows
 
 
 def block_of(x: Side, y: Side, rows: int, cols: int) -> Tensor:
@@ -112,10 +125,13 @@ def _run(
     few = excluded.diagonals * (cdiv(tile.block_m, tile.block_n) + 1) + 1  # which may meet a diagonal, and the last
     for name in peels(x, y, excluded, size, tile):
         columns = few if name == "on" else cdiv(size, tile.block_n)
+        apart = tile.apart and name != "on" and describable(x.rows) and describable(y.rows)
+        sides = pair_arguments(tile, x, y, bounded=name == "off" and not apart)
+        if apart:
+            sides["num_warps"] = APART_WARPS
         run(
             kernel, (cdiv(rows.stop - rows.start, tile.block_m) * columns,), C_ptr=block, PEEL=name,
             row_start=rows.start, row_end=rows.stop, col_start=cols.start, col_end=cols.stop,
-            stride_cm=block.stride(0), zero_row=x.zero_row,
-            **pair_arguments(tile, x, y, bounded=name == "off"), **excluded.arguments(x, y), **guide_arguments(x, y),
-            **more,
+            stride_cm=block.stride(0), zero_row=x.zero_row, APART=apart, **sides, **excluded.arguments(x, y),
+            **guide_arguments(x, y), **more,
         )  # fmt: skip

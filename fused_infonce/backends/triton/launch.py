@@ -108,7 +108,13 @@ def vector(like: Tensor, size: int) -> Tensor:
 
 def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if min(grid) > 0:
+        if arguments.get("APART"):  # descriptors that a kernel makes lie in memory that Triton asks for
+            triton.set_allocator(_scratch)
         kernel[grid](**arguments)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def id_pointers(x: Side, y: Any) -> tuple[Tensor | None, Tensor | None]:

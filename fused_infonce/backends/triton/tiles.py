@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     stages: int
     tma: bool = False  # rows through tensor descriptors: not yet measured
     registers: int | None = None  # a bound on a thread's registers, so that two programs fit a processor; None: none
+    apart: bool = False  # of coefficients and exponentials: warps of their own load rows: not yet measured
 
 
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
@@ -169,6 +170,7 @@ def power_of_two(d: int, least: int = 16) -> int:
 def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
     """Return the tile of a kernel over rows of length d; a "gradient" tile holds whole rows."""
     where: str | None = arch
+    has_tma = CLASSES[dtype] in HAS_TMA.get(arch, ())
     while where:
         of_arch = TABLE.get(where, {})
         classes = of_arch.get(kernel) or of_arch.get(INSTEAD.get(kernel, ""), {})
@@ -178,7 +180,8 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
                 lanes = power_of_two(d)
                 return entry._replace(
                     block_d=lanes if kernel == "gradient" else min(entry.block_d, lanes),
-                    tma=CLASSES[dtype] in HAS_TMA.get(arch, ()) and (entry.tma if FORCE_TMA is None else FORCE_TMA),
+                    tma=has_tma and not entry.apart and (entry.tma if FORCE_TMA is None else FORCE_TMA),
+                    apart=has_tma and entry.apart,
                 )
         where = PARENT.get(where)
     raise ValueError(f"no tile for {kernel} over {dtype} rows of length {d} on {arch}")
@@ -196,7 +199,7 @@ def with_guide(tile: Tile) -> Tile:
     """
     most_m, most_n = (tile.block_m, 64) if tile.block_m > 64 else (32, 32)
     block_m, block_n = min(tile.block_m, most_m), min(tile.block_n, most_n)
-    return tile._replace(block_m=block_m, block_n=block_n, warps=max(tile.warps, 8), tma=False)
+    return tile._replace(block_m=block_m, block_n=block_n, warps=max(tile.warps, 8), tma=False, apart=False)
 
 
 def row_tile(arch: str, d: int) -> tuple[int, int]:

@@ -1,0 +1,73 @@
+"""Tiles whose rows are loaded by warps of their own, a candidate of the tuning, give what the loads through pointers give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.problems import LIMIT, backend, make, upstream_of
+from torch import Tensor
+
+from fused_infonce.backends.contract import Problem
+from fused_infonce.backends.plan import Plan
+from fused_infonce.backends.triton import coefficients, launch, tiles
+
+version = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
+pytestmark = [  # for a GPU: benchmarks/tiles/tune.py, which compares every candidate with the table's tile
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        version < (3, 6), reason="the interpreter of Triton 3.5 wants strides of 16 elements, not bytes"
+    ),
+]
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Turns the candidate on or off; what it returns has (APART, PEEL) of every launch since."""
+    launched: list[tuple[bool, str]] = []
+    arch, run = tiles.INTERPRETER, coefficients.run
+    table = tiles.TABLE[arch]
+
+    def counted(kernel, grid, **arguments):
+        launched.append((arguments["APART"], arguments["PEEL"]))
+        run(kernel, grid, **arguments)
+
+    def switch(on: bool) -> list[tuple[bool, str]]:
+        tile = tiles.Tile(32, 32, 32, 4, 1, apart=on)
+        monkeypatch.setitem(tiles.TABLE, arch, {**table, "coefficients": {"half": ((None, tile),)}})
+        launched.clear()
+        return launched
+
+    monkeypatch.setattr(coefficients, "run", counted)
+    monkeypatch.setattr(launch, "PEELED", 2)
+    return switch
+
+
+def results(problem: Problem, plan: Plan) -> list[Tensor]:
+    torch.manual_seed(0)
+    if plan.one_pass:
+        found = backend.onepass(problem, plan, "infonce", torch.rand(len(problem.query.rows)), [True] * 3)
+        return [found.loss, *found.inputs, found.logits]
+    stats = backend.statistics(problem, plan)
+    return backend.gradients(problem, plan, stats, upstream_of(problem), [problem.acc_dtype] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("targets", [False, True])
+@pytest.mark.parametrize("name", ["workspace", "onepass"])
+def test_the_bits_of_pointer_loads(name, targets, dtype, apart):
+    """Where some tiles meet the diagonal and have a launch of their own, and with targets, where none has."""
+    plan = Plan(name, 64, 96, LIMIT, 0, "", bounded=True)
+    problem = make(70, 70, 40, dtype, target=torch.randint(70, (70,)) if targets else None)
+    apart(False)
+    want = results(problem, plan)
+    launched = apart(True)
+    got = results(problem, plan)
+    assert set(launched) == ({(True, "")} if targets else {(True, "off"), (False, "on")})
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_rows_without_alignment_are_loaded_through_pointers(apart):
+    launched = apart(True)
+    results(make(40, 40, 33, torch.float32), Plan("workspace", 40, 40, LIMIT, 0, ""))
+    assert {on for on, _ in launched} == {False}
