@@ -14,7 +14,9 @@ tiles, library products, and all other kernels and operators. The rules by which
    their work, but no less than k-th part of k tiles one after the other. Programs run in whole waves.
 4. A library product runs at its rate, in output tiles of 128 x 256, 128 x 128 or 128 x 64, whichever are the fastest,
    in whole waves; where they do not fill the processors the sum is divided among them.
-5. Nothing takes less than its bytes take: every tensor once, from memory, and a block of scores that the L2 cache holds
+5. A tile's rows come from the L2 cache at LOADS bytes a cycle and processor, beside all else; rows that a program
+   keeps come once.
+6. Nothing takes less than its bytes take: every tensor once, from memory, and a block of scores that the L2 cache holds
    from there. What has no tiles takes no more than its bytes.
 
 "of_floor" is by these rules. "at_worst" is without rule 3, two programs being in step, with products of our kernels at
@@ -48,6 +50,7 @@ from .. import HERE, ROOT
 from ..record import Row, append, commit
 from .pipes import PIPES, TENSOR, form
 
+LOADS = 64  # what a processor can take in
 TILE_PRODUCT = 0.85  # of a library's rate: what products of Triton in tiles of 128 x 128 are said to reach
 DIRECTIONS = ("one", "both", "self")
 ROWS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -95,6 +98,7 @@ class Counts(NamedTuple):
 
     parts: tuple[tuple[int, dict[str, int]], ...]  # how often a tile runs a part, and the cycles of each pipe
     programs: int
+    loads: float  # cycles in which the rows of a tile come
 
     def alone(self, product: float = 1.0) -> float:
         """Return the cycles of a tile in a program that has its processor to itself; product: share of the rate."""
@@ -102,12 +106,12 @@ class Counts(NamedTuple):
         for times, pipe in self.parts:
             tensor, others = pipe["tensor"] / product, max(pipe[name] for name in PIPES[:-1])
             total += times * (max(tensor, others) if times > 1 else tensor + others)
-        return total
+        return max(total, self.loads)
 
     def tile(self, programs: int) -> float:
         """Return the cycles in which a processor with that many programs makes a tile."""
         busiest = max(sum(times * pipe[name] for times, pipe in self.parts) for name in PIPES)
-        return max(busiest, self.alone() / programs)
+        return max(busiest, self.loads, self.alone() / programs)
 
     @property
     def besides(self) -> float:
@@ -128,6 +132,7 @@ def counts(target: str, triton: str) -> dict[tuple[Any, ...], Counts]:
         key: Counts(
             tuple((int(row["times"]), {name: int(row[name]) for name in PIPES}) for row in parts.values()),
             int(parts["tile"]["programs"]),
+            2 * key[0] * (key[4] + ("step" in parts) * key[3]) / LOADS,  # rows of x too where a loop goes over D
         )
         for key, parts in found.items()
     }
@@ -178,13 +183,13 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
         plan = registry.plan_of(problem, options, reduced=True)
         stack.enter_context(Operators(events))
         if plan.one_pass:
-            contrast.onepass(problem, plan, "infonce", 1 / n).backward()
+            loss = contrast.onepass(problem, plan, "infonce", 1 / n)
         else:
             rows, columns = contrast.statistics(problem, options, plan=plan)
             loss = torch.nn.functional.softplus(rows.neg - rows.pos).sum()
             if columns is not None:
                 loss = loss + torch.nn.functional.softplus(columns.neg - columns.pos).sum()
-            loss.backward()
+        torch.autograd.grad(loss, {id(x): x for x in problem.inputs}.values())
     return plan, events
 
 
@@ -229,15 +234,20 @@ def made(arguments: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, int]:
 def over_tiles(machine: Machine, triton: str, launch: Any) -> Times:
     """Return the times of a kernel over tiles."""
     name, arguments = launch.kernel.__name__, launch.arguments
-    x, y = arguments["X_ptr"], arguments["Y_ptr"]
+    x, y = (getattr(arguments[f"{side}_ptr"], "base", arguments[f"{side}_ptr"]) for side in "XY")
     key = (x.shape[1], name, form(arguments), arguments["BLOCK_M"], arguments["BLOCK_N"])
     counted = counts(machine.target, triton).get(key)
     if counted is None:
-        raise LookupError(f"pipes.csv has no counts for {key} of triton {triton}: record them with benchmarks.tiles.pipes")
+        raise LookupError(
+            f"pipes.csv has no counts for {key} of triton {triton}: record them with benchmarks.tiles.pipes"
+        )
     programs, tiles = made(arguments, launch.grid)
     c = arguments.get("C_ptr")
-    block = 0 if c is None else tiles * arguments["BLOCK_M"] * arguments["BLOCK_N"] * c.element_size()
-    moved = machine.seconds(size(x, y, arguments.get("G_ptr"))) + machine.seconds(block, 0 if c is None else size(c))
+    moved = machine.seconds(size(x, y, arguments.get("G_ptr")))
+    if c is not None:
+        rows, cols = (arguments[f"{side}_end"] - arguments[f"{side}_start"] for side in ("row", "col"))
+        block = tiles * arguments["BLOCK_M"] * arguments["BLOCK_N"] * c.element_size()
+        moved = machine.seconds((rows + cols) * x.shape[1] * x.element_size()) + machine.seconds(block, size(c))
     if not tiles:
         return Times(0.0, 0.0)
     each, whole = tiles / programs, machine.processors * counted.programs

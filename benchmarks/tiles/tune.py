@@ -10,7 +10,7 @@ to the table's; in the other half those that have compiled are timed, each workl
 
 A candidate takes its place in the table and runs through the launchers as any call would. Its result must be that of
 the table's tile, but for rounding. It differs from that tile in two fields at most, loads through tensor descriptors
-not counted: on sm_90 these are 60 to 110 of up to 1080. The nearest come first, so that a run out of time has tried them.
+not counted: on sm_90 these are 60 to 110. The nearest come first, so that a run out of time has tried them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from benchmarks import record
 from benchmarks.contest import alive
 from benchmarks.tiles.ahead import Machine, compile_all, said, target
 from fused_infonce.backends.triton import launch, tiles
-from fused_infonce.backends.triton.coefficients import NAMES
 from fused_infonce.backends.triton.tiles import Tile
 
 # Kernels of the table, of which each is launched as a call launches it; those of most calls come first.
@@ -43,6 +42,7 @@ FIELDS_CHANGED = 2  # at most, by a candidate
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # what a program may use
 WARPS = (4, 8)
 MOST_STAGES = 5
+MADE_APART = ("exponentials", "coefficients", "coefficients_columns")  # whose rows warps of their own can load
 BOUND = 128  # registers of a thread, with which two programs of 8 warps fit a processor
 LARGEST = 256  # side of a tile
 GAIN = 0.98  # of the default's time: a smaller gain does not change the table
@@ -97,7 +97,7 @@ def changed(tile: Tile, default: Tile) -> int:
 def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool:
     """Return whether a kernel takes such a tile, and the rows loaded ahead can fit the shared memory, as far as is
     known without a compiler."""
-    if tile.apart and (tile.tma or tile.registers or kernel not in NAMES):
+    if tile.apart and (tile.tma or tile.registers or kernel not in MADE_APART):
         return False
     whole = kernel == "gradient" or (kernel in ("statistics", "both", "columns") and d <= tile.block_d)
     rows = tile.block_m + tile.stages * tile.block_n if whole else tile.stages * (tile.block_m + tile.block_n)
