@@ -256,4 +256,4 @@ def target(value: object, like: Tensor, columns: int, ignore_index: int) -> Tens
 
 
 def workspace_limit(value: Any) -> int | None:
-    return None if value is None else checked_limit("workspace_limit", value)
+    return checked_limit("workspace_limit", value)

@@ -100,8 +100,6 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
 
 def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
     """Return the problem over these tensors, which are its own, cast for the products; dtype: of these, if known."""
-    if dtype is None and not torch.is_autocast_enabled(inputs[0].device.type):  # they are in one dtype
-        return problem
     dtype = dtype or product_dtype(inputs[0])
     if {x.dtype for x in inputs} == {dtype}:
         return problem
@@ -147,14 +145,14 @@ class _Statistics(torch.autograd.Function):
         kept: list[Tensor] = []
         with without_autocast(inputs[0].device.type):
             found = backends.get(plan.backend).statistics(problem, plan, kept)
-        ctx.plan, ctx.inputs = plan, len(problem.tensors())
+        tensors, results = problem.tensors(), found.tensors()
+        ctx.plan, ctx.inputs, ctx.kept = plan, len(tensors), len(kept)
         ctx.set_materialize_grads(False)  # of what has none: each would be a kernel
         ctx.problem = problem.with_tensors([None] * ctx.inputs)
-        ctx.save_for_backward(*problem.tensors(), *found.tensors(), *kept)
-        ctx.kept = len(kept)
+        ctx.save_for_backward(*tensors, *results, *kept)
         aside = [x for rows in found if rows is not None for x in rows[2:]]
         ctx.mark_non_differentiable(*aside)
-        return tuple(found.tensors())
+        return tuple(results)
 
     @staticmethod
     @differentiable_once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -75,12 +75,11 @@ class Problem:
     # is the row, so that exclusions are symmetric. Gradients of both sides are then returned as the query's
     self_similar: bool = False
     two_views: bool = False  # of self-similar rows: the target of row i is row i + N / 2, or i - N / 2
-    sets: tuple[KeySet, ...] = field(init=False)  # the queries and every set of keys, with which gradients are aligned
-    inputs: tuple[Tensor, ...] = field(init=False)  # their rows
 
     def __post_init__(self) -> None:
-        self.sets = (self.query, *self.keys)
-        self.inputs = (self.query.rows, *[keys.rows for keys in self.keys])
+        # the queries and every set of keys, and their rows: with which gradients are aligned
+        self.sets: tuple[KeySet, ...] = (self.query, *self.keys)
+        self.inputs: tuple[Tensor, ...] = (self.query.rows, *[keys.rows for keys in self.keys])
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -100,8 +99,8 @@ class Problem:
     @property
     def plain(self) -> bool:
         """Return whether all keys are negatives of all queries, but for the targets, which are on a diagonal."""
-        one_set = len(self.keys) == 1 and self.in_batch and self.ceiling is None
-        return one_set and self.keys[0].ids is None and self.every_row_counts
+        (_, ids, _, _), *others = self.keys
+        return not others and ids is None and self.every_row_counts and self.in_batch and self.ceiling is None
 
     @property
     def joint(self) -> bool:
@@ -118,7 +117,7 @@ class Problem:
 
     def tensors(self) -> list[Tensor | None]:
         """Return every tensor of the problem, in the order that `with_tensors` takes."""
-        return [self.temperature.values, self.target, self.ceiling, *(x for s in self.sets for x in s)]
+        return [self.temperature.values, self.target, self.ceiling, *[x for s in self.sets for x in s]]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """Return this problem over other tensors."""

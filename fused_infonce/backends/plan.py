@@ -78,8 +78,10 @@ class Plan:
         )
 
 
-def checked_limit(name: str, value: Any) -> int:
-    """Return a number of bytes as it was given, by an argument or by the environment."""
+def checked_limit(name: str, value: Any) -> int | None:
+    """Return a number of bytes as it was given, by an argument or by the environment; None where it was not given."""
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer number of bytes or None, got {type(value).__name__}")
     if not LEAST_LIMIT <= value < 2**63:
@@ -95,11 +97,9 @@ def _not_bytes(name: str, value: int | str) -> str:
 def limit_of_environment() -> int | None:
     """Return the bytes of workspace that the environment asks for; None if it does not."""
     text = os.environ.get(LIMIT_VARIABLE, "").strip()
-    if not text:
-        return None
-    if not text.isdecimal():
+    if text and not text.isdecimal():
         raise ValueError(_not_bytes(LIMIT_VARIABLE, text))
-    return checked_limit(LIMIT_VARIABLE, int(text))
+    return checked_limit(LIMIT_VARIABLE, int(text) if text else None)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def wide(rows: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
             narrow, scale = cast(rows, dtype)
             change = (narrow.to(acc) if scale is None else narrow.to(acc) * scale[..., None]) - rows
         return rows + change, torch.autocast(device, dtype=dtype)
-    return rows.to(dtype).to(acc), torch.autocast(device, dtype=dtype, enabled=dtype != acc)
+    return rows.to(dtype).to(acc), without_autocast(device) if dtype == acc else torch.autocast(device, dtype=dtype)
 
 
 def all_wide(tensors: Sequence[Tensor]) -> tuple[list[Tensor], AbstractContextManager[Any]]:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .contract import LN2, Backend, Problem
 from .device import facts
 from .plan import Plan, choose, limit_of_environment
-from .precision import EXPONENT_ROOM, product_dtype
+from .precision import EXPONENT_ROOM, accumulator, product_dtype
 
 BackendName = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
@@ -137,12 +137,11 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     dtype = product_dtype(query)
     device = query.device
     plan = choose if compiling else remembered
-    recording = torch.is_grad_enabled()
-    of_t = recording and t.values.requires_grad
-    needed = of_t or (recording and True in [x.requires_grad for x in problem.inputs])
+    of_t = torch.is_grad_enabled() and t.values.requires_grad
+    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
     return plan(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
-        acc_itemsize=t.values.itemsize, gradients=needed, columns=problem.columns,
+        acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
         per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,

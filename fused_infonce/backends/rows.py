@@ -11,6 +11,14 @@ from torch import Tensor
 from .contract import EPS
 
 
+def norms(x: Tensor) -> Tensor:
+    """Return what rows are divided by, (..., 1): their norms, at least EPS; NaN where a norm overflows.
+
+    Divided by infinity, a row that is not zero would be zeros.
+    """
+    return torch.linalg.vector_norm(x, 2, -1, True).clamp_min_(EPS).nan_to_num_(math.nan, math.nan)
+
+
 class Rows:
     """Rows as the logits see them: `unit = x / norm`, or without `normalize` `scale x`."""
 
@@ -20,8 +28,7 @@ class Rows:
         self.scale: Tensor | None = None
         self.unit = x
         if normalize:
-            # a norm that overflows would make a row of zeros of a row that is none: NaN
-            self.norm = torch.linalg.vector_norm(x, 2, -1, True).clamp_min_(EPS).nan_to_num_(math.nan, math.nan)
+            self.norm = norms(x)
             self.unit = x / self.norm
         elif scale is not None:
             self.scale = scale.to(acc)[..., None]

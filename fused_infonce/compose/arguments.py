@@ -137,7 +137,8 @@ def all_ids(
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
     """Return the problem of the rows of two views against all others, where the other view is the positive."""
     rows = stacked(views(view_a, view_b, ()))
-    target = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
+    n = rows.shape[0]
+    target = torch.arange(n // 2, n // 2 + n, device=rows.device).remainder_(n)  # the row of the other view
     same = KeySet(rows)
     t = temperature_of(temperature, rows)
     return Problem(same, (same,), t, target, normalize=normalize, self_similar=True, two_views=True)

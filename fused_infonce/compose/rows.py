@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from ..backends.contract import EPS, Problem
 from ..backends.indexing import add_rows, take_rows
 from ..backends.reference import unit_rows
+from ..backends.rows import norms
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -20,26 +21,21 @@ def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
     if not normalize:
         return x
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return unit_rows(x)
-    unit_and_norm = _Unit.apply(x) if torch.is_grad_enabled() and x.requires_grad else _Unit.forward(x)
-    return unit_and_norm[0]
+    return _Unit.apply(x)[0] if torch.is_grad_enabled() and x.requires_grad else x / norms(x)
 
 
 class _Unit(torch.autograd.Function):
     """The unit rows of `unit_rows` and the norms in a third of its operators, differentiable any number of times."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS).nan_to_num_(math.nan, math.nan)
-        return x / norm, norm
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output)
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        norm = norms(x)
+        unit = x / norm
+        ctx.save_for_backward(unit, norm)
         ctx.set_materialize_grads(False)
+        return unit, norm
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, of_norm: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
+from ..backends.indexing import part_of
 from ..backends.precision import statistics_dtype, wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options
@@ -73,10 +74,11 @@ def sup_con(
     options = call_options(backend, workspace_limit, reduction)
     _check(features, labels, mask, temperature, contrast_mode)
     dtype = statistics_dtype(features)
-    t = checks.temperature(temperature, features[:0], dtype)
+    t = checks.temperature(temperature, features, dtype)
     factor: float | Tensor = 1.0
     if base_temperature is not None:
-        factor = t.values.detach()[0] / checks.positive_float("base_temperature", base_temperature)
+        constant = t.values.detach()[0] if t.lowest is None else t.lowest
+        factor = constant / checks.positive_float("base_temperature", base_temperature)
     weights = None if mask is None else _mask_weights(mask, dtype)
     samples, views = features.shape[:2]
     rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # (V N, D), one view after another
@@ -90,17 +92,17 @@ def sup_con(
     index = torch.arange(len(rows), device=rows.device)
     positives = _positives(labels, weights, samples, views, index)
     anchors = samples if contrast_mode == "one" else len(rows)
+    first = slice(0, anchors)
     rows, products = wide(rows)
     keys = KeySet(rows, index)
-    query = keys if contrast_mode == "all" else KeySet(rows[:anchors], index[:anchors])
-    problem = Problem(query, (keys,), t, positives.target[:anchors], normalize=normalize)
+    query = keys if contrast_mode == "all" else KeySet(rows[first], index[first])
+    problem = Problem(query, (keys,), t, part_of(positives.target, first), normalize=normalize)
     with products:
         stats = contrast.statistics(problem, options).rows
     with without_autocast(rows.device.type):
         x = unit(rows, normalize, dtype)
-        total, count = _class_totals(x, labels, weights, views)
-        anchor, own = x[:anchors], positives.own
-        total, count = total[:anchors], count[:anchors]
+        anchor, total, count = (part_of(every, first) for every in (x, *_class_totals(x, labels, weights, views)))
+        own = positives.own
         if own is None:  # every row is once among those of its class
             total, count = total - anchor, count - 1
         else:
@@ -134,7 +136,7 @@ def _positives(labels: Tensor | None, weights: Tensor | None, samples: int, view
             weights.fill_diagonal_(0)
         return _of_mask(weights, views)
     if views > 1:
-        return _Positives(index.roll(-samples), None, None)
+        return _Positives((index + samples).remainder_(len(index)), None, None)
     return _Positives(torch.full_like(index, -1) if labels is None else _next(labels.flatten().long()), None, None)
 
 

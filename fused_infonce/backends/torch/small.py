@@ -60,7 +60,8 @@ class _Dense:
                 self.inside = ((target >= 0) & (target <= last)).unsqueeze(1)
                 self.target = target.clamp(0, last)
         self.index = None if self.target is None else self.target.unsqueeze(1)
-        self.masks = self._masks() if query.ids is not None or problem.ceiling is not None else []
+        masked = not kept and (query.ids is not None or problem.ceiling is not None)
+        self.masks = self._masks() if masked else []
 
     def scores(self, plan: Plan) -> Tensor:
         """Return S, and note whether all its exponentials fit as they are."""
@@ -187,7 +188,7 @@ class _Dense:
             w.scatter_add_(1, self.index, v if self.inside is None else torch.where(self.inside, v, 0))
         return w if both or not self.same else w + w.T
 
-    def gradients(self, w: Tensor, wanted: Sequence[bool], scale: float) -> list[Tensor]:
+    def gradients(self, w: Tensor, wanted: Sequence[bool], scale: float) -> Sequence[Tensor]:
         """Return `scale` W y and `scale` W^T x, of all keys; for one set of rows on both sides their sum."""
         n = self.x.shape[0]
         grads = [torch.empty_like(self.rows[0].unit)]
