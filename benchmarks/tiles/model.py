@@ -189,7 +189,7 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
             loss = torch.nn.functional.softplus(rows.neg - rows.pos).sum()
             if columns is not None:
                 loss = loss + torch.nn.functional.softplus(columns.neg - columns.pos).sum()
-        torch.autograd.grad(loss, {id(x): x for x in problem.inputs}.values())
+        torch.autograd.grad(loss, list({id(x): x for x in problem.inputs}.values()))
     return plan, events
 
 
@@ -215,10 +215,10 @@ def product(machine: Machine, name: str, inputs: Sequence[Tensor], out: Tensor) 
 
 
 def made(arguments: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, int]:
-    """Return how many programs of a launch make tiles, and how many tiles, where some launches leave out the diagonal."""
+    """Return how many programs of a launch make tiles, and how many tiles: some launches leave out the diagonal."""
     block_m, block_n, peel = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments.get("PEEL", "")
-    first, last = arguments.get("row_start", 0), arguments.get("row_end", arguments.get("size_x"))
-    left, right = arguments.get("col_start", 0), arguments.get("col_end", arguments.get("size_y"))
+    first, last = arguments.get("row_start", 0), arguments["row_end" if "row_end" in arguments else "size_x"]
+    left, right = arguments.get("col_start", 0), arguments["col_end" if "col_end" in arguments else "size_y"]
     starts = range(first, last, block_m)[: grid[0]]
     across = -(-(right - left) // block_n)
     ragged = (right - left) % block_n > 0

@@ -1,4 +1,4 @@
-"""Tiles whose rows are loaded by warps of their own, a candidate of the tuning, give what the loads through pointers give."""
+"""Tiles whose rows are loaded by warps of their own, a candidate of the tuning, give what pointer loads give."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [  # for a GPU: benchmarks/tiles/tune.py, which compares every cand
 def apart(monkeypatch):
     """Turns the candidate on or off; what it returns has (APART, PEEL) of every launch since."""
     launched: list[tuple[bool, str]] = []
-    arch, run = tiles.INTERPRETER, coefficients.run
+    arch, run = tiles.INTERPRETER, launch.run
     table = tiles.TABLE[arch]
 
     def counted(kernel, grid, **arguments):
