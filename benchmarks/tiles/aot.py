@@ -143,8 +143,8 @@ def launches(case: Case) -> list[Launch]:
     """Return the launches that the launchers make for a problem of this kind, recorded instead of run."""
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-    # of 16-bit rows enough for tiles on a diagonal to have launches of their own
-    n, d, acc = 4096 if dtype.itemsize == 2 else 512, case.d, accumulator(dtype)
+    # of rows with tensor cores enough for tiles on a diagonal to have launches of their own
+    n, d, acc = 512 if case.dtype in ("float32", "float64") else 4096, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     general = case.variant == "general"
     names, guide = (ids if general else None), (x if case.variant == "guided" else None)
@@ -266,6 +266,8 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
+        if not target.startswith("gfx"):
+            yield Case(target, "tf32", 256, "bounded", TILED)
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)

@@ -22,6 +22,30 @@ def test_every_architecture_has_a_tile():
                     assert kernel != "gradient" or d <= tile.block_d < 2 * max(d, 16)
 
 
+@pytest.fixture
+def precision():
+    """What PyTorch is told of float32 products, as it was before the test afterwards."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_rows_have_larger_tiles_where_tf32_is_allowed(monkeypatch, precision):
+    from fused_infonce.backends.triton import launch, tiles
+
+    side = launch.Side(torch.zeros(2, 64), None)
+    for arch in ("sm_80", "sm_86", "sm_90", "sm_100"):
+        monkeypatch.setattr(tiles, "architecture", lambda _, arch=arch: arch)
+        for kernel in ("statistics", "columns", "both", "coefficients", "exponentials", "gradient"):
+            sizes = []
+            for setting, dot in (("highest", "ieee"), ("high", "tf32")):
+                precision(setting)
+                tile = launch.tile_of(kernel, side, side)
+                assert launch.pair_arguments(tile, side, side)["DOT"] == dot
+                sizes.append(tile.block_m * tile.block_n)
+            assert sizes[1] > sizes[0], (arch, kernel)
+
+
 def test_unavailable_says_why(monkeypatch):
     from fused_infonce.backends.triton import launch
 

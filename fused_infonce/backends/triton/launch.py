@@ -122,7 +122,8 @@ def id_pointers(x: Side, y: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def tile_of(kernel: str, x: Side, y: Side) -> tiles.Tile:
-    tile = tiles.tile(tiles.architecture(x.rows.device), kernel, x.rows.dtype, x.rows.shape[1])
+    arch, rows = tiles.architecture(x.rows.device), x.rows
+    tile = tiles.tile(arch, kernel, rows.dtype, rows.shape[1], dot_of(rows) == "tf32")
     return tiles.with_guide(tile) if guided(x, y) else tile
 
 

@@ -37,21 +37,25 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
     "sm_80": {
         "statistics": {
             "half": ((128, Tile(128, 128, 128, 8, 2)), (None, Tile(128, 128, 64, 8, 3))),
+            "tf32": ((None, Tile(128, 128, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
         },
         "columns": {
             "half": ((128, Tile(128, 64, 128, 8, 2)), (None, Tile(128, 64, 64, 8, 3))),
+            "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
         },
         "gradient": {
             "half": ((128, Tile(128, 64, 16, 8, 2)), (256, Tile(64, 64, 16, 8, 2)), (512, Tile(64, 32, 16, 8, 2))),
+            "tf32": ((128, Tile(64, 64, 16, 8, 2)), (256, Tile(32, 32, 16, 8, 2)), (512, Tile(32, 16, 16, 8, 1))),
             "single": ((128, Tile(32, 32, 16, 8, 2)), (512, Tile(32, 16, 16, 8, 1))),
             "double": ((128, Tile(32, 16, 16, 8, 1)), (256, Tile(16, 16, 16, 8, 1))),
         },
         "coefficients": {
             "half": ((None, Tile(128, 128, 64, 8, 3)),),
+            "tf32": ((None, Tile(128, 128, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
         },
@@ -60,6 +64,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "statistics": {"half": ((128, Tile(128, 128, 128, 8, 2)), (None, Tile(128, 128, 64, 8, 2)))},
         "gradient": {
             "half": ((128, Tile(128, 64, 16, 8, 2)), (256, Tile(64, 64, 16, 8, 2)), (512, Tile(32, 32, 16, 8, 2))),
+            "tf32": ((128, Tile(64, 64, 16, 8, 2)), (256, Tile(32, 32, 16, 8, 2)), (512, Tile(16, 16, 16, 8, 1))),
             "single": ((128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 1)), (512, Tile(16, 16, 16, 8, 1))),
         },
     },
@@ -88,18 +93,24 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
             "half": ((None, Tile(128, 128, 64, 8, 3)),),
         },
         "exponentials": {"half": ((None, Tile(128, 128, 64, 8, 3, registers=128)),)},
-        "coefficients_columns": {"half": ((None, Tile(128, 64, 64, 8, 3)),)},
+        "coefficients_columns": {
+            "half": ((None, Tile(128, 64, 64, 8, 3)),),
+            "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
+        },
     },
     "sm_100": {
         "statistics": {
             "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
+            "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
         },
         "columns": {"half": ((128, Tile(128, 64, 128, 8, 3)), (None, Tile(128, 64, 64, 8, 3)))},
         "gradient": {
             "half": ((256, Tile(128, 64, 16, 8, 2)), (512, Tile(64, 32, 16, 8, 2))),
+            "tf32": ((128, Tile(64, 64, 16, 8, 2)), (256, Tile(64, 32, 16, 8, 2)), (512, Tile(32, 32, 16, 8, 1))),
         },
         "coefficients": {
             "half": ((None, Tile(128, 64, 64, 8, 3)),),
+            "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 4, 2)),),
         },
         "exponentials": {"half": ((None, Tile(128, 128, 64, 8, 3)),)},
@@ -119,7 +130,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
     },
 }
 # Where an architecture has no entry for a kernel, a dtype class or a row length, its parent's is taken. Only the
-# interpreter has entries of one dtype class, "half", for all.
+# interpreter has entries of one dtype class, "half", for all. "tf32" is of float32 rows that tensor cores multiply.
 PARENT = {"sm_86": "sm_80", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
 # The kernel whose entry is taken where an architecture has none for another.
 INSTEAD = {"exponentials": "coefficients", "coefficients_columns": "coefficients", "both": "columns"}
@@ -167,14 +178,15 @@ def power_of_two(d: int, least: int = 16) -> int:
     return max(least, 1 << max(d - 1, 0).bit_length())
 
 
-def tile(arch: str, kernel: str, dtype: torch.dtype, d: int) -> Tile:
+def tile(arch: str, kernel: str, dtype: torch.dtype, d: int, tf32: bool = False) -> Tile:
     """Return the tile of a kernel over rows of length d; a "gradient" tile holds whole rows."""
     where: str | None = arch
     has_tma = CLASSES[dtype] in HAS_TMA.get(arch, ())
+    kind = "tf32" if tf32 else CLASSES[dtype]
     while where:
         of_arch = TABLE.get(where, {})
         classes = of_arch.get(kernel) or of_arch.get(INSTEAD.get(kernel, ""), {})
-        rows = classes.get(CLASSES[dtype]) or (classes["half"] if where == INTERPRETER else ())
+        rows = classes.get(kind) or (classes["half"] if where == INTERPRETER else ())
         for longest, entry in rows:
             if longest is None or d <= longest:
                 lanes = power_of_two(d)
