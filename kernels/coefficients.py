@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .gradient import both_directions, coefficients, direction
 from .statistics import store_state
-from .tile import FLOOR, cast, live, load_vector, meets_diagonal, negatives, raw_dots
+from .tile import FLOOR, RAISE, cast, live, load_vector, meets_diagonal, negatives, raw_dots
 
 NO_NEGATIVE = tl.constexpr(-(2**15))  # what `encoded` scores have in place of FLOOR
 
@@ -62,7 +62,7 @@ def exponentials_kernel(
     BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Write b_j 2^(z_ij sx_i), to be multiplied by a factor of the row, and 0 for pairs that are no negatives.
+    """Write b_j 2^(z_ij sx_i) / RAISE, to be multiplied by a factor of the row, and 0 for pairs that are no negatives.
 
     z is that of kernels/gradient.py. States with m = 0 of the rows over each block of columns go to slots of ROWS. A
     zero row counts in these only. Without MEAN the third vector of a state is 0.
@@ -98,7 +98,8 @@ def exponentials_kernel(
         x = tl.sum(p * s, 1)
     store_state(ROWS_ptr, pid_n, rows, row_end - row_start, tl.zeros((BLOCK_M,), ACC), tl.sum(p, 1), x)
     if COLUMNS_ptr is None:
-        write_tile(C_ptr, p * live(b, zero_row)[None, :], rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+        c = p * (live(b, zero_row) * (1 / RAISE))[None, :]
+        write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
     else:
         none = tl.zeros((BLOCK_N,), ACC)
         x = none

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import cast, live, load_rows, load_vector
+from .tile import RAISE, cast, live, load_rows, load_vector
 
 
 @triton.jit
@@ -104,13 +104,13 @@ def scale_kernel(
     size_x, D, stride_xm, stride_t,
     zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write f_i = a_i u_i 2^-m_i r_i / t_i, which turns b_j e^(s_ij) into coefficients, and the rows f_i x_i."""
+    """Write f_i = RAISE a_i u_i 2^-m_i r_i / t_i, which turns exponentials into coefficients, and the rows f_i x_i."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < size_x
     t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
     u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
     e = tl.exp2(-tl.load(M_ptr + offs_m, mask=inside, other=0.0)) * tl.load(R_ptr + offs_m, mask=inside, other=0.0)
-    f = u / t * e * live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
+    f = u / t * (e * RAISE) * live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     tl.store(F_ptr + offs_m, f, mask=inside)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)

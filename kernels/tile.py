@@ -8,6 +8,9 @@ import triton.language as tl
 
 # The logit of what is no negative. Finite: its 2^-inf = 0 times itself is 0, where a logit of -inf gives NaN.
 FLOOR = tl.constexpr(-(2.0**127))
+# Exponentials are written times its inverse, and factors that turn them into coefficients are times it. So both are as
+# far from the least number as they can be: unshifted exponentials of a million columns, averaged over a million rows.
+RAISE = tl.constexpr(2.0**20)
 
 
 @triton.jit

@@ -142,7 +142,7 @@ def test_proposed_rows_are_those_of_the_table():
 def test_exponentials_are_tuned_as_they_are_launched():
     """Unshifted, and in 16 bits finite; the states are those of the rows, summed over the tiles."""
     pytest.importorskip("triton")
-    c, states = tune.workload("exponentials", torch.float16, 33, 16, CPU)()
+    c, states = tune.workload("exponentials", torch.bfloat16, 33, 16, CPU)()
     assert c.shape == (33, 33)
     assert states.shape == (1, 3, 33)
     assert c.isfinite().all()

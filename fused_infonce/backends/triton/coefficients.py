@@ -64,8 +64,8 @@ def write_coefficients(block: Tensor, x: Side, y: Side, rows: slice, cols: slice
 def write_exponentials(
     block: Tensor, x: Side, y: Side, rows: slice, excluded: Excluded, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return b_j exp(s_ij), unshifted, of some rows against all of y, written into a block of `block_of`, and the rows'
-    (1, SLOTS, n) states; mean: whether these have their third vector, else 0."""
+    """Return b_j exp(s_ij) / RAISE, unshifted, of some rows against all of y, written into a block of `block_of`, and
+    the rows' (1, SLOTS, n) states; mean: whether these have their third vector, else 0."""
     size, every = rows.stop - rows.start, slice(0, len(y))
     across = cdiv(len(y), tile_of("exponentials", x, y).block_n)
     states = block.new_empty((across, SLOTS, size), dtype=accumulator(block.dtype))

@@ -85,7 +85,7 @@ def _rows_arguments(x: Tensor, padded: Tensor | None, y: Tensor | None) -> dict[
 def scaled_rows(
     x: Side, rows: slice, u: Tensor, statistics: RowStatistics, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors a_i u_i 2^-m_i r_i / t_i of some rows, and these rows times them."""
+    """Return the factors RAISE a_i u_i 2^-m_i r_i / t_i of some rows, and these rows times them."""
     part, inverse = part_of(x.rows, rows), None if x.inverse is None else part_of(x.inverse, rows)
     out, factor = torch.empty(part.shape, dtype=part.dtype, device=part.device), torch.empty_like(u)
     block_m, block_d = tiles.row_tile(tiles.architecture(part.device), part.shape[1])
