@@ -152,6 +152,28 @@ def test_products_added_where_they_lie_give_the_same_gradients(device, limit, mo
     assert (0 in added and (1 in added or limit is None)) or device != "cpu"  # written first, then added to
 
 
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.interpreter
+def test_factors_are_widened_only_where_products_cannot_be(wide, monkeypatch):
+    """As on an AMD GPU, whose older PyTorch has no such product; a CPU's library, which has none, is stood in for."""
+    multiply, seen = torch.mm, []
+
+    def mm(a, b, *, out_dtype=None):
+        seen.append((a.dtype, out_dtype))
+        return multiply(a, b) if out_dtype is None else multiply(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(accumulate, "multiplies_wide", lambda _: wide)
+    a, b = torch.randn(12, 40).bfloat16(), torch.randn(40, 16).bfloat16()
+    side, found = Side(torch.zeros(24, 16).bfloat16(), None), {}
+    for start in (0, 12, 0):
+        accumulate.add_product(found, 0, side, slice(start, start + 12), a, b, 1 << 12)
+    want = a.float() @ b.float()
+    torch.testing.assert_close(found[0][0], torch.cat([2 * want, want]))
+    assert set(seen) == ({(torch.bfloat16, torch.float32)} if wide else set())
+
+
 @pytest.mark.parametrize("device", [pytest.param(DEVICE["triton"], marks=TRITON.marks)])
 def test_only_a_gpu_may_add_products_in_place(device):
-    assert accumulate.adds_in_place(torch.device(device)) in ({False} if device == "cpu" else {False, True})
+    for able in (accumulate.adds_in_place, accumulate.multiplies_wide):
+        assert able(torch.device(device)) in ({False} if device == "cpu" else {False, True})

@@ -327,9 +327,13 @@ def test_one_pass_keeps_the_bounds_and_does_not_wait(d, dtype, no_synchronisatio
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_equals_eager(reduction):
-    """`torch.compile(fullgraph=True)` on real tensors gives what eager gives."""
+def test_compiled_equals_eager(reduction, compiler):
+    """`torch.compile(fullgraph=True)` on real tensors gives what eager gives.
+
+    Its bits too, but where inductor compiles what is made of the statistics: its logarithms and sums are its own.
+    """
     query, key = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
     def loss(q, k):
@@ -337,5 +341,9 @@ def test_compiled_equals_eager(reduction):
 
     torch._dynamo.reset()
     want = torch.autograd.grad(loss(query, key), (query, key))
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(query, key), (query, key))
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(query, key), (query, key))
+    for x, y in zip(got, want, strict=True):
+        if compiler == "inductor" and reduction == "none":
+            assert error(x, y) <= bounds(torch.bfloat16, 0.05)[1]
+        else:
+            assert torch.equal(x, y)

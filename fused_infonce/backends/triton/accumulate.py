@@ -81,6 +81,17 @@ def adds_in_place(device: torch.device) -> bool:
     return True
 
 
+@cache
+def multiplies_wide(device: torch.device) -> bool:
+    """Return whether this PyTorch multiplies 16-bit factors to float32: a trial tells; ROCm's refuse before 2025-09."""
+    x = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(x, x, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
 class Sums:
     """Sums of products by place in the inputs, (1, rows, D) in the accumulator dtype, the first of some rows written.
 
@@ -96,7 +107,7 @@ class Sums:
         """Add a @ b to these rows of a place, whose rows are those of `side`."""
         like, acc = side.rows, accumulator(side.rows.dtype)
         narrow = a.dtype != acc
-        native = not narrow or (a.is_cuda and not torch.version.hip)  # a library product in the accumulator's dtype
+        native = not narrow or multiplies_wide(a.device)  # a library product in the accumulator's dtype
         first = (index, rows.start) not in self.begun
         self.begun.add((index, rows.start))
         if first and native and rows == slice(0, like.shape[0]):
