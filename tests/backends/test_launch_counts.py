@@ -165,11 +165,11 @@ def test_factors_are_widened_only_where_products_cannot_be(wide, monkeypatch):
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(accumulate, "multiplies_wide", lambda _: wide)
     a, b = torch.randn(12, 40).bfloat16(), torch.randn(40, 16).bfloat16()
-    side, found = Side(torch.zeros(24, 16).bfloat16(), None), {}
+    side, sums = Side(torch.zeros(24, 16).bfloat16(), None), accumulate.Sums(1 << 12)
     for start in (0, 12, 0):
-        accumulate.add_product(found, 0, side, slice(start, start + 12), a, b, 1 << 12)
+        sums.add(0, side, slice(start, start + 12), a, b)
     want = a.float() @ b.float()
-    torch.testing.assert_close(found[0][0], torch.cat([2 * want, want]))
+    torch.testing.assert_close(sums.of[0][0], torch.cat([2 * want, want]))
     assert set(seen) == ({(torch.bfloat16, torch.float32)} if wide else set())
 
 
