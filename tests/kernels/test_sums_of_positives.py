@@ -10,9 +10,8 @@ from torch import Tensor
 pytest.importorskip("fused_infonce.backends.triton", reason="triton is not installed", exc_type=ImportError)
 
 from fused_infonce.backends.triton import finish
-from fused_infonce.backends.triton import launch as launching
 from fused_infonce.backends.triton.finish import PART, partners_by_target
-from fused_infonce.backends.triton.launch import Side
+from fused_infonce.backends.triton.launch import Side, run
 from fused_infonce.kernels.finish import parts_kernel
 
 pytestmark = list(TRITON.marks) if isinstance(TRITON.marks, (list, tuple)) else [TRITON.marks]
@@ -73,17 +72,16 @@ def test_a_sum_does_not_depend_on_the_queries_of_other_keys(d):
 
 def test_only_keys_of_many_queries_are_summed_in_parts(monkeypatch):
     """Their number is known from the number of queries; left unwritten, they are NaN."""
-    launch = launching.run
 
-    def run(kernel, grid, **arguments):
+    def all_but_parts(kernel, grid, **arguments):
         if kernel is parts_kernel:
             grids.append(grid)
             arguments["PARTS_ptr"].fill_(torch.nan)
         else:
-            launch(kernel, grid, **arguments)
+            run(kernel, grid, **arguments)
 
     grids: list[tuple[int, ...]] = []
-    monkeypatch.setattr(finish, "run", run)
+    monkeypatch.setattr(finish, "run", all_but_parts)
     target = targets([PART - 1, PART, 1, 3 * PART])
     query, v, t = of_queries(target, 16)
     found = summed(query, v, t, target, Side(torch.randn(4, 16).double(), None))

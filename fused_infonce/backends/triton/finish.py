@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ class Partners(NamedTuple):
     starts: Tensor | None = None
     parts: Tensor | None = None
     mutual: bool = False
-
-
-NOBODY: Any = (*[None] * 7, False)
 
 
 def partners_by_target(x: Side, v: Tensor, temperature: Tensor, target: Tensor, keys: int) -> Partners:
@@ -67,7 +64,7 @@ def finish(
         dx = g[0]  # a program reads and writes rows of its own
     else:
         dx = torch.empty((n, d), dtype=dtype, device=x.rows.device)
-    z, inverse, v, t, indices, starts, parts, mutual = partners or NOBODY
+    z, inverse, v, t, indices, starts, parts, mutual = partners or (None, None, None, None, None, None, None, False)
     block_m, block_d, block_e, block_p = tiles.finish_tile(tiles.architecture(x.rows.device), d, starts is not None)
     warps = 8 if starts is None else 4  # with which nothing spills in the default cases of benchmarks/tiles/aot.py
     run(
