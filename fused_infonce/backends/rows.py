@@ -20,16 +20,20 @@ def norms(x: Tensor) -> Tensor:
 
 
 class Rows:
-    """Rows as the logits see them: `unit = x / norm`, or without `normalize` `scale x`."""
+    """Rows as the logits see them: `unit = x / norm`, or without `normalize` `scale x`.
 
-    def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype):
-        x = x if x.dtype == acc else x.to(acc)
+    spare: whether x may be overwritten
+    """
+
+    def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype, spare: bool = False):
+        if x.dtype != acc:
+            x, spare = x.to(acc), True
         self.norm: Tensor | None = None
         self.scale: Tensor | None = None
         self.unit = x
         if normalize:
             self.norm = norms(x)
-            self.unit = x / self.norm
+            self.unit = x.div_(self.norm) if spare else x / self.norm
         elif scale is not None:
             self.scale = scale.to(acc)[..., None]
             self.unit = x * self.scale

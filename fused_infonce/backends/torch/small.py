@@ -40,7 +40,7 @@ class _Dense:
             self.rows = [Rows.made(kept, True, False)]
         elif problem.normalize:
             rows = query.rows if self.same else torch.cat(problem.inputs)
-            self.rows = [Rows(rows, True, None, acc)]
+            self.rows = [Rows(rows, True, None, acc, spare=not self.same)]
         else:
             self.rows = [Rows(query.rows, False, query.scale, acc)]
             if not self.same:
@@ -67,6 +67,7 @@ class _Dense:
         """Return S, and note whether all its exponentials fit as they are."""
         nothing = self.problem.temperature.values  # whatever it is: times 0 it is not read
         scores = torch.addmm(nothing, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
+        self.own = scores.diagonal()  # a view, which is used more than once
         self.fits = plan.bounded and not plan.full
         if not (self.fits or plan.full):
             room = EXPONENT_ROOM[scores.dtype]
@@ -76,9 +77,7 @@ class _Dense:
 
     def positives(self, scores: Tensor) -> Tensor:
         """Return the (N,) scores of the targets: 0 for -1, NaN out of range or where they are infinite."""
-        return self.there(
-            torch.diagonal_copy(scores) if self.index is None else scores.gather(1, self.index).squeeze(1)
-        )
+        return self.there(self.own.clone() if self.index is None else scores.gather(1, self.index).squeeze(1))
 
     def exact_positives(self) -> Tensor:
         """Return the (N,) logits of the targets, without what a factor for base 2 would add to the rounding of all."""
@@ -99,7 +98,7 @@ class _Dense:
         for cols, mask in self.masks:
             scores[:, cols].masked_fill_(mask, value)
         if self.index is None or self.problem.self_similar:
-            scores.diagonal().fill_(value)
+            self.own.fill_(value)
         if self.index is None:
             return
         if self.inside is None:
