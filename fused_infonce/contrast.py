@@ -200,7 +200,7 @@ class _OnePass(torch.autograd.Function):
             problem = _of_backward(problem, wanted)
             tensors = problem.tensors()
             ctx.plan, ctx.product_dtype = plan, bound.query.rows.dtype
-            ctx.problem = problem.with_tensors([None] * len(tensors))
+            ctx.flags, ctx.end = problem.flags, len(inputs) + len(tensors)
             ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted, strict=False)]
             ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
         else:
@@ -224,6 +224,8 @@ def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:
     These are of all sets but the queries and the first that have no gradient.
     """
     first, *others = problem.keys
+    if not others:
+        return problem
     keys = [
         x if want else KeySet(x.rows.new_empty((0, *x.rows.shape[1:])))
         for x, want in zip(others, wanted[2:], strict=False)
@@ -233,8 +235,8 @@ def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:
 
 def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
     """Return the gradients of a one-pass loss from the sums that its forward made."""
-    count, end = len(ctx.dtypes), len(ctx.dtypes) + len(ctx.problem.tensors())
-    problem = ctx.problem.with_tensors(saved[count:end])
+    count, end = len(ctx.dtypes), ctx.end
+    problem = Problem.of(saved[count:end], *ctx.flags)
     problem = _bind(problem, problem.temperature.values, problem.inputs, ctx.product_dtype)
     with without_autocast(problem.query.rows.device.type):
         backend = backends.get(ctx.plan.backend)

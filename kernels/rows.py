@@ -49,6 +49,7 @@ def side_kernel(
     S        s_i = log2(e) / t_i
     W        w_i = u_i r_i / t_i
     POS      pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
+    B        with NORMALIZE: b_y = 1 / max(|y_y|, eps), of keys that are targets
 
     Without NORMALIZE a and b are given, or 1.
     """
@@ -90,6 +91,8 @@ def side_kernel(
         if POS_ptr is not None:
             if NORMALIZE:
                 b = inverse_norm(square_y, eps, at_eps)
+                if B_ptr is not None:
+                    tl.store(B_ptr + row, b, mask=inside & valid)
             else:
                 b = load_vector(B_ptr, row, size_y, 1.0, ACC)
             pos = divided(dots * a * b, t)

@@ -50,7 +50,7 @@ def add_tile(
     UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return the rows' states after one more tile, and write those of its columns into a slot.
+    """Return the rows' states after one more tile, and its dot products; write the states of its columns into a slot.
 
     A row outside is not stored, and needs no mask; for columns its logits get `outside`, FLOOR, which is 0 of others.
     WHOLE: whether all columns are inside, and negatives. UNSHIFTED: one exponential serves both directions.
@@ -90,7 +90,7 @@ def add_tile(
                 t = tl.where(keep, t, FLOOR)
             cm, cl, cx = update(none, zero, zero, t, 0)
         store_state(COLUMNS_ptr, slot, offs_n, size_y, cm, cl, cx)
-    return m, l, x
+    return m, l, x, d
 
 
 @triton.jit
@@ -154,12 +154,24 @@ def statistics_kernel(
             block = start + k
             block += tl.where(block >= near, first, 0)
             block += tl.where(block >= met, second, 0)
-        m, l, x = add_tile(
+        m, l, x, _ = add_tile(
             m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, outside, X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr,
             YI_ptr, guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, shift, D, stride_xm, stride_yn, PEEL == "off",
             TARGET, DIAGONAL, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     store_state(ROWS_ptr, slot + pid_n, offs_m, size_x, m, l, x)
+
+
+@triton.jit
+def finished_state(m, l, x, ln2: tl.constexpr):
+    """Return the statistics of a state: neg = ln sum e^s, mean = sum e^(s - neg) s, and m and r of `merge_kernel`."""
+    empty = l == 0.0
+    total = tl.where(empty, 1.0, l)
+    mean = x / total * ln2
+    neg = tl.where(empty, float("-inf"), m + tl.log2(total)) * ln2
+    neg = tl.where(mean == mean, neg, float("nan"))
+    r = tl.where(mean == mean, tl.where(empty, 0.0, 1.0 / total), float("nan"))
+    return neg, mean, tl.where(empty, 0.0, m), r
 
 
 @triton.jit(do_not_specialize=["first", "slots", "own", "start"])
@@ -195,13 +207,8 @@ def merge_kernel(
     if NEG_ptr is None:
         store_state(S_ptr, 0, offs, size, m, l, x)
     else:
-        empty = l == 0.0
-        total = tl.where(empty, 1.0, l)
-        mean = x / total * ln2
-        neg = tl.where(empty, float("-inf"), m + tl.log2(total)) * ln2
-        neg = tl.where(mean == mean, neg, float("nan"))
+        neg, mean, m, r = finished_state(m, l, x, ln2)
         tl.store(NEG_ptr + offs, neg, mask=offs < size)
         tl.store(MEAN_ptr + offs, mean, mask=offs < size)
-        r = tl.where(mean == mean, tl.where(empty, 0.0, 1.0 / total), float("nan"))
-        tl.store(MAXIMUM_ptr + offs, tl.where(empty, 0.0, m), mask=offs < size)
+        tl.store(MAXIMUM_ptr + offs, m, mask=offs < size)
         tl.store(SCALE_ptr + offs, r, mask=offs < size)

@@ -56,7 +56,10 @@ TENSOR_CORE = {  # what a tile of 16-bit inputs must compile to
     "gfx942": "v_mfma",
 }
 PROCESSORS = 132  # of an H100 or an H200, which the numbers of programs are for
-TILED = ("statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel")
+TILED = (
+    *("statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel"),
+    *("dense_scores_kernel", "dense_gradient_kernel"),
+)
 DESCRIPTORS = ("sm_90", "sm_100")  # targets that can load tiles through tensor descriptors
 TYPES = {
     torch.float16: "*fp16",
@@ -170,6 +173,10 @@ def launches(case: Case) -> list[Launch]:
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
             made = backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
             backend.finished(problem, plan, made.inputs, made.kept, u.sum(), [dtype] * len(problem.inputs))
+        if problem.one_to_one and not general:
+            plan = Plan("dense", n, n, 1 << 28, 0, "", bounded=bounded)
+            made = backend.onepass(problem, plan, "infonce", 1 / n, [True, True, not bounded])
+            backend.finished(problem, plan, made.inputs, made.kept, u.sum(), [dtype] * 2)
     return found
 
 
@@ -177,13 +184,13 @@ def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTS
     """Specialise as the just-in-time compiler does: None and 1 are constants, and divisibility by 16 is known."""
     signature, constants, attributes = {}, {}, {}
 
-    def type_of(value: Any, path: tuple[int, ...], constant: bool, free: bool) -> Any:
+    def type_of(value: Any, path: tuple[int, ...], constant: bool, free: bool, aligned: bool = True) -> Any:
         if isinstance(value, tuple) and not constant:
             return tuple(type_of(part, (*path, i), False, False) for i, part in enumerate(value))
         if constant or value is None or (isinstance(value, int) and value == 1 and not free):
             constants[path] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
+        if aligned and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free)):
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return TYPES[value.dtype]
@@ -193,7 +200,8 @@ def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTS
 
     for index, parameter in enumerate(fn.params):
         value, free = arguments[parameter.name], parameter.do_not_specialize
-        signature[parameter.name] = type_of(value, (index,), parameter.is_constexpr, free)
+        aligned = not parameter.do_not_specialize_on_alignment
+        signature[parameter.name] = type_of(value, (index,), parameter.is_constexpr, free, aligned)
     options: dict[str, Any] = {
         name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments
     }

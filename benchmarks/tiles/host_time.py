@@ -1,10 +1,10 @@
 """Host time of a call on the Triton backend, without a GPU: kernels are compiled for one, and not launched.
 
-    python -m benchmarks.tiles.host_time [--rows 32] [--dims 128 16]
+    python -m benchmarks.tiles.host_time [--rows 32] [--dims 128 16] [--record]
 
 Python, operators of a few rows on the CPU, and all that Triton does to launch a kernel but the driver's own part. On a
 GPU, operators cost the time of a launch instead of that of their arithmetic; so the columns compare with each other,
-and not with a GPU.
+and not with a GPU. Ours and the dense loss are timed in turn. --record appends to benchmarks/results/host_time.csv.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -20,12 +21,21 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import dense, record
 from benchmarks.cases import DENSE, OURS, Case
 from benchmarks.contestants import losses
+from fused_infonce import info_nce
 from fused_infonce.backends import registry
 from fused_infonce.backends.triton import launch, tiles
 
-DIRECTIONS = {"one": "one direction", "symmetric": "both directions", "self": "self-similarity"}
+DIRECTIONS = {
+    "one": "one direction",
+    "symmetric": "both directions",
+    "self": "self-similarity",
+    "learned": "learned temperature",
+}
+FIELDS = ("date", "commit", "device", "driver", "torch", "triton", "case", "rows", "d", "ours_us", "dense_us",
+          "kernels")  # fmt: skip
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -50,37 +60,49 @@ class NoDevice:
     get_current_target = staticmethod(lambda: TARGET)
 
 
-def microseconds(run: Callable[[], None], rounds: int = 300) -> float:
-    """The median of a function's times, the first tenth of the rounds left out."""
-    times = []
+def microseconds(runs: dict[str, Callable[[], None]], rounds: int = 300) -> dict[str, float]:
+    """The median of the times of functions, called in turn, the first tenth of the rounds left out."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[rounds // 10 :])) * 1e6
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(found[rounds // 10 :])) * 1e6 for name, found in times.items()}
 
 
-def measure(case: Case) -> tuple[float, float, int]:
-    """Microseconds of a forward and backward of ours and of the dense loss, and how many kernels ours launches."""
+def contest(direction: str, rows: int, d: int) -> tuple[dict[str, Callable[..., Any]], tuple[torch.Tensor, ...]]:
+    """Ours and the dense loss of a direction, and their inputs."""
+    case = Case("one" if direction == "learned" else direction, rows, rows, d, "float32", "fwd_bwd")
     inputs = case.inputs(torch.device("cpu"), seed=0)
+    if direction != "learned":
+        return losses(case, torch.device("cpu")), inputs
+    ours = {OURS: lambda q, k, t: info_nce(q, k, temperature=t), DENSE: dense.info_nce}
+    return ours, (*inputs, torch.tensor(0.05, requires_grad=True))
+
+
+def measure(direction: str, rows: int, d: int) -> tuple[float, float, int]:
+    """Microseconds of a forward and backward of ours and of the dense loss, and how many kernels ours launches."""
+    contestants, inputs = contest(direction, rows, d)
 
     def step(name: str) -> None:
         for x in inputs:
             x.grad = None
         contestants[name](*inputs).backward()
 
-    contestants = losses(case, torch.device("cpu"))
     step(OURS)  # compiles
     before = NoDevice.launched
     step(OURS)
     kernels = NoDevice.launched - before
-    return microseconds(lambda: step(OURS)), microseconds(lambda: step(DENSE)), kernels
+    found = microseconds({name: partial(step, name) for name in (OURS, DENSE)})
+    return found[OURS], found[DENSE], kernels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 16])
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/host_time.csv")
     args = parser.parse_args()
     if launch.INTERPRETED:
         parser.exit(2, "unset TRITON_INTERPRET: interpreted kernels are not launched\n")
@@ -88,11 +110,18 @@ def main() -> None:
     torch.set_num_threads(1)
     registry.resolve = lambda *_: "triton"
     mock.patch.multiple(tiles, architecture=lambda _: "sm_90", processors=lambda _: 132).start()
-    print(f"{'':18}{'D':>5}{'ours, us':>10}{'dense, us':>11}{'kernels':>9}")
+    rows: list[dict[str, Any]] = []
+    print(f"{'':20}{'D':>5}{'ours, us':>10}{'dense, us':>11}{'ratio':>7}{'kernels':>9}")
     for d in args.dims:
         for direction, name in DIRECTIONS.items():
-            ours, dense, kernels = measure(Case(direction, args.rows, args.rows, d, "float32", "fwd_bwd"))
-            print(f"{name:18}{d:5}{ours:10.0f}{dense:11.0f}{kernels:9}")
+            ours, of_dense, kernels = measure(direction, args.rows, d)
+            print(f"{name:20}{d:5}{ours:10.0f}{of_dense:11.0f}{ours / of_dense:7.2f}{kernels:9}")
+            where = record.provenance(torch.device("cpu"))
+            where["device"] = f"no GPU: launches of sm_90 are stood in for, on {where['device']}"
+            row = {"case": name, "rows": args.rows, "d": d, "ours_us": round(ours), "dense_us": round(of_dense)}
+            rows.append(where | row | {"kernels": kernels})
+    if args.record:
+        record.append("results/host_time.csv", rows, FIELDS)
 
 
 if __name__ == "__main__":

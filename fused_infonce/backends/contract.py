@@ -97,10 +97,14 @@ class Problem:
         return self.target is None or self.self_similar
 
     @property
+    def one_to_one(self) -> bool:
+        """Return whether there is one set of keys, each of them the target of one query."""
+        return len(self.keys) == 1 and self.every_row_counts and self.in_batch and self.ceiling is None
+
+    @property
     def plain(self) -> bool:
         """Return whether all keys are negatives of all queries, but for the targets, which are on a diagonal."""
-        (_, ids, _, _), *others = self.keys
-        return not others and ids is None and self.every_row_counts and self.in_batch and self.ceiling is None
+        return self.one_to_one and self.keys[0].ids is None
 
     @property
     def joint(self) -> bool:

@@ -27,6 +27,8 @@ TRIANGULAR_SIDE = 6144  # at most, of a block on a GPU, whose diagonal is waste:
 STREAMING_DIM = 128  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
 PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
+GPU_DENSE = 2**24  # scores up to which a call on a GPU waits for its host: an estimate, not yet measured
+GPU_DENSE_WIDE = 2**20  # of float32 and float64, multiplied without tensor cores: an estimate, not yet measured
 GPU_ONEPASS_ROWS = 512  # with fewer in a chunk, adding to the keys' gradients costs too much: an estimate, not measured
 GPU_BOTH_DIM = 256  # of both directions: below it a second product costs less than a pass over scores: an estimate
 GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
@@ -120,6 +122,7 @@ class Call:
     per_row: bool  # whether rows have temperatures of their own
     plain: bool  # nothing but queries and keys: no ids, weights, targets (but in self-similarity), negatives apart
     bounded: bool  # whether exp of every logit is known to fit the accumulator
+    one_to_one: bool  # `Problem.one_to_one`
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
@@ -155,6 +158,8 @@ ALL_FIT = "all scores fit workspace_limit, which gives both directions and their
 AGAIN = ": the backward computes the scores again"
 # fmt: off
 TRITON: tuple[Rule, ...] = (
+    ("dense", lambda c: c.reduced and c.one_to_one and 0 < c.n * c.m <= _gpu_few(c), 6,
+     "the scores are few, so that launching kernels would cost more than their arithmetic"),
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
     ("triangular", lambda c: c.self_similar and c.d > STREAMING_DIM, 4, HALF),
     ("streaming", lambda c: c.self_similar, 5,
@@ -208,6 +213,12 @@ def _few(call: Call) -> int:
     return min(most, call.limit // (matrices * call.acc_itemsize))
 
 
+def _gpu_few(call: Call) -> int:
+    """Return how many scores the dense plan may hold on a GPU: dot products, and coefficients beside them."""
+    most = GPU_DENSE if call.itemsize == 2 else GPU_DENSE_WIDE
+    return min(most, call.room // (call.acc_itemsize + call.itemsize))
+
+
 def _chunk(call: Call) -> int:
     """Return how many rows' scores against every column fit the limit.
 
@@ -231,6 +242,8 @@ def _gpu_bytes(call: Call) -> int:
 
 def _triton_block(name: str, call: Call) -> tuple[int, int]:
     n, m = max(call.n, 1), max(call.m, 1)
+    if name == "dense":
+        return n, m
     if name == "onepass":
         return n if call.columns else _gpu_chunk(call), m
     scores = call.room // call.itemsize

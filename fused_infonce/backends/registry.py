@@ -142,8 +142,9 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     return plan(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
-        self_similar=problem.self_similar, reduced=reduced, plain=problem.plain and not weighted,
-        per_row=not t.shared, bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
+        self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
+        plain=problem.plain and not weighted, per_row=not t.shared,
+        bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
         mean=full or of_t, joint=problem.joint,
         processors=facts(device).processors if backend == "triton" else 0,

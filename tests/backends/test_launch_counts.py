@@ -10,10 +10,11 @@ from support.helpers import DEVICE, TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_infonce import explain, info_nce, nt_xent
+from fused_infonce.backends import plan
 
 pytest.importorskip("fused_infonce.backends.triton", reason="triton is not installed", exc_type=ImportError)
 
-from fused_infonce.backends.triton import accumulate, tiles
+from fused_infonce.backends.triton import accumulate, dense, tiles
 from fused_infonce.backends.triton.launch import Excluded, Side
 from fused_infonce.backends.triton.statistics import row_states, unwritten
 
@@ -47,6 +48,10 @@ def watch(monkeypatch):
     def run(kernel, grid, **arguments):
         found.launched["triton"] += min(grid) > 0
 
+    def launch(self, *tensors):
+        found.launched["triton"] += min(self.grid) > 0
+
+    monkeypatch.setattr(dense.Launch, "__call__", launch)
     for launcher in ("coefficients", "finish", "gradient", "paired", "rows", "statistics"):
         monkeypatch.setattr(import_module(f"fused_infonce.backends.triton.{launcher}"), "run", run)
     return found
@@ -75,27 +80,52 @@ def own(view_a, view_b):
     return cross_entropy(logits, torch.arange(len(rows)).roll(len(view_a)))
 
 
+def learned(query, key):
+    t = torch.tensor(0.05, requires_grad=True)
+    return cross_entropy(unit(query) @ unit(key).T / t, torch.arange(len(query)))
+
+
+def info_nce_learned(query, key):
+    return info_nce(query, key, temperature=torch.tensor(0.05, requires_grad=True), backend="triton")
+
+
+LOSSES = {  # ours, the dense loss, and the most that ours launches: where scores are few, and where they are many
+    "one": (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 7, 24),
+    "symmetric": (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton", symmetric=True), both, 7, 34),
+    "self": (lambda a, b: nt_xent(a, b, 0.05, backend="triton"), own, 10, 20),
+    "learned": (info_nce_learned, learned, 13, 30),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("width", [256, 64])
 @pytest.mark.parametrize(
-    ("ours", "dense", "width", "most"),
-    [
-        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 256, 24),
-        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 64, 24),
-        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 100, 22),
-        (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton", symmetric=True), both, 256, 34),
-        (lambda a, b: nt_xent(a, b, 0.05, backend="triton"), own, 256, 20),
-    ],
-    ids=["one", "one-narrow", "one-padded", "symmetric", "self"],
-)
+    ("few", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)], ids=str
+)  # many products in bfloat16 are cast first on a CPU
 @pytest.mark.interpreter
-def test_fewer_kernels_than_the_dense_loss(ours, dense, width, most, watch):
+def test_fewer_kernels_than_the_dense_loss(name, width, few, dtype, watch, monkeypatch):
+    ours, of_dense, most, most_of_many = LOSSES[name]
+    if not few:
+        monkeypatch.setattr(plan, "GPU_DENSE_WIDE", 0)
     counts = []
-    for loss in (ours, dense):
-        inputs = [torch.randn(512, width).requires_grad_() for _ in range(2)]
+    for loss in (ours, of_dense):
+        inputs = [torch.randn(512, width, dtype=dtype).requires_grad_() for _ in range(2)]
         watch.launched.clear()
         with watch:
             loss(*inputs).backward()
         counts.append(watch.launched.total())
-    assert 0 < counts[0] <= most < counts[1]
+    assert 0 < counts[0] <= (most if few else most_of_many) < counts[1], watch.launched
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.interpreter
+def test_a_forward_alone_launches_less(name, watch):
+    ours, *_ = LOSSES[name]
+    inputs = [torch.randn(512, 64) for _ in range(2)]
+    with watch, torch.no_grad():
+        ours(*inputs)
+    assert watch.launched["triton"] == 3
+    assert watch.launched.total() <= 8
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"symmetric": True}], ids=str)

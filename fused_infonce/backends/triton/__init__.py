@@ -1,7 +1,6 @@
 """The backend in Triton kernels."""
 
-from .backend import finished, gradients, onepass, statistics, unavailable
-from .work import kept_sizes
+from .backend import finished, gradients, kept_sizes, onepass, statistics, unavailable
 
 __all__ = ["differentiable", "finished", "gradients", "kept_sizes", "onepass", "statistics", "unavailable"]
 

@@ -12,14 +12,14 @@ from ..contract import LOG2E, OnePass, Problem, RowStatistics, Statistics, Upstr
 from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import loss_and_slope
-from . import launch, paired, tiles
+from . import dense, launch, paired, tiles
 from .accumulate import Sums, slices, streaming, workspace
 from .coefficients import block_of, combine, write_exponentials, write_scores
 from .finish import Partners, finish, partners_by_target
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
 from .statistics import SLOTS, merged, row_states, unwritten
-from .work import Work, prepare, restored, to_keep, unshifted
+from .work import Work, prepare, restored, sizes_to_keep, to_keep, unshifted
 
 FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 4 below overflow
 
@@ -81,6 +81,8 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     queries themselves in the products for the keys.
     """
     with torch.cuda.device_of(problem.query.rows):
+        if plan.name == "dense":
+            return dense.onepass(problem, plan, loss, weight, wanted)
         work, pos = prepare(problem, plan, positives=True)
         query, t = work.query, problem.temperature.values
         assert pos is not None
@@ -135,12 +137,18 @@ def finished(
     dtypes: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:  # fmt: skip
     with torch.cuda.device_of(problem.query.rows):
+        if plan.name == "dense":
+            return dense.finished(problem, kept, upstream, dtypes)
         work, v, factor = restored(problem, kept)
         accumulators = {index: x[None] for index, x in enumerate(sums) if x is not None}
         made = paired_gradients(work, {}, upstream, [None, *dtypes[1:]])
         of_queries = None if work.paired else factor
         made |= finished_sides(work, accumulators, v * upstream, upstream, dtypes, of_queries, saved=True)
         return [made.get(index) for index in range(len(dtypes))]
+
+
+def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
+    return dense.kept_sizes(problem) if plan.name == "dense" else sizes_to_keep(problem)
 
 
 def both_directions(

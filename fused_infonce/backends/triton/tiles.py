@@ -25,7 +25,8 @@ class Tile(NamedTuple):
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
 # "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
 # "columns" are statistics of both directions, "both" those that one exponential serves, and "coefficients_columns"
-# coefficients of two exponentials. A bound on registers is for tiles without masks.
+# coefficients of two exponentials. "dense" is small, so that few rows fill a device. A bound on registers is for tiles
+# without masks.
 Rows = tuple[tuple[int | None, Tile], ...]
 TABLE: dict[str, dict[str, dict[str, Rows]]] = {
     INTERPRETER: {
@@ -33,6 +34,8 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "columns": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
         "gradient": {"half": ((None, Tile(32, 32, 16, 4, 1)),)},
         "coefficients": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
+        "dense": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
+        "dense_gradient": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
     },
     "sm_80": {
         "statistics": {
@@ -58,6 +61,16 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
             "tf32": ((None, Tile(128, 128, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+        "dense": {
+            "half": ((None, Tile(64, 128, 64, 8, 3)),),
+            "single": ((None, Tile(64, 64, 32, 8, 2)),),
+            "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+        "dense_gradient": {
+            "half": ((None, Tile(64, 64, 128, 8, 3)),),
+            "single": ((None, Tile(32, 32, 64, 8, 2)),),
+            "double": ((None, Tile(16, 32, 32, 4, 2)),),
         },
     },
     "sm_86": {

@@ -82,7 +82,7 @@ def prepare(
     return Work(problem, target, query, shared, pairs), pos
 
 
-def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
+def sizes_to_keep(problem: Problem) -> list[int]:
     """Return the sizes of what `to_keep` returns: vectors of the queries, norms, dot products of paired keys."""
     rows = [math.prod(s.rows.shape[:-1]) for s in problem.sets]
     paired = [size for size, s in zip(rows, problem.sets, strict=True) if s.rows.dim() == 3]
