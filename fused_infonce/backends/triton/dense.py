@@ -72,20 +72,19 @@ _GRADIENTS: dict[tuple[Any, ...], Launch] = {}
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute `Backend.onepass` of one set of keys, of which each is the target of one query."""
     x, y, t, target, key = call_of(problem)
-    (_, ids, _, scale), key_ids, each = problem.query, problem.keys[0].ids, None
+    (_, ids, _, scale), key_ids = problem.query, problem.keys[0].ids
     acc, gradients, temperature = t.dtype, True in wanted[:-1], wanted[-1]
     ids, key_ids = (None, None) if ids is None or key_ids is None else (ids.contiguous(), key_ids.contiguous())
-    if isinstance(weight, Tensor):
-        weight, each = 1.0, weight
-    elif acc == torch.float64:  # a number given to a kernel is rounded to float32
-        weight, each = 1.0, t.new_full((1,), weight)
+    each, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, weight)
+    if each is None and acc == torch.float64:  # a number given to a kernel is rounded to float32
+        each, factor = t.new_full((1,), weight), 1.0
     key = (
-        *key, loss, weight, None if each is None else each.shape[0], gradients, temperature, plan.bounded, plan.full,
+        *key, loss, factor, None if each is None else each.shape[0], gradients, temperature, plan.bounded, plan.full,
         problem.columns, ids is None,
     )  # fmt: skip
     forward = _FORWARDS.get(key)
     if forward is None:
-        forward = forward_of(problem, plan, loss, weight, each, gradients, temperature)
+        forward = forward_of(problem, plan, loss, factor, each, gradients, temperature)
         remember(_FORWARDS, key, forward)
     n, width = x.shape[0], forward.width
     work = t.new_empty(forward.vectors * n)
