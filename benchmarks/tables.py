@@ -7,6 +7,7 @@ are printed. The rows are of the machine that results/cpu.csv begins with, so th
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ LARGE = [(d, rows, width) for d in REPLACED for rows, width in ((16384, 384), (8
 SMALL = ((64, 128), (256, 256), (1024, 256))
 TITLES = {"one": "one direction", "symmetric": "both directions", "self": "NT-Xent, rows of both views"}
 PASSES = {"fwd_bwd": "forward and backward", "fwd": "forward alone"}
+MODELLED_ROWS = 16384
 NONE = 'one direction, `reduction="none"`, forward and backward'
 WORST = "the slowest of all losses, forward and backward"
 
@@ -121,6 +123,24 @@ def sixteen_bits(results: Results) -> Cells:
     return [*table, *([str(case.n), str(case.d), shown(results.ratio(case, DENSE, OURS))] for case in cases)]
 
 
+def modelled(results: Results) -> Cells:
+    """A row a plan of a GPU, by `benchmarks/tiles/model.py`, the chosen plan of every width in bold."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    with (HERE / "results" / "model.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if int(row["n"]) == MODELLED_ROWS:
+                value = shown(float(row["of_floor"]))
+                of_plan = found.setdefault((row["direction"], row["plan"]), {})
+                of_plan[int(row["d"])] = f"**{value}**" if row["chosen"] == "True" else value
+    dims = sorted({d for of_plan in found.values() for d in of_plan})
+    head = ["loss", "plan", *(f"D = {d}" for d in dims)]
+    titles = {"one": "one direction", "both": "both directions", "self": "NT-Xent, rows of both views"}
+    return [
+        head,
+        *([titles[loss], f"`{plan}`", *(row.get(d, "") for d in dims)] for (loss, plan), row in found.items()),
+    ]
+
+
 TABLES: dict[str, Callable[[Results], Cells]] = {
     "costs": costs,
     "large times": large_times,
@@ -128,6 +148,7 @@ TABLES: dict[str, Callable[[Results], Cells]] = {
     "small times": small_times,
     "every loss": every_loss,
     "sixteen bits": sixteen_bits,
+    "gpu model": modelled,
 }
 
 

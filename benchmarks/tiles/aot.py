@@ -82,6 +82,7 @@ class Case:
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
+    apart: bool = False  # whether warps of their own load them, where a kernel can
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Result:
     spilled_bytes: int
     tensor_core: str
     tma_loads: int
+    apart: bool  # whether registers are shared out anew among warps, which is done for warps apart alone
 
 
 def source_hash() -> str:
@@ -126,9 +128,13 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded(target: str, tma: bool | None = None) -> Iterator[list[Launch]]:
+def recorded(target: str, tma: bool | None = None, apart: bool = False) -> Iterator[list[Launch]]:
     """Record the launches of kernels as on a device of this kind with 132 processors, and run none."""
     found: list[Launch] = []
+    table = tiles.tile
+
+    def tile(*key: Any) -> tiles.Tile:
+        return table(*key)._replace(apart=True, tma=False) if apart else table(*key)
 
     def record(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         found.append(Launch(self, kwargs, grid))
@@ -138,6 +144,7 @@ def recorded(target: str, tma: bool | None = None) -> Iterator[list[Launch]]:
         mock.patch.object(tiles, "architecture", return_value=target),
         mock.patch.object(tiles, "processors", return_value=PROCESSORS),
         mock.patch.object(tiles, "FORCE_TMA", tma),
+        mock.patch.object(tiles, "tile", tile),
     ):
         yield found
 
@@ -160,7 +167,7 @@ def launches(case: Case) -> list[Launch]:
     )  # fmt: skip
     if "views" in case.variant:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
-    with recorded(case.target, case.tma) as found:
+    with recorded(case.target, case.tma, case.apart) as found:
         u = torch.zeros(n, dtype=acc)
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
@@ -257,7 +264,7 @@ def compile_case(case: Case) -> list[Result]:
             case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, block_m, block_n,
             block_d, kernel.metadata.num_warps, kernel.metadata.num_stages, code.registers,
             kernel.metadata.shared / 1024, SHARED_LIMIT[case.target], code.spilled_bytes, core if found else "",
-            kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"),
+            kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"), "USETMAXREG" in code.text,
         )  # fmt: skip
     return list(results.values())
 
@@ -279,6 +286,7 @@ def default_cases() -> Iterator[Case]:
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
+        yield Case(target, "bfloat16", 256, "bounded", ("exponentials_kernel",), apart=True)
 
 
 def all_cases() -> Iterator[Case]:

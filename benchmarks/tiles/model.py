@@ -156,7 +156,8 @@ class Operators(TorchDispatchMode):
 
 
 def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[plans.Plan, list[Any]]:
-    """Return the plan of a call, and what it launches forward and backward; only: a plan to take in place of it."""
+    """Return the plan of a call, and what it launches forward and backward; only: a plan to take in place of it, which
+    may not be possible and then launches nothing."""
     from . import aot
 
     query, key = (torch.empty(n, d, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
@@ -181,6 +182,8 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
         stack.enter_context(mock.patch.dict(plans.RULES, {"triton": (rules, blocks)}))
         events = stack.enter_context(aot.recorded(H200.target))
         plan = registry.plan_of(problem, options, reduced=True)
+        if not plan.rows:  # no chunk fits the limit
+            return plan, []
         stack.enter_context(Operators(events))
         if plan.one_pass:
             loss = contrast.onepass(problem, plan, "infonce", 1 / n)
@@ -189,7 +192,7 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
             loss = torch.nn.functional.softplus(rows.neg - rows.pos).sum()
             if columns is not None:
                 loss = loss + torch.nn.functional.softplus(columns.neg - columns.pos).sum()
-        torch.autograd.grad(loss, list({id(x): x for x in problem.inputs}.values()))
+        torch.autograd.grad(loss, [query] if key is query else [query, key])
     return plan, events
 
 
@@ -215,19 +218,20 @@ def product(machine: Machine, name: str, inputs: Sequence[Tensor], out: Tensor) 
 
 
 def made(arguments: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, int]:
-    """Return how many programs of a launch make tiles, and how many tiles: some launches leave out the diagonal."""
+    """Return how many programs of a launch make tiles, and how many tiles: it may leave out diagonals, or a half."""
     block_m, block_n, peel = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments.get("PEEL", "")
-    first, last = arguments.get("row_start", 0), arguments["row_end" if "row_end" in arguments else "size_x"]
-    left, right = arguments.get("col_start", 0), arguments["col_end" if "col_end" in arguments else "size_y"]
-    starts = range(first, last, block_m)[: grid[0]]
-    across = -(-(right - left) // block_n)
-    ragged = (right - left) % block_n > 0
-    masked = 0
+    first, left = arguments.get("row_start", 0), arguments.get("col_start", 0)
+    last, right = (arguments[a if a in arguments else b] for a, b in (("row_end", "size_x"), ("col_end", "size_y")))
+    starts, across = range(first, last, block_m)[: grid[0]], -(-(right - left) // block_n)
+    shift, tiles = arguments.get("shift"), 0
     for start in starts:
-        low = min(max((start - left) // block_n, 0), across)
-        high = min(max(-(-(start + block_m - left) // block_n), 0), across)
-        masked += high - low + (ragged and high < across)
-    tiles = {"": len(starts) * across, "on": masked, "off": len(starts) * across - masked}[peel]
+        begin = (start - left) // block_n if arguments.get("HALF") else 0
+        masked = {across - 1} if (right - left) % block_n else set()
+        for diagonal in (0,) if shift is None else (0, shift, -shift):
+            low = start + diagonal - left
+            masked |= set(range(low // block_n, -(-(low + block_m) // block_n)))
+        masked &= set(range(begin, across))
+        tiles += {"": across - begin, "on": len(masked), "off": across - begin - len(masked)}[peel]
     return (tiles if "C_ptr" in arguments else len(starts) * grid[1]), tiles
 
 
@@ -290,9 +294,11 @@ def rows_of(
     floor = 6 * n * n * d / machine.product
     chosen = run(direction, n, d, limit, None)[0].name
     for name in PLANS:
-        if name not in _possible(direction, d):
+        if name != chosen and name not in _possible(direction, d):
             continue
         plan, events = run(direction, n, d, limit, name)
+        if not events:
+            continue
         prices = list(priced(machine, triton, events))
         expected, worst = (sum(times) / floor for times in zip(*(times for _, times in prices), strict=True))
         yield {
@@ -312,7 +318,7 @@ def rows_of(
 
 
 def _possible(direction: str, d: int) -> Sequence[str]:
-    """Return the plans by which a call can run."""
+    """Return the plans by which a call can run whatever its number of rows."""
     from fused_infonce.backends.triton import tiles
 
     other = {"one": ["onepass", "workspace"], "both": ["workspace"], "self": ["triangular"]}[direction]

@@ -24,14 +24,15 @@ DENSE = 2**18  # scores up to which a call costs more than its arithmetic
 DENSE_SELF = 2**22  # of self-similarity, where blocks on the diagonal waste half of their scores: 2048 rows
 TRIANGULAR_ROWS = 512  # side of a block of a symmetric score matrix: a smaller one wastes less on the diagonal
 TRIANGULAR_SIDE = 6144  # at most, of a block on a GPU, whose diagonal is waste: an estimate, not yet measured
-STREAMING_DIM = 128  # above it the register accumulator starves the tensor cores: an estimate, not yet measured
-STREAMING_ROWS = 4096  # below it too few programs to fill a GPU: an estimate, not yet measured
 PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
 GPU_DENSE = 2**24  # scores up to which a call on a GPU waits for its host: an estimate, not yet measured
 GPU_DENSE_WIDE = 2**20  # of float32 and float64, multiplied without tensor cores: an estimate, not yet measured
-GPU_ONEPASS_ROWS = 512  # with fewer in a chunk, adding to the keys' gradients costs too much: an estimate, not measured
 GPU_BOTH_DIM = 256  # of both directions: below it a second product costs less than a pass over scores: an estimate
-GPU_ONEPASS_DIM = 128  # below it streaming moves fewer bytes: an estimate, not yet measured
+# The four below are by a model (python -m benchmarks.tiles.model, results/model.csv) and not yet measured.
+STREAMING_DIM = 32  # above it every other plan is ahead, since the masks and exponentials of three passes bound it
+STREAMING_ROWS = 4096  # below it too few programs to fill a GPU
+GPU_ONEPASS_ROWS = 1024  # with fewer in a chunk, adding to the keys' gradients costs more than scores made again
+GPU_ONEPASS_DIM = 16  # the shortest rows that the model counts, of which one pass is ahead as it is of all others
 STATE_BLOCK = 64  # columns of a tile, a state each: those of backends/triton/tiles.py, but for float64's 32
 PROCESSORS = 132  # of the GPU that plans without one are made for: an H100's and an H200's
 PRODUCT_ROWS, PRODUCT_WIDTHS = 128, (256, 128)  # of an output tile of a library product, one a processor: an estimate
@@ -149,7 +150,7 @@ class Call:
 
 
 # The first row whose condition holds: (plan, condition, N M D FLOPs of forward and backward, reason). Thresholds on a
-# GPU are estimates, for every architecture and dtype alike until one has been measured.
+# GPU are estimates for 16-bit rows on Hopper, taken for every architecture and dtype until one has been measured.
 Rule = tuple[str, Callable[[Call], bool], float, str]
 NO_GRADIENT = "no input requires a gradient"
 HALF = "all rows are compared with one another, and half of a symmetric matrix will do"

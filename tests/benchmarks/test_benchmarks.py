@@ -136,6 +136,8 @@ def test_proposed_rows_are_those_of_the_table():
     assert text == "((128, Tile(128, 64, 64, 8, 2)), (None, Tile(128, 128, 64, 8, 3)),)"
     assert eval(text, {"Tile": tiles.Tile}) == ((128, small), (None, large))
     assert eval(tune.pasted({64: small}, "gradient"), {"Tile": tiles.Tile}) == ((64, small._replace(block_d=16)),)
+    for odd in (large._replace(registers=128), large._replace(tma=True, registers=128), large._replace(apart=True)):
+        assert eval(tune.written(odd), {"Tile": tiles.Tile}) == odd
 
 
 @pytest.mark.interpreter

@@ -63,7 +63,14 @@ class TestDefaults:
         there = dtype == "bfloat16" and target in ("sm_90", "sm_100")
         assert {result["kernel"] for result in described} == (TILED if there else set())
         for result in self.results(compiled, target, dtype):
-            assert bool(result["tma_loads"]) == result["tma"], result
+            assert bool(result["tma_loads"]) == (result["tma"] or result["apart"]), result
+
+
+def test_warps_apart(compiled):
+    """A tile that asks for them gets them: the compiler may leave them out without a word."""
+    assert {(r["target"], r["kernel"]) for r in compiled if r["apart"]} == {
+        (target, "exponentials_kernel") for target in ("sm_90", "sm_100")
+    }
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

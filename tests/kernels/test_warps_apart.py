@@ -1,4 +1,4 @@
-"""Tiles whose rows are loaded by warps of their own, a candidate of the tuning, give what pointer loads give."""
+"""Tiles whose rows are loaded by warps of their own, which the tuning tries, give what loads through pointers give."""
 
 from __future__ import annotations
 
