@@ -10,6 +10,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.tiles.host_time        what a call costs the host of a GPU
     python -m benchmarks.tiles.aot              registers, spills and instructions of the kernels, without a GPU
     python -m benchmarks.tiles.pipes            cycles of their tiles, counted in the machine code
+    python -m benchmarks.tiles.model            the time of every plan on a GPU by a model from these cycles
     python -m benchmarks.compare OLD.csv NEW.csv
     python -m benchmarks.house                  frames of a call, lines and files of the product
     python -m benchmarks.plot                   pictures of what is recorded
