@@ -123,10 +123,10 @@ class Call:
     per_row: bool  # whether rows have temperatures of their own
     plain: bool  # nothing but queries and keys: no ids, weights, targets (but in self-similarity), negatives apart
     bounded: bool  # whether exp of every logit is known to fit the accumulator
-    one_to_one: bool  # `Problem.one_to_one`
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
+    one_to_one: bool = False  # whether there is one set of keys, each of them the target of one query
     processors: int = PROCESSORS  # of a GPU, which the output tiles of a library product are to fill
 
     @property

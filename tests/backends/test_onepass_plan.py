@@ -27,6 +27,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, and no lower bound on D."""
     for name, value in {
         "GPU_BOTH_DIM": 1,
+        "GPU_DENSE": 0,
+        "GPU_DENSE_WIDE": 0,
         "GPU_ONEPASS_DIM": 1,
         "GPU_ONEPASS_ROWS": 8,
         "ONEPASS_ROWS": 8,

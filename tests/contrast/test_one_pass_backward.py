@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "GPU_ONEPASS_DIM", 1)
     monkeypatch.setattr(plan, "GPU_ONEPASS_ROWS", 4)
+    for name in ("GPU_DENSE", "GPU_DENSE_WIDE"):
+        monkeypatch.setattr(plan, name, 0)
 
 
 def call(name: str, dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], dict[str, Any]]:
