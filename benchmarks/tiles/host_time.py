@@ -4,7 +4,8 @@
 
 Python, operators of a few rows on the CPU, and all that Triton does to launch a kernel but the driver's own part. On a
 GPU, operators cost the time of a launch instead of that of their arithmetic; so the columns compare with each other,
-and not with a GPU. Ours and the dense loss are timed in turn. --record appends to benchmarks/results/host_time.csv.
+and not with a GPU. Ours and the dense loss are timed in turn, ten calls each.
+--record appends to benchmarks/results/host_time.csv.
 """
 
 from __future__ import annotations
@@ -60,15 +61,17 @@ class NoDevice:
     get_current_target = staticmethod(lambda: TARGET)
 
 
-def microseconds(runs: dict[str, Callable[[], None]], rounds: int = 300) -> dict[str, float]:
-    """The median of the times of functions, called in turn, the first tenth of the rounds left out."""
+def microseconds(runs: dict[str, Callable[[], None]], rounds: int = 60, calls: int = 12) -> dict[str, float]:
+    """The median of the times of functions, some calls of each in turn, the first two of which are left out."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(found[rounds // 10 :])) * 1e6 for name, found in times.items()}
+            for call in range(calls):
+                start = time.perf_counter()
+                run()
+                if call > 1:
+                    times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(found)) * 1e6 for name, found in times.items()}
 
 
 def contest(direction: str, rows: int, d: int) -> tuple[dict[str, Callable[..., Any]], tuple[torch.Tensor, ...]]:
