@@ -77,7 +77,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     ids, key_ids = (None, None) if ids is None or key_ids is None else (ids.contiguous(), key_ids.contiguous())
     each, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, weight)
     if each is None and acc == torch.float64:  # a number given to a kernel is rounded to float32
-        each, factor = t.new_full((1,), weight), 1.0
+        each, factor = t.new_full((1,), factor), 1.0
     key = (
         *key, loss, factor, None if each is None else each.shape[0], gradients, temperature, plan.bounded, plan.full,
         problem.columns, ids is None,
