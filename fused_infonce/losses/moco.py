@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def moco_loss(
     )  # fmt: skip
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
     if plan.gradients and not plan.one_pass and not contrast.is_explaining():  # a backward may follow an overwriting
-        problem.keys = (problem.keys[0], negatives._replace(rows=negatives.rows.clone()))
+        problem = replace(problem, keys=(problem.keys[0], negatives._replace(rows=negatives.rows.clone())))
     return reduced(problem, checked, "infonce")
 
 

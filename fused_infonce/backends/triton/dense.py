@@ -72,7 +72,7 @@ _GRADIENTS: dict[tuple[Any, ...], Launch] = {}
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute `Backend.onepass` of one set of keys, of which each is the target of one query."""
     x, y, t, target, key = call_of(problem)
-    (_, ids, _, scale), key_ids = problem.query, problem.keys[0].ids
+    ids, key_ids = problem.query.ids, problem.keys[0].ids
     acc, gradients, temperature = t.dtype, True in wanted[:-1], wanted[-1]
     ids, key_ids = (None, None) if ids is None or key_ids is None else (ids.contiguous(), key_ids.contiguous())
     each, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, weight)
@@ -97,7 +97,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         else:
             of_acc = t.new_empty(n * width * x.itemsize // acc.itemsize)
             c, kept = of_acc.view(x.dtype), (work, of_acc)
-    if scale is not None and not problem.normalize:
+    if has_scales(problem) and not problem.normalize:
         given_scales(problem, work.view(-1, n))
     forward.rows(x, y, target, t, work)
     forward.scores(x, y, target, ids, key_ids, work, dots)
@@ -123,9 +123,14 @@ def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tu
     dtype = x.dtype
     return x, y, t, target, (
         x.device, tiles.architecture(x.device), dtype, x.shape, x.stride(), y.stride(), x.data_ptr() % 16,
-        y.data_ptr() % 16, t.shape[0], target is None, problem.normalize, query.scale is None,
+        y.data_ptr() % 16, t.shape[0], target is None, problem.normalize, has_scales(problem),
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,
     )  # fmt: skip
+
+
+def has_scales(problem: Problem) -> bool:
+    """Return whether autocast divided the rows of one side or of both."""
+    return any(keys.scale is not None for keys in problem.sets)
 
 
 def given_scales(problem: Problem, work: Tensor) -> None:
@@ -147,7 +152,7 @@ def forward_of(
     tile = tile_of(x)
     down, across = blocks(x, tile)
     width = aligned(n)
-    scaled, one_exponential = normalize or problem.query.scale is not None, unshifted(problem, plan)
+    scaled, one_exponential = normalize or has_scales(problem), unshifted(problem, plan)
     strides, stride_t, stride_w = (
         (x.stride(0), y.stride(0)),
         int(t.shape[0] > 1),
@@ -227,7 +232,7 @@ def gradient_of(problem: Problem) -> Launch:
     return Launch(
         dense_gradient_kernel, (cdiv(n, tile.block_m), 1 if same else 2, 1), n, d, aligned(n), x.stride(0),
         y.stride(0), int(t.shape[0] > 1), 1 / EPS if normalize else math.inf,
-        normalize or problem.query.scale is not None, same, normalize, x.dtype == torch.float16, d <= tile.block_d,
+        normalize or has_scales(problem), same, normalize, x.dtype == torch.float16, d <= tile.block_d,
         INTERPRETED, acc_of(x), dot_of(x), tile.block_m, tile.block_n, tile.block_d, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
