@@ -29,5 +29,11 @@ def pytest_collection_modifyitems(config, items):
 def every_plan(monkeypatch):
     """Let few and short rows take the plans that many and long ones take on a GPU."""
     if not COMPILED:
-        for name, value in {"GPU_ONEPASS_DIM": 17, "STREAMING_ROWS": 1, "STREAMING_DIM": 16}.items():
+        for name, value in {
+            "GPU_DENSE": 0,
+            "GPU_DENSE_WIDE": 0,
+            "GPU_ONEPASS_DIM": 17,
+            "STREAMING_ROWS": 1,
+            "STREAMING_DIM": 16,
+        }.items():
             monkeypatch.setattr(plan, name, value)

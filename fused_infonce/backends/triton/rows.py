@@ -49,8 +49,8 @@ def side(
         run(
             side_kernel, **_rows_arguments(x, padded, y), **temperature_arguments(temperature), A_ptr=inverse,
             S_ptr=scale, U_ptr=u, R_ptr=None if statistics is None else statistics.scale, W_ptr=weight,
-            B_ptr=None if others is None or normalize else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos, at_eps=1 / EPS,
-            NORMALIZE=normalize,
+            B_ptr=None if others is None or normalize else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos,
+            at_eps=1 / EPS, NORMALIZE=normalize,
         )  # fmt: skip
     guide, norms = (None, None) if keys.guide is None else _guide(contiguous_rows(keys.guide))
     shift = statistics.maximum if statistics is not None and shifted else None
