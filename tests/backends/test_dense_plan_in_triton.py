@@ -92,10 +92,11 @@ def test_gradients_are_those_of_finite_differences(kind: str, reduction: str, de
     "options",
     [
         {"reduction": "sum", "normalize": False},
+        {"weight": torch.arange(80.0)[::2] % 3, "reduction": "sum"},
         {"weight": torch.arange(40.0) % 3},
         {"query_ids": torch.arange(40) % 7, "key_ids": torch.arange(40) % 9},
     ],
-    ids=["not normalised", "weights", "ids"],
+    ids=["not normalised", "weights apart", "weights", "ids"],
 )
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_options_of_calls(kind: str, options: dict[str, Any], device: str, monkeypatch) -> None:
@@ -224,9 +225,11 @@ def test_what_it_is_chosen_for(device: str, monkeypatch) -> None:
 
 
 @device
-def test_autocast_in_float16_of_rows_beyond_its_range(device: str) -> None:
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.float16])
+def test_autocast_in_float16_of_rows_beyond_its_range(query_dtype: torch.dtype, device: str) -> None:
     """Rows that are not normalised are divided by powers of two, which come back as scales."""
-    inputs: Inputs = {"query": torch.randn(30, 16) * 1e6, "key": torch.randn(30, 16) * 1e-6}
+    size = 1e6 if query_dtype == torch.float32 else 1e3
+    inputs: Inputs = {"query": (torch.randn(30, 16) * size).to(query_dtype), "key": torch.randn(30, 16) / size}
     leaves = [x.to(device).requires_grad_() for x in inputs.values()]
     with torch.autocast(device, dtype=torch.float16):
         loss = info_nce(*leaves, temperature=1.0, normalize=False, backend="triton")

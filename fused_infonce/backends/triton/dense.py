@@ -71,11 +71,11 @@ _GRADIENTS: dict[tuple[Any, ...], Launch] = {}
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute `Backend.onepass` of one set of keys, of which each is the target of one query."""
-    x, y, t, target, key = call_of(problem)
+    x, y, t, target, scaled, key = call_of(problem)
     ids, key_ids = problem.query.ids, problem.keys[0].ids
     acc, gradients, temperature = t.dtype, True in wanted[:-1], wanted[-1]
     ids, key_ids = (None, None) if ids is None or key_ids is None else (ids.contiguous(), key_ids.contiguous())
-    each, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, weight)
+    each, factor = (weight.contiguous(), 1.0) if isinstance(weight, Tensor) else (None, weight)
     if each is None and acc == torch.float64:  # a number given to a kernel is rounded to float32
         each, factor = t.new_full((1,), factor), 1.0
     key = (
@@ -97,7 +97,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         else:
             of_acc = t.new_empty(n * width * x.itemsize // acc.itemsize)
             c, kept = of_acc.view(x.dtype), (work, of_acc)
-    if has_scales(problem) and not problem.normalize:
+    if scaled and not problem.normalize:
         given_scales(problem, work.view(-1, n))
     forward.rows(x, y, target, t, work)
     forward.scores(x, y, target, ids, key_ids, work, dots)
@@ -113,24 +113,19 @@ def remember(kinds: dict[tuple[Any, ...], Any], key: tuple[Any, ...], kind: Any)
     kinds[key] = kind
 
 
-def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
-    """Return the rows of queries and keys, the temperature and the targets as kernels read them, and a key that holds
-    all that Triton asks of them and of the options."""
+def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, tuple[Any, ...]]:
+    """Return the rows of queries and keys, the temperature and the targets as kernels read them, whether rows have
+    norms or scales, and a key that holds all that Triton asks of these."""
     query, key, target, t = problem.query, problem.keys[0], problem.target, problem.temperature.values
     x = contiguous_rows(query.rows)
     y = x if problem.self_similar else contiguous_rows(key.rows)
     target = None if target is None else target.contiguous()
-    dtype = x.dtype
-    return x, y, t, target, (
+    scaled, dtype = problem.normalize or query.scale is not None or key.scale is not None, x.dtype
+    return x, y, t, target, scaled, (
         x.device, tiles.architecture(x.device), dtype, x.shape, x.stride(), y.stride(), x.data_ptr() % 16,
-        y.data_ptr() % 16, t.shape[0], target is None, problem.normalize, has_scales(problem),
+        y.data_ptr() % 16, t.shape[0], target is None, problem.normalize, scaled,
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,
     )  # fmt: skip
-
-
-def has_scales(problem: Problem) -> bool:
-    """Return whether autocast divided the rows of one side or of both."""
-    return any(keys.scale is not None for keys in problem.sets)
 
 
 def given_scales(problem: Problem, work: Tensor) -> None:
@@ -146,13 +141,13 @@ def forward_of(
     problem: Problem, plan: Plan, loss: str, weight: float, each: Tensor | None, gradients: bool, temperature: bool
 ) -> Forward:
     """Return the launches of the forward of a kind of calls."""
-    x, y, t, target, _ = call_of(problem)
+    x, y, t, target, scaled, _ = call_of(problem)
     (n, d), normalize, same, columns = x.shape, problem.normalize, problem.self_similar, problem.columns
     arch, acc, dot = tiles.architecture(x.device), acc_of(x), dot_of(x)
     tile = tile_of(x)
     down, across = blocks(x, tile)
     width = aligned(n)
-    scaled, one_exponential = normalize or has_scales(problem), unshifted(problem, plan)
+    one_exponential = unshifted(problem, plan)
     strides, stride_t, stride_w = (
         (x.stride(0), y.stride(0)),
         int(t.shape[0] > 1),
@@ -195,7 +190,7 @@ def vectors_of(problem: Problem) -> int:
 
 
 def tile_of(x: Tensor) -> tiles.Tile:
-    return tiles.tile(tiles.architecture(x.device), "dense", x.dtype, x.shape[1])
+    return tiles.tile(tiles.architecture(x.device), "dense", x.dtype, int(x.shape[1]))  # which may be symbolic
 
 
 def blocks(x: Tensor, tile: tiles.Tile) -> tuple[int, int]:
@@ -207,7 +202,7 @@ def finished(
     problem: Problem, kept: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
     """Compute `Backend.finished`."""
-    x, y, t, target, key = call_of(problem)
+    x, y, t, target, _, key = call_of(problem)
     work, c = kept
     key = (*key, *dtypes)
     launch = _GRADIENTS.get(key)
@@ -226,13 +221,13 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def gradient_of(problem: Problem) -> Launch:
     """Return the launch of the backward of a kind of calls."""
-    x, y, t, _, _ = call_of(problem)
+    x, y, t, _, scaled, _ = call_of(problem)
     (n, d), normalize, same = x.shape, problem.normalize, problem.self_similar
     tile = tiles.tile(tiles.architecture(x.device), "dense_gradient", x.dtype, d)
     return Launch(
         dense_gradient_kernel, (cdiv(n, tile.block_m), 1 if same else 2, 1), n, d, aligned(n), x.stride(0),
         y.stride(0), int(t.shape[0] > 1), 1 / EPS if normalize else math.inf,
-        normalize or has_scales(problem), same, normalize, x.dtype == torch.float16, d <= tile.block_d,
+        scaled, same, normalize, x.dtype == torch.float16, d <= tile.block_d,
         INTERPRETED, acc_of(x), dot_of(x), tile.block_m, tile.block_n, tile.block_d, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
