@@ -58,7 +58,7 @@ DIMS = (64, 128, 256, 512, 768, 1024)
 PLANS = ("onepass", "streaming", "workspace", "triangular")
 FIELDS = ("commit", "triton", "machine", "limit_mib", "direction", "n", "d", "plan", "chosen", "block_rows",
           "block_cols", "launches", "of_floor", "at_worst")  # fmt: skip
-BYTES_ALONE = ("side_kernel", "scale_kernel", "merge_kernel", "finish_kernel")
+BYTES_ALONE = ("side_kernel", "scale_kernel", "merge_kernel", "finish_kernel", "combine_kernel")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
     target = torch.empty(n, dtype=torch.int64, device="meta") if direction == "self" else None
     t = Temperature(torch.empty(1, device="meta"), 0.05)
     problem = Problem(
-        KeySet(query), (KeySet(key),), t, target, columns=direction == "both", self_similar=direction == "self"
+        KeySet(query), (KeySet(key),), t, target, columns=direction == "both", self_similar=direction == "self",
+        two_views=direction == "self",
     )
     options = registry.Options("triton", limit)
     rules, blocks = plans.RULES["triton"]
@@ -321,7 +322,7 @@ def _possible(direction: str, d: int) -> Sequence[str]:
     """Return the plans by which a call can run whatever its number of rows."""
     from fused_infonce.backends.triton import tiles
 
-    other = {"one": ["onepass", "workspace"], "both": ["workspace"], "self": ["triangular"]}[direction]
+    other = {"one": ["onepass", "workspace"], "both": ["onepass", "workspace"], "self": ["triangular"]}[direction]
     return other + ["streaming"] * (d <= tiles.STREAMING_MAX_D[torch.bfloat16])
 
 
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS)
     parser.add_argument("--triton", default="3.7.1", help="whose machine code")
-    parser.add_argument("--limit", type=int, default=256, help="workspace in MiB")
+    parser.add_argument("--limit", type=int, default=1117, help="workspace in MiB; by default an H200's")
     parser.add_argument("--parts", action="store_true", help="print what each time is made of")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/model.csv")
     args = parser.parse_args()
