@@ -166,7 +166,12 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
     target = torch.empty(n, dtype=torch.int64, device="meta") if direction == "self" else None
     t = Temperature(torch.empty(1, device="meta"), 0.05)
     problem = Problem(
-        KeySet(query), (KeySet(key),), t, target, columns=direction == "both", self_similar=direction == "self",
+        KeySet(query),
+        (KeySet(key),),
+        t,
+        target,
+        columns=direction == "both",
+        self_similar=direction == "self",
         two_views=direction == "self",
     )
     options = registry.Options("triton", limit)

@@ -179,7 +179,7 @@ def counted(target: str, d: int, variant: str, found: dict[tuple[str, str, str],
 
     seen = set()
     for kernel, arguments, _ in aot.launches(aot.Case(target, "bfloat16", d, variant)):
-        if kernel.__name__ not in aot.TILED:
+        if kernel.__name__ not in aot.TILED or kernel.__name__.startswith("dense"):  # few scores wait for the host
             continue
         source, options = aot.specialised(kernel, arguments)
         shape = Shape(target, kernel.__name__, d, arguments["BLOCK_M"], arguments["BLOCK_N"])

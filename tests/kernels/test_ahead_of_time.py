@@ -76,7 +76,8 @@ def test_warps_apart(compiled):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_tensor_cores_multiply_float32_rows_where_tf32_is_allowed(compiled, target):
-    """In tiles of their own, larger than those of IEEE arithmetic; a gradient holds rows too long for Hopper's."""
+    """In tiles of their own, larger than those of IEEE arithmetic but of few scores, whose tiles are small on purpose; a
+    gradient holds rows too long for Hopper's."""
     results = [result for result in compiled if (result["target"], result["dtype"]) == (target, "tf32")]
     assert {result["kernel"] for result in results} == TILED
     for result in results:
@@ -84,7 +85,8 @@ def test_tensor_cores_multiply_float32_rows_where_tf32_is_allowed(compiled, targ
         assert result["shared_kib"] <= result["shared_limit_kib"], result
         if result["kernel"] != "gradient_kernel":
             assert result["tensor_core"], result
-            assert result["block_m"] * result["block_n"] > 64 * 64
+            few = result["kernel"].startswith("dense")
+            assert few or result["block_m"] * result["block_n"] > 64 * 64
 
 
 def test_the_recorded_table_is_of_these_sources():
