@@ -76,8 +76,8 @@ def test_warps_apart(compiled):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_tensor_cores_multiply_float32_rows_where_tf32_is_allowed(compiled, target):
-    """In tiles of their own, larger than those of IEEE arithmetic but of few scores, whose tiles are small on purpose; a
-    gradient holds rows too long for Hopper's."""
+    """In tiles of their own, larger than IEEE arithmetic's, but small ones of few scores; a gradient holds rows too
+    long for Hopper's."""
     results = [result for result in compiled if (result["target"], result["dtype"]) == (target, "tf32")]
     assert {result["kernel"] for result in results} == TILED
     for result in results:
