@@ -18,7 +18,7 @@ from .tile import FLOOR, cast, dot, live, load_rows, load_vector, negatives
 A, B, S, POS, V, LOSS_OF_ROW, LOGITS, UNSCALE = (tl.constexpr(k) for k in range(8))
 VECTORS = tl.constexpr(8)
 # read a value at a time, so that their alignment need not be looked at
-VECTORS_OF_CALLERS = ("TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr", "UPSTREAM_ptr")
+VECTORS_OF_CALLERS = ("TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr")
 
 
 @triton.jit
@@ -264,15 +264,15 @@ def write_products(
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
 def dense_gradient_kernel(
-    C_ptr, X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr, UPSTREAM_ptr, G_ptr, H_ptr, DX_ptr, DY_ptr,
+    C_ptr, X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr, DX_ptr, DY_ptr,
     size, D, stride_cm, stride_xm, stride_yn, stride_t,
     zero_row: tl.constexpr, SCALED: tl.constexpr, MUTUAL: tl.constexpr, NORMALIZE: tl.constexpr,
     UNSCALED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of both sides, times the upstream: of x where program_id(1) is 0, of y where it is 1.
+    """Write the gradients of both sides in the accumulator's dtype: of x where program_id(1) is 0, of y where it is 1.
 
-    G and H, in which sums over C lie until their rows are complete, may be DX and DY.
+    Rows of sums over C are finished where they lie, once they are whole.
     """
     A_ptr, B_ptr = inverses(WORK_ptr, size, SCALED, MUTUAL)
     V_ptr, UNSCALE_ptr = WORK_ptr + V * size, None
@@ -281,22 +281,22 @@ def dense_gradient_kernel(
     if tl.program_id(1) == 0:
         if DX_ptr is not None:
             write_products(
-                C_ptr, Y_ptr, G_ptr, size, D, stride_cm, stride_yn, False, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
+                C_ptr, Y_ptr, DX_ptr, size, D, stride_cm, stride_yn, False, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
             )  # fmt: skip
             tl.debug_barrier()
             finish_kernel(
-                G_ptr, None, X_ptr, A_ptr, Y_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, None, None, UNSCALE_ptr,
-                UPSTREAM_ptr, DX_ptr, 1, size, size, D, D, 0, stride_xm, stride_yn, stride_t, zero_row, MUTUAL, 1,
-                NORMALIZE, WHOLE, EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
+                DX_ptr, None, X_ptr, A_ptr, Y_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, None, None, UNSCALE_ptr,
+                DX_ptr, 1, size, size, D, D, 0, stride_xm, stride_yn, stride_t, zero_row, MUTUAL, 1, NORMALIZE, WHOLE,
+                EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
             )  # fmt: skip
     else:
         if DY_ptr is not None:
             write_products(
-                C_ptr, X_ptr, H_ptr, size, D, stride_cm, stride_xm, True, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
+                C_ptr, X_ptr, DY_ptr, size, D, stride_cm, stride_xm, True, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
             )
             tl.debug_barrier()
             finish_kernel(
-                H_ptr, None, Y_ptr, B_ptr, X_ptr, A_ptr, V_ptr, TEMPERATURE_ptr, None, None, None, UNSCALE_ptr,
-                UPSTREAM_ptr, DY_ptr, 1, size, size, D, D, 0, stride_yn, stride_xm, stride_t, zero_row, False, 1,
-                NORMALIZE, WHOLE, EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
+                DY_ptr, None, Y_ptr, B_ptr, X_ptr, A_ptr, V_ptr, TEMPERATURE_ptr, None, None, None, UNSCALE_ptr, DY_ptr,
+                1, size, size, D, D, 0, stride_yn, stride_xm, stride_t, zero_row, False, 1, NORMALIZE, WHOLE, EMULATE,
+                ACC, BLOCK_M, BLOCK_D, 1, 1,
             )  # fmt: skip

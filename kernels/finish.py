@@ -119,12 +119,12 @@ def positive_part(
 
 @triton.jit
 def finished_rows(
-    G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr, UPSTREAM_ptr,
+    G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
     a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Return g_i = upstream (unscale f_i sum over slots of G + the positives' part): (BLOCK_M, BLOCK_D)."""
+    """Return g_i = unscale f_i sum over slots of G + the positives' part: (BLOCK_M, BLOCK_D)."""
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if G_ptr is not None:
         for slot in range(slots):
@@ -139,15 +139,13 @@ def finished_rows(
             Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, a, offs_m, offs_d, size_x, size_z,
             D, stride_pn, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC, BLOCK_E, BLOCK_P,
         )  # fmt: skip
-    if UPSTREAM_ptr is not None:
-        g *= tl.load(UPSTREAM_ptr)
     return g
 
 
 @triton.jit
 def finish_kernel(
     G_ptr, F_ptr, X_ptr, A_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-    UPSTREAM_ptr, DX_ptr,
+    DX_ptr,
     slots, size_x, size_z, D, stride_gm, stride_pn, stride_xm, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, PROJECT: tl.constexpr, WHOLE: tl.constexpr,
     EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -165,7 +163,7 @@ def finish_kernel(
             offs_d = start_d + tl.arange(0, BLOCK_D)
             g = finished_rows(
                 G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-                UPSTREAM_ptr, a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
+                a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
                 zero_row, MUTUAL, PART, ACC, BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
             )  # fmt: skip
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
@@ -174,7 +172,7 @@ def finish_kernel(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         g = finished_rows(
             G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-            UPSTREAM_ptr, a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
+            a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
             zero_row, MUTUAL, PART, ACC, BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
         )  # fmt: skip
         if PROJECT:

@@ -198,8 +198,7 @@ class OnePass(NamedTuple):
     """A reduced loss with its gradients, or with what these are finished from once the upstream is known.
 
     inputs: the gradients, or with `kept` their sums over all scores, aligned with `Problem.inputs`, in the accumulator
-        dtype; None where not wanted, and where all of a gradient is still to be made: of sets (N, H, D), and of a dense
-        plan that keeps coefficients
+        dtype; None where not wanted, and for sets (N, H, D) whose gradients are still to be made
     logits: sum_j s_ij dL/ds_ij of each row, (N,), what the temperature's gradient is made of; None where not wanted
     kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished
     """

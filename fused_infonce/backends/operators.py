@@ -51,7 +51,7 @@ class Recorded:
             weight = values.new_full((1,), weight, dtype=exact)
         value, logits, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
         kept = rest[len(problem.inputs) :]
-        there = _summed(problem, plan.name, wanted, bool(kept))
+        there = _summed(problem, wanted, bool(kept))
         return OnePass(value, _none_if_empty(rest[: len(there)], there), logits if wanted[-1] else None, kept)
 
     def finished(
@@ -71,10 +71,9 @@ def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     return problem.tensors(), problem.flags, plan.backend, plan.name, sizes
 
 
-def _summed(problem: Problem, plan: str, wanted: Sequence[bool], unfinished: bool) -> list[bool]:
+def _summed(problem: Problem, wanted: Sequence[bool], unfinished: bool) -> list[bool]:
     """Return which inputs `onepass` returns a gradient or, where these are unfinished, a sum of."""
-    without = [unfinished and (plan == "dense" or x.dim() == 3) for x in problem.inputs]
-    return [want and not x for want, x in zip(wanted, without, strict=False)]
+    return [w and not (unfinished and x.dim() == 3) for x, w in zip(problem.inputs, wanted, strict=False)]
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
@@ -157,7 +156,7 @@ def _(
     query, t = problem.query.rows, problem.temperature.values
     acc = accumulator(query.dtype)
     kept = [t.new_empty(size) for size in load(backend).kept_sizes(problem, _plan(plan, sizes))]
-    grads = _like_inputs(problem, [acc if there else None for there in _summed(problem, plan, wanted, bool(kept))])
+    grads = _like_inputs(problem, [acc if there else None for there in _summed(problem, wanted, bool(kept))])
     return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads, *kept]
 
 

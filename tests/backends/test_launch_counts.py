@@ -90,10 +90,10 @@ def info_nce_learned(query, key):
 
 
 LOSSES = {  # ours, the dense loss, and the most that ours launches: where scores are few, and where they are many
-    "one": (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 7, 24),
-    "symmetric": (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton", symmetric=True), both, 7, 34),
-    "self": (lambda a, b: nt_xent(a, b, 0.05, backend="triton"), own, 10, 20),
-    "learned": (info_nce_learned, learned, 13, 30),
+    "one": (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton"), one, 9, 24),
+    "symmetric": (lambda a, b: info_nce(a, b, temperature=0.05, backend="triton", symmetric=True), both, 9, 34),
+    "self": (lambda a, b: nt_xent(a, b, 0.05, backend="triton"), own, 11, 20),
+    "learned": (info_nce_learned, learned, 15, 30),
 }
 
 

@@ -6,7 +6,6 @@ from oracles import info_nce as dense
 from support.memory import MIB, PeakMemory
 
 from fused_infonce import grouped_info_nce, info_nce, nt_xent
-from fused_infonce.backends import plan
 
 pytestmark = pytest.mark.serial
 
@@ -133,12 +132,8 @@ def test_forward_alone_needs_no_gradients():
     "options", [{}, {"symmetric": True}, {"reduction": "none"}, {"workspace_limit": MIB}, {"ids": True}], ids=str
 )
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
-def test_what_is_saved_is_the_inputs_or_their_gradients_once(backend, options, monkeypatch):
-    """O((N + M) D): each input or its gradient once, and some vectors. The logits are 16 times that.
-
-    Few scores, which are held on a GPU, are worked on as many are.
-    """
-    monkeypatch.setattr(plan, "GPU_DENSE_WIDE", 0)
+def test_what_is_saved_is_the_inputs_or_their_gradients_once(backend, options):
+    """O((N + M) D): each input or its gradient once, and some vectors. The logits are 16 times that."""
     n, d = (2048, 64) if backend == "torch" else (96, 4)
     options, storages = dict(options), {}
     if options.pop("ids", False):

@@ -19,7 +19,7 @@ from .finish import Partners, finish, partners_by_target
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
 from .statistics import SLOTS, merged, row_states, unwritten
-from .work import Work, prepare, restored, sizes_to_keep, to_keep, unshifted
+from .work import Work, prepare, restored, to_keep, unshifted
 
 FLOAT16_ROOM = 14  # coefficients in float16 are scaled up to 2^14, a factor of 4 below overflow
 
@@ -137,18 +137,12 @@ def finished(
     dtypes: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:  # fmt: skip
     with torch.cuda.device_of(problem.query.rows):
-        if plan.name == "dense":
-            return dense.finished(problem, kept, upstream, dtypes)
         work, v, factor = restored(problem, kept)
         accumulators = {index: x[None] for index, x in enumerate(sums) if x is not None}
         made = paired_gradients(work, {}, upstream, [None, *dtypes[1:]])
         of_queries = None if work.paired else factor
         made |= finished_sides(work, accumulators, v * upstream, upstream, dtypes, of_queries, saved=True)
         return [made.get(index) for index in range(len(dtypes))]
-
-
-def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
-    return dense.kept_sizes(problem) if plan.name == "dense" else sizes_to_keep(problem)
 
 
 def both_directions(

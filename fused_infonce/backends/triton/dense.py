@@ -55,7 +55,7 @@ class Launch:
             self.compiled = compiled[self.grid]
 
 
-class Forward(NamedTuple):
+class Kind(NamedTuple):
     """What calls have in common whose kernels are compiled alike."""
 
     vectors: int  # of the workspace
@@ -63,10 +63,10 @@ class Forward(NamedTuple):
     rows: Launch
     scores: Launch
     coefficients: Launch
+    gradient: Launch
 
 
-_FORWARDS: dict[tuple[Any, ...], Forward] = {}
-_GRADIENTS: dict[tuple[Any, ...], Launch] = {}
+KINDS: dict[tuple[Any, ...], Kind] = {}  # of this process's tile table: to be cleared where that changes
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
@@ -79,38 +79,33 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     if each is None and acc == torch.float64:  # a number given to a kernel is rounded to float32
         each, factor = t.new_full((1,), factor), 1.0
     key = (
-        *key, loss, factor, None if each is None else each.shape[0], gradients, temperature, plan.bounded, plan.full,
-        problem.columns, ids is None,
+        *key, loss, factor, None if each is None else each.shape[0], *wanted, plan.bounded, plan.full, problem.columns,
+        ids is None,
     )  # fmt: skip
-    forward = _FORWARDS.get(key)
-    if forward is None:
-        forward = forward_of(problem, plan, loss, factor, each, gradients, temperature)
-        remember(_FORWARDS, key, forward)
-    n, width = x.shape[0], forward.width
-    work = t.new_empty(forward.vectors * n)
+    kind = KINDS.get(key)
+    if kind is None:
+        kind = kind_of(problem, plan, loss, factor, each, gradients, temperature)
+        if len(KINDS) == MOST_KINDS:
+            KINDS.clear()
+        KINDS[key] = kind
+    n, width = x.shape[0], kind.width
+    work = t.new_empty(kind.vectors * n)
     dots = c = None
-    kept: tuple[Tensor, ...] = ()
     if gradients:
         dots = t.new_empty(n * width)
-        if x.dtype == acc:
-            c, kept = dots, (work, dots)
-        else:
-            of_acc = t.new_empty(n * width * x.itemsize // acc.itemsize)
-            c, kept = of_acc.view(x.dtype), (work, of_acc)
+        c = dots if x.dtype == acc else x.new_empty(n * width)
     if scaled and not problem.normalize:
         given_scales(problem, work.view(-1, n))
-    forward.rows(x, y, target, t, work)
-    forward.scores(x, y, target, ids, key_ids, work, dots)
-    forward.coefficients(target, ids, key_ids, t, each, work, dots, c)
+    kind.rows(x, y, target, t, work)
+    kind.scores(x, y, target, ids, key_ids, work, dots)
+    kind.coefficients(target, ids, key_ids, t, each, work, dots, c)
+    grads = [
+        torch.empty_like(x, dtype=acc, memory_format=torch.contiguous_format) if want else None for want in wanted[:-1]
+    ]
+    if gradients:
+        kind.gradient(c, x, y, target, t, work, *grads)
     logits = work[LOGITS_OF_ROWS * n : (LOGITS_OF_ROWS + 1) * n] if temperature else None
-    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), [None] * (len(wanted) - 1), logits, kept)
-
-
-def remember(kinds: dict[tuple[Any, ...], Any], key: tuple[Any, ...], kind: Any) -> None:
-    """Remember what calls of a kind have in common, in place of all others where these are many."""
-    if len(kinds) == MOST_KINDS:
-        kinds.clear()
-    kinds[key] = kind
+    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), grads, logits)
 
 
 def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, tuple[Any, ...]]:
@@ -122,8 +117,8 @@ def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bo
     target = None if target is None else target.contiguous()
     scaled, dtype = problem.normalize or query.scale is not None or key.scale is not None, x.dtype
     return x, y, t, target, scaled, (
-        x.device, tiles.architecture(x.device), dtype, x.shape, x.stride(), y.stride(), x.data_ptr() % 16,
-        y.data_ptr() % 16, t.shape[0], target is None, problem.normalize, scaled,
+        x.device, dtype, x.shape, x.stride(), y.stride(), x.data_ptr() % 16, y.data_ptr() % 16, t.shape[0],
+        target is None, problem.normalize, scaled,
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,
     )  # fmt: skip
 
@@ -137,102 +132,40 @@ def given_scales(problem: Problem, work: Tensor) -> None:
             work[place].copy_(keys.scale)
 
 
-def forward_of(
+def kind_of(
     problem: Problem, plan: Plan, loss: str, weight: float, each: Tensor | None, gradients: bool, temperature: bool
-) -> Forward:
-    """Return the launches of the forward of a kind of calls."""
+) -> Kind:
+    """Return the launches of a kind of calls."""
     x, y, t, target, scaled, _ = call_of(problem)
     (n, d), normalize, same, columns = x.shape, problem.normalize, problem.self_similar, problem.columns
-    arch, acc, dot = tiles.architecture(x.device), acc_of(x), dot_of(x)
-    tile = tile_of(x)
-    down, across = blocks(x, tile)
-    width = aligned(n)
-    one_exponential = unshifted(problem, plan)
-    strides, stride_t, stride_w = (
-        (x.stride(0), y.stride(0)),
-        int(t.shape[0] > 1),
-        int(each is not None and len(each) > 1),
-    )
-    excluded = (int(target is not None), target is None or same)
-    room = FLOAT16_ROOM if x.dtype == torch.float16 else None
+    arch, acc, dot, half = tiles.architecture(x.device), acc_of(x), dot_of(x), x.dtype == torch.float16
+    width = cdiv(n, 16) * 16  # elements of a row of scores in memory, so many that several are moved at once
+    tile, whole = (tiles.tile(arch, name, x.dtype, d) for name in ("dense", "dense_gradient"))
+    down, across = cdiv(n, tile.block_m), cdiv(n, tile.block_n)
+    strides, stride_t = (x.stride(0), y.stride(0)), int(t.shape[0] > 1)
+    stride_w = int(each is not None and len(each) > 1)
+    pairs = (scaled, int(target is not None), target is None or same, columns, same, unshifted(problem, plan))
+    zero_row = 1 / EPS if normalize else math.inf
     block_m, block_d = tiles.row_tile(arch, d)
-    return Forward(
-        vectors_of(problem), width,
+    return Kind(
+        VECTORS.value + SLOTS * (across + down * columns), width,
         Launch(
             dense_rows_kernel, (cdiv(n, block_m), 1, 1), n, d, *strides, stride_t, EPS, 1 / EPS, LOG2E, normalize,
             scaled, same, acc, block_m, block_d,
         ),
         Launch(
-            dense_scores_kernel, (down, across, 1), n, d, *strides, width, scaled, *excluded, columns, same,
-            one_exponential, temperature or not one_exponential, acc, dot, tile.block_m, tile.block_n, tile.block_d,
-            num_warps=tile.warps, num_stages=tile.stages,
+            dense_scores_kernel, (down, across, 1), n, d, *strides, width, *pairs, temperature or not pairs[-1], acc,
+            dot, tile.block_m, tile.block_n, tile.block_d, num_warps=tile.warps, num_stages=tile.stages,
         ),
         Launch(
             dense_coefficients_kernel, (down, across if gradients else 1, 1), n, width, stride_t, stride_w,
-            weight / 2 if columns else weight, across, down, 1 / EPS if normalize else math.inf, LN2, LOG2E, room, loss,
-            scaled, *excluded, columns, same, one_exponential, acc, dot, tiles.power_of_two(across, 1),
-            tiles.power_of_two(down, 1), tile.block_m, tile.block_n, num_warps=tile.warps,
+            weight / 2 if columns else weight, across, down, zero_row, LN2, LOG2E, FLOAT16_ROOM if half else None, loss,
+            *pairs, acc, dot, tiles.power_of_two(across, 1), tiles.power_of_two(down, 1), tile.block_m, tile.block_n,
+            num_warps=tile.warps,
+        ),
+        Launch(
+            dense_gradient_kernel, (cdiv(n, whole.block_m), 1 if same else 2, 1), n, d, width, *strides, stride_t,
+            zero_row, scaled, same, normalize, half, d <= whole.block_d, INTERPRETED, acc, dot, whole.block_m,
+            whole.block_n, whole.block_d, num_warps=whole.warps, num_stages=whole.stages,
         ),
     )  # fmt: skip
-
-
-def kept_sizes(problem: Problem) -> list[int]:
-    """Return the sizes of what `onepass` keeps for a backward: vectors, and coefficients in the products' dtype."""
-    x = problem.query.rows
-    n = x.shape[0]
-    return [vectors_of(problem) * n, n * aligned(n) * x.dtype.itemsize // problem.acc_dtype.itemsize]
-
-
-def vectors_of(problem: Problem) -> int:
-    """Return the number of vectors of the workspace."""
-    down, across = blocks(problem.query.rows, tile_of(problem.query.rows))
-    return VECTORS.value + SLOTS * (across + down * problem.columns)
-
-
-def tile_of(x: Tensor) -> tiles.Tile:
-    return tiles.tile(tiles.architecture(x.device), "dense", x.dtype, int(x.shape[1]))  # which may be symbolic
-
-
-def blocks(x: Tensor, tile: tiles.Tile) -> tuple[int, int]:
-    """Return the blocks of rows and of columns."""
-    return cdiv(x.shape[0], tile.block_m), cdiv(x.shape[0], tile.block_n)
-
-
-def finished(
-    problem: Problem, kept: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """Compute `Backend.finished`."""
-    x, y, t, target, _, key = call_of(problem)
-    work, c = kept
-    key = (*key, *dtypes)
-    launch = _GRADIENTS.get(key)
-    if launch is None:
-        launch = gradient_of(problem)
-        remember(_GRADIENTS, key, launch)
-    grads = [None if dtype is None else like(x, dtype) for dtype in dtypes]
-    sums = [g if g is None or g.dtype == t.dtype else like(x, t.dtype) for g in grads]
-    launch(c if x.dtype == t.dtype else c.view(x.dtype), x, y, target, t, work, upstream, *sums, *grads)
-    return grads
-
-
-def like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def gradient_of(problem: Problem) -> Launch:
-    """Return the launch of the backward of a kind of calls."""
-    x, y, t, _, scaled, _ = call_of(problem)
-    (n, d), normalize, same = x.shape, problem.normalize, problem.self_similar
-    tile = tiles.tile(tiles.architecture(x.device), "dense_gradient", x.dtype, d)
-    return Launch(
-        dense_gradient_kernel, (cdiv(n, tile.block_m), 1 if same else 2, 1), n, d, aligned(n), x.stride(0),
-        y.stride(0), int(t.shape[0] > 1), 1 / EPS if normalize else math.inf,
-        scaled, same, normalize, x.dtype == torch.float16, d <= tile.block_d,
-        INTERPRETED, acc_of(x), dot_of(x), tile.block_m, tile.block_n, tile.block_d, num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-
-
-def aligned(n: int) -> int:
-    """Return the elements of a row of scores in memory, so many that several are moved at once."""
-    return cdiv(n, 16) * 16

@@ -69,7 +69,7 @@ def finish(
     run(
         finish_kernel, (cdiv(n, block_m),),
         G_ptr=g, F_ptr=factor, X_ptr=x.rows, A_ptr=x.inverse, Z_ptr=z, B_ptr=inverse, V_ptr=v, TARGET_ptr=indices,
-        STARTS_ptr=starts, PARTS_ptr=parts, UNSCALE_ptr=unscale, UPSTREAM_ptr=None, DX_ptr=dx,
+        STARTS_ptr=starts, PARTS_ptr=parts, UNSCALE_ptr=unscale, DX_ptr=dx,
         slots=0 if g is None else g.shape[0], size_x=n, size_z=0 if z is None else z.shape[0], D=d,
         stride_gm=0 if g is None else g.stride(1), stride_pn=0 if parts is None else parts.stride(0),
         stride_xm=x.rows.stride(0), stride_zn=0 if z is None else z.stride(0), zero_row=x.zero_row, MUTUAL=mutual,

@@ -82,8 +82,10 @@ def prepare(
     return Work(problem, target, query, shared, pairs), pos
 
 
-def sizes_to_keep(problem: Problem) -> list[int]:
+def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
     """Return the sizes of what `to_keep` returns: vectors of the queries, norms, dot products of paired keys."""
+    if plan.name == "dense":  # its gradients are finished
+        return []
     rows = [math.prod(s.rows.shape[:-1]) for s in problem.sets]
     paired = [size for size, s in zip(rows, problem.sets, strict=True) if s.rows.dim() == 3]
     n = rows[0]
