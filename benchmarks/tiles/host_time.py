@@ -120,8 +120,8 @@ def main() -> None:
         for direction, name in DIRECTIONS.items():
             ours, of_dense, kernels = measure(direction, args.rows, d)
             print(f"{name:20}{d:5}{ours:10.0f}{of_dense:11.0f}{ours / of_dense:7.2f}{kernels:9}")
-            where = record.provenance(torch.device("cpu"))
-            where |= {"device": f"no GPU: launches of sm_90 are stood in for, on {where['device']}"}
+            cpu = record.provenance(torch.device("cpu"))
+            where = cpu | {"device": f"no GPU: launches of sm_90 are stood in for, on {cpu['device']}"}
             row = {"case": name, "rows": args.rows, "d": d, "ours_us": round(ours), "dense_us": round(of_dense)}
             rows.append(where | row | {"kernels": kernels})
     if args.record:
