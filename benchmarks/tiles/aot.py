@@ -79,6 +79,7 @@ class Case:
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed
+    # "few ...": so few rows that tiles on a diagonal have no launches of their own
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
@@ -155,7 +156,8 @@ def launches(case: Case) -> list[Launch]:
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     # of rows with tensor cores enough for tiles on a diagonal to have launches of their own
-    n, d, acc = 512 if case.dtype in ("float32", "float64") else 4096, case.d, accumulator(dtype)
+    few = case.dtype in ("float32", "float64") or "few" in case.variant
+    n, d, acc = 512 if few else 4096, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     general = case.variant == "general"
     names, guide = (ids if general else None), (x if case.variant == "guided" else None)
