@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time, without a GPU, exactly as the launchers would launch them.
 
-    python -m benchmarks.tiles.aot               one configuration per kernel, target and dtype class, as JSON
+    python -m benchmarks.tiles.aot               one configuration per kernel and case of few, as JSON
     python -m benchmarks.tiles.aot --all         the whole tile table, as a table
     python -m benchmarks.tiles.aot --all --record FILE    and as CSV, with a hash of the sources it holds for
 
@@ -84,6 +84,7 @@ class Case:
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
     apart: bool = False  # whether warps of their own load them, where a kernel can
+    widest: bool = False  # whether of each kernel the launch with the most arguments alone is compiled
 
 
 @dataclass(frozen=True)
@@ -249,23 +250,30 @@ def machine_code(kernel: Any) -> MachineCode:
         return MachineCode(field("REG", usage), field("STACK", usage), tool("nvdisasm", "-c", file.name))
 
 
+def widest(found: list[Launch]) -> list[Launch]:
+    """Return of each kernel the launch that is given the most arguments, the first of several such."""
+    kept: dict[str, Launch] = {}
+    for launch in sorted(found, key=lambda each: -sum(x is not None for x in each.arguments.values())):
+        kept.setdefault(launch.kernel.__name__, launch)
+    return list(kept.values())
+
+
 def compile_case(case: Case) -> list[Result]:
     results: dict[tuple[Any, ...], Result] = {}
-    for fn, arguments, _ in launches(case):
-        if case.kernels and fn.__name__ not in case.kernels:
-            continue
+    found = [each for each in launches(case) if not case.kernels or each.kernel.__name__ in case.kernels]
+    for fn, arguments, _ in widest(found) if case.widest else found:
         src, options = specialised(fn, arguments)
         key = (fn.__name__, src.hash(), str(options))
         if key in results:
             continue
         kernel = triton.compile(src, target=TARGETS[case.target], options=options)
         code, core = machine_code(kernel), TENSOR_CORE[case.target]
-        found = re.search(rf"\b{re.escape(core)}", code.text + kernel.asm.get("ptx", ""))
+        multiplied = re.search(rf"\b{re.escape(core)}", code.text + kernel.asm.get("ptx", ""))
         block_m, block_n, block_d = (arguments.get(f"BLOCK_{name}", 0) for name in "MND")
         results[key] = Result(
             case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, block_m, block_n,
             block_d, kernel.metadata.num_warps, kernel.metadata.num_stages, code.registers,
-            kernel.metadata.shared / 1024, SHARED_LIMIT[case.target], code.spilled_bytes, core if found else "",
+            kernel.metadata.shared / 1024, SHARED_LIMIT[case.target], code.spilled_bytes, core if multiplied else "",
             kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"), "USETMAXREG" in code.text,
         )  # fmt: skip
     return list(results.values())
@@ -286,7 +294,7 @@ def default_cases() -> Iterator[Case]:
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
     for target in DESCRIPTORS:
-        yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
+        yield Case(target, "bfloat16", 256, "plain", TILED[:4], tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
         yield Case(target, "bfloat16", 256, "bounded", ("exponentials_kernel",), apart=True)
 
@@ -327,7 +335,8 @@ def main() -> None:
         return print(source_hash())
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    cases = [case for case in (all_cases() if options.all else default_cases()) if options.only in case.target]
+    few = (replace(case, widest=True) for case in default_cases())
+    cases = [case for case in (all_cases() if options.all else few) if options.only in case.target]
     sources = source_hash()
     results = compile_all(cases)
     if source_hash() != sources:
