@@ -20,6 +20,8 @@ from support.broken_context import pytest_runtest_call, pytest_runtest_protocol 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for examples/ and benchmarks/; at the end, so that the installed fused_infonce comes first
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and INTERPRETED:
+    import support.interpreter  # noqa: F401
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
