@@ -148,8 +148,9 @@ def test_an_infinite_positive_is_no_perfect_match(backend, sign):
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_a_negative_that_is_minus_infinite_shows(backend, gradients, mode, in_batch):
     """Its probability is 0, yet it is no legitimate logit: NaN, whether or not a gradient is needed."""
-    query, key = (torch.rand(300, 8, device=DEVICE.get(backend)) for _ in range(2))
-    negatives = torch.rand(*([300] if mode == "paired" else []), 4, 8, device=DEVICE.get(backend))
+    n = 300 if backend == "torch" else 40
+    query, key = (torch.rand(n, 8, device=DEVICE.get(backend)) for _ in range(2))
+    negatives = torch.rand(*([n] if mode == "paired" else []), 4, 8, device=DEVICE.get(backend))
     negatives[..., 2, 3] = -math.inf
     options = {"negative_mode": mode, "in_batch_negatives": in_batch, "normalize": False, "backend": backend}
     loss = info_nce(query.requires_grad_(gradients), key, negatives, reduction="none", **options)
@@ -236,7 +237,7 @@ def test_exponentials_of_what_is_no_negative_may_overflow(backend, streaming, op
 
 @both_backends
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("t", [0.01, 1e-3, 1e-4])
+@pytest.mark.parametrize("t", [0.01, 1e-4])
 def test_temperatures_below_the_promised_ones_do_not_overflow(backend, symmetric, t):
     """Logits far beyond the range of exp in float32: no overflow."""
     inputs = call_of(33, 12, "loose", torch.float64, t)

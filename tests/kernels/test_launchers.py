@@ -155,15 +155,16 @@ def of_itself(n, kind, bounded, **options):
     return replace(problem, keys=(problem.query,))
 
 
-@both_plans
-@pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(
-    ("n", "kind", "peeled"), [(70, "views", 1000), (134, "views", 1), (69, "pairs", 1), (97, "alone", 1)]
+@every_pair(
+    rows=[(70, "views", 1000), (134, "views", 1), (69, "pairs", 1), (97, "alone", 1)],
+    normalize=[True, False],
+    bounded=[False, True],
+    plan=PLANS,
 )
-def test_self_similarity_gives_one_gradient_for_both_sides(n, kind, peeled, normalize, bounded, plan, monkeypatch):
+def test_self_similarity_gives_one_gradient_for_both_sides(rows, normalize, bounded, plan, monkeypatch):
     """A row is no negative of its own or of its partner; one state serves its row and its column, and one gradient both
     sides. Of 134 rows in tiles of 32 those on three diagonals and the last have launches of their own."""
+    n, kind, peeled = rows
     monkeypatch.setattr(launch, "PEELED", peeled)
     problem = of_itself(n, kind, bounded, normalize=normalize)
     plan = replace(plan, rows=70, cols=70, bounded=bounded)  # square blocks, as `choose` makes them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.helpers import every_pair
 from support.problems import LIMIT, backend, make, one_pass, upstream_of
 from torch import Tensor
 
@@ -51,9 +52,7 @@ def results(problem: Problem, plan: Plan) -> list[Tensor]:
     return backend.gradients(problem, plan, stats, upstream_of(problem), [problem.acc_dtype] * 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("targets", [False, True])
-@pytest.mark.parametrize("name", ["workspace", "onepass"])
+@every_pair(name=["workspace", "onepass"], targets=[False, True], dtype=[torch.bfloat16, torch.float64])
 def test_the_bits_of_pointer_loads(name, targets, dtype, apart):
     """Where some tiles meet the diagonal and have a launch of their own, and with targets, where none has."""
     plan = Plan(name, 64, 96, LIMIT, 0, "", bounded=True)

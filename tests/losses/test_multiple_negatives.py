@@ -52,7 +52,7 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(
         assert interpreted(backend) or torch.autograd.gradcheck(fused, inputs, fast_mode=True)
     elif temperature != "float":
         fixed = [x.detach() for x in inputs[:-1]]
-        assert torch.autograd.gradcheck(lambda t: fused(*fixed, t), inputs[-1], fast_mode=True)
+        assert interpreted(backend) or torch.autograd.gradcheck(lambda t: fused(*fixed, t), inputs[-1], fast_mode=True)
     got = run(lambda **given: multiple_negatives(**given, **limits), inputs, spare, options)
     want = run(dense.multiple_negatives, inputs, spare, options)
     for ours, truth in zip(got, want, strict=True):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from oracles import views as dense
-from support.helpers import bounds, mix, unit
+from support.helpers import DEVICE, bounds, cases, mix, unit
 from support.memory import MIB, PeakMemory
 
 from fused_infonce import NTXentLoss, nt_xent
@@ -153,15 +153,13 @@ def test_losses_and_gradients_of_three_views_keep_the_bounds_of_infonce(
             assert relative(grad, true_grad) <= gradient_bound
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("per_row", [False, True])
+@cases(pairs=True, normalize=[True, False], reduction=["mean", "sum", "none"], per_row=[False, True])
 def test_gradients_of_three_views_are_those_of_finite_differences(
     backend: str, normalize: bool, reduction: str, per_row: bool
 ) -> None:
-    views = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    t = (0.4 + 0.1 * torch.rand(12 if per_row else 1, dtype=torch.float64)).requires_grad_()
+    where = {"dtype": torch.float64, "device": DEVICE[backend]}
+    views = [torch.randn(4, 3, **where, requires_grad=True) for _ in range(3)]
+    t = (0.4 + 0.1 * torch.rand(12 if per_row else 1, **where)).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda t, *views: of_views(views, t, reduction, normalize=normalize, backend=backend), (t, *views),
         fast_mode=True,

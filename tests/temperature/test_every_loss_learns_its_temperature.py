@@ -118,7 +118,7 @@ def train(name, how, backend="torch", compiled=False, steps=3):
     def run(first, *others):
         return loss(model(first), *others)
 
-    run = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
+    run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     values, scales = [], [learned.detach().clone()]
     for _ in range(steps):
         value = run(*x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import COMPILED, DEVICE, both_backends
+from support.helpers import COMPILED, DEVICE, TRITON, both_backends
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,9 +98,11 @@ def explicit(loss, embeddings, rest, dims=DIMS, weights=WEIGHTS):
     return torch.stack(terms).sum(0)
 
 
-@both_backends
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("by", ["position", "name"])
+@pytest.mark.parametrize(
+    ("backend", "by"),
+    [("torch", "position"), ("torch", "name"), pytest.param("triton", "position", marks=TRITON.marks)],
+)
 def test_losses_and_gradients_are_those_of_an_explicit_sum(backend, name, by):
     make, embeddings, rest = CALLS[name]
     loss, embeddings, rest = make(backend), embeddings(backend), rest(backend)
