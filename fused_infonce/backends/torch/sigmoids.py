@@ -1,0 +1,86 @@
+"""Losses of sigmoids in chunked PyTorch: every tile of scores is final by itself, and is made once.
+
+With x_i = a_i q_i and y_j = b_j k_j the rows as the logits see them, z_ij = s_ij + b and p_ij = sigmoid(z_ij):
+
+    loss_i = softplus(-z_i,target) + sum_j softplus(z_ij)
+    G_i = w_i / t_i (sum_j p_ij y_j - sigmoid(-z_i,target) y_target(i))
+    H_j = sum_i p_ij w_i / t_i x_i - ...
+
+and dq_i, dk_j from G_i, H_j as in `chunked`. The positive's logit is made apart, and never enters a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import LN2, Problem, Sigmoids
+from ..indexing import part_of
+from ..plan import Plan
+from ..row_losses import weighted
+from .work import FLOOR, Tile, Work
+
+# From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too; exp(z) still fits float32.
+TOP = 80.0
+
+
+def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids:
+    *inputs, of_temperature, of_bias = wanted
+    work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
+    fits = not work.shift and work.device.type == "cpu" and bias.item() <= TOP / 8  # logits are up to 63 then
+    first, second = work.buffers(2)
+    losses = torch.empty(work.n, dtype=work.acc, device=work.device)
+    logits, slopes = (torch.zeros_like(losses) if want else None for want in (of_temperature, of_bias))
+    grad_query = torch.zeros_like(problem.query.rows, dtype=work.acc) if inputs[0] else None
+    for chunk in work.chunks():
+        positive = work.positives(chunk) + bias
+        w = weighted(torch.ones_like(positive), part_of(weight, chunk.rows))
+        v = -weighted(torch.sigmoid(-positive), w)
+        factor = (w * chunk.inv_t)[:, None]
+        scaled = chunk.queries.unit * factor if True in inputs[1:] else chunk.queries.unit
+        grad = None if grad_query is None else part_of(grad_query, chunk.rows)
+        if of_temperature and grad is None:
+            grad = torch.zeros_like(chunk.queries.unit)
+        value, slope = F.softplus(-positive, threshold=TOP), torch.zeros_like(positive)
+        for tile in work.tiles(chunk):
+            total, e = _exponentials(work, tile, bias, fits, first, second)
+            value += total
+            if True in wanted:
+                p = e.div_(torch.add(e, 1, out=tile.shaped(second)))
+                tile.keys.add_gradients(p, scaled, chunk.rows, tile.cols, grad)
+                slope = slope.add_(p.sum(1)) if of_bias else slope
+        losses[chunk.rows] = value
+        if grad is not None:
+            grad.mul_(factor)
+        work.add_positives(chunk, v, grad)
+        if slopes is not None:
+            slopes[chunk.rows] = slope.mul_(w).add_(v)
+        if logits is not None and grad is not None:  # x_i . G_i
+            logits[chunk.rows] = torch.linalg.vecdot(grad, chunk.queries.unit)
+        if grad_query is not None and grad is not None:
+            chunk.queries.finish(grad)
+    grads = [grad_query, *work.finish([work.acc] * len(problem.keys))]
+    return Sigmoids(losses, grads, logits, slopes)
+
+
+def _exponentials(
+    work: Work, tile: Tile, bias: Tensor, fits: bool, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return sum_j softplus(z_ij) of a tile, (R,), and in the first of two flat buffers e^z_ij, with z at most TOP.
+
+    fits: whether no z is above. A logit that is infinite makes the sum NaN.
+    """
+    chunk, aside = tile.chunk, tile.shaped(second)
+    z = tile.keys.scores(chunk.scaled, chunk.alpha * LN2, chunk.rows, tile.cols, tile.shaped(first)).add_(bias)
+    tile.exclude(z, FLOOR)
+    above = None
+    if not fits:
+        torch.sub(z, TOP, out=aside)
+        above = aside.clamp_min_(0).sum(1)
+        above += torch.where(z.amin(1) == -torch.inf, torch.nan, above - above)  # inf - inf is NaN too
+        z.clamp_max_(TOP)
+    total = torch.log1p(z.exp_(), out=aside).sum(1)
+    return (total if above is None else total.add_(above)), z
