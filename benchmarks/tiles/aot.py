@@ -37,7 +37,7 @@ from benchmarks import ROOT
 from fused_infonce.backends.contract import KeySet, Problem, Temperature, Upstream
 from fused_infonce.backends.plan import Plan
 from fused_infonce.backends.precision import accumulator
-from fused_infonce.backends.triton import backend, dense, tiles
+from fused_infonce.backends.triton import backend, dense, sigmoid, tiles
 
 SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce/backends/triton/tiles.py"]
 TARGETS = {
@@ -78,7 +78,8 @@ class Case:
     d: int
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
     # "views": rows of two views against one another;
-    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed
+    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
+    # "sigmoids": a loss of sigmoids
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
@@ -170,6 +171,9 @@ def launches(case: Case) -> list[Launch]:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
     with recorded(case.target, case.tma, case.apart) as found:
         u = torch.zeros(n, dtype=acc)
+        if case.variant == "sigmoids":
+            sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, [True] * 4)
+            return found
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
             bounded = "bounded" in case.variant
@@ -281,11 +285,13 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
+            yield Case(target, dtype, 256, "sigmoids", ("exponentials_kernel",))
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
+        yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",), tma=True)
         yield Case(target, "bfloat16", 256, "bounded", ("exponentials_kernel",), apart=True)
 
 
@@ -295,6 +301,7 @@ def all_cases() -> Iterator[Case]:
         for d in (128, 256, 1024):
             for variant in ("plain", "columns", "general", "guided", "bounded", "bounded columns", "bounded views"):
                 yield Case(target, "bfloat16", d, variant, TILED)
+            yield Case(target, "bfloat16", d, "sigmoids", TILED)
         for variant in ("plain", "columns"):
             for d in (64, 512):
                 yield Case(target, "bfloat16", d, variant, ("gradient_kernel",))
@@ -302,6 +309,8 @@ def all_cases() -> Iterator[Case]:
             for dtype in ("float32", *tf32, "float64"):
                 yield Case(target, dtype, 512, variant, TILED)
                 yield Case(target, dtype, 128, variant, ("gradient_kernel",))
+        for dtype in ("float32", "float64"):
+            yield Case(target, dtype, 512, "sigmoids", TILED)
     for target in DESCRIPTORS:
         for variant in ("bounded", "bounded columns"):
             yield Case(target, "bfloat16", 256, variant, TILED, tma=True)

@@ -246,8 +246,11 @@ def _gpu_chunk(call: Call) -> int:
 
 def _gpu_bytes(call: Call) -> int:
     """Return the bytes of a row's exponentials or scores on a GPU, and of their states."""
-    states = STATE_SLOTS * call.acc_itemsize * -(-call.m // STATE_BLOCK)
-    return call.itemsize * call.m + states * (1 + call.columns)
+    return call.itemsize * call.m + _state_bytes(call) * -(-call.m // STATE_BLOCK) * (1 + call.columns)
+
+
+def _state_bytes(call: Call) -> int:
+    return STATE_SLOTS * call.acc_itemsize
 
 
 def _triton_block(name: str, call: Call) -> tuple[int, int]:
@@ -256,7 +259,7 @@ def _triton_block(name: str, call: Call) -> tuple[int, int]:
         return n, m
     if name == "onepass":
         return n if call.columns else _gpu_chunk(call), m
-    scores = call.room // call.itemsize
+    scores = int(call.room / (call.itemsize + call.pairwise * _state_bytes(call) / STATE_BLOCK))
     side = max(math.isqrt(scores), 1)
     if name == "triangular":
         return (_filling(n, min(TRIANGULAR_SIDE, side), call),) * 2

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..contract import Problem
 from ..plan import Plan
 from .chunked import gradients, onepass, statistics
-from .sigmoids import sigmoids
+from .sigmoid import sigmoids
 
 __all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "sigmoids", "statistics", "unavailable"]
 
