@@ -85,6 +85,7 @@ def _siglip(
     workspace_limit: int | None,
 ) -> Tensor:  # fmt: skip
     """Return the loss of features that are checked; ids: of images, texts and further texts."""
+    checks.flags(normalize=normalize)
     dtype = statistics_dtype(image)
     image_ids, text_ids, negative_ids = _checked_ids(*ids, image, negatives)
     keys = [KeySet(text, text_ids)] + ([] if negatives is None else [KeySet(negatives, negative_ids)])

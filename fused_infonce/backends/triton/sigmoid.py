@@ -45,7 +45,7 @@ def sums_of_rows(
     work: Work, plan: Plan, bias: Tensor, wanted: Sequence[bool], mean: bool, sums: Sums
 ) -> tuple[Tensor, ...]:
     """Return the sums of each row that `write_sigmoids` makes, (N,) each, and add to the gradients' sums on the way."""
-    query, segments = work.query, list(work.segments)
+    query, segments = work.query, list(work.segments) if len(work.query) else []
     totals = torch.zeros((SLOTS, len(query)), dtype=work.problem.acc_dtype, device=query.rows.device)
     if segments:
         widest = max((keys for _, keys, _ in segments), key=len)
