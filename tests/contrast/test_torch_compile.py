@@ -109,6 +109,15 @@ def test_operators_pass_opcheck(columns: bool) -> None:
         torch.library.opcheck(operators.onepass, (*flat, "infonce", weight, wanted))
 
 
+def test_the_operator_of_sigmoids_passes_opcheck() -> None:
+    keys = tuple(KeySet(torch.randn(size, D)) for size in (N, 5))
+    problem = Problem(KeySet(torch.randn(N, D)), keys, Temperature(torch.tensor([0.1])))
+    bias = torch.tensor([-1.0])
+    flat = operators.flatten(problem, plan_of(problem, Options("torch"), reduced=True, bias=bias))
+    for weight, wanted in ((torch.full((1,), 1 / N), [True, False, True, True, False]), (torch.rand(N), [False] * 5)):
+        torch.library.opcheck(operators.sigmoids, (*flat, bias, weight, wanted))
+
+
 @pytest.mark.parametrize("name", ["dense", "onepass"])
 @pytest.mark.parametrize("columns", [False, True])
 def test_one_pass_operator_passes_opcheck(name: str, columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:

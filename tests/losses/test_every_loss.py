@@ -28,6 +28,7 @@ from fused_infonce import (
     MoCoLoss,
     MultipleNegativesLoss,
     NTXentLoss,
+    SigLipLoss,
     SupConLoss,
 )
 
@@ -71,13 +72,17 @@ CALLS = {
         lambda: (rows(N), rows(2, N)),
     ),
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
+    "SigLipLoss": (
+        lambda **o: SigLipLoss(normalize=True, **o),
+        lambda: (rows(N), rows(N), torch.tensor(10.0), torch.tensor(-3.0, requires_grad=True), rows(5)),
+    ),
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
 }
 # A loss that has no entry is made and called as in the example of its docstring.
 CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
 CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CLASSES - set(CALLS))}
 every_loss = pytest.mark.parametrize("name", CALLS)
-KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss")  # losses that together compile every operator over kernels
+KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss", "SigLipLoss")  # losses that together compile every operator over kernels
 
 
 def make(name, **options):
