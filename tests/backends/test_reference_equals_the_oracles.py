@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import clip, debiased, decoupled, distilled, grouped, guided, info_nce, moco, multiple_negatives, siglip, views
+from oracles import (
+    clip,
+    debiased,
+    decoupled,
+    distilled,
+    grouped,
+    guided,
+    info_nce,
+    moco,
+    multiple_negatives,
+    siglip,
+    views,
+)
 from support.helpers import FACTORS, Inputs, differentiable, make_call, pairwise, valid
 from support.ranking_calls import SOFTMAXES
 

@@ -82,7 +82,8 @@ CALLS = {
 CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
 CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CLASSES - set(CALLS))}
 every_loss = pytest.mark.parametrize("name", CALLS)
-KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss", "SigLipLoss")  # losses that together compile every operator over kernels
+# Losses that together compile every operator over kernels.
+KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss", "SigLipLoss")
 
 
 def make(name, **options):

@@ -86,7 +86,7 @@ def test_gradients_are_those_of_dense_code_and_of_finite_differences(
         if not negatives and inputs.pop("negative_ids", None) is not None:
             inputs.pop("image_ids")
     upstream = torch.linspace(1, 2, N, dtype=torch.float64) if reduction == "none" else None
-    want, gradients = compare(backend, inputs, upstream=upstream, **options)
+    _, gradients = compare(backend, inputs, upstream=upstream, **options)
     assert all(gradient.abs().max() > 1e-6 for gradient in gradients.values())
     if not interpreted(backend):
         names = [name for name, x in inputs.items() if x.is_floating_point()]

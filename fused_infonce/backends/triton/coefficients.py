@@ -151,6 +151,6 @@ def _run(
         run(
             kernel, (cdiv(rows.stop - rows.start, tile.block_m) * columns,), C_ptr=block, PEEL=name,
             row_start=rows.start, row_end=rows.stop, col_start=cols.start, col_end=cols.stop,
-            stride_cm=0 if block is None else block.stride(0), zero_row=x.zero_row, APART=apart, **sides, **excluded.arguments(x, y),
-            **guide_arguments(x, y), **more,
+            stride_cm=0 if block is None else block.stride(0), zero_row=x.zero_row, APART=apart, **sides,
+            **excluded.arguments(x, y), **guide_arguments(x, y), **more,
         )  # fmt: skip

@@ -25,8 +25,8 @@ class Tile(NamedTuple):
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
 # "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
 # "columns" are statistics of both directions, "both" those that one exponential serves, and "coefficients_columns"
-# coefficients of two exponentials; "sigmoids" need registers for three sums. "dense" is small, so that few rows fill a device. A bound on registers is for tiles
-# without masks.
+# coefficients of two exponentials; "sigmoids" make three sums, whose registers a wider tile lacks. "dense" is small, so
+# that few rows fill a device. A bound on registers is for tiles without masks.
 Rows = tuple[tuple[int | None, Tile], ...]
 TABLE: dict[str, dict[str, dict[str, Rows]]] = {
     INTERPRETER: {
