@@ -71,7 +71,7 @@ def siglip_loss(
 
     References: Zhai et al. 2023, arXiv:2303.15343; https://github.com/mlfoundations/open_clip.
     """
-    _check_features(image_features, text_features, negative_text_features)
+    check_features(image_features, text_features, negative_text_features)
     return _siglip(
         image_features, text_features, temperature_of_scale(logit_scale, image_features), logit_bias,
         negative_text_features, (image_ids, text_ids, negative_ids), weight, normalize=normalize, reduction=reduction,
@@ -96,7 +96,8 @@ def _siglip(
     return reduced_sigmoids(problem, shift, options, checks.row_weight(weight, image, dtype))
 
 
-def _check_features(image: Any, text: Any, negatives: Any) -> None:
+def check_features(image: Any, text: Any, negatives: Any = None) -> None:
+    """Check (N, D) images and their texts, and (M, D) further texts."""
     if negatives is None and checks.alike(image, text):
         return
     named = {"image_features": image, "text_features": text}
@@ -225,7 +226,7 @@ class SigLipLoss(ContrastiveLoss):
         """
         if logit_scale is None and self.logit_scale is None and self.held_temperature is None:
             raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
-        _check_features(image_features, text_features, negative_text_features)
+        check_features(image_features, text_features, negative_text_features)
         temperature = self.temperature if logit_scale is None else temperature_of_scale(logit_scale, image_features)
         if logit_bias is None:
             logit_bias = self.bias if self.logit_bias is None else self.logit_bias
