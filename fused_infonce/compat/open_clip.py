@@ -1,8 +1,8 @@
 """`ClipLoss` and `SigLipLoss` of open_clip 3.3.0, and of its main branch (4.2.0.dev0), without the logits.
 
-They are subclasses: `get_logits` and `get_ground_truth` are the original's, for whoever asks for logits, and features
-are gathered and exchanged by open_clip's own functions. A call that the fused loss refuses, such as one with a scale that is not
-positive or a bias per text, is passed to open_clip, whose value or error is returned. Known differences:
+They are subclasses: `get_logits` and `get_ground_truth` are the original's, for whoever asks for logits. `ClipLoss`
+gathers features by open_clip's `gather_features`. A call that the fused loss refuses, such as one with a scale that is
+not positive or a bias per text, is passed to open_clip, whose value or error is returned. Known differences:
 
 - The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
 - The logits are never rounded to 16 bits, so losses of 16-bit features are nearer to the exact value than there.
