@@ -35,13 +35,8 @@ SIGMOID = {"cpu": [(64, 128), (1024, 256), (8192, 768)], "cuda": [(8192, 768)]} 
 LONG = 8192  # from here on fewer rounds
 LIMIT = 540  # seconds
 RATE = 110e9  # FLOP/s of float32 matmuls on 2 cores, to begin with; then what the session's own cases say
-RATIOS = {
-    "one": 6.6,
-    "symmetric": 9.0,
-    "self": 6.3,
-    "rows": 3.9,
-    "sigmoid": 7.0,
-}  # all contestants together, in multiples of the floor
+# All contestants together, in multiples of the floor.
+RATIOS = {"one": 6.6, "symmetric": 9.0, "self": 6.3, "rows": 3.9, "sigmoid": 7.0}
 
 
 def modes(device: str, n: int, d: int) -> tuple[str, ...]:
