@@ -79,7 +79,7 @@ class Case:
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
-    # "sigmoids": a loss of sigmoids
+    # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
@@ -171,8 +171,9 @@ def launches(case: Case) -> list[Launch]:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
     with recorded(case.target, case.tma, case.apart) as found:
         u = torch.zeros(n, dtype=acc)
-        if case.variant == "sigmoids":
-            sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, [True] * 4)
+        if "sigmoids" in case.variant:
+            wanted = ["forward" not in case.variant] * 4
+            sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, wanted)
             return found
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
@@ -285,13 +286,13 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
-            yield Case(target, dtype, 256, "sigmoids", ("exponentials_kernel",))
+        yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",))
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
+    yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED, tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
-        yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",), tma=True)
         yield Case(target, "bfloat16", 256, "bounded", ("exponentials_kernel",), apart=True)
 
 
@@ -311,6 +312,7 @@ def all_cases() -> Iterator[Case]:
                 yield Case(target, dtype, 128, variant, ("gradient_kernel",))
         for dtype in ("float32", "float64"):
             yield Case(target, dtype, 512, "sigmoids", TILED)
+        yield Case(target, "bfloat16", 256, "forward sigmoids", TILED)
     for target in DESCRIPTORS:
         for variant in ("bounded", "bounded columns"):
             yield Case(target, "bfloat16", 256, variant, TILED, tma=True)
