@@ -237,7 +237,11 @@ def bias(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.full((1,), finite(name, value), dtype=dtype, device=like.device)
     if value.device != like.device and value.device.type != "cpu":
         raise ValueError(f"{name} must be on {like.device}, or one element on the CPU, got {value.device}")
-    return _beside(only(name, value, value.isfinite(), "be finite").reshape(1).to(dtype), like)
+    if values_are_free(value):
+        finite(name, value.item())
+    else:
+        value = torch.where(value.isfinite(), value, torch.nan)
+    return _beside(value.reshape(1).to(dtype), like)
 
 
 def _beside(value: Tensor, like: Tensor) -> Tensor:

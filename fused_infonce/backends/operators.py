@@ -91,9 +91,9 @@ def _as_tensor(weight: Tensor | float, problem: Problem) -> Tensor:
 
 
 def _as_given(weight: Tensor, problem: Problem) -> Tensor | float:
-    """Return the weight that `_as_tensor` was given, where it is free to read."""
+    """Return the weight that `_as_tensor` was given: one for all rows as a number, where it is free to read."""
     for_all = weight.shape[0] == 1 < problem.query.rows.shape[0] and weight.device.type == "cpu"
-    return weight.item() if for_all else weight
+    return weight.item() if for_all else weight.to(problem.acc_dtype)
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_infonce import FusedInfoNCELoss, NTXentLoss, info_nce
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, info_nce, siglip_loss
 from fused_infonce.backends import Options, operators, plan, plan_of
 from fused_infonce.backends.contract import KeySet, Problem, Temperature
 
@@ -89,6 +89,16 @@ def test_a_schedule_of_temperatures_compiles(dynamic: bool | None) -> None:
     for t in (0.1, 0.2, 0.3):
         loss.temperature = t
         torch.testing.assert_close(*(torch.autograd.grad(f(query, key), query)[0] for f in (compiled, loss)))
+
+
+@pytest.mark.parametrize("loss", [lambda q, k: info_nce(q, k, q), lambda q, k: siglip_loss(q, k, 3.0)])
+def test_one_row_compiles(loss) -> None:
+    """Whose weight is one for all rows and one a row at once."""
+    torch._dynamo.reset()
+    query, key = embeddings(1, D), embeddings(1, D)
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(query, key)
+    assert torch.equal(value, loss(query, key))
+    torch.testing.assert_close(*(torch.autograd.grad(x, query)[0] for x in (value, loss(query, key))))
 
 
 @pytest.mark.parametrize("columns", [False, True])

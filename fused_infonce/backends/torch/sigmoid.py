@@ -34,31 +34,31 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
     fits = not work.shift and work.device.type == "cpu" and bias.item() <= TOP / 8
     first, second = work.buffers(2)
     losses = torch.empty(work.n, dtype=work.acc, device=work.device)
-    logits, slopes = (torch.zeros_like(losses) if want else None for want in (of_temperature, of_bias))
+    logits, slopes = (torch.empty_like(losses) if want else None for want in (of_temperature, of_bias))
     grad_query = torch.zeros_like(problem.query.rows, dtype=work.acc) if inputs[0] else None
     for chunk in work.chunks():
-        positive = work.positives(chunk) + bias
-        w = weighted(torch.ones_like(positive), part_of(weight, chunk.rows))
-        v = -weighted(torch.sigmoid(-positive), w)
-        factor = (w * chunk.inv_t)[:, None]
+        below, w = -bias - work.positives(chunk), part_of(weight, chunk.rows)
+        value, v = F.softplus(below, threshold=TOP), weighted(torch.sigmoid(below), w).neg_()
+        factor = w * chunk.inv_t
+        factor = factor[:, None] if isinstance(factor, Tensor) else factor
         scaled = chunk.queries.unit * factor if True in inputs[1:] else chunk.queries.unit
         grad = None if grad_query is None else part_of(grad_query, chunk.rows)
         if of_temperature and grad is None:
             grad = torch.zeros_like(chunk.queries.unit)
-        value, slope = F.softplus(-positive, threshold=TOP), torch.zeros_like(positive)
+        slope = None if slopes is None else torch.zeros_like(value)
         for tile in work.tiles(chunk):
             total, e = _exponentials(work, tile, bias, fits, first, second)
             value += total
             if True in wanted:
                 p = e.div_(torch.add(e, 1, out=tile.shaped(second)))
                 tile.keys.add_gradients(p, scaled, chunk.rows, tile.cols, grad)
-                slope = slope.add_(p.sum(1)) if of_bias else slope
+                slope = None if slope is None else slope.add_(p.sum(1))
         losses[chunk.rows] = value
         if grad is not None:
             grad.mul_(factor)
         work.add_positives(chunk, v, grad)
-        if slopes is not None:
-            slopes[chunk.rows] = slope.mul_(w).add_(v)
+        if slopes is not None and slope is not None:
+            slopes[chunk.rows] = weighted(slope, w) + v
         if logits is not None and grad is not None:  # x_i . G_i
             logits[chunk.rows] = torch.linalg.vecdot(grad, chunk.queries.unit)
         if grad_query is not None and grad is not None:
