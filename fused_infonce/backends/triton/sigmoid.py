@@ -37,7 +37,7 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
         made = finished_sides(work, sums.of, v, unscale, dtypes)
         return Sigmoids(
             losses, [made.get(index) for index in range(len(inputs))],
-            w * logits * LN2 + v * pos if of_temperature else None, w * slope + v if of_bias else None,
+            w * logits * LN2 + v * pos if of_temperature else None, weighted(slope, w) + v if of_bias else None,
         )  # fmt: skip
 
 
