@@ -107,8 +107,8 @@ def with_bias(loss: Tensor, bias: Tensor | None) -> Tensor:
 class ClipLoss(ContrastiveLoss):
     """CLIP's symmetric loss as a module, called as open_clip's `ClipLoss`: images, texts and the exponentiated scale.
 
-    The function `clip_loss` has the formula. Alone among the losses this one takes rows as they are, since CLIP's
-    models return unit rows, unless `normalize` says otherwise.
+    The function `clip_loss` has the formula. Unlike most losses this one takes rows as they are, since CLIP's models
+    return unit rows, unless `normalize` says otherwise.
 
     Args:
         temperature: 1 / scale for calls without a scale: a positive number, a tensor, or a callable of no arguments,

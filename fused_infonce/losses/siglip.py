@@ -142,8 +142,8 @@ def _checked_ids(
 class SigLipLoss(ContrastiveLoss):
     """SigLIP's loss as a module, called as open_clip's `SigLipLoss`: images, texts, the exponentiated scale, the bias.
 
-    The function `siglip_loss` has the formula. As CLIP's, this loss takes rows as they are, since SigLIP's models
-    return unit rows, unless `normalize` says otherwise.
+    The function `siglip_loss` has the formula. Unlike most losses this one takes rows as they are, since SigLIP's
+    models return unit rows, unless `normalize` says otherwise.
 
     Args:
         temperature: 1 / scale for calls without a scale: a positive number, a tensor, or a callable of no arguments,
