@@ -150,8 +150,8 @@ def flag_embedding() -> tuple[Loss, Loss]:
 
 
 def unit(loss: Loss) -> Loss:
-    """CLIP's models return unit rows."""
-    return lambda a, b, scale: loss(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1), scale)
+    """CLIP's and SigLIP's models return unit rows."""
+    return lambda a, b, *rest: loss(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1), *rest)
 
 
 def classes(n: int, count: int) -> Callable[[], tuple[Tensor]]:
