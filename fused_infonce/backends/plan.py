@@ -259,7 +259,8 @@ def _triton_block(name: str, call: Call) -> tuple[int, int]:
         return n, m
     if name == "onepass":
         return n if call.columns else _gpu_chunk(call), m
-    scores = int(call.room / (call.itemsize + call.pairwise * _state_bytes(call) / STATE_BLOCK))
+    states = call.pairwise * _state_bytes(call)  # of STATE_BLOCK scores
+    scores = STATE_BLOCK * call.room // (STATE_BLOCK * call.itemsize + states)
     side = max(math.isqrt(scores), 1)
     if name == "triangular":
         return (_filling(n, min(TRIANGULAR_SIDE, side), call),) * 2

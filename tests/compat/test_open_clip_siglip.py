@@ -163,7 +163,7 @@ def compare(rank: int) -> None:
     """Random calls, each with the four ways to exchange: loss, gradients of the features, the scale and the bias."""
     monkeypatch = pytest.MonkeyPatch()
     refuse_fallback(monkeypatch, drop_in)
-    for seed, way in itertools.product(range(12), WAYS):
+    for seed, way in itertools.product(range(8), WAYS):
         inputs, t, options = draw_call(seed, rank)
         losses = [m.SigLipLoss(rank=rank, world_size=WORLD, dist_impl=way) for m in (drop_in, original)]
         assert_same(*losses, inputs, t, **options)

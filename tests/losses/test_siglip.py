@@ -131,6 +131,7 @@ PLACES = [(10.0, -10.0), (30.0, -10.0), (100.0, -30.0), (5.0, 0.0), (100.0, 0.0)
 
 
 @cases(
+    pairs=True,
     kind=["tight", "loose", "cone_98"],
     place=PLACES,
     normalize=[True, False],
