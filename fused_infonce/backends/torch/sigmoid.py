@@ -23,7 +23,8 @@ from ..plan import Plan
 from ..row_losses import weighted
 from .work import FLOOR, Tile, Work
 
-# From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too; exp(z) still fits float32.
+# From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too; exp(z) still fits float32, so that
+# log1p(exp(z)) is the softplus of what is below.
 TOP = 80.0
 
 
@@ -47,12 +48,14 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
             grad = torch.zeros_like(chunk.queries.unit)
         slope = None if slopes is None else torch.zeros_like(value)
         for tile in work.tiles(chunk):
-            total, e = _exponentials(work, tile, bias, fits, first, second)
-            value += total
-            if True in wanted:
-                p = e.div_(torch.add(e, 1, out=tile.shaped(second)))
-                tile.keys.add_gradients(p, scaled, chunk.rows, tile.cols, grad)
+            z = _logits(tile, bias, first)
+            if not fits:
+                value += _above(z, tile.shaped(second))
+            p = torch.sigmoid(z, out=tile.shaped(second)) if True in wanted else None
+            value += z.exp_().log1p_().sum(1)
+            if p is not None:
                 slope = None if slope is None else slope.add_(p.sum(1))
+                tile.keys.add_gradients(p, scaled, chunk.rows, tile.cols, grad)
         losses[chunk.rows] = value
         if grad is not None:
             grad.mul_(factor)
@@ -67,21 +70,17 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
     return Sigmoids(losses, grads, logits, slopes)
 
 
-def _exponentials(
-    work: Work, tile: Tile, bias: Tensor, fits: bool, first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return sum_j softplus(z_ij) of a tile, (R,), and in the first of two flat buffers e^z_ij, with z at most TOP.
-
-    fits: whether no z is above. A logit that is infinite makes the sum NaN.
-    """
-    chunk, aside = tile.chunk, tile.shaped(second)
-    z = tile.keys.scores(chunk.scaled, chunk.alpha * LN2, chunk.rows, tile.cols, tile.shaped(first)).add_(bias)
+def _logits(tile: Tile, bias: Tensor, out: Tensor) -> Tensor:
+    """Return z_ij of a tile in a flat buffer, FLOOR where a pair is no negative."""
+    chunk = tile.chunk
+    z = tile.keys.scores(chunk.scaled, chunk.alpha * LN2, chunk.rows, tile.cols, tile.shaped(out)).add_(bias)
     tile.exclude(z, FLOOR)
-    above = None
-    if not fits:
-        torch.sub(z, TOP, out=aside)
-        above = aside.clamp_min_(0).sum(1)
-        above += torch.where(z.amin(1) == -torch.inf, torch.nan, above - above)  # inf - inf is NaN too
-        z.clamp_max_(TOP)
-    total = torch.log1p(z.exp_(), out=aside).sum(1)
-    return (total if above is None else total.add_(above)), z
+    return z
+
+
+def _above(z: Tensor, aside: Tensor) -> Tensor:
+    """Clamp logits at TOP in place; return the sums, (R,), of what was above it, NaN where a logit is infinite."""
+    total = torch.sub(z, TOP, out=aside).clamp_min_(0).sum(1)
+    total += torch.where(z.amin(1) == -torch.inf, torch.nan, total - total)  # inf - inf is NaN too
+    z.clamp_max_(TOP)
+    return total
