@@ -14,13 +14,15 @@ FLOOR = "floor"  # bare matmuls
 AGAIN = f"{FLOOR}, at the end"  # of a case: its ratio to the floor is the drift of the machine
 REPLAYED = ", replayed"  # after a contestant's name: its pass, captured as a graph
 TEMPERATURE = 0.05
+SCALE, BIAS = 10.0, -10.0  # of SigLIP's loss, which starts there
 
 
 @dataclass(frozen=True)
 class Case:
     """A comparison: N queries against M keys of width D; "self" has N rows in each of two views."""
 
-    direction: str  # "one", "symmetric", "self", or "rows": one, whose rows are reduced by the caller
+    # "one", "symmetric", "self", "rows" (one, whose rows are reduced by the caller), or "sigmoid": pairs by themselves
+    direction: str
     n: int
     m: int
     d: int
@@ -30,7 +32,7 @@ class Case:
     @property
     def loss(self) -> str:
         """The name of the loss in the records."""
-        return "nt_xent" if self.direction == "self" else "info_nce"
+        return {"self": "nt_xent", "sigmoid": "siglip"}.get(self.direction, "info_nce")
 
     @property
     def rows(self) -> int:

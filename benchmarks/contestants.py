@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_infonce import info_nce, nt_xent
+from fused_infonce import info_nce, nt_xent, siglip_loss
 
 from . import dense
-from .cases import COMPILED, DENSE, OURS, TEMPERATURE, Case
+from .cases import BIAS, COMPILED, DENSE, OURS, SCALE, TEMPERATURE, Case
 from .dense import labels, unit
 
 FLOOR_ROWS = 1024
@@ -32,6 +32,7 @@ OF_OURS: dict[str, Loss] = {
     "symmetric": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, symmetric=True),
     "self": lambda a, b: nt_xent(a, b, TEMPERATURE),
     "rows": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, reduction="none").mean(),
+    "sigmoid": lambda q, k: siglip_loss(q, k, SCALE, BIAS, normalize=True),
 }
 
 
@@ -82,6 +83,12 @@ def open_clip() -> Loss:
     """open_clip's loss, of unit rows."""
     clip = without_package("open_clip.loss").ClipLoss()
     return lambda q, k: clip(*unit(q, k), 1 / TEMPERATURE)
+
+
+def open_clip_siglip() -> Loss:
+    """open_clip's SigLIP loss, of unit rows."""
+    siglip = without_package("open_clip.loss").SigLipLoss()
+    return lambda q, k: siglip(*unit(q, k), SCALE, BIAS)
 
 
 def lightly() -> Loss:
@@ -164,6 +171,11 @@ PEERS: dict[str, dict[str, tuple[str, Callable[[], Loss]]]] = {
         DENSE: ("cpu cuda", lambda: dense.nt_xent),
         COMPILED: ("cuda", compiled(dense.nt_xent)),
         "lightly": ("cpu cuda", lightly),
+    },
+    "sigmoid": {
+        DENSE: ("cpu cuda", lambda: dense.siglip),
+        COMPILED: ("cuda", compiled(dense.siglip)),
+        "open_clip": ("cpu cuda", open_clip_siglip),
     },
 }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import TEMPERATURE
+from .cases import BIAS, SCALE, TEMPERATURE
 
 
 def unit(*rows: Tensor) -> tuple[Tensor, ...]:
@@ -45,6 +45,13 @@ def clip(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """CLIP's loss of unit rows, as open_clip writes it: two matmuls."""
     target = labels(images)
     return (F.cross_entropy(scale * images @ texts.T, target) + F.cross_entropy(scale * texts @ images.T, target)) / 2
+
+
+def siglip(images: Tensor, texts: Tensor, scale: float | Tensor = SCALE, bias: float | Tensor = BIAS) -> Tensor:
+    """SigLIP's loss."""
+    images, texts = unit(images, texts)
+    signs = 2 * torch.eye(len(images), dtype=images.dtype, device=images.device) - 1
+    return -F.logsigmoid(signs * (scale * images @ texts.T + bias)).sum() / len(images)
 
 
 def nt_xent(view_a: Tensor, view_b: Tensor) -> Tensor:
@@ -133,4 +140,5 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rows": rows,
     "symmetric": symmetric,
     "self": nt_xent,
+    "sigmoid": siglip,
 }

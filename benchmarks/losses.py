@@ -12,7 +12,7 @@ from torch import Tensor
 import fused_infonce as ours
 
 from . import dense
-from .cases import DENSE, OURS, TEMPERATURE
+from .cases import BIAS, DENSE, OURS, SCALE, TEMPERATURE
 
 SIZES = (64, 256, 1024)
 WIDTH = 128
@@ -53,6 +53,11 @@ def scaled(learned: bool, rows_of_unit: bool) -> Inputs:
         return *(x.requires_grad_() for x in rows), scale
 
     return make
+
+
+def scaled_and_shifted(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """SigLIP's pairs, its learned scale and bias."""
+    return *pairs(n, generator), *(torch.tensor(x, requires_grad=True) for x in (SCALE, BIAS))
 
 
 def views(n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -122,6 +127,7 @@ LOSSES: dict[str, Entry] = {
     "ClipLoss(normalize=True)": Entry(
         "symmetric", lambda: clip(normalize=True), scaled(learned=False, rows_of_unit=False)
     ),
+    "SigLipLoss": Entry("sigmoid", lambda: (ours.SigLipLoss(normalize=True), dense.siglip), scaled_and_shifted),
     "NTXentLoss": Entry("self", lambda: (ours.NTXentLoss(TEMPERATURE), dense.nt_xent)),
     "SupConLoss": Entry(
         "self", lambda: (ours.SupConLoss(TEMPERATURE, base_temperature=TEMPERATURE), dense.sup_con), views

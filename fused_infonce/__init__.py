@@ -14,6 +14,7 @@ from .losses.info_nce import FusedInfoNCELoss
 from .losses.moco import MoCoLoss
 from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
+from .losses.siglip import SigLipLoss
 from .losses.sup_con import SupConLoss
 from .wrappers.matryoshka import MatryoshkaLoss
 
@@ -30,6 +31,7 @@ __all__ = [
     "MultipleNegativesLoss",
     "NTXentLoss",
     "RowStatistics",
+    "SigLipLoss",
     "Statistics",
     "SupConLoss",
     "statistics",

@@ -211,10 +211,45 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "tempe
     lowest = None
     if values_are_free(value) and value.numel():
         lowest = value.item() if value.numel() == 1 else value.min().item()
-    flat = value.reshape(-1).to(dtype).contiguous()
-    if value.device != like.device:  # one element: multiplying by a 0-d CPU tensor passes it as a kernel argument
-        flat = torch.ones(1, dtype=dtype, device=like.device) * flat[0]
-    return Temperature(flat, lowest)
+    return Temperature(_beside(value.reshape(-1).to(dtype).contiguous(), like), lowest)
+
+
+def one_number(name: str, value: Any) -> None:
+    """Check for a number or a floating tensor of one element."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__}")
+        return
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
+    dense(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a one-element tensor, got shape {tuple(value.shape)}")
+
+
+def bias(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a finite number or a tensor of one element, on the CPU too, as (1,) beside `like`, differentiable.
+
+    Where values cannot be read for free, one that is not finite becomes NaN.
+    """
+    one_number(name, value)
+    if not isinstance(value, Tensor):
+        return torch.full((1,), finite(name, value), dtype=dtype, device=like.device)
+    if value.device != like.device and value.device.type != "cpu":
+        raise ValueError(f"{name} must be on {like.device}, or one element on the CPU, got {value.device}")
+    if values_are_free(value):
+        finite(name, value.item())
+    else:
+        value = torch.where(value.isfinite(), value, torch.nan)
+    return _beside(value.reshape(1).to(dtype), like)
+
+
+def _beside(value: Tensor, like: Tensor) -> Tensor:
+    """Return a vector on the device of `like`: of another device it has one element, on the CPU."""
+    if value.device == like.device:
+        return value
+    # a product with a 0-d CPU tensor passes it as a kernel argument
+    return torch.ones(1, dtype=value.dtype, device=like.device) * value[0]
 
 
 def number_or_tensor(name: str, value: Any) -> None:

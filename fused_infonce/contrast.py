@@ -1,7 +1,7 @@
-"""The primitive as autograd sees it: two Functions over a plan and a backend. Everything else is O(N) on their outputs.
+"""The primitives as autograd sees them: Functions over a plan and a backend. All else is O(N) on their outputs.
 
 `statistics` is differentiable through `pos`, `neg` and the columns' `neg`; `onepass` makes a loss and its gradients at
-once, for plans that allow it.
+once, for plans that allow it. `sigmoids` is for losses in which every pair is classified by itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import backends
 from .backends import Options
-from .backends.contract import KeySet, Problem, RowStatistics, Statistics, Temperature, Upstream
+from .backends.contract import KeySet, Problem, RowStatistics, Sigmoids, Statistics, Temperature, Upstream
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
-from .backends.row_losses import temperature_gradient
+from .backends.row_losses import temperature_gradient, weighted
 
 _explained: dict[int, list[Plan]] = {}  # by thread
 
@@ -75,6 +75,26 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
         return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
     nothing = [False] * (len(problem.inputs) + 1)
     return _without_graph(problem, lambda p: backends.get(plan.backend).onepass(p, plan, loss, weight, nothing).loss)
+
+
+def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float | None = None) -> Tensor:
+    """Return `sum_i weight_i loss_i` with loss_i of `contract.Sigmoids`, or without weights the losses of rows, (N,).
+
+    plan: that of `problem` and this bias, (1,), with losses `reduced` exactly where there are weights.
+    """
+    if is_explaining():
+        _explained[threading.get_ident()].append(plan)
+        zero = problem.temperature.values.new_zeros(problem.query.rows.shape[0])
+        return zero if weight is None else zero.sum()
+    backend, factor = backends.get(plan.backend), 1.0 if weight is None else weight
+    if plan.gradients and not backend.differentiable:
+        return _Sigmoids.apply(problem, plan, weight, problem.temperature.values, bias, *_apart(problem))
+    nothing = [False] * (len(problem.inputs) + 2)
+    if backend.differentiable:
+        losses = backend.sigmoids(problem, plan, bias, factor, nothing).losses
+    else:
+        losses = _without_graph(problem, lambda p: backend.sigmoids(p, plan, bias, factor, nothing).losses)
+    return losses if weight is None else weighted(losses, weight).sum()
 
 
 def _zeros(problem: Problem) -> Statistics:
@@ -216,6 +236,56 @@ class _OnePass(torch.autograd.Function):
         else:
             grads = [_times(g, upstream, dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
         return None, None, None, None, None if dt is None else dt * upstream, *grads
+
+
+class _Sigmoids(torch.autograd.Function):
+    """Losses of sigmoids. Their weighted sum has its gradients made in the forward; those of rows apart, whose weights
+    are their upstream, in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, plan: Plan, weight: Tensor | float | None, temperature: Tensor, bias: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.wanted = [*ctx.needs_input_grad[5:], *ctx.needs_input_grad[3:5]]
+        ctx.dtypes = [x.dtype for x in inputs]
+        bound = _bind(problem, temperature, inputs)
+        if weight is None:
+            tensors = bound.tensors()
+            ctx.problem, ctx.plan = bound.with_tensors([None] * len(tensors)), plan
+            ctx.save_for_backward(bias, *tensors)
+            return _sigmoids(bound, plan, bias, 1.0, [False] * len(ctx.wanted)).losses
+        ctx.problem = None
+        result = _sigmoids(bound, plan, bias, weight, ctx.wanted)
+        ctx.save_for_backward(*_slopes(result, bound))
+        return weighted(result.losses, weight).sum()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        slopes: Sequence[Tensor | None] = ctx.saved_tensors
+        if ctx.problem is not None:
+            bias, *tensors = ctx.saved_tensors
+            problem = ctx.problem.with_tensors(tensors)
+            result = _sigmoids(problem, ctx.plan, bias, upstream.contiguous(), ctx.wanted)
+            slopes, upstream = _slopes(result, problem), upstream.new_ones(())
+        dt, db, *grads = slopes
+        scalars = [None if x is None else x * upstream for x in (dt, db)]
+        return None, None, None, *scalars, *[_times(g, upstream, d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+
+
+def _sigmoids(
+    problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]
+) -> Sigmoids:  # fmt: skip
+    with without_autocast(problem.query.rows.device.type):
+        return backends.get(plan.backend).sigmoids(problem, plan, bias, weight, wanted)
+
+
+def _slopes(result: Sigmoids, problem: Problem) -> list[Tensor | None]:
+    """Return the gradients of the temperature, of the bias, and of the inputs as they came."""
+    dt = None if result.logits is None else temperature_gradient(result.logits, problem.temperature)
+    db = None if result.bias is None else result.bias.sum(0, keepdim=True)
+    return [dt, db, *_unscale(problem, result.inputs)]
 
 
 def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:

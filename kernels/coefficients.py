@@ -1,4 +1,4 @@
-"""Blocks of coefficients and of exponentials, written into a workspace for library products.
+"""Blocks of coefficients, of exponentials and of sigmoids, written into a workspace for library products.
 
 The workspace is as wide and as high as whole tiles, so that nothing is masked when it is written. Where the pairs that
 are no negatives are on diagonals alone, or there are none, two launches make one block: PEEL "off" is of the whole
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .gradient import both_directions, coefficients, direction
+from .sigmoid import LOG2E, softplus_and_sigmoid
 from .statistics import store_state
 from .tile import FLOOR, RAISE, cast, live, load_vector, meets_diagonal, negatives, raw_dots
 
@@ -57,6 +58,7 @@ def tile_start(
 @triton.jit(do_not_specialize=["row_start", "row_end", "shift"])  # columns must be known to be aligned
 def exponentials_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, ROWS_ptr, COLUMNS_ptr,
+    UX_ptr, BIAS_ptr,
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
     BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
@@ -69,6 +71,10 @@ def exponentials_kernel(
 
     With COLUMNS: states of the columns over each block of rows go to slots of it, and the scores z_ij sx_i themselves
     are written, since what turns exponentials into coefficients is of their row and their column then; see `encoded`.
+
+    With BIAS: with the logit z_ij sx_i + bias log2(e) of a pair its sigmoid is in place of the exponential, and the
+    coefficient ux_i a_i b_j sigmoid_ij is written, or nothing without C; the first vector of a state is then the sum of
+    softplus.
     """
     pid_m, pid_n, start_m, start_n, made = tile_start(
         row_start, row_end, col_start, col_end, shift, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
@@ -91,13 +97,25 @@ def exponentials_kernel(
             BLOCK_G, ACC,
         )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
-    p = tl.exp2(s)
+    if BIAS_ptr is None:
+        p = tl.exp2(s)
+    else:
+        softplus, p = softplus_and_sigmoid(s + tl.load(BIAS_ptr) * LOG2E)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     x = tl.zeros((BLOCK_M,), ACC)
     if MEAN:
         x = tl.sum(p * s, 1)
-    store_state(ROWS_ptr, pid_n, rows, row_end - row_start, tl.zeros((BLOCK_M,), ACC), tl.sum(p, 1), x)
-    if COLUMNS_ptr is None:
+    if BIAS_ptr is None:
+        store_state(ROWS_ptr, pid_n, rows, row_end - row_start, tl.zeros((BLOCK_M,), ACC), tl.sum(p, 1), x)
+    else:
+        store_state(ROWS_ptr, pid_n, rows, row_end - row_start, tl.sum(softplus, 1), tl.sum(p, 1), x)
+    if BIAS_ptr is not None:
+        if C_ptr is not None:
+            w = live(load_vector(A_ptr, offs_m, row_end, 1.0, ACC), zero_row)
+            w *= load_vector(UX_ptr, offs_m, row_end, 1.0, ACC)
+            c = (p * w[:, None]) * live(b, zero_row)[None, :]
+            write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+    elif COLUMNS_ptr is None:
         c = p * (live(b, zero_row) * (1 / RAISE))[None, :]
         write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
     else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contestants, record
-from benchmarks.cases import OURS
+from benchmarks.cases import BIAS, OURS, SCALE
 from benchmarks.contest import peak_bytes
 from benchmarks.contestants import without_package
 
@@ -66,6 +66,13 @@ def open_clip() -> tuple[Loss, Loss]:
     from fused_infonce.compat import open_clip as ours
 
     return unit(ours.ClipLoss()), unit(theirs)
+
+
+def open_clip_siglip() -> tuple[Loss, Loss]:
+    theirs = without_package("open_clip.loss").SigLipLoss()
+    from fused_infonce.compat import open_clip as ours
+
+    return unit(ours.SigLipLoss()), unit(theirs)
 
 
 def lightly() -> tuple[Loss, Loss]:
@@ -143,8 +150,8 @@ def flag_embedding() -> tuple[Loss, Loss]:
 
 
 def unit(loss: Loss) -> Loss:
-    """CLIP's models return unit rows."""
-    return lambda a, b, scale: loss(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1), scale)
+    """CLIP's and SigLIP's models return unit rows."""
+    return lambda a, b, *rest: loss(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1), *rest)
 
 
 def classes(n: int, count: int) -> Callable[[], tuple[Tensor]]:
@@ -158,6 +165,10 @@ MATCHES = [
         ((4096, 384), (4096, 384), (4096, 16, 384)),
     ),
     Match("open_clip", "ClipLoss", "8192 pairs, D = 512", open_clip, ((8192, 512),) * 2, lambda: (torch.tensor(20.0),)),
+    Match(
+        "open_clip", "SigLipLoss", "8192 pairs, D = 768", open_clip_siglip, ((8192, 768),) * 2,
+        lambda: (torch.tensor(SCALE), torch.tensor(BIAS)),
+    ),
     Match("lightly", "NTXentLoss", "4096 pairs, D = 128", lightly, ((4096, 128),) * 2),
     Match(
         "pytorch-metric-learning", "NTXentLoss", "256 in 32 classes, D = 128",

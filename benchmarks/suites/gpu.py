@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import contestants, record
-from benchmarks.cases import AGAIN, COMPILED, DENSE, FLOOR, OURS, REPLAYED, TEMPERATURE, Case, square
+from benchmarks.cases import AGAIN, BIAS, COMPILED, DENSE, FLOOR, OURS, REPLAYED, SCALE, TEMPERATURE, Case, square
 from benchmarks.contest import Contest, alive, forget_gradients
-from fused_infonce import info_nce, nt_xent
+from fused_infonce import info_nce, nt_xent, siglip_loss
 from fused_infonce.backends import BackendName, registry
 
 WIDTHS = (64, 128, 256, 512, 768, 1024, 2048, 4096)
@@ -53,6 +53,7 @@ STAND_IN = (  # direction, dtype and pass of the cases without a GPU
     ("one", "bfloat16", "fwd_bwd"),
     ("symmetric", "float16", "fwd"),
     ("self", "float32", "fwd_bwd"),
+    ("sigmoid", "bfloat16", "fwd_bwd"),
 )
 Pass = Callable[[], object]
 
@@ -79,7 +80,9 @@ def cases() -> list[Case]:
     chosen = [square(n, 768) for n in (16384, 65536, 8192, 32768, 2048, 512, 131072)]
     chosen += [square(16384, 768, direction=direction) for direction in two]
     chosen += [square(16384, d) for d in WIDTHS if d != 768]
+    chosen += [square(n, 768, direction="sigmoid") for n in (16384, 65536, 8192)]
     chosen += [square(8192, 768, dtype) for dtype in ("float16", "float32")]
+    chosen += [square(8192, 768, dtype, "sigmoid") for dtype in ("float16", "float32")]
     chosen += [square(n, d) for n, d in UNEVEN]
     chosen += [square(n, 768, mode="fwd") for n in (16384, 65536, 2048)]
     chosen += [square(n, 256) for n in (1 << 20, 1 << 18)]
@@ -130,6 +133,8 @@ def evaluate(direction: str, rows: Sequence[Tensor], backend: BackendName) -> li
     query, key = rows
     if direction == "self":
         loss = nt_xent(query, key, TEMPERATURE, backend=backend)
+    elif direction == "sigmoid":
+        loss = siglip_loss(query, key, SCALE, BIAS, normalize=True, backend=backend)
     else:
         loss = info_nce(query, key, temperature=TEMPERATURE, symmetric=direction == "symmetric", backend=backend)
     return [x.detach().double() for x in (loss, *torch.autograd.grad(loss * 1024, rows))]

@@ -37,7 +37,7 @@ from benchmarks import ROOT
 from fused_infonce.backends.contract import KeySet, Problem, Temperature, Upstream
 from fused_infonce.backends.plan import Plan
 from fused_infonce.backends.precision import accumulator
-from fused_infonce.backends.triton import backend, dense, tiles
+from fused_infonce.backends.triton import backend, dense, sigmoid, tiles
 
 SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce/backends/triton/tiles.py"]
 TARGETS = {
@@ -78,8 +78,9 @@ class Case:
     d: int
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
     # "views": rows of two views against one another;
-    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed
-    # "few ...": so few rows that tiles on a diagonal have no launches of their own
+    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
+    # "few ...": so few rows that tiles on a diagonal have no launches of their own;
+    # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
@@ -173,6 +174,10 @@ def launches(case: Case) -> list[Launch]:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
     with recorded(case.target, case.tma, case.apart) as found:
         u = torch.zeros(n, dtype=acc)
+        if "sigmoids" in case.variant:
+            wanted = ["forward" not in case.variant] * 4
+            sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, wanted)
+            return found
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
             bounded = "bounded" in case.variant
@@ -291,8 +296,10 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
+        yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",))
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
+    yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED[:4], tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)
@@ -305,6 +312,7 @@ def all_cases() -> Iterator[Case]:
         for d in (128, 256, 1024):
             for variant in ("plain", "columns", "general", "guided", "bounded", "bounded columns", "bounded views"):
                 yield Case(target, "bfloat16", d, variant, TILED)
+            yield Case(target, "bfloat16", d, "sigmoids", TILED)
         for variant in ("plain", "columns"):
             for d in (64, 512):
                 yield Case(target, "bfloat16", d, variant, ("gradient_kernel",))
@@ -312,6 +320,9 @@ def all_cases() -> Iterator[Case]:
             for dtype in ("float32", *tf32, "float64"):
                 yield Case(target, dtype, 512, variant, TILED)
                 yield Case(target, dtype, 128, variant, ("gradient_kernel",))
+        for dtype in ("float32", "float64"):
+            yield Case(target, dtype, 512, "sigmoids", TILED)
+        yield Case(target, "bfloat16", 256, "forward sigmoids", TILED)
     for target in DESCRIPTORS:
         for variant in ("bounded", "bounded columns"):
             yield Case(target, "bfloat16", 256, variant, TILED, tma=True)

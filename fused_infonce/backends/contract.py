@@ -209,6 +209,24 @@ class OnePass(NamedTuple):
     kept: Sequence[Tensor] = ()
 
 
+class Sigmoids(NamedTuple):
+    """The losses of rows whose pairs are classified one by one, and the gradients of their weighted sum.
+
+    loss_i = softplus(-(pos_i + b)) + sum_j softplus(s_ij + b) over the row's negatives j in all sets, b being the bias
+
+    losses: (N,) in the accumulator dtype, not weighted; NaN where a logit is not finite
+    inputs: the gradients of sum_i weight_i loss_i, aligned with `Problem.inputs`, in the accumulator dtype; None where
+        not wanted
+    logits, bias: sum_j s_ij dL/ds_ij and sum_j dL/ds_ij of each row, its positive among them, (N,), what the gradients
+        of the temperature and of the bias are made of; None where not wanted
+    """
+
+    losses: Tensor
+    inputs: list[Tensor | None]
+    logits: Tensor | None
+    bias: Tensor | None
+
+
 class Backend(Protocol):
     """A way to compute the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
 
@@ -216,7 +234,7 @@ class Backend(Protocol):
     None where it is not needed and its work is skipped; `wanted` ends with the temperature.
     """
 
-    differentiable: bool  # whether autograd sees through `statistics`, which is then all that is asked for
+    differentiable: bool  # whether autograd sees through `statistics` and `sigmoids`: nothing else is asked for then
 
     def unavailable(self, tensor: Tensor) -> str:
         """Return why the backend cannot run on such a tensor; "" if it can."""
@@ -250,6 +268,16 @@ class Backend(Protocol):
         """Return the gradients of a one-pass loss times its upstream, rounded once; asked where `onepass` kept tensors.
 
         sums, kept: of the `OnePass`, which stay as they are. upstream: a tensor of no dimensions.
+        """
+        ...
+
+    def sigmoids(
+        self, problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]
+    ) -> Sigmoids:
+        """Return the losses of sigmoids and the gradients of their weighted sum.
+
+        bias: (1,) in the accumulator dtype, added to every logit. weight: as for `onepass`. wanted: ends with the
+        temperature and the bias.
         """
         ...
 

@@ -1,6 +1,6 @@
 """A backend as PyTorch operators: which `torch.compile` records in place of looking inside.
 
-An operator takes flat arguments and returns tensors; `Recorded` puts a backend's own signatures around four of them.
+An operator takes flat arguments and returns tensors; `Recorded` puts a backend's own signatures around five of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .contract import OnePass, Problem, RowStatistics, Statistics, Upstream
+from .contract import OnePass, Problem, RowStatistics, Sigmoids, Statistics, Upstream
 from .plan import Plan
 from .precision import accumulator
 from .registry import load
@@ -45,10 +45,7 @@ class Recorded:
     def onepass(
         self, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
     ) -> OnePass:
-        if not isinstance(weight, Tensor):  # it may be symbolic
-            values = problem.temperature.values
-            exact = torch.float64 if values.device.type == "cpu" else values.dtype  # read there as the number it was
-            weight = values.new_full((1,), weight, dtype=exact)
+        weight = _as_tensor(weight, problem)
         value, logits, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
         kept = rest[len(problem.inputs) :]
         there = _summed(problem, wanted, bool(kept))
@@ -60,6 +57,14 @@ class Recorded:
     ) -> list[Tensor | None]:  # fmt: skip
         codes = [DTYPES.index(dtype) for dtype in dtypes]
         return _none_if_empty(finished(*flatten(problem, plan), sums, kept, upstream, codes), codes)
+
+    def sigmoids(
+        self, problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]
+    ) -> Sigmoids:
+        found = sigmoids(*flatten(problem, plan), bias, _as_tensor(weight, problem), wanted)
+        losses, logits, slopes, *grads = _none_if_empty(found, [True, *wanted[-2:], *wanted[:-2]])
+        assert losses is not None
+        return Sigmoids(losses, grads, logits, slopes)
 
     def kept_sizes(self, problem: Problem, plan: Plan) -> list[int]:
         return load(self.name).kept_sizes(problem, plan)
@@ -74,6 +79,21 @@ def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
 def _summed(problem: Problem, wanted: Sequence[bool], unfinished: bool) -> list[bool]:
     """Return which inputs `onepass` returns a gradient or, where these are unfinished, a sum of."""
     return [w and not (unfinished and x.dim() == 3) for x, w in zip(problem.inputs, wanted, strict=False)]
+
+
+def _as_tensor(weight: Tensor | float, problem: Problem) -> Tensor:
+    """Return a weight as a tensor, one for all rows as one of (1,): it may be symbolic."""
+    if isinstance(weight, Tensor):
+        return weight
+    values = problem.temperature.values
+    exact = torch.float64 if values.device.type == "cpu" else values.dtype  # read there as the number it was
+    return values.new_full((1,), weight, dtype=exact)
+
+
+def _as_given(weight: Tensor, problem: Problem) -> Tensor | float:
+    """Return the weight that `_as_tensor` was given: one for all rows as a number, where it is free to read."""
+    for_all = weight.shape[0] == 1 < problem.query.rows.shape[0] and weight.device.type == "cpu"
+    return weight.item() if for_all else weight.to(problem.acc_dtype)
 
 
 def _plan(name: str, sizes: Sequence[int]) -> Plan:
@@ -142,8 +162,7 @@ def onepass(
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     problem = Problem.of(tensors, *flags)
-    for_all = weight.shape[0] == 1 < problem.query.rows.shape[0] and weight.device.type == "cpu"  # free to read
-    result = load(backend).onepass(problem, _plan(plan, sizes), loss, weight.item() if for_all else weight, wanted)
+    result = load(backend).onepass(problem, _plan(plan, sizes), loss, _as_given(weight, problem), wanted)
     return _or_empty([result.loss, *_apart([result.logits, *result.inputs, *result.kept])], problem.temperature.values)
 
 
@@ -177,6 +196,28 @@ def _(
     kept: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     return _like_inputs(Problem.of(tensors, *flags), [DTYPES[i] for i in dtypes])
+
+
+@library.custom_op("fused_infonce::sigmoids", mutates_args=())
+def sigmoids(
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], bias: Tensor,
+    weight: Tensor, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem.of(tensors, *flags)
+    result = load(backend).sigmoids(problem, _plan(plan, sizes), bias, _as_given(weight, problem), wanted)
+    grads = [g if want else None for g, want in zip(result.inputs, wanted, strict=False)]
+    return _or_empty(_apart([result.losses, result.logits, result.bias, *grads]), problem.temperature.values)
+
+
+@sigmoids.register_fake
+def _(
+    tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int], bias: Tensor,
+    weight: Tensor, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem.of(tensors, *flags)
+    t, n = problem.temperature.values, problem.query.rows.shape[0]
+    grads = _like_inputs(problem, [problem.acc_dtype if want else None for want in wanted[:-2]])
+    return [t.new_empty(n), *(t.new_empty(n if want else 0) for want in wanted[-2:]), *grads]
 
 
 def _like_inputs(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:

@@ -127,6 +127,7 @@ class Call:
     guided: bool = False  # whether a guide's scores are made beside every block of scores
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
     one_to_one: bool = False  # whether there is one set of keys, each of them the target of one query
+    pairwise: bool = False  # whether a loss is a sum over pairs, so that every block of scores is final by itself
     processors: int = PROCESSORS  # of a GPU, which the output tiles of a library product are to fill
 
     @property
@@ -157,8 +158,16 @@ HALF = "all rows are compared with one another, and half of a symmetric matrix w
 AT_ONCE = "a block of queries meets all keys at once, which gives loss and gradients in one pass"
 ALL_FIT = "all scores fit workspace_limit, which gives both directions and their gradients in one pass"
 AGAIN = ": the backward computes the scores again"
+BY_PAIRS = "a pair's loss needs no other pair, so that any block of scores gives loss and gradients at once"
+ROWS_APART = "the rows' losses are not simply added up (reduction='none', or a loss with terms of its own)" + AGAIN
 # fmt: off
+PAIRWISE: tuple[Rule, ...] = (
+    ("forward", lambda c: c.pairwise and not c.gradients, 2, NO_GRADIENT),
+    ("onepass", lambda c: c.pairwise and c.reduced, 6, BY_PAIRS),
+    ("workspace", lambda c: c.pairwise, 8, ROWS_APART),
+)
 TRITON: tuple[Rule, ...] = (
+    *PAIRWISE,
     ("dense", lambda c: c.reduced and c.one_to_one and 0 < c.n * c.m <= _gpu_few(c), 6,
      "the scores are few, so that launching kernels would cost more than their arithmetic"),
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
@@ -174,6 +183,7 @@ TRITON: tuple[Rule, ...] = (
 )
 REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "backend='reference' holds all scores, however many"),)
 TORCH: tuple[Rule, ...] = (
+    *PAIRWISE,
     ("dense", lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c), 6,
      "the scores are few, so that dividing them would cost more than it saves"),
     ("triangular", lambda c: c.self_similar, 4, HALF),
@@ -185,8 +195,7 @@ TORCH: tuple[Rule, ...] = (
     ("workspace", lambda c: c.columns, 8,
      "both directions are asked for, and that of the keys is complete after the last query only" + AGAIN),
     ("workspace", lambda c: c.reduced, 8, "too few queries fit workspace_limit beside all keys" + AGAIN),
-    ("workspace", lambda c: True, 8,
-     "the rows' losses are not simply added up (reduction='none', or a loss with terms of its own)" + AGAIN),
+    ("workspace", lambda c: True, 8, ROWS_APART),
 )
 # fmt: on
 
@@ -201,7 +210,7 @@ def choose(full: bool = False, mean: bool = True, **sizes: Any) -> Plan:
         flops = 4
     if not call.gradients:
         flops = 1 if halved and name != "dense" else 2
-    rows, cols = blocks(name, call)
+    rows, cols = blocks("workspace" if call.pairwise and name != "reference" else name, call)
     return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean)
 
 
@@ -237,8 +246,11 @@ def _gpu_chunk(call: Call) -> int:
 
 def _gpu_bytes(call: Call) -> int:
     """Return the bytes of a row's exponentials or scores on a GPU, and of their states."""
-    states = STATE_SLOTS * call.acc_itemsize * -(-call.m // STATE_BLOCK)
-    return call.itemsize * call.m + states * (1 + call.columns)
+    return call.itemsize * call.m + _state_bytes(call) * -(-call.m // STATE_BLOCK) * (1 + call.columns)
+
+
+def _state_bytes(call: Call) -> int:
+    return STATE_SLOTS * call.acc_itemsize
 
 
 def _triton_block(name: str, call: Call) -> tuple[int, int]:
@@ -247,7 +259,8 @@ def _triton_block(name: str, call: Call) -> tuple[int, int]:
         return n, m
     if name == "onepass":
         return n if call.columns else _gpu_chunk(call), m
-    scores = call.room // call.itemsize
+    states = call.pairwise * _state_bytes(call)  # of STATE_BLOCK scores
+    scores = STATE_BLOCK * call.room // (STATE_BLOCK * call.itemsize + states)
     side = max(math.isqrt(scores), 1)
     if name == "triangular":
         return (_filling(n, min(TRIANGULAR_SIDE, side), call),) * 2

@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import EPS, LN2, KeySet, Problem, RowStatistics, Statistics
+from .contract import EPS, LN2, KeySet, Problem, RowStatistics, Sigmoids, Statistics
 from .plan import Plan
 
 differentiable = True
@@ -38,14 +39,29 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
     return _statistics(problem)
 
 
-def _statistics(problem: Problem) -> Statistics:
+def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids:
+    scores, left_out, pos, t = _scored(problem)
+    own = slice(0 if problem.in_batch else 1, None)
+    logits, out = torch.cat(scores[own] or [scores[0][:, :0]], 1) / t, _cat(left_out[own], scores[0])
+    bad = ~(logits.isfinite() | out).all(1)
+    each = F.softplus(logits + bias.to(logits.dtype), threshold=80).masked_fill(out, 0).to(pos.dtype)
+    losses = F.softplus(-(pos + bias), threshold=80) + each.sum(1)
+    return Sigmoids(losses.masked_fill(bad, math.nan), [], None, None)
+
+
+def _scored(problem: Problem) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Return the products with every set of keys, which of these are no negatives, the positives' logits, and t."""
     acc = problem.temperature.values.dtype
     query, *keys = (_seen(s, problem.normalize) for s in problem.sets)
     t = problem.temperature.values.to(query.dtype)[:, None]  # (1, 1) or (N, 1)
     scores = [_products(query, key) for key in keys]
     target = torch.arange(len(query), device=query.device) if problem.target is None else problem.target
     pos = _positives(scores[0] / t, target).to(acc)
-    left_out = [_left_out(problem, index, target) for index in range(len(keys))]
+    return scores, [_left_out(problem, index, target) for index in range(len(keys))], pos, t
+
+
+def _statistics(problem: Problem) -> Statistics:
+    scores, left_out, pos, t = _scored(problem)
     own = slice(0 if problem.in_batch else 1, None)
     rows = _row_statistics(pos, torch.cat(scores[own] or [scores[0][:, :0]], 1) / t, _cat(left_out[own], scores[0]))
     if not problem.columns:

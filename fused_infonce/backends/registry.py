@@ -116,17 +116,20 @@ def user_level(*packages: str) -> int:
 remembered = lru_cache(maxsize=1024)(choose)
 
 
-def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = False, full: bool = False) -> Plan:
+def plan_of(
+    problem: Problem, options: Options, reduced: bool, weighted: bool = False, full: bool = False,
+    bias: Tensor | None = None,
+) -> Plan:  # fmt: skip
     """Return the plan of a call on these inputs as they are now, before they are cast.
 
     reduced, weighted: whether the loss is a sum of row losses known in closed form, and whether rows weigh differently.
-    full: whether the statistics themselves are what was asked for.
+    full: whether the statistics themselves are what was asked for. bias: that of a loss of sigmoids.
     """
     backend = resolve(options.backend, problem.query.rows)
     compiling = torch.compiler.is_compiling()
     if backend != "reference":
         if forward_ad._current_level >= 0:
-            _refuse_tangents(problem)
+            _refuse_tangents(*problem.inputs, problem.temperature.values, *([] if bias is None else [bias]))
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError("the transforms of torch.func (grad, jacrev, vmap, ...) need backend='reference'")
     query, t = problem.query.rows, problem.temperature
@@ -139,6 +142,7 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     plan = choose if compiling else remembered
     of_t = torch.is_grad_enabled() and t.values.requires_grad
     needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
+    needed = needed or (bias is not None and torch.is_grad_enabled() and bias.requires_grad)
     return plan(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
@@ -146,12 +150,12 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
         plain=problem.plain and not weighted, per_row=not t.shared,
         bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
-        mean=full or of_t, joint=problem.joint,
+        mean=full or of_t, joint=problem.joint, pairwise=bias is not None,
         processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 
 
-def _refuse_tangents(problem: Problem) -> None:
-    for x in (*problem.inputs, problem.temperature.values):
+def _refuse_tangents(*tensors: Tensor) -> None:
+    for x in tensors:
         if forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError("the fused loss has no forward-mode derivative (jvp): it needs backend='reference'")

@@ -46,6 +46,17 @@ def reduced(problem: Problem, options: Options, loss: Loss, weight: Tensor | Non
     return reduced_rows(losses, problem, options.reduction, weight)
 
 
+def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: Tensor | None = None) -> Tensor:
+    """Return the losses of sigmoids that `contract.Sigmoids` defines, with this (1,) bias, reduced as `options` say."""
+    at_once = closed_form(problem, options, weight)
+    plan = plan_of(problem, options, reduced=at_once, bias=bias)
+    if not at_once:
+        return reduced_rows(contrast.sigmoids(problem, plan, bias), problem, options.reduction, weight)
+    w, empty = row_weights(problem, options.reduction, weight)
+    total = contrast.sigmoids(problem, plan, bias, w)
+    return total if empty is None else torch.where(empty, torch.nan, total)
+
+
 def closed_form(problem: Problem, options: Options, weight: Tensor | None) -> bool:
     """Return whether a loss in ROW_LOSSES and its gradients may be made at once, which is for the plan to decide."""
     return options.reduction != "none" and not apart(problem) and (weight is None or not weight.requires_grad)

@@ -92,15 +92,9 @@ def bias_of(logit_bias: Any) -> Tensor | None:
     """Return what a checked bias adds to a loss: 0, with a gradient of 0, whatever its value; None if it needs none."""
     if logit_bias is None:
         return None
+    checks.one_number("logit_bias", logit_bias)
     if not isinstance(logit_bias, Tensor):
-        if isinstance(logit_bias, bool) or not isinstance(logit_bias, (int, float)):
-            raise TypeError(f"logit_bias must be a number or a one-element tensor, got {type(logit_bias).__name__}")
         return None
-    if logit_bias.dtype not in checks.FLOATS:
-        raise TypeError(f"logit_bias must be a number or a floating tensor, got {logit_bias.dtype}")
-    checks.dense("logit_bias", logit_bias)
-    if logit_bias.numel() != 1:
-        raise ValueError(f"logit_bias must be a number or a one-element tensor, got shape {tuple(logit_bias.shape)}")
     needed = logit_bias.requires_grad and torch.is_grad_enabled()
     return 0 * logit_bias.reshape(()).nan_to_num(0, 0, 0) if needed else None
 
@@ -113,8 +107,8 @@ def with_bias(loss: Tensor, bias: Tensor | None) -> Tensor:
 class ClipLoss(ContrastiveLoss):
     """CLIP's symmetric loss as a module, called as open_clip's `ClipLoss`: images, texts and the exponentiated scale.
 
-    The function `clip_loss` has the formula. Alone among the losses this one takes rows as they are, since CLIP's
-    models return unit rows, unless `normalize` says otherwise.
+    The function `clip_loss` has the formula. Unlike most losses this one takes rows as they are, since CLIP's models
+    return unit rows, unless `normalize` says otherwise.
 
     Args:
         temperature: 1 / scale for calls without a scale: a positive number, a tensor, or a callable of no arguments,

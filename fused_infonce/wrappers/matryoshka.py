@@ -37,7 +37,7 @@ class MatryoshkaLoss(Explained):
     they must be flat.
 
     A prefix is a view of its embeddings, and this module copies none. A prefix of a unit vector is not a unit vector,
-    so that l must normalise: `ClipLoss` wants `normalize=True` here.
+    so that l must normalise: `ClipLoss` and `SigLipLoss` want `normalize=True` here.
 
     Args:
         loss: l, a module, whose parameters are then this one's too, or a function; it returns a tensor of any shape.

@@ -27,6 +27,7 @@ CALLS = {
     "MoCoLoss": lambda: (f.MoCoLoss(D, queue_size=8), (rows(4), rows(4)), {}),
     "MultipleNegativesLoss": lambda: (f.MultipleNegativesLoss(), (rows(4), [rows(4)]), {}),
     "NTXentLoss": lambda: (f.NTXentLoss(), (rows(4), rows(4)), {}),
+    "SigLipLoss": lambda: (f.SigLipLoss(), (rows(4), rows(4), 10.0, -10.0), {"text_ids": torch.arange(4)}),
     "SupConLoss": lambda: (f.SupConLoss(), (rows(4, 2),), {"labels": torch.arange(4) % 2}),
 }
 # Words of this library's sources, or names of its internals.

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import clip, debiased, decoupled, distilled, grouped, guided, info_nce, moco, multiple_negatives, views
+from oracles import (
+    clip,
+    debiased,
+    decoupled,
+    distilled,
+    grouped,
+    guided,
+    info_nce,
+    moco,
+    multiple_negatives,
+    siglip,
+    views,
+)
 from support.helpers import FACTORS, Inputs, differentiable, make_call, pairwise, valid
 from support.ranking_calls import SOFTMAXES
 
@@ -166,6 +178,22 @@ CALLS: dict[str, Calls] = {
             ),
         ],
     ),
+    "siglip_loss": (
+        functional.siglip_loss,
+        siglip.siglip_loss,
+        [
+            lambda: (
+                {"image_features": rows(N), "text_features": rows(N), "logit_scale": scalar(), "logit_bias": -scalar()},
+                {},
+            ),
+            lambda: (
+                {"image_features": rows(N), "text_features": rows(N), "negative_text_features": rows(3)}
+                | {"logit_scale": per_row()[:, None], "weight": per_row()},
+                {"normalize": True, "reduction": "none", "text_ids": torch.arange(N) % 3, "logit_bias": -1.0}
+                | {"negative_ids": torch.arange(3)},
+            ),
+        ],
+    ),
     "moco_loss": (
         functional.moco_loss,
         moco.moco_loss,
@@ -290,8 +318,8 @@ def test_no_loss_with_a_backend_is_missing_here():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_loss_is_at_least_float32(dtype):
-    for function in (functional.info_nce, functional.nt_xent, functional.clip_loss):
-        given = {"logit_scale": 3.0} if function is functional.clip_loss else {}
+    for function in (functional.info_nce, functional.nt_xent, functional.clip_loss, functional.siglip_loss):
+        given = {"logit_scale": 3.0} if function in (functional.clip_loss, functional.siglip_loss) else {}
         a, b = (rows(N).to(dtype).requires_grad_() for _ in range(2))
         loss = function(a, b, **given, backend="reference")
         assert loss.dtype == torch.float32
@@ -308,6 +336,7 @@ SECOND = {
         torch.stack([q, k], 1), LABELS[:4], None, t, base_temperature=None, backend="reference"
     ),
     "clip_loss": lambda q, k, t: functional.clip_loss(q, k, 1 / t, backend="reference"),
+    "siglip_loss": lambda q, k, t: functional.siglip_loss(q, k, 1 / t, -t, q[:2], backend="reference"),
     "moco_loss": lambda q, k, t: functional.moco_loss(q, rows(4, d=3), rows(3, d=6), t, backend="reference"),
     "decoupled_info_nce": lambda q, k, t: functional.decoupled_info_nce(q, k, temperature=t, backend="reference"),
     "decoupled_nt_xent": lambda q, k, t: functional.decoupled_nt_xent(q, k, t, backend="reference"),

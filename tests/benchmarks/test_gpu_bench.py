@@ -26,7 +26,7 @@ class TestGpuSuite:
         assert {case.d for case in cases} == {*gpu.WIDTHS, 312}
         for direction in ("one", "symmetric"):
             assert any(case.n % 2 and case.direction == direction for case in cases)
-        asked = {(d, t, "fwd_bwd") for d in gpu.DIRECTIONS for t in ("bfloat16", "float16", "float32")}
+        asked = {(d, t, "fwd_bwd") for d in (*gpu.DIRECTIONS, "sigmoid") for t in ("bfloat16", "float16", "float32")}
         asked |= {(d, "bfloat16", "fwd") for d in gpu.DIRECTIONS}
         assert {(case.direction, case.dtype, case.mode) for case in cases} == asked
         assert {case.direction for case in cases[:10]} == set(gpu.DIRECTIONS)

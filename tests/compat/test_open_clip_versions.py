@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_infonce.compat
-from fused_infonce import clip_loss
+from fused_infonce import clip_loss, siglip_loss
 from fused_infonce.compat import common
 
 N, D, WORLD = 4, 6, 2
@@ -55,6 +55,12 @@ class Main(Loss):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
 
 
+class SigLip(nn.Module):
+    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, chunk_size=0):
+        super().__init__()
+        self.rank, self.world_size, self.dist_impl, self.chunk_size = rank, world_size, dist_impl or "bidir", chunk_size
+
+
 def stand_in(version, calls):
     """Return an `open_clip.loss` of a version; its `gather_features` notes its arguments, and copies the features."""
     module: Any = ModuleType("open_clip.loss")
@@ -73,6 +79,7 @@ def stand_in(version, calls):
 
     module.gather_features = released if version == "3.3.0" else main
     module.ClipLoss = Released if version == "3.3.0" else Main
+    module.SigLipLoss = SigLip
     return module
 
 
@@ -115,6 +122,14 @@ def test_one_process_needs_no_gathering(version, over):
     got = drop_in.ClipLoss()(image, text, logit_scale=10.0, output_dict=True)
     torch.testing.assert_close(got["contrastive_loss"], clip_loss(image, text, 10.0))
     assert not calls
+
+
+@both_versions
+def test_the_options_of_siglip_are_those_of_the_version(version, over):
+    drop_in, _ = over(version)
+    image, text = features()
+    got = drop_in.SigLipLoss(chunk_size=2)(image, text, 10.0, -3.0, output_dict=True)
+    torch.testing.assert_close(got["contrastive_loss"], siglip_loss(image, text, 10.0, -3.0))
 
 
 @both_versions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_infonce import FusedInfoNCELoss, NTXentLoss, info_nce
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, info_nce, siglip_loss
 from fused_infonce.backends import Options, operators, plan, plan_of
 from fused_infonce.backends.contract import KeySet, Problem, Temperature
 
@@ -91,6 +91,16 @@ def test_a_schedule_of_temperatures_compiles(dynamic: bool | None) -> None:
         torch.testing.assert_close(*(torch.autograd.grad(f(query, key), query)[0] for f in (compiled, loss)))
 
 
+@pytest.mark.parametrize("loss", [lambda q, k: info_nce(q, k, q), lambda q, k: siglip_loss(q, k, 3.0)])
+def test_one_row_compiles(loss) -> None:
+    """Whose weight is one for all rows and one a row at once."""
+    torch._dynamo.reset()
+    query, key = embeddings(1, D), embeddings(1, D)
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(query, key)
+    assert torch.equal(value, loss(query, key))
+    torch.testing.assert_close(*(torch.autograd.grad(x, query)[0] for x in (value, loss(query, key))))
+
+
 @pytest.mark.parametrize("columns", [False, True])
 def test_operators_pass_opcheck(columns: bool) -> None:
     keys = tuple(KeySet(torch.randn(shape)) for shape in ((N, D), (5, D), (N, H, D)))
@@ -107,6 +117,15 @@ def test_operators_pass_opcheck(columns: bool) -> None:
         weight = torch.full((1,), 1 / N)
         wanted = [True, False, True, True, True]
         torch.library.opcheck(operators.onepass, (*flat, "infonce", weight, wanted))
+
+
+def test_the_operator_of_sigmoids_passes_opcheck() -> None:
+    keys = tuple(KeySet(torch.randn(size, D)) for size in (N, 5))
+    problem = Problem(KeySet(torch.randn(N, D)), keys, Temperature(torch.tensor([0.1])))
+    bias = torch.tensor([-1.0])
+    flat = operators.flatten(problem, plan_of(problem, Options("torch"), reduced=True, bias=bias))
+    for weight, wanted in ((torch.full((1,), 1 / N), [True, False, True, True, False]), (torch.rand(N), [False] * 5)):
+        torch.library.opcheck(operators.sigmoids, (*flat, bias, weight, wanted))
 
 
 @pytest.mark.parametrize("name", ["dense", "onepass"])

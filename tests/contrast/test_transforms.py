@@ -81,7 +81,7 @@ def test_autograd_functional_jacobian_works():
     torch.testing.assert_close(got, torch.autograd.functional.jacobian(lambda x: dense(x, key), query))
 
 
-@pytest.mark.parametrize("name", ["FusedInfoNCELoss", "NTXentLoss", "SupConLoss", "ClipLoss", "DCLLoss"])
+@pytest.mark.parametrize("name", ["FusedInfoNCELoss", "NTXentLoss", "SupConLoss", "ClipLoss", "SigLipLoss", "DCLLoss"])
 def test_torchscript_is_refused_with_the_way_out(name):
     with pytest.raises(TypeError, match=rf"{name} .*torch\.compile"):
         torch.jit.script(getattr(fused_infonce, name)())

@@ -28,6 +28,7 @@ from fused_infonce import (
     MoCoLoss,
     MultipleNegativesLoss,
     NTXentLoss,
+    SigLipLoss,
     SupConLoss,
 )
 
@@ -71,6 +72,10 @@ CALLS = {
         lambda: (rows(N), rows(2, N)),
     ),
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
+    "SigLipLoss": (
+        lambda **o: SigLipLoss(normalize=True, **o),
+        lambda: (rows(N), rows(N), torch.tensor(10.0), torch.tensor(-3.0, requires_grad=True), rows(5)),
+    ),
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
 }
 # A loss that has no entry is made and called as in the example of its docstring.
@@ -79,7 +84,7 @@ CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CL
 every_loss = pytest.mark.parametrize("name", CALLS)
 # Losses that together compile every operator over kernels, and some with a number for a temperature: all are compiled
 # with a learned one in tests/temperature.
-KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss")
+KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss", "SigLipLoss")
 COMPILED = ("GroupedInfoNCELoss", "GuidedInfoNCELoss", "MoCoLoss", "MultipleNegativesLoss")
 
 

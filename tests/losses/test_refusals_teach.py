@@ -105,6 +105,7 @@ SPARSE = {
     "text_features": lambda x: f.clip_loss(ROWS, x(ROWS), 1.0),
     "logit_scale": lambda x: f.clip_loss(ROWS, ROWS, x(torch.ones(N))),
     "logit_bias": lambda x: f.clip_loss(ROWS, ROWS, 1.0, x(torch.ones(1))),
+    "negative_text_features": lambda x: f.siglip_loss(ROWS, ROWS, 1.0, 0.0, x(ROWS)),
     "queue": lambda x: f.moco_loss(ROWS, ROWS, x(torch.randn(D, 9))),
     "key": lambda x: f.moco_loss(ROWS, x(ROWS), torch.randn(D, 9)),
     "passages": lambda x: f.grouped_info_nce(ROWS, x(ROWS), 1),

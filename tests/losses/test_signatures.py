@@ -20,6 +20,7 @@ POSITIONAL = {
     "GroupedInfoNCELoss": ["group_size"],
     "MatryoshkaLoss": ["loss", "dims", "weights", "n_dims_per_step"],  # of sentence-transformers
     "MoCoLoss": ["dim"],
+    "SigLipLoss": [],
 }
 every_class = pytest.mark.parametrize("name", CLASSES)
 

@@ -27,7 +27,7 @@ def refuse_fallback(monkeypatch: pytest.MonkeyPatch, drop_in: Any) -> None:
         monkeypatch.setattr(drop_in, "say_once", fail)
 
 
-SCALARS = ("temperature", "logit_scale")  # their gradients are sums over all rows, in which most cancels
+SCALARS = ("temperature", "logit_scale", "logit_bias")  # their gradients are sums over all rows, in which most cancels
 
 
 def assert_same(ours: Loss, original: Loss, inputs: Inputs, t: float, **options: Any) -> None:

@@ -26,6 +26,7 @@ from fused_infonce import (
     MoCoLoss,
     MultipleNegativesLoss,
     NTXentLoss,
+    SigLipLoss,
     SupConLoss,
 )
 
@@ -59,6 +60,7 @@ LOSSES = {
         lambda: (rows(N), rows(2, N)),
     ),
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
+    "SigLipLoss": (lambda **t: SigLipLoss(normalize=True, bias=-2.0, **t), lambda: (rows(N), rows(N))),
     "SupConLoss": (SupConLoss, lambda: (rows(N, 2), torch.arange(N) % 3)),
     "SupConLoss of views": (SupConLoss, lambda: (rows(N, 2),)),
 }

@@ -20,6 +20,7 @@ from fused_infonce import (
     MatryoshkaLoss,
     MoCoLoss,
     NTXentLoss,
+    SigLipLoss,
     SupConLoss,
     info_nce,
     moco_loss,
@@ -69,6 +70,11 @@ CALLS: dict[str, Any] = {
     ),
     "clip": (
         lambda b: ClipLoss(normalize=True, backend=b),
+        lambda b: named(b, image_features=(N,), text_features=(N,)),
+        lambda b: {"logit_scale": per_row(b), "logit_bias": torch.ones(1, 1, dtype=torch.float64, requires_grad=True)},
+    ),
+    "siglip": (
+        lambda b: SigLipLoss(normalize=True, backend=b),
         lambda b: named(b, image_features=(N,), text_features=(N,)),
         lambda b: {"logit_scale": per_row(b), "logit_bias": torch.ones(1, 1, dtype=torch.float64, requires_grad=True)},
     ),

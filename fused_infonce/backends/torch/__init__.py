@@ -5,8 +5,9 @@ from torch import Tensor
 from ..contract import Problem
 from ..plan import Plan
 from .chunked import gradients, onepass, statistics
+from .sigmoid import sigmoids
 
-__all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "statistics", "unavailable"]
+__all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "sigmoids", "statistics", "unavailable"]
 
 differentiable = False
 

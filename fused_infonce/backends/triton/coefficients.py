@@ -1,4 +1,4 @@
-"""Launchers of kernels/coefficients.py: blocks of coefficients or exponentials, as high and as wide as whole tiles."""
+"""Launchers of kernels/coefficients.py: blocks of coefficients, exponentials or sigmoids, of whole tiles each way."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from .launch import (
 from .statistics import SLOTS
 
 CODES = 2**15 - 2  # the largest integer that stands for a score: below 2^15 - 1 whatever the score's rounding
-ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "code": 0.0}  # what the kernel of exponentials gets for one direction
+# What the kernel of exponentials gets for one direction, and for a loss that is no sum over pairs.
+ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "code": 0.0}
+NO_PAIRS: dict[str, Any] = {"UX_ptr": None, "BIAS_ptr": None}
 NAMES = ("exponentials", "coefficients", "coefficients_columns")  # of the kernels of this file in `tiles.TABLE`
 APART_WARPS = 4  # for which the compiler makes three times as many, four of them to load rows
 
@@ -69,8 +71,25 @@ def write_exponentials(
     size, every = rows.stop - rows.start, slice(0, len(y))
     across = cdiv(len(y), tile_of("exponentials", x, y).block_n)
     states = block.new_empty((across, SLOTS, size), dtype=accumulator(block.dtype))
-    _run(exponentials_kernel, "exponentials", block, x, y, rows, every, excluded, ROWS_ptr=states, MEAN=mean, **ALONE)
+    _run(
+        exponentials_kernel, "exponentials", block, x, y, rows, every, excluded, ROWS_ptr=states, MEAN=mean, **ALONE,
+        **NO_PAIRS,
+    )  # fmt: skip
     return block[:size, : len(y)], states.sum(0, keepdim=True)  # every maximum is 0
+
+
+def write_sigmoids(
+    block: Tensor | None, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded, bias: Tensor, mean: bool
+) -> Tensor:
+    """Return the sums over y[cols] of softplus, sigmoid and, with `mean`, sigmoid times the logit in base 2 without its
+    bias, (SLOTS, n) of some rows of x; C[rows, cols] is written into a block of `block_of`, if there is one."""
+    across = cdiv(cols.stop - cols.start, tile_of("sigmoids", x, y).block_n)
+    states = x.rows.new_empty((across, SLOTS, rows.stop - rows.start), dtype=accumulator(x.rows.dtype))
+    _run(
+        exponentials_kernel, "sigmoids", block, x, y, rows, cols, excluded, ROWS_ptr=states, UX_ptr=x.weight,
+        BIAS_ptr=bias, MEAN=mean, **ALONE,
+    )  # fmt: skip
+    return states.sum(0)
 
 
 def write_scores(
@@ -88,7 +107,7 @@ def write_scores(
     )
     _run(
         exponentials_kernel, "coefficients", scores_of(block), x, y, slice(0, len(x)), slice(0, len(y)), excluded,
-        ROWS_ptr=states, COLUMNS_ptr=columns, MEAN=mean, code=1 / step,
+        ROWS_ptr=states, COLUMNS_ptr=columns, MEAN=mean, code=1 / step, **NO_PAIRS,
     )  # fmt: skip
     return states.sum(0, keepdim=True), columns.sum(0, keepdim=True), step
 
@@ -117,7 +136,7 @@ def scores_of(block: Tensor) -> Tensor:
 
 
 def _run(
-    kernel: Any, tile_name: str, block: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded,
+    kernel: Any, tile_name: str, block: Tensor | None, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded,
     **more: Any,
 ) -> None:  # fmt: skip
     """Launch a kernel over a block: at once, or apart over the tiles that need a mask, where these are few."""
@@ -132,6 +151,6 @@ def _run(
         run(
             kernel, (cdiv(rows.stop - rows.start, tile.block_m) * columns,), C_ptr=block, PEEL=name,
             row_start=rows.start, row_end=rows.stop, col_start=cols.start, col_end=cols.stop,
-            stride_cm=block.stride(0), zero_row=x.zero_row, APART=apart, **sides, **excluded.arguments(x, y),
-            **guide_arguments(x, y), **more,
+            stride_cm=0 if block is None else block.stride(0), zero_row=x.zero_row, APART=apart, **sides,
+            **excluded.arguments(x, y), **guide_arguments(x, y), **more,
         )  # fmt: skip

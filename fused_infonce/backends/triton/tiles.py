@@ -25,8 +25,8 @@ class Tile(NamedTuple):
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
 # "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
 # "columns" are statistics of both directions, "both" those that one exponential serves, and "coefficients_columns"
-# coefficients of two exponentials. "dense" is small, so that few rows fill a device. A bound on registers is for tiles
-# without masks.
+# coefficients of two exponentials; "sigmoids" make three sums, whose registers a wider tile lacks. "dense" is small, so
+# that few rows fill a device. A bound on registers is for tiles without masks.
 Rows = tuple[tuple[int | None, Tile], ...]
 TABLE: dict[str, dict[str, dict[str, Rows]]] = {
     INTERPRETER: {
@@ -59,6 +59,12 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "coefficients": {
             "half": ((None, Tile(128, 128, 64, 8, 3)),),
             "tf32": ((None, Tile(128, 128, 32, 8, 3)),),
+            "single": ((None, Tile(64, 64, 32, 8, 2)),),
+            "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+        "sigmoids": {
+            "half": ((None, Tile(128, 64, 64, 8, 3)),),
+            "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
         },
@@ -110,6 +116,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
             "half": ((None, Tile(128, 64, 64, 8, 3)),),
             "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
         },
+        "sigmoids": {"half": ((None, Tile(128, 64, 64, 8, 3)),), "tf32": ((None, Tile(128, 64, 32, 8, 3)),)},
     },
     "sm_100": {
         "statistics": {
@@ -127,6 +134,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
             "single": ((None, Tile(64, 64, 32, 4, 2)),),
         },
         "exponentials": {"half": ((None, Tile(128, 128, 64, 8, 3)),)},
+        "sigmoids": {"single": ((None, Tile(64, 64, 32, 8, 2)),)},
         "both": {
             "half": ((128, Tile(128, 64, 128, 8, 3)), (256, Tile(128, 64, 256, 8, 3)), (None, Tile(128, 64, 64, 8, 3))),
         },
@@ -146,7 +154,10 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
 # interpreter has entries of one dtype class, "half", for all. "tf32" is of float32 rows that tensor cores multiply.
 PARENT = {"sm_86": "sm_80", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
 # The kernel whose entry is taken where an architecture has none for another.
-INSTEAD = {"exponentials": "coefficients", "coefficients_columns": "coefficients", "both": "columns"}
+INSTEAD = {
+    "exponentials": "coefficients", "coefficients_columns": "coefficients", "sigmoids": "coefficients",
+    "both": "columns",
+}  # fmt: skip
 CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "single", torch.float64: "double"}
 

@@ -1,0 +1,86 @@
+"""Losses of sigmoids in chunked PyTorch: every tile of scores is final by itself, and is made once.
+
+With x_i = a_i q_i and y_j = b_j k_j the rows as the logits see them, z_ij = s_ij + b and p_ij = sigmoid(z_ij):
+
+    loss_i = softplus(-z_i,target) + sum_j softplus(z_ij)
+    G_i = w_i / t_i (sum_j p_ij y_j - sigmoid(-z_i,target) y_target(i))
+    H_j = sum_i p_ij w_i / t_i x_i - ...
+
+and dq_i, dk_j from G_i, H_j as in `chunked`. The positive's logit is made apart, and never enters a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import LN2, Problem, Sigmoids
+from ..indexing import part_of
+from ..plan import Plan
+from ..row_losses import weighted
+from .work import FLOOR, Tile, Work
+
+# From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too; exp(z) still fits float32, so that
+# log1p(exp(z)) is the softplus of what is below.
+TOP = 80.0
+
+
+def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids:
+    *inputs, of_temperature, of_bias = wanted
+    work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
+    # Unshifted logits are up to 63, and in float64, whose exponentials go further, up to 624.
+    fits = not work.shift and work.device.type == "cpu" and bias.item() <= TOP / 8
+    first, second = work.buffers(2)
+    losses = torch.empty(work.n, dtype=work.acc, device=work.device)
+    logits, slopes = (torch.empty_like(losses) if want else None for want in (of_temperature, of_bias))
+    grad_query = torch.zeros_like(problem.query.rows, dtype=work.acc) if inputs[0] else None
+    for chunk in work.chunks():
+        below, w = -bias - work.positives(chunk), part_of(weight, chunk.rows)
+        value, v = F.softplus(below, threshold=TOP), weighted(torch.sigmoid(below), w).neg_()
+        factor = w * chunk.inv_t
+        factor = factor[:, None] if isinstance(factor, Tensor) else factor
+        scaled = chunk.queries.unit * factor if True in inputs[1:] else chunk.queries.unit
+        grad = None if grad_query is None else part_of(grad_query, chunk.rows)
+        if of_temperature and grad is None:
+            grad = torch.zeros_like(chunk.queries.unit)
+        slope = None if slopes is None else torch.zeros_like(value)
+        for tile in work.tiles(chunk):
+            z = _logits(tile, bias, first)
+            if not fits:
+                value += _above(z, tile.shaped(second))
+            p = torch.sigmoid(z, out=tile.shaped(second)) if True in wanted else None
+            value += z.exp_().log1p_().sum(1)
+            if p is not None:
+                slope = None if slope is None else slope.add_(p.sum(1))
+                tile.keys.add_gradients(p, scaled, chunk.rows, tile.cols, grad)
+        losses[chunk.rows] = value
+        if grad is not None:
+            grad.mul_(factor)
+        work.add_positives(chunk, v, grad)
+        if slopes is not None and slope is not None:
+            slopes[chunk.rows] = weighted(slope, w) + v
+        if logits is not None and grad is not None:  # x_i . G_i
+            logits[chunk.rows] = torch.linalg.vecdot(grad, chunk.queries.unit)
+        if grad_query is not None and grad is not None:
+            chunk.queries.finish(grad)
+    grads = [grad_query, *work.finish([work.acc] * len(problem.keys))]
+    return Sigmoids(losses, grads, logits, slopes)
+
+
+def _logits(tile: Tile, bias: Tensor, out: Tensor) -> Tensor:
+    """Return z_ij of a tile in a flat buffer, FLOOR where a pair is no negative."""
+    chunk = tile.chunk
+    z = tile.keys.scores(chunk.scaled, chunk.alpha * LN2, chunk.rows, tile.cols, tile.shaped(out)).add_(bias)
+    tile.exclude(z, FLOOR)
+    return z
+
+
+def _above(z: Tensor, aside: Tensor) -> Tensor:
+    """Clamp logits at TOP in place; return the sums, (R,), of what was above it, NaN where a logit is infinite."""
+    total = torch.sub(z, TOP, out=aside).clamp_min_(0).sum(1)
+    total += torch.where(z.amin(1) == -torch.inf, torch.nan, total - total)  # inf - inf is NaN too
+    z.clamp_max_(TOP)
+    return total
