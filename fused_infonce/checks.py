@@ -17,6 +17,7 @@ from torch import Tensor
 from .backends import BackendName, Reduction
 from .backends.contract import Temperature
 from .backends.plan import checked_limit
+from .backends.precision import statistics_dtype
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -233,6 +234,23 @@ def row_weight(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     per_row("weight", value, like)
     return only("weight", value, (value >= 0) & value.isfinite(), "not be negative, and finite").to(dtype)
+
+
+def bias(name: str, value: Any, shape: tuple[int, ...], like: Tensor, *, finite: bool = False) -> Tensor:
+    """Return one bias a key, of exactly this shape, contiguous, in the dtype of the statistics of `like`.
+
+    None may be NaN or inf; -inf, for a key that is left out, only where they need not be `finite`.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating tensor of shape {shape}, got {kind}")
+    dense(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be a floating tensor of shape {shape}, got shape {tuple(value.shape)}")
+    on(name, value, like.device)
+    good = value.isfinite() if finite else value < math.inf  # which NaN is not
+    must = "be finite, since every key is a positive here" if finite else "be finite, or -inf to leave a key out"
+    return only(name, value, good, must).to(statistics_dtype(like)).contiguous()
 
 
 def target(value: object, like: Tensor, columns: int, ignore_index: int) -> Tensor:

@@ -125,6 +125,7 @@ class Call:
     bounded: bool  # whether exp of every logit is known to fit the accumulator
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
+    biased: bool = False  # whether keys have biases, whose values plans of a GPU do not read
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
     one_to_one: bool = False  # whether there is one set of keys, each of them the target of one query
     processors: int = PROCESSORS  # of a GPU, which the output tiles of a library product are to fill
@@ -159,6 +160,9 @@ ALL_FIT = "all scores fit workspace_limit, which gives both directions and their
 AGAIN = ": the backward computes the scores again"
 # fmt: off
 TRITON: tuple[Rule, ...] = (
+    ("workspace", lambda c: c.biased and c.gradients, 8,
+     "keys have biases, whose size is not known without reading them: exponentials need a maximum" + AGAIN),
+    ("forward", lambda c: c.biased, 2, NO_GRADIENT),
     ("dense", lambda c: c.reduced and c.one_to_one and 0 < c.n * c.m <= _gpu_few(c), 6,
      "the scores are few, so that launching kernels would cost more than their arithmetic"),
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),

@@ -138,12 +138,12 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     device = query.device
     plan = choose if compiling else remembered
     of_t = torch.is_grad_enabled() and t.values.requires_grad
-    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
+    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in (*problem.inputs, *problem.added)])
     return plan(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
-        plain=problem.plain and not weighted, per_row=not t.shared,
+        plain=problem.plain and not weighted, per_row=not t.shared, biased=len(problem.added) > 0,
         bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
         mean=full or of_t, joint=problem.joint,
@@ -152,6 +152,6 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
 
 
 def _refuse_tangents(problem: Problem) -> None:
-    for x in (*problem.inputs, problem.temperature.values):
+    for x in (*problem.inputs, *problem.added, problem.temperature.values):
         if forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError("the fused loss has no forward-mode derivative (jvp): it needs backend='reference'")

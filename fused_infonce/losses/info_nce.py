@@ -36,6 +36,9 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negative_bias: Tensor | None = None,
+    positive_bias: bool = True,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     backend: BackendName = "auto",
@@ -70,6 +73,12 @@ def info_nce(
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
             positive is always kept.
+        key_bias, negative_bias: c in nats, floating, (M,) and, as `negative_keys` without its last dimension: added to
+            every logit in which the key is what a query is scored against, s_ij = cos(q_i, k_j) / t_i + c_j; gradients
+            flow to both. -inf leaves a key out, which may not be a row's positive. With `symmetric` the keys are the
+            queries of the other direction, where nothing has a bias. Not with `label_smoothing`. Values are checked on
+            a CPU; on a GPU a bad one gives NaN.
+        positive_bias: whether the logit of a row's positive has its key's bias too.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
@@ -92,12 +101,15 @@ def info_nce(
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids,
+        key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
+        positive_bias=positive_bias,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     if label_smoothing == 0:
         return reduced(problem, options, "infonce", weight)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
+    if key_bias is not None or negative_bias is not None:
+        raise ValueError("label_smoothing cannot be used with key_bias or negative_bias")
     problem, context = widened(problem)
     with context:
         loss = reduced(problem, options, "infonce", weight)
@@ -206,12 +218,15 @@ class FusedInfoNCELoss(ContrastiveLoss):
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        negative_bias: Tensor | None = None,
+        positive_bias: bool = True,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Return the loss of queries and keys, shaped as `info_nce` says; a `temperature` is for this call only."""
         return info_nce(
             query, positive_key, negative_keys, temperature=self.temperature if temperature is None else temperature,
-            target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, weight=weight,
-            **self.options,
+            target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias,
+            negative_bias=negative_bias, positive_bias=positive_bias, weight=weight, **self.options,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contract import KeySet, Problem
 from ..rows import Rows
+from .bias import Bias
 
 
 class Guide:
@@ -34,6 +35,7 @@ class SharedKeys:
         self, problem: Problem, keys: KeySet, step: int, wanted: bool, guide: Guide | None = None, targets: bool = False
     ):
         self.problem, self.step, self.ids, self.targets = problem, step, keys.ids, targets
+        self.bias: Bias | None = None
         self.guide = None if keys.guide is None else guide
         self.view = None if keys.guide is None else Rows(keys.guide, True, None, problem.acc_dtype).unit
         self.rejected: tuple[slice, slice, Tensor] | None = None  # of the tile that was last asked for
@@ -46,6 +48,10 @@ class SharedKeys:
 
     def longest(self) -> float:
         return self.rows.longest()
+
+    def part(self, rows: slice, cols: slice) -> slice:
+        """Return which of the set's rows are scored in a tile."""
+        return cols
 
     def scores(self, x: Tensor, alpha: float, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Write `alpha x . y` into `out`."""
@@ -86,6 +92,7 @@ class PairedKeys:
 
     def __init__(self, problem: Problem, keys: KeySet, limit: int, dtype: torch.dtype | None):
         self.problem, self.keys = problem, keys
+        self.bias: Bias | None = None
         n, h, d = keys.rows.shape
         self.every = slice(0, n)
         self.block = max(1, limit // max(4 * h * d * problem.acc_dtype.itemsize, 1))
@@ -99,6 +106,9 @@ class PairedKeys:
         if self.problem.normalize:
             return 1.0
         return max((self.unit(part).longest() for _, part in self.blocks(self.every)), default=0.0)
+
+    def part(self, rows: slice, cols: slice) -> slice:
+        return rows
 
     def blocks(self, rows: slice) -> list[tuple[slice, slice]]:
         """Return the blocks of some rows, each as a slice of these rows and as one of the problem's."""

@@ -1,0 +1,86 @@
+"""A bias a key: what is added to the logits of keys, as negatives and as positives, from a user's arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.indexing import take_rows
+
+
+class Biases(NamedTuple):
+    """The biases of a call, in the dtype of the statistics.
+
+    key, negative: of the rows of these sets as negatives
+    offset, bound: as in `Problem`
+    """
+
+    key: Tensor | None = None
+    negative: Tensor | None = None
+    offset: Tensor | None = None
+    bound: float | None = None
+
+
+NONE = Biases()
+
+
+def biases_of(
+    key_bias: Any, negative_bias: Any, positive_bias: Any, query: Tensor, positive_key: Tensor,
+    negative_keys: Tensor | None, target: Tensor | None, in_batch: bool, symmetric: bool = False,
+) -> Biases:  # fmt: skip
+    """Return the biases of queries against keys, checked.
+
+    target: as in `Problem`. in_batch: whether the keys are negatives. symmetric: whether keys are queries too, so that
+        each is a positive and none can be left out.
+    """
+    checks.flags(positive_bias=positive_bias)
+    if key_bias is None and not positive_bias:
+        raise ValueError("positive_bias=False takes the positives' biases away: it needs key_bias")
+    if key_bias is None and negative_bias is None:
+        return NONE
+    if negative_bias is not None and negative_keys is None:
+        raise ValueError("negative_bias are the biases of negative_keys, which were not given")
+    if key_bias is not None and not in_batch and not symmetric and not positive_bias:
+        raise ValueError(
+            "key_bias has no effect where negative_keys replace the in-batch negatives and positive_bias=False"
+        )
+    key = negative = offset = None
+    if key_bias is not None:
+        key = checks.bias("key_bias", key_bias, tuple(positive_key.shape[:1]), query, finite=symmetric)
+        if positive_bias:
+            offset = offset_of("key_bias", key, target)
+            offset = torch.stack([offset, torch.zeros_like(offset)]) if symmetric else offset
+    if negative_bias is not None and negative_keys is not None:
+        negative = checks.bias("negative_bias", negative_bias, tuple(negative_keys.shape[:-1]), query)
+    return Biases(key if in_batch else None, negative, offset, bound_of(key, negative))
+
+
+def offset_of(name: str, bias: Tensor, target: Tensor | None) -> Tensor:
+    """Return the biases of the rows' targets, (N,), 0 of a row without one.
+
+    A target that is left out is an error where that is free to read, else NaN.
+    """
+    offset = bias
+    if target is not None:
+        last = bias.shape[0] - 1
+        offset = take_rows(bias, target.clamp(0, last)) if last >= 0 else bias.new_zeros(target.shape[0])
+        offset = torch.where(target == -1, 0, offset)
+    left_out = offset == -math.inf
+    if not checks.values_are_free(offset):
+        return torch.where(left_out, math.nan, offset)
+    if left_out.any():
+        row = left_out.nonzero()[0].item()
+        raise ValueError(f"{name} must not be -inf for a row's positive (or pass positive_bias=False), got row {row}'s")
+    return offset
+
+
+def bound_of(*biases: Tensor | None) -> float | None:
+    """Return a bound on the size of all biases but -inf; None where it is not free to read."""
+    there = [x for x in biases if x is not None]
+    if not all(map(checks.values_are_free, there)):
+        return None
+    return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in there if x.numel()), default=0.0)
