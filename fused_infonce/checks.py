@@ -236,10 +236,10 @@ def row_weight(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     return only("weight", value, (value >= 0) & value.isfinite(), "not be negative, and finite").to(dtype)
 
 
-def bias(name: str, value: Any, shape: tuple[int, ...], like: Tensor, *, finite: bool = False) -> Tensor:
+def bias(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return one bias a key, of exactly this shape, contiguous, in the dtype of the statistics of `like`.
 
-    None may be NaN or inf; -inf, for a key that is left out, only where they need not be `finite`.
+    None may be NaN or inf; -inf is for a key that is left out.
     """
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -248,9 +248,8 @@ def bias(name: str, value: Any, shape: tuple[int, ...], like: Tensor, *, finite:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be a floating tensor of shape {shape}, got shape {tuple(value.shape)}")
     on(name, value, like.device)
-    good = value.isfinite() if finite else value < math.inf  # which NaN is not
-    must = "be finite, since every key is a positive here" if finite else "be finite, or -inf to leave a key out"
-    return only(name, value, good, must).to(statistics_dtype(like)).contiguous()
+    good = value < math.inf  # which NaN is not
+    return only(name, value, good, "be finite, or -inf to leave a key out").to(statistics_dtype(like)).contiguous()
 
 
 def target(value: object, like: Tensor, columns: int, ignore_index: int) -> Tensor:

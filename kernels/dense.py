@@ -151,9 +151,9 @@ def dense_scores_kernel(
     zero = tl.zeros((BLOCK_M,), ACC)
     outside = tl.where(offs_m < size, 0.0, FLOOR).to(ACC)
     m, l, x, d = add_tile(
-        m, zero, zero, None, start_m, start_n, a, sx, outside, X_ptr, Y_ptr, B_ptr, S_ptr, TARGET_ptr, XI_ptr, YI_ptr,
-        None, COLUMNS_ptr, pid_m, size, size, None, D, stride_xm, stride_yn, False, TARGET, DIAGONAL, "", 0, UNSHIFTED,
-        MEAN, ACC, DOT, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        m, zero, zero, None, start_m, start_n, a, sx, outside, X_ptr, Y_ptr, B_ptr, S_ptr, None, None, TARGET_ptr,
+        XI_ptr, YI_ptr, None, COLUMNS_ptr, pid_m, size, size, None, D, stride_xm, stride_yn, False, TARGET, DIAGONAL,
+        "", 0, UNSHIFTED, MEAN, ACC, DOT, False, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     store_state(ROWS_ptr, pid_n, offs_m, size, m, l, x)
     if DOTS_ptr is not None:
@@ -223,7 +223,7 @@ def dense_coefficients_kernel(
         ry = b * load_vector(WORK_ptr + S * size, offs_n, size, 1.0, ACC)
         ptrs, inside = tile_of(DOTS_ptr, offs_m, offs_n, stride_dots, size)
         d = tl.load(ptrs, mask=inside, other=0.0)
-        c = coefficients(d, a, rx, nx, a * wx, b, ry, ny, b * wy, True, COLUMNS or MUTUAL, UNSHIFTED, False)
+        c = coefficients(d, a, rx, nx, a * wx, b, ry, ny, b * wy, None, None, True, COLUMNS or MUTUAL, UNSHIFTED, False)
         if room is not None:
             scale = float16_scale(
                 A_ptr, B_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, size, stride_t, stride_w, zero_row, room, ACC

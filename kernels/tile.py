@@ -24,6 +24,14 @@ def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def with_biases(s, C_ptr, offs, size, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Return logits, summed along AXIS, with the biases of what is scored, at `offs` of it; as they are without C."""
+    if C_ptr is not None:
+        s += tl.expand_dims(load_vector(C_ptr, offs, size, 0.0, ACC), 1 - AXIS)
+    return s
+
+
+@triton.jit
 def live(inverse, zero_row: tl.constexpr):
     """Return inverse norms as gradients take them: 0 for a row that counts as zero, `zero_row` or more. NaN stays."""
     return tl.where(inverse >= zero_row, 0.0, inverse)

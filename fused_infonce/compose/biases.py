@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..backends.indexing import take_rows
 class Biases(NamedTuple):
     """The biases of a call, in the dtype of the statistics.
 
-    key, negative: of the rows of these sets as negatives
+    key, negative: of the rows of these sets as negatives; query: of the queries, where they are negatives of keys
     offset, bound: as in `Problem`
     """
 
@@ -23,6 +24,7 @@ class Biases(NamedTuple):
     negative: Tensor | None = None
     offset: Tensor | None = None
     bound: float | None = None
+    query: Tensor | None = None
 
 
 NONE = Biases()
@@ -34,8 +36,8 @@ def biases_of(
 ) -> Biases:  # fmt: skip
     """Return the biases of queries against keys, checked.
 
-    target: as in `Problem`. in_batch: whether the keys are negatives. symmetric: whether keys are queries too, so that
-        each is a positive and none can be left out.
+    target: as in `Problem`. in_batch: whether the keys are negatives. symmetric: whether there is the direction of the
+        keys against the queries too, which have no biases.
     """
     checks.flags(positive_bias=positive_bias)
     if key_bias is None and not positive_bias:
@@ -50,13 +52,49 @@ def biases_of(
         )
     key = negative = offset = None
     if key_bias is not None:
-        key = checks.bias("key_bias", key_bias, tuple(positive_key.shape[:1]), query, finite=symmetric)
+        key = checks.bias("key_bias", key_bias, tuple(positive_key.shape[:1]), query)
         if positive_bias:
             offset = offset_of("key_bias", key, target)
             offset = torch.stack([offset, torch.zeros_like(offset)]) if symmetric else offset
     if negative_bias is not None and negative_keys is not None:
         negative = checks.bias("negative_bias", negative_bias, tuple(negative_keys.shape[:-1]), query)
     return Biases(key if in_batch else None, negative, offset, bound_of(key, negative))
+
+
+def of_columns(key_bias: Any, positive_bias: Any, query: Tensor, columns: Sequence[Tensor], own: slice) -> Biases:
+    """Return the biases (1 + H, M) of as many columns of keys, of which rows `own` of the first are the positives."""
+    checks.flags(positive_bias=positive_bias)
+    if key_bias is None:
+        if not positive_bias:
+            raise ValueError("positive_bias=False takes the positives' biases away: it needs key_bias")
+        return NONE
+    bias = checks.bias("key_bias", key_bias, (len(columns), len(columns[0])), query)
+    offset = offset_of("key_bias", bias[0, own], None) if positive_bias else None
+    return Biases(bias[0], bias[1:].flatten() if len(columns) > 1 else None, offset, bound_of(bias))
+
+
+def of_two_sides(named: dict[str, Any], positive_bias: Any, like: Tensor) -> Biases:
+    """Return the biases of the rows of two sides, each of which is scored against the other, checked.
+
+    named: the biases of the queries' side and of the keys', by the names of their arguments.
+    """
+    checks.flags(positive_bias=positive_bias)
+    given = [name for name, value in named.items() if value is not None]
+    if not given and not positive_bias:
+        raise ValueError(f"positive_bias=False takes the positives' biases away: it needs {' or '.join(named)}")
+    if not given:
+        return NONE
+    query, key = (
+        None if value is None else checks.bias(name, value, tuple(like.shape[:1]), like)
+        for name, value in named.items()
+    )
+    there = [x for x in (key, query) if x is not None]
+    offset = None
+    if positive_bias:
+        names = reversed(list(named))  # the rows' positives are keys
+        of_sides = zip(names, (key, query), strict=True)
+        offset = torch.stack([torch.zeros_like(there[0]) if x is None else offset_of(n, x, None) for n, x in of_sides])
+    return Biases(key, offset=offset, bound=bound_of(*there), query=query)
 
 
 def offset_of(name: str, bias: Tensor, target: Tensor | None) -> Tensor:

@@ -75,10 +75,11 @@ def info_nce(
             positive is always kept.
         key_bias, negative_bias: c in nats, floating, (M,) and, as `negative_keys` without its last dimension: added to
             every logit in which the key is what a query is scored against, s_ij = cos(q_i, k_j) / t_i + c_j; gradients
-            flow to both. -inf leaves a key out, which may not be a row's positive. With `symmetric` the keys are the
-            queries of the other direction, where nothing has a bias. Not with `label_smoothing`. Values are checked on
-            a CPU; on a GPU a bad one gives NaN.
-        positive_bias: whether the logit of a row's positive has its key's bias too.
+            flow to both. -inf leaves a key out, which may not be a row's positive. With `symmetric` keys are not what
+            is scored in the other direction, and nothing there has a bias. Not with `label_smoothing`. Values are
+            checked on a CPU; on a GPU a bad one gives NaN.
+        positive_bias: whether the logit of a row's positive has its key's bias too. Without, -inf leaves it out of the
+            negatives of other rows alone.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kernels.statistics import statistics_kernel
+from ..contract import LOG2E
 from ..precision import accumulator
 from . import tiles
 
@@ -39,7 +40,13 @@ class Side:
     guide: Tensor | None = None  # (n, D'), the guide's rows, likewise
     guide_inverse: Tensor | None = None
     ceiling: Tensor | None = None  # of the guide's cosines, for queries
+    bias: Tensor | None = None  # of these rows where they are scored, in base 2; None: 0
     zero_row: float = math.inf  # an inverse norm from which on a row counts as zero: its gradient is 0
+
+    @property
+    def share(self) -> Tensor | None:
+        """Return u r, of which the gradients of biases are sums."""
+        return None if self.weight is None or self.scale is None else self.weight / self.scale * LOG2E
 
     def __len__(self) -> int:
         return self.rows.shape[0]  # len of a tensor takes three times as long
