@@ -213,7 +213,7 @@ def _few(call: Call) -> int:
     """Return how many scores the dense plan may hold a few times."""
     if call.device != "cpu" or call.empty:
         return -1
-    matrices = 2 + (not call.bounded) + (not (call.reduced and call.plain)) + call.guided
+    matrices = 2 + (not call.bounded) + (not (call.reduced and call.plain)) + call.guided + call.biased
     most = DENSE_SELF if call.self_similar and call.reduced else DENSE
     return min(most, call.limit // (matrices * call.acc_itemsize))
 

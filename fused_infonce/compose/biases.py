@@ -46,7 +46,7 @@ def biases_of(
         return NONE
     if negative_bias is not None and negative_keys is None:
         raise ValueError("negative_bias are the biases of negative_keys, which were not given")
-    if key_bias is not None and not in_batch and not symmetric and not positive_bias:
+    if key_bias is not None and not in_batch and not positive_bias:
         raise ValueError(
             "key_bias has no effect where negative_keys replace the in-batch negatives and positive_bias=False"
         )

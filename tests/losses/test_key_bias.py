@@ -92,7 +92,7 @@ FACTORS = {
 
 def accepted(case):
     call = {name: value for name, value in case.items() if name not in ("positive", "plan")}
-    pointless = not case["positive"] and case["negatives"] and not case["in_batch"] and not case["symmetric"]
+    pointless = not case["positive"] and case["negatives"] and not case["in_batch"]
     return valid(call) and not pointless
 
 

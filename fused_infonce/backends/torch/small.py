@@ -138,7 +138,7 @@ class _Dense:
     def sum(self, e: Tensor, dim: int) -> Tensor:
         """Return the sum of exponentials along a dimension, times the factors of their biases where E has none."""
         term = self.term(dim) if self.fits else None
-        return e.sum(dim) if term is None else (e * term.exp2()).sum(dim)
+        return e.sum(dim) if term is None else torch.mv(e if dim else e.T, term.flatten().exp2())
 
     def exponentials(self, scores: Tensor, dims: Sequence[int], moments: bool) -> tuple[list[Tensor], list[State]]:
         """Return E and its states (m, l), with `moments` (m, l, s), along each of `dims`; the scores are used up.
