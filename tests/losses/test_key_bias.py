@@ -356,9 +356,43 @@ def test_a_bias_alone_may_have_a_gradient(backend):
     assert error(torch.autograd.grad(moco_loss(**moco, backend=backend), moco["key_bias"])[0], want) <= 1e-10
 
 
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("limit", [None, 32 * 64 * 8])
+def test_blocks_of_several_tiles_equal_dense_code(backend, limit):
+    """The gradient of a bias is added over tiles and over blocks of tiles."""
+    inputs = pair(QUERIES_AND_NEGATIVES, [(40, 4), (40, 4), (70, 4), (40,), (70,)])
+    inputs |= {"temperature": 0.3 + torch.rand(40).double()}
+    agree(
+        lambda **call: info_nce(workspace_limit=limit, **call), dense_info_nce, inputs, backend,
+        in_batch_negatives=limit is not None, symmetric=limit is not None,
+    )  # fmt: skip
+    inputs["negative_bias"][::3] = -math.inf
+    agree(info_nce, dense_info_nce, inputs, backend)
+
+
+def test_autocast_leaves_biases_as_they_are():
+    """Rows are cast, and the gradient of a bias of float32 is what it is for rows of bfloat16."""
+    inputs = {"query": torch.randn(N, D), "positive_key": torch.randn(N, D), "key_bias": 10 * torch.randn(N)}
+    narrow = {name: x if name == "key_bias" else x.bfloat16() for name, x in inputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, grads = evaluate(info_nce, inputs)
+    want, exact = evaluate(info_nce, narrow)
+    assert loss == want
+    assert torch.equal(grads["key_bias"], exact["key_bias"])
+
+
+def test_the_reference_is_differentiable_twice_in_a_bias():
+    query, key, bias = (x.requires_grad_() for x in (rows(3, 2), rows(3, 2), rows(3)))
+    assert torch.autograd.gradgradcheck(
+        lambda query, key, bias: info_nce(query, key, temperature=0.7, key_bias=bias, backend="reference"),
+        (query, key, bias),
+    )
+    by_transform = torch.func.grad(lambda b: info_nce(query, key, key_bias=b, backend="reference"))(bias)
+    torch.testing.assert_close(by_transform, torch.autograd.grad(info_nce(query, key, key_bias=bias), bias)[0])
+
+
 @pytest.mark.parametrize("backend", ["torch", TRITON])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("symmetric", "reduction"), [(True, "mean"), (False, "none")])
 def test_a_compiled_call_equals_an_eager_one(backend, symmetric, reduction):
     device = device_of(backend)
     inputs = {"query": torch.randn(8, D), "positive_key": torch.randn(8, D), "key_bias": torch.randn(8)}
