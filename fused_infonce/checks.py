@@ -56,15 +56,19 @@ def with_values(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must hold values, got a tensor on the meta device")
 
 
-def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device, like: str = "query") -> Tensor:
-    """Return an integer tensor of exactly this shape as int64."""
+def ids(
+    name: str, value: object, shape: tuple[int, ...], device: torch.device, like: str = "query", several: bool = False
+) -> Tensor:
+    """Return an integer tensor of exactly this shape as int64; with `several`, it may have one dimension more."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(value).__name__}")
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
     dense(name, value)
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    found = tuple(value.shape)
+    if found != shape and not (several and found[:-1] == shape and found[-1] > 0):
+        more = f" or {str(shape).removesuffix(',)').removesuffix(')')}, I)" if several else ""
+        raise ValueError(f"{name} must have shape {shape}{more}, got {found}")
     on(name, value, device, like)
     return value.long()
 

@@ -58,9 +58,9 @@ def tile_start(
 def exponentials_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, ROWS_ptr, COLUMNS_ptr,
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
-    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, PEEL: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write b_j 2^(z_ij sx_i) / RAISE, to be multiplied by a factor of the row, and 0 for pairs that are no negatives.
 
@@ -87,7 +87,7 @@ def exponentials_kernel(
         s += tl.where(offs_m < row_end, 0.0, FLOOR)[:, None]
     if PEEL != "off":
         keep = negatives(
-            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE,
+            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, IDS, GUIDE,
             BLOCK_G, ACC,
         )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
@@ -134,9 +134,9 @@ def coefficients_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, SY_ptr, NY_ptr, UY_ptr, XC_ptr, YC_ptr, GX_ptr, GY_ptr,
     TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, DX_ptr, DY_ptr,
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm,
-    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, PEEL: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
 
@@ -168,7 +168,7 @@ def coefficients_kernel(
     inside = (offs_m < row_end)[:, None]
     if PEEL != "off":
         keep = negatives(
-            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE,
+            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, IDS, GUIDE,
             BLOCK_G, ACC,
         )  # fmt: skip
         c = tl.where(keep, c, 0.0)

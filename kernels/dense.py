@@ -133,9 +133,9 @@ def inverses(WORK_ptr, size, SCALED: tl.constexpr, MUTUAL: tl.constexpr):
 def dense_scores_kernel(
     X_ptr, Y_ptr, TARGET_ptr, XI_ptr, YI_ptr, WORK_ptr, DOTS_ptr,
     size, D, stride_xm, stride_yn, stride_dots,
-    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNS: tl.constexpr, MUTUAL: tl.constexpr,
-    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr,
+    MUTUAL: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write x_i . y_j of one tile into DOTS, and the states of its rows and, with COLUMNS, of its columns."""
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
@@ -153,7 +153,7 @@ def dense_scores_kernel(
     m, l, x, d = add_tile(
         m, zero, zero, None, start_m, start_n, a, sx, outside, X_ptr, Y_ptr, B_ptr, S_ptr, None, None, TARGET_ptr,
         XI_ptr, YI_ptr, None, COLUMNS_ptr, pid_m, size, size, None, D, stride_xm, stride_yn, False, TARGET, DIAGONAL,
-        "", 0, UNSHIFTED, MEAN, ACC, DOT, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        IDS, "", 0, UNSHIFTED, MEAN, ACC, DOT, False, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     store_state(ROWS_ptr, pid_n, offs_m, size, m, l, x)
     if DOTS_ptr is not None:
@@ -173,8 +173,8 @@ def dense_coefficients_kernel(
     TARGET_ptr, XI_ptr, YI_ptr, TEMPERATURE_ptr, WEIGHT_ptr, WORK_ptr, DOTS_ptr, C_ptr,
     size, stride_dots, stride_t, stride_w, weight, row_slots, column_slots,
     zero_row: tl.constexpr, ln2: tl.constexpr, log2e: tl.constexpr, room: tl.constexpr, LOSS: tl.constexpr,
-    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNS: tl.constexpr, MUTUAL: tl.constexpr,
-    UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr,
+    MUTUAL: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, ROW_SLOTS: tl.constexpr,
     COLUMN_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of C, that of kernels/gradient.py, and in the first tile of each block of rows, of row i
@@ -232,7 +232,7 @@ def dense_coefficients_kernel(
             if (pid_m == 0) & (pid_n == 0):
                 tl.store(WORK_ptr + UNSCALE * size, 1.0 / scale)
         keep = negatives(
-            offs_m, offs_n, size, size, None, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, "", 0, ACC
+            offs_m, offs_n, size, size, None, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, IDS, "", 0, ACC
         )
         ptrs, _ = tile_of(C_ptr, offs_m, offs_n, stride_dots, size)
         tl.store(ptrs, cast(tl.where(keep, c, 0.0), C_ptr.dtype.element_ty, DOT == "upcast"), mask=inside)

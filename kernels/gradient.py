@@ -75,7 +75,7 @@ def coefficients(
 def gradient_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, SY_ptr, NY_ptr, UY_ptr, TARGET_ptr, XI_ptr, YI_ptr, G_ptr,
     size_x, size_y, shift, D, stride_xm, stride_yn, split,
-    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, UNSHIFTED: tl.constexpr,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, UNSHIFTED: tl.constexpr,
     ACCUMULATE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def gradient_kernel(
             d, a, rx, nx, wx, b, ry, ny, wy, None, None, UX_ptr is not None, UY_ptr is not None, UNSHIFTED, False
         )  # fmt: skip
         keep = negatives(
-            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, "", 0, ACC
+            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, IDS, "", 0, ACC
         )
         c = tl.where(keep, c, 0.0)
         acc = dot(cast(c, y.dtype, DOT == "upcast"), y, acc, DOT)

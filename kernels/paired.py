@@ -18,7 +18,9 @@ def cube(ptr, offs_m, offs_h, offs_d, size_q, H, D, stride_m, stride_h):
 
 
 @triton.jit
-def load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl.constexpr):
+def load_paired(
+    D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, IDS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Return d, b and which pairs are negatives, (BLOCK_M, BLOCK_H) each, of a block."""
     keep = (offs_m < size_q)[:, None] & (offs_h < H)[None, :]
     offs = offs_m.to(tl.int64)[:, None] * H + offs_h[None, :]
@@ -28,9 +30,11 @@ def load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC: tl
     else:
         b = tl.load(B_ptr + offs, mask=keep, other=0.0)
     if QI_ptr is not None:
-        paired_ids = tl.load(KI_ptr + offs, mask=keep, other=0)
-        ids = tl.load(QI_ptr + offs_m, mask=offs_m < size_q, other=0)
-        keep = keep & (paired_ids != ids[:, None])
+        inside = keep
+        for k in tl.static_range(IDS):
+            paired_ids = tl.load(KI_ptr + offs * IDS + k, mask=inside, other=0)
+            ids = tl.load(QI_ptr + offs_m * IDS + k, mask=offs_m < size_q, other=0)
+            keep = keep & (paired_ids != ids[:, None])
     return d, b, keep
 
 
@@ -70,7 +74,7 @@ def paired_dots_kernel(
 def paired_statistics_kernel(
     D_ptr, B_ptr, C_ptr, A_ptr, S_ptr, QI_ptr, KI_ptr, ROWS_ptr,
     size_q, H,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    IDS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Write states of rows over their own negatives, s_ih = a_i b_ih d_ih s_i + c_ih, into slot 0 of ROWS."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,7 +85,7 @@ def paired_statistics_kernel(
     x = tl.zeros((BLOCK_M,), ACC)
     for start_h in range(0, H, BLOCK_H):
         offs_h = start_h + tl.arange(0, BLOCK_H)
-        d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, IDS, ACC)
         v = tl.where(keep, d * (a[:, None] * b) * s[:, None], FLOOR)
         logits = v
         if C_ptr is not None:
@@ -95,8 +99,8 @@ def paired_gradient_kernel(
     Q_ptr, K_ptr, D_ptr, B_ptr, C_ptr, A_ptr, S_ptr, N_ptr, U_ptr, SHARE_ptr, UNSCALE_ptr, QI_ptr, KI_ptr, G_ptr,
     DK_ptr, DC_ptr,
     size_q, H, D, stride_qm, stride_km, stride_kh, stride_gm,
-    zero_row: tl.constexpr, NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    zero_row: tl.constexpr, IDS: tl.constexpr, NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute g_i (+)= sum_h C_ih k_ih and dk_ih = unscale C_ih (q_i - b_ih^2 d_ih k_ih), for BLOCK_D components, and
     dc_ih = share_i 2^(s_ih - n_i) of the biases, share = u r."""
@@ -108,7 +112,7 @@ def paired_gradient_kernel(
     g = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start_h in range(0, H, BLOCK_H):
         offs_h = start_h + tl.arange(0, BLOCK_H)
-        d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, ACC)
+        d, b, keep = load_paired(D_ptr, B_ptr, QI_ptr, KI_ptr, offs_m, offs_h, size_q, H, IDS, ACC)
         b = live(b, zero_row)
         bias = None
         if C_ptr is not None:

@@ -48,9 +48,9 @@ def add_tile(
     m, l, x, x_tile, start_m, start_n, a, sx, outside,
     X_ptr, Y_ptr, B_ptr, SY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, slot,
     size_x, size_y, shift, D, stride_xm, stride_yn,
-    WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
-    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the rows' states after one more tile, and its dot products; write the states of its columns into a slot.
 
@@ -68,8 +68,8 @@ def add_tile(
         s += outside[:, None]
     if not WHOLE:
         keep = negatives(
-            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE, BLOCK_G,
-            ACC,
+            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, IDS, GUIDE,
+            BLOCK_G, ACC,
         )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
     if UNSHIFTED:
@@ -108,9 +108,10 @@ def statistics_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr,
     COLUMNS_ptr,
     row_start, size_x, size_y, shift, D, stride_xm, stride_yn, split, slot,
-    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, HALF: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
-    HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, HALF: tl.constexpr, PEEL: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write states of BLOCK_M rows over `split` blocks of columns into row slot `slot + program_id(1)`, and of these
     columns over these rows into column slot 1 + program_id(0).
@@ -161,7 +162,8 @@ def statistics_kernel(
         m, l, x, _ = add_tile(
             m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, outside, X_ptr, Y_ptr, B_ptr, SY_ptr, XC_ptr, YC_ptr,
             TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, shift, D, stride_xm, stride_yn,
-            PEEL == "off", TARGET, DIAGONAL, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N, BLOCK_D,
+            PEEL == "off", TARGET, DIAGONAL, IDS, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N,
+            BLOCK_D,
         )  # fmt: skip
     store_state(ROWS_ptr, slot + pid_n, offs_m, size_x, m, l, x)
 

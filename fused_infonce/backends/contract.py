@@ -22,7 +22,8 @@ class KeySet(NamedTuple):
     """One set of embeddings with everything that belongs to its rows. The queries are one too: see `Problem.swapped`.
 
     rows: (M, D), shared by all queries, or (N, H, D), the H keys that only query i is scored against
-    ids: rows without their last dimension, int64; a negative whose id equals its query's is left out
+    ids: rows without their last dimension, int64; a negative whose id equals its query's is left out. Or with one
+        dimension more, I ids a row, of which one that agrees is enough
     guide: a guide's embeddings of the same rows, (M, D'); a negative that the guide finds closer to the query than
         `Problem.ceiling` is left out. Of float64 exactly where the rows are. Not for (N, H, D)
     scale: float32, rows without their last dimension; row i of the logits is `scale_i rows_i`. None: 1

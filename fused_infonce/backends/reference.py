@@ -86,7 +86,8 @@ def _left_out(problem: Problem, index: int, target: Tensor) -> Tensor:
         if problem.self_similar:
             out = out | (row[:, None] == column)
     if query.ids is not None and keys.ids is not None:
-        out = out | (query.ids[:, None] == keys.ids)
+        agree = query.ids.reshape(n, 1, -1) == keys.ids.reshape(*keys.rows.shape[:-1], -1)
+        out = out | agree.any(-1)
     if problem.ceiling is not None and query.guide is not None and keys.guide is not None:
         guides = [unit_rows(guide.to(problem.ceiling.dtype)) for guide in (query.guide, keys.guide)]
         out = out | (_products(*guides) > problem.ceiling[:, None])

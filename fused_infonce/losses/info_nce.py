@@ -15,7 +15,7 @@ from ..backends.indexing import take_rows
 from ..backends.precision import without_autocast
 from ..compose.arguments import NegativeMode, call_options, of_keys
 from ..compose.reduction import reduced, reduced_rows, widened
-from ..compose.rows import dots, negative_sums, unit
+from ..compose.rows import dots, negative_sums, one_id_a_row, unit
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans, check_options_of_keys
 
@@ -72,7 +72,8 @@ def info_nce(
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
-            positive is always kept.
+            positive is always kept. Ids may have one dimension more, (N, I), (M, I): a negative of which any of I ids
+            agrees is left out, such as one of the same document or of the same question.
         key_bias, negative_bias: c in nats, floating, (M,) and, as `negative_keys` without its last dimension: added to
             every logit in which the key is what a query is scored against, s_ij = cos(q_i, k_j) / t_i + c_j; gradients
             flow to both. -inf leaves a key out, which may not be a row's positive. With `symmetric` keys are not what
@@ -111,6 +112,7 @@ def info_nce(
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
     if key_bias is not None or negative_bias is not None:
         raise ValueError("label_smoothing cannot be used with key_bias or negative_bias")
+    one_id_a_row(problem, "label_smoothing")
     problem, context = widened(problem)
     with context:
         loss = reduced(problem, options, "infonce", weight)

@@ -139,7 +139,7 @@ def test_ids_use_all_64_bits(backend, monkeypatch):
         ({"key_ids": torch.arange(6), "negative_keys": torch.randn(6, 4)}, "key_ids have no effect"),
         (
             {"key_ids": torch.arange(6), "negative_ids": torch.arange(5), "negative_keys": torch.randn(6, 4)},
-            r"negative_ids must have shape \(6,\), got \(5,\)",
+            r"negative_ids must have shape \(6,\) or \(6, I\), got \(5,\)",
         ),
     ],
 )

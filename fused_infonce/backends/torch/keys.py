@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contract import KeySet, Problem
+from ..indexing import same_ids
 from ..rows import Rows
 from .bias import Bias
 
@@ -61,7 +62,7 @@ class SharedKeys:
         """Write `value` where a column is no negative of its row."""
         row_ids, target = self.problem.query.ids, self.problem.target
         if row_ids is not None and self.ids is not None:
-            tile.masked_fill_(row_ids[rows, None] == self.ids[cols], value)
+            tile.masked_fill_(same_ids(row_ids[rows], self.ids[cols]), value)
         if self.guide is not None and self.view is not None:
             if self.rejected is None or self.rejected[:2] != (rows, cols):
                 self.rejected = rows, cols, self.guide.rejects(self.view[cols], rows)
@@ -128,7 +129,7 @@ class PairedKeys:
     def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
         row_ids, ids = self.problem.query.ids, self.keys.ids
         if row_ids is not None and ids is not None:
-            tile.masked_fill_(row_ids[rows, None] == ids[rows], value)
+            tile.masked_fill_(same_ids(row_ids[rows], ids[rows]), value)
 
     def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
         for local, part in self.blocks(rows):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..contract import LN2, LOG2E, KeySet, OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..indexing import same_ids
 from ..plan import DENSE, Plan
 from ..precision import EXPONENT_ROOM
 from ..row_losses import ROW_LOSSES, weighted
@@ -120,7 +121,7 @@ class _Dense:
             cols = slice(start, start + keys.rows.shape[0])
             start = cols.stop
             if query.ids is not None and keys.ids is not None:
-                masks.append((cols, query.ids.unsqueeze(1) == keys.ids))
+                masks.append((cols, same_ids(query.ids, keys.ids)))
             if guide is not None and keys.guide is not None:
                 view = Rows(keys.guide, True, None, self.problem.acc_dtype).unit
                 masks.append((cols, guide.rejects(view, slice(0, len(guide.query)))))

@@ -68,7 +68,7 @@ class Excluded(NamedTuple):
         """Return the arguments of a tile kernel; of_x: whether x are the queries."""
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
-        ids = {"XI_ptr": x_ids, "YI_ptr": y_ids}
+        ids = {"XI_ptr": x_ids, "YI_ptr": y_ids, "IDS": ids_a_row(x_ids, x.rows)}
         pairs = {"TARGET_ptr": self.target, "TARGET": target, "DIAGONAL": self.diagonal, "shift": self.shift}
         return ids | pairs
 
@@ -126,6 +126,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 def id_pointers(x: Side, y: Any) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if x.ids is None or y.ids is None else (x.ids, y.ids)
+
+
+def ids_a_row(ids: Tensor | None, rows: Tensor) -> int:
+    """Return how many ids each of these rows has."""
+    return 0 if ids is None else ids.shape[-1] if ids.dim() == rows.dim() else 1
 
 
 def tile_of(kernel: str, x: Side, y: Side) -> tiles.Tile:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.paired import paired_dots_kernel, paired_gradient_kernel, paired_statistics_kernel
 from ..contract import EPS, LOG2E, KeySet
 from . import tiles
-from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows, id_pointers, run, vector
+from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows, id_pointers, ids_a_row, run, vector
 from .statistics import SLOTS
 
 
@@ -52,7 +52,8 @@ def paired_states(x: Side, keys: Paired) -> Tensor:
     run(
         paired_statistics_kernel, (cdiv(n, block_m),),
         D_ptr=keys.dots, B_ptr=keys.inverse, C_ptr=keys.bias, A_ptr=x.inverse, S_ptr=x.scale, QI_ptr=x_ids,
-        KI_ptr=key_ids, ROWS_ptr=states, size_q=n, H=h, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_H=block_h,
+        KI_ptr=key_ids, ROWS_ptr=states, size_q=n, H=h, IDS=ids_a_row(x_ids, x.rows), ACC=acc_of(x.rows),
+        BLOCK_M=block_m, BLOCK_H=block_h,
     )  # fmt: skip
     return states
 
@@ -75,7 +76,7 @@ def paired_gradient(
         A_ptr=x.inverse, S_ptr=x.scale, N_ptr=x.shift, U_ptr=x.weight, SHARE_ptr=None if biases is None else x.share,
         UNSCALE_ptr=unscale, QI_ptr=x_ids, KI_ptr=key_ids, G_ptr=g, DK_ptr=dk, DC_ptr=biases, size_q=n, H=h, D=d,
         stride_qm=q.stride(0), stride_km=keys.rows.stride(0), stride_kh=keys.rows.stride(1), stride_gm=q.shape[1],
-        zero_row=keys.zero_row, NORMALIZE=normalize, ACCUMULATE=accumulate, EMULATE=INTERPRETED, ACC=acc_of(x.rows),
-        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
+        zero_row=keys.zero_row, IDS=ids_a_row(x_ids, x.rows), NORMALIZE=normalize, ACCUMULATE=accumulate,
+        EMULATE=INTERPRETED, ACC=acc_of(x.rows), BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d,
     )  # fmt: skip
     return dk
