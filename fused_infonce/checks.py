@@ -73,6 +73,18 @@ def ids(
     return value.long()
 
 
+def mask(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return a tensor of booleans of exactly this shape."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a bool tensor of shape {shape}, got {kind}")
+    dense(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    on(name, value, device)
+    return value
+
+
 def on(name: str, value: Tensor, device: torch.device, like: str = "query") -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on {device} as {like} is, got {value.device}")

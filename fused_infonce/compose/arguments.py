@@ -12,7 +12,7 @@ from .. import checks
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import statistics_dtype, without_autocast
-from .biases import biases_of
+from .biases import biases_of, with_margin
 
 NegativeMode = Literal["unpaired", "paired"]
 NEGATIVE_MODES: tuple[NegativeMode, ...] = get_args(NegativeMode)
@@ -35,7 +35,8 @@ def of_keys(
     *, symmetric: bool, normalize: bool = True, in_batch_negatives: bool | None = None, ignore_index: int = -100,
     target: Tensor | None = None, query_ids: Tensor | None = None, key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None, key_bias: Tensor | None = None, negative_bias: Tensor | None = None,
-    positive_bias: bool = True, names: tuple[str, str] = ("positive_key", "symmetric"),
+    positive_bias: bool = True, negative_mask: Tensor | None = None, margin: float = 0.0,
+    names: tuple[str, str] = ("positive_key", "symmetric"),
 ) -> Problem:  # fmt: skip
     """Return the problem of queries against keys: the arguments of `info_nce`, checked.
 
@@ -47,14 +48,17 @@ def of_keys(
     index = None if target is None else checks.target(target, query, positive_key.shape[0], ignore_index)
     ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric, True)
     biases = biases_of(
-        key_bias, negative_bias, positive_bias, query, positive_key, negative_keys, index, in_batch, symmetric
-    )
+        key_bias, negative_bias, positive_bias, query, positive_key, negative_keys, index, in_batch, symmetric,
+        negative_mask,
+    )  # fmt: skip
     keys = [KeySet(positive_key, ids[1], bias=biases.key)]
     if negative_keys is not None:
         keys.append(KeySet(negative_keys, ids[2], bias=biases.negative))
+    t = temperature_of(temperature, query)
+    offset = with_margin(biases.offset, margin, t, query.shape[0], symmetric)
     return Problem(
-        KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), temperature_of(temperature, query), index,
-        offset=biases.offset, in_batch=in_batch, columns=symmetric, normalize=normalize, bias_bound=biases.bound,
+        KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), t, index, offset=offset,
+        in_batch=in_batch, columns=symmetric, normalize=normalize, bias_bound=biases.bound,
     )  # fmt: skip
 
 

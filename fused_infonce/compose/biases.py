@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.contract import Temperature
 from ..backends.indexing import take_rows
+from ..backends.precision import statistics_dtype
 
 
 class Biases(NamedTuple):
@@ -33,16 +35,17 @@ NONE = Biases()
 def biases_of(
     key_bias: Any, negative_bias: Any, positive_bias: Any, query: Tensor, positive_key: Tensor,
     negative_keys: Tensor | None, target: Tensor | None, in_batch: bool, symmetric: bool = False,
+    negative_mask: Any = None,
 ) -> Biases:  # fmt: skip
     """Return the biases of queries against keys, checked.
 
     target: as in `Problem`. in_batch: whether the keys are negatives. symmetric: whether there is the direction of the
-        keys against the queries too, which have no biases.
+        keys against the queries too, which have no biases. negative_mask: where paired negatives are there.
     """
     checks.flags(positive_bias=positive_bias)
     if key_bias is None and not positive_bias:
         raise ValueError("positive_bias=False takes the positives' biases away: it needs key_bias")
-    if key_bias is None and negative_bias is None:
+    if key_bias is None and negative_bias is None and negative_mask is None:
         return NONE
     if negative_bias is not None and negative_keys is None:
         raise ValueError("negative_bias are the biases of negative_keys, which were not given")
@@ -58,7 +61,27 @@ def biases_of(
             offset = torch.stack([offset, torch.zeros_like(offset)]) if symmetric else offset
     if negative_bias is not None and negative_keys is not None:
         negative = checks.bias("negative_bias", negative_bias, tuple(negative_keys.shape[:-1]), query)
+    if negative_mask is not None:
+        there = checks.mask("negative_mask", negative_mask, _paired(negative_keys), query.device)
+        zero = torch.zeros((), dtype=statistics_dtype(query), device=query.device)
+        negative = torch.where(there, zero if negative is None else negative, -math.inf)
     return Biases(key if in_batch else None, negative, offset, bound_of(key, negative))
+
+
+def _paired(negative_keys: Tensor | None) -> tuple[int, ...]:
+    """Return the shape of a mask of these negatives."""
+    if negative_keys is None or negative_keys.dim() != 3:
+        raise ValueError("negative_mask says which paired negative_keys are there: it needs negative_mode='paired'")
+    return tuple(negative_keys.shape[:-1])
+
+
+def with_margin(offset: Tensor | None, margin: Any, temperature: Temperature, n: int, symmetric: bool) -> Tensor | None:
+    """Return what is added to the logits of the targets with -margin / t, for both directions where `symmetric`."""
+    if margin == 0:
+        return offset
+    size = (2, n) if symmetric else (n,)
+    less = (checks.not_negative("margin", margin) / temperature.values).expand(size).contiguous()
+    return -less if offset is None else offset - less
 
 
 def of_columns(key_bias: Any, positive_bias: Any, query: Tensor, columns: Sequence[Tensor], own: slice) -> Biases:

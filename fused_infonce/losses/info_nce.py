@@ -39,7 +39,9 @@ def info_nce(
     key_bias: Tensor | None = None,
     negative_bias: Tensor | None = None,
     positive_bias: bool = True,
+    negative_mask: Tensor | None = None,
     weight: Tensor | None = None,
+    margin: float = 0.0,
     label_smoothing: float = 0.0,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
@@ -81,10 +83,15 @@ def info_nce(
             checked on a CPU; on a GPU a bad one gives NaN.
         positive_bias: whether the logit of a row's positive has its key's bias too. Without, -inf leaves it out of the
             negatives of other rows alone.
+        negative_mask: (N, H), booleans, with paired `negative_keys`: whether a negative is there, so that rows may have
+            different numbers of them. A row that keeps none, and has no others, has loss 0 and no gradient.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
             gradients of the keys NaN.
+        margin: m, not negative, taken off the positive's cosine, s_iy = (cos(q_i, k_y) - m) / t_i, in both directions:
+            CosFace with `target` and class weights as keys, or the additive margin of bitext mining. Without
+            `normalize`, off its dot product. Not with `label_smoothing`.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -97,21 +104,22 @@ def info_nce(
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
-    References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch.
+    References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch. The margin:
+    Wang et al. 2018, arXiv:1801.09414; Yang et al. 2019, arXiv:1902.08564.
     """
     options = call_options(backend, workspace_limit, reduction)
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
-        positive_bias=positive_bias,
+        positive_bias=positive_bias, negative_mask=negative_mask, margin=margin,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     if label_smoothing == 0:
         return reduced(problem, options, "infonce", weight)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
-    if key_bias is not None or negative_bias is not None:
-        raise ValueError("label_smoothing cannot be used with key_bias or negative_bias")
+    if problem.added:
+        raise ValueError("label_smoothing cannot be used with key_bias, negative_bias, negative_mask or margin")
     one_id_a_row(problem, "label_smoothing")
     problem, context = widened(problem)
     with context:
@@ -170,6 +178,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         normalize: divide every row by its norm first, so that scores are cosines.
         in_batch_negatives: whether the other rows of `positive_key` are negatives; None: only without explicit ones.
         ignore_index: a row with this `target` does not count.
+        margin: what is taken off the cosine of a positive.
         label_smoothing: the share of the label, in [0, 1], that is spread evenly over the positive and its negatives.
         learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
             `loss.parameters()` to the optimizer, without weight decay.
@@ -183,7 +192,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         >>> loss(query, key).backward()
     """
 
-    own = ("negative_mode", "symmetric", "in_batch_negatives", "ignore_index", "label_smoothing")
+    own = ("negative_mode", "symmetric", "in_batch_negatives", "ignore_index", "margin", "label_smoothing")
 
     def __init__(
         self,
@@ -195,6 +204,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         normalize: bool = True,
         in_batch_negatives: bool | None = None,
         ignore_index: int = -100,
+        margin: float = 0.0,
         label_smoothing: float = 0.0,
         learnable_temperature: bool = False,
         max_logit_scale: float | None = None,
@@ -209,6 +219,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         self.symmetric = symmetric
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
+        self.margin = checks.not_negative("margin", margin)
         self.label_smoothing = checks.fraction("label_smoothing", label_smoothing)
 
     def forward(
@@ -224,6 +235,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         key_bias: Tensor | None = None,
         negative_bias: Tensor | None = None,
         positive_bias: bool = True,
+        negative_mask: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
@@ -231,5 +243,6 @@ class FusedInfoNCELoss(ContrastiveLoss):
         return info_nce(
             query, positive_key, negative_keys, temperature=self.temperature if temperature is None else temperature,
             target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias,
-            negative_bias=negative_bias, positive_bias=positive_bias, weight=weight, **self.options,
+            negative_bias=negative_bias, positive_bias=positive_bias, negative_mask=negative_mask,
+            weight=weight, **self.options,
         )  # fmt: skip
