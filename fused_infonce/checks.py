@@ -268,14 +268,29 @@ def bias(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return only(name, value, good, "be finite, or -inf to leave a key out").to(statistics_dtype(like)).contiguous()
 
 
-def target(value: object, like: Tensor, columns: int, ignore_index: int) -> Tensor:
-    """Return (N,) indices below `columns`, with `ignore_index` as -1.
+def positive_weight(value: Any, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Return one weight a positive, none negative."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"positive_weight must be a floating tensor of shape {shape}, got {kind}")
+    dense("positive_weight", value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"positive_weight must have shape {shape} as target has, got {tuple(value.shape)}")
+    on("positive_weight", value, like.device)
+    if value.requires_grad:
+        raise ValueError("positive_weight must not require a gradient: it is a constant of the loss")
+    return only("positive_weight", value, (value >= 0) & value.isfinite(), "not be negative, and finite")
+
+
+def target(value: object, like: Tensor, columns: int, ignore_index: int, several: bool = False) -> Tensor:
+    """Return (N,) indices below `columns`, with `ignore_index` as -1; with `several`, of any (N, P).
 
     Out of range is an error where values are free; elsewhere it becomes the index `columns`, which no backend reads and
     whose logit is NaN.
     """
-    index = ids("target", value, (like.shape[0],), like.device)
-    if values_are_free(index) and len(index) and not 0 <= ignore_index < columns:
+    shape = tuple(value.shape) if several and isinstance(value, Tensor) else like.shape[:1]
+    index = ids("target", value, (like.shape[0], *shape[1:]), like.device)
+    if values_are_free(index) and index.numel() and not 0 <= ignore_index < columns:
         least, most = torch.aminmax(index)
         if least.item() >= 0 and most.item() < columns:  # the usual case: nothing to tell apart
             return index
