@@ -24,7 +24,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature test test-compat lint style types bench plots tiles gpu clean distclean
+.PHONY: help demo demo-temperature demo-recommender test test-compat lint style types bench plots tiles gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ demo: $(VENV)/.installed-demo ## train a text retriever and show what it finds; 
 
 demo-temperature: $(VENV)/.installed-demo ## train the text retriever at several temperatures
 	$(BIN)/python -m examples.retrieval --temperatures $(DEMO_ARGS)
+
+demo-recommender: $(VENV)/.recommender ## train a recommender with and without the correction of in-batch negatives
+	$(BIN)/python -m examples.recommender $(DEMO_ARGS)
 
 # The tests see the installed layout, ahead of the editable install and of the repository itself.
 # Whatever measures time or memory runs alone, first; the rest runs in $(JOBS) processes.
@@ -155,6 +158,11 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
 # Only their losses are used, and these need nothing of what the packages depend on, or of FlagEmbedding little.
 $(VENV)/.peers: constraints.txt | $(VENV)/.made
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly
+	touch $@
+
+# Only its data are read, and these need nothing of what the package depends on.
+$(VENV)/.recommender: constraints.txt | $(VENV)/.installed-demo
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps recbole
 	touch $@
 
 $(VENV)/.libraries: constraints.txt | $(VENV)/.installed-compat-trainers

@@ -17,6 +17,7 @@ from torch import Tensor
 from .backends import BackendName, Reduction
 from .backends.contract import Temperature
 from .backends.plan import checked_limit
+from .backends.precision import statistics_dtype
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -55,17 +56,33 @@ def with_values(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must hold values, got a tensor on the meta device")
 
 
-def ids(name: str, value: object, shape: tuple[int, ...], device: torch.device, like: str = "query") -> Tensor:
-    """Return an integer tensor of exactly this shape as int64."""
+def ids(
+    name: str, value: object, shape: tuple[int, ...], device: torch.device, like: str = "query", several: bool = False
+) -> Tensor:
+    """Return an integer tensor of exactly this shape as int64; with `several`, it may have one dimension more."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(value).__name__}")
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
     dense(name, value)
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    found = tuple(value.shape)
+    if found != shape and not (several and found[:-1] == shape and found[-1] > 0):
+        more = f" or {str(shape).removesuffix(',)').removesuffix(')')}, I)" if several else ""
+        raise ValueError(f"{name} must have shape {shape}{more}, got {found}")
     on(name, value, device, like)
     return value.long()
+
+
+def mask(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return a tensor of booleans of exactly this shape."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a bool tensor of shape {shape}, got {kind}")
+    dense(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    on(name, value, device)
+    return value
 
 
 def on(name: str, value: Tensor, device: torch.device, like: str = "query") -> None:
@@ -270,14 +287,45 @@ def row_weight(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     return only("weight", value, (value >= 0) & value.isfinite(), "not be negative, and finite").to(dtype)
 
 
-def target(value: object, like: Tensor, columns: int, ignore_index: int) -> Tensor:
-    """Return (N,) indices below `columns`, with `ignore_index` as -1.
+def bias(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return one bias a key, of exactly this shape, contiguous, in the dtype of the statistics of `like`.
+
+    None may be NaN or inf; -inf is for a key that is left out.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating tensor of shape {shape}, got {kind}")
+    dense(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be a floating tensor of shape {shape}, got shape {tuple(value.shape)}")
+    on(name, value, like.device)
+    good = value < math.inf  # which NaN is not
+    return only(name, value, good, "be finite, or -inf to leave a key out").to(statistics_dtype(like)).contiguous()
+
+
+def positive_weight(value: Any, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Return one weight a positive, none negative."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"positive_weight must be a floating tensor of shape {shape}, got {kind}")
+    dense("positive_weight", value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"positive_weight must have shape {shape} as target has, got {tuple(value.shape)}")
+    on("positive_weight", value, like.device)
+    if value.requires_grad:
+        raise ValueError("positive_weight must not require a gradient: it is a constant of the loss")
+    return only("positive_weight", value, (value >= 0) & value.isfinite(), "not be negative, and finite")
+
+
+def target(value: object, like: Tensor, columns: int, ignore_index: int, several: bool = False) -> Tensor:
+    """Return (N,) indices below `columns`, with `ignore_index` as -1; with `several`, of any (N, P).
 
     Out of range is an error where values are free; elsewhere it becomes the index `columns`, which no backend reads and
     whose logit is NaN.
     """
-    index = ids("target", value, (like.shape[0],), like.device)
-    if values_are_free(index) and len(index) and not 0 <= ignore_index < columns:
+    shape = tuple(value.shape) if several and isinstance(value, Tensor) else like.shape[:1]
+    index = ids("target", value, (like.shape[0], *shape[1:]), like.device)
+    if values_are_free(index) and index.numel() and not 0 <= ignore_index < columns:
         least, most = torch.aminmax(index)
         if least.item() >= 0 and most.item() < columns:  # the usual case: nothing to tell apart
             return index

@@ -45,24 +45,34 @@ def is_explaining() -> bool:
 
 
 def statistics(problem: Problem, options: Options, full: bool = False, plan: Plan | None = None) -> Statistics:
-    """Return the statistics, differentiable in every input and the temperature.
+    """Return the statistics, differentiable in every input, bias and the temperature; `pos` has its bias.
 
     Columns of a problem whose rows have other negatives are a problem of their own. full: as in `Plan`. plan: the
     problem's, where it has been chosen already.
     """
     if problem.columns and not problem.in_batch:
-        rows = statistics(replace(problem, columns=False), options, full).rows
+        rows = statistics(problem.of_rows(), options, full).rows
         return Statistics(rows, statistics(problem.swapped(), options, full).rows)
     plan = plan or backends.plan_of(problem, options, reduced=False, full=full)
     if is_explaining():
         _explained[threading.get_ident()].append(plan)
         return _zeros(problem)
+    if problem.offset is not None:
+        return _with_offset(statistics(replace(problem, offset=None), options, full, plan), problem.offset)
     backend = backends.get(plan.backend)
     if backend.differentiable:
         return backend.statistics(problem, plan)
     if plan.gradients:
         return Statistics.of(_Statistics.apply(problem, plan, problem.temperature.values, *_apart(problem)))
     return _without_graph(problem, lambda p: backend.statistics(p, plan))
+
+
+def _with_offset(found: Statistics, offset: Tensor) -> Statistics:
+    """Return statistics whose positives have their biases."""
+    rows, columns = found
+    if columns is None:
+        return Statistics(rows._replace(pos=rows.pos + offset))
+    return Statistics(rows._replace(pos=rows.pos + offset[0]), columns._replace(pos=columns.pos + offset[1]))
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> Tensor:
@@ -73,7 +83,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
     """
     if plan.gradients:
         return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
-    nothing = [False] * (len(problem.inputs) + 1)
+    nothing = [False] * (len(problem.inputs) + len(problem.biases) + 1)
     return _without_graph(problem, lambda p: backends.get(plan.backend).onepass(p, plan, loss, weight, nothing).loss)
 
 
@@ -111,10 +121,11 @@ def _without_graph(problem: Problem, run: Callable[[Problem], Any]) -> Any:
 
 
 def _apart(problem: Problem) -> Sequence[Tensor]:
-    """Return the inputs, each an object of its own where `torch.compile` records: it takes no tensor twice."""
+    """Return the inputs and what is added to logits, each an object of its own where `torch.compile` records: it takes
+    no tensor twice."""
+    inputs = (*problem.inputs, *problem.added)
     if not torch.compiler.is_compiling():
-        return problem.inputs
-    inputs = problem.inputs
+        return inputs
     return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
 
 
@@ -134,7 +145,8 @@ def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | 
     scales = [keys.scale for keys in problem.sets]
     if scales.count(None) == len(scales):
         return list(grads)
-    return [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=True)]
+    rows = [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=False)]
+    return [*rows, *grads[len(rows) :]]  # biases after them
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +173,7 @@ class _Statistics(torch.autograd.Function):
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[1] = None
-        problem = _bind(problem, temperature, inputs)
+        problem = _bind(problem, temperature, inputs[: len(problem.sets)])
         kept: list[Tensor] = []
         with without_autocast(inputs[0].device.type):
             found = backends.get(plan.backend).statistics(problem, plan, kept)
@@ -207,14 +219,17 @@ class _OnePass(torch.autograd.Function):
     def forward(
         ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, temperature: Tensor, *inputs: Tensor
     ) -> Tensor:
-        wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[4]]
+        rows, biases = len(problem.sets), len(problem.biases)
+        wanted = [*ctx.needs_input_grad[5 : 5 + rows + biases], ctx.needs_input_grad[4]]
         if problem.self_similar:  # the query's gradient is that of both sides
             wanted[1] = False
         ctx.dtypes = [x.dtype for x in inputs]
+        inputs = inputs[:rows]
         bound = _bind(problem, temperature, inputs)
         with without_autocast(inputs[0].device.type):
             result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
+        more = [*result.biases, *([] if problem.offset is None else [result.offset])]
         ctx.unfinished = len(result.kept) > 0
         if ctx.unfinished:  # inputs are saved as they came: a cast of them would be memory of its own
             problem = _of_backward(problem, wanted)
@@ -224,7 +239,7 @@ class _OnePass(torch.autograd.Function):
             ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted, strict=False)]
             ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
         else:
-            ctx.save_for_backward(dt, *_unscale(bound, result.inputs))
+            ctx.save_for_backward(dt, *_unscale(bound, result.inputs), *more)
         return result.loss
 
     @staticmethod

@@ -10,7 +10,7 @@ a second time.
 import triton
 import triton.language as tl
 
-from .gradient import both_directions, coefficients, direction
+from .gradient import both_directions, coefficients, direction, exponential
 from .sigmoid import LOG2E, softplus_and_sigmoid
 from .statistics import store_state
 from .tile import FLOOR, RAISE, cast, live, load_vector, meets_diagonal, negatives, raw_dots
@@ -60,9 +60,9 @@ def exponentials_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, ROWS_ptr, COLUMNS_ptr,
     UX_ptr, BIAS_ptr,
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
-    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, PEEL: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write b_j 2^(z_ij sx_i) / RAISE, to be multiplied by a factor of the row, and 0 for pairs that are no negatives.
 
@@ -93,7 +93,7 @@ def exponentials_kernel(
         s += tl.where(offs_m < row_end, 0.0, FLOOR)[:, None]
     if PEEL != "off":
         keep = negatives(
-            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE,
+            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, IDS, GUIDE,
             BLOCK_G, ACC,
         )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
@@ -149,14 +149,18 @@ def write_tile(C_ptr, c, rows, start_n, stride_cm, DOT: tl.constexpr, BLOCK_N: t
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "shift"])
 def coefficients_kernel(
-    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, SY_ptr, NY_ptr, UY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide,
-    C_ptr,
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, SY_ptr, NY_ptr, UY_ptr, XC_ptr, YC_ptr, GX_ptr, GY_ptr,
+    TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, DX_ptr, DY_ptr,
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm,
-    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
+    zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, PEEL: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype."""
+    """Write the block C[row_start:row_end, col_start:col_end] into a workspace, in the workspace's dtype.
+
+    DY: with gx = u r, sums of gx_i 2^(z_ij sx_i + yc_j - nx_i) over each block of rows go to slots of it, which are the
+    gradients of the biases yc. DX: likewise with gy over each block of columns, those of xc.
+    """
     pid_m, pid_n, start_m, start_n, made = tile_start(
         row_start, row_end, col_start, col_end, shift, DIAGONAL, PEEL, BLOCK_M, BLOCK_N
     )
@@ -171,17 +175,38 @@ def coefficients_kernel(
         None, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, row_end, col_end, D, ACC, DOT, TMA, BLOCK_M,
         BLOCK_N, BLOCK_D, APART,
     )  # fmt: skip
+    xc, yc = None, None
+    if XC_ptr is not None:
+        xc = load_vector(XC_ptr, offs_m, row_end, 0.0, ACC)[:, None]
+    if YC_ptr is not None:
+        yc = load_vector(YC_ptr, offs_n, col_end, 0.0, ACC)[None, :]
     c = coefficients(
-        d, a, rx, nx, wx, b, ry, ny, wy, UX_ptr is not None, UY_ptr is not None, UNSHIFTED, GUIDE != ""
+        d, a, rx, nx, wx, b, ry, ny, wy, xc, yc, UX_ptr is not None, UY_ptr is not None, UNSHIFTED, GUIDE != ""
     )  # fmt: skip
+    inside = (offs_m < row_end)[:, None]
     if PEEL != "off":
         keep = negatives(
-            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE,
+            offs_m, offs_n, row_end, col_end, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, IDS, GUIDE,
             BLOCK_G, ACC,
         )  # fmt: skip
         c = tl.where(keep, c, 0.0)
+        inside = inside & keep
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+    if DY_ptr is not None:
+        g = load_vector(GX_ptr, offs_m, row_end, 0.0, ACC)[:, None]
+        e = tl.where(inside, exponential(d, rx[:, None], nx[:, None], b[None, :], yc) * g, 0.0)
+        store_sums(DY_ptr, pid_m, offs_n, col_start, col_end, tl.sum(e, 0))
+    if DX_ptr is not None:
+        g = load_vector(GY_ptr, offs_n, col_end, 0.0, ACC)[None, :]
+        e = tl.where(inside, exponential(d, ry[None, :], ny[None, :], a[:, None], xc) * g, 0.0)
+        store_sums(DX_ptr, pid_n, offs_m, row_start, row_end, tl.sum(e, 1))
+
+
+@triton.jit
+def store_sums(ptr, slot, offs, start, end, sums):
+    """Store sums of what is at `offs`, between start and end, into a slot of (slots, end - start)."""
+    tl.store(ptr + tl.cast(slot, tl.int64) * (end - start) + offs - start, sums, mask=offs < end)
 
 
 @triton.jit

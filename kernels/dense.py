@@ -133,9 +133,9 @@ def inverses(WORK_ptr, size, SCALED: tl.constexpr, MUTUAL: tl.constexpr):
 def dense_scores_kernel(
     X_ptr, Y_ptr, TARGET_ptr, XI_ptr, YI_ptr, WORK_ptr, DOTS_ptr,
     size, D, stride_xm, stride_yn, stride_dots,
-    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNS: tl.constexpr, MUTUAL: tl.constexpr,
-    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr,
+    MUTUAL: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write x_i . y_j of one tile into DOTS, and the states of its rows and, with COLUMNS, of its columns."""
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
@@ -151,9 +151,9 @@ def dense_scores_kernel(
     zero = tl.zeros((BLOCK_M,), ACC)
     outside = tl.where(offs_m < size, 0.0, FLOOR).to(ACC)
     m, l, x, d = add_tile(
-        m, zero, zero, None, start_m, start_n, a, sx, outside, X_ptr, Y_ptr, B_ptr, S_ptr, TARGET_ptr, XI_ptr, YI_ptr,
-        None, COLUMNS_ptr, pid_m, size, size, None, D, stride_xm, stride_yn, False, TARGET, DIAGONAL, "", 0, UNSHIFTED,
-        MEAN, ACC, DOT, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        m, zero, zero, None, start_m, start_n, a, sx, outside, X_ptr, Y_ptr, B_ptr, S_ptr, None, None, TARGET_ptr,
+        XI_ptr, YI_ptr, None, COLUMNS_ptr, pid_m, size, size, None, D, stride_xm, stride_yn, False, TARGET, DIAGONAL,
+        IDS, "", 0, UNSHIFTED, MEAN, ACC, DOT, False, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     store_state(ROWS_ptr, pid_n, offs_m, size, m, l, x)
     if DOTS_ptr is not None:
@@ -173,8 +173,8 @@ def dense_coefficients_kernel(
     TARGET_ptr, XI_ptr, YI_ptr, TEMPERATURE_ptr, WEIGHT_ptr, WORK_ptr, DOTS_ptr, C_ptr,
     size, stride_dots, stride_t, stride_w, weight, row_slots, column_slots,
     zero_row: tl.constexpr, ln2: tl.constexpr, log2e: tl.constexpr, room: tl.constexpr, LOSS: tl.constexpr,
-    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, COLUMNS: tl.constexpr, MUTUAL: tl.constexpr,
-    UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr,
+    MUTUAL: tl.constexpr, UNSHIFTED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, ROW_SLOTS: tl.constexpr,
     COLUMN_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of C, that of kernels/gradient.py, and in the first tile of each block of rows, of row i
@@ -223,7 +223,7 @@ def dense_coefficients_kernel(
         ry = b * load_vector(WORK_ptr + S * size, offs_n, size, 1.0, ACC)
         ptrs, inside = tile_of(DOTS_ptr, offs_m, offs_n, stride_dots, size)
         d = tl.load(ptrs, mask=inside, other=0.0)
-        c = coefficients(d, a, rx, nx, a * wx, b, ry, ny, b * wy, True, COLUMNS or MUTUAL, UNSHIFTED, False)
+        c = coefficients(d, a, rx, nx, a * wx, b, ry, ny, b * wy, None, None, True, COLUMNS or MUTUAL, UNSHIFTED, False)
         if room is not None:
             scale = float16_scale(
                 A_ptr, B_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, size, stride_t, stride_w, zero_row, room, ACC
@@ -232,7 +232,7 @@ def dense_coefficients_kernel(
             if (pid_m == 0) & (pid_n == 0):
                 tl.store(WORK_ptr + UNSCALE * size, 1.0 / scale)
         keep = negatives(
-            offs_m, offs_n, size, size, None, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, "", 0, ACC
+            offs_m, offs_n, size, size, None, TARGET_ptr, XI_ptr, YI_ptr, None, TARGET, DIAGONAL, IDS, "", 0, ACC
         )
         ptrs, _ = tile_of(C_ptr, offs_m, offs_n, stride_dots, size)
         tl.store(ptrs, cast(tl.where(keep, c, 0.0), C_ptr.dtype.element_ty, DOT == "upcast"), mask=inside)

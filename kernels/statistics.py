@@ -1,25 +1,27 @@
 """Softmax statistics of rows, and of columns from the same dot products.
 
-A state is (m, l, x) in base 2: the maximum logit, sum 2^(s - m) and sum 2^(s - m) s. States of parts of a row lie
+A state is (m, l, x) in base 2: the maximum logit, sum 2^(s - m) and sum 2^(s - m) v, where v are the logits without
+their biases. States of parts of a row lie
 in slots of a (slots, STATE_SLOTS, size) buffer and are merged in a fixed order, so a result never depends on timing.
 """
 
 import triton
 import triton.language as tl
 
-from .tile import FLOOR, load_tile, load_vector, negatives, raw_dots
+from .tile import FLOOR, load_tile, load_vector, negatives, raw_dots, with_biases
 
 STATE_SLOTS = tl.constexpr(3)  # vectors of a state
 
 
 @triton.jit
-def update(m, l, x, s, AXIS: tl.constexpr):
-    """Return the states after also seeing the logits s along AXIS, FLOOR for those that do not count."""
+def update(m, l, x, s, v, AXIS: tl.constexpr):
+    """Return the states after also seeing the logits s along AXIS, v without biases; those that do not count are FLOOR,
+    and their biases change nothing."""
     new = tl.maximum(m, tl.max(s, AXIS))
     shift = tl.where(new == FLOOR, 0.0, new)
     p = tl.exp2(s - tl.expand_dims(shift, AXIS))
     scale = tl.exp2(m - shift)
-    return new, l * scale + tl.sum(p, AXIS), x * scale + tl.sum(p * s, AXIS)
+    return new, l * scale + tl.sum(p, AXIS), x * scale + tl.sum(p * v, AXIS)
 
 
 @triton.jit
@@ -44,11 +46,11 @@ def store_state(S_ptr, slot, offs, size, m, l, x):
 @triton.jit
 def add_tile(
     m, l, x, x_tile, start_m, start_n, a, sx, outside,
-    X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, slot,
+    X_ptr, Y_ptr, B_ptr, SY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, slot,
     size_x, size_y, shift, D, stride_xm, stride_yn,
-    WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
-    UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, GUIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the rows' states after one more tile, and its dot products; write the states of its columns into a slot.
 
@@ -66,8 +68,8 @@ def add_tile(
         s += outside[:, None]
     if not WHOLE:
         keep = negatives(
-            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, GUIDE, BLOCK_G,
-            ACC,
+            offs_m, offs_n, size_x, size_y, shift, TARGET_ptr, XI_ptr, YI_ptr, guide, TARGET, DIAGONAL, IDS, GUIDE,
+            BLOCK_G, ACC,
         )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
     if UNSHIFTED:
@@ -76,7 +78,7 @@ def add_tile(
         if MEAN:
             x += tl.sum(p * s, 1)
     else:
-        m, l, x = update(m, l, x, s, 1)
+        m, l, x = update(m, l, x, with_biases(s, YC_ptr, offs_n, size_y, 1, ACC), s, 1)
     if COLUMNS_ptr is not None:
         none, zero = tl.full((BLOCK_N,), FLOOR, ACC), tl.zeros((BLOCK_N,), ACC)
         if UNSHIFTED:
@@ -88,7 +90,7 @@ def add_tile(
             t = (d * a[:, None]) * (b * sy)[None, :] + outside[:, None]
             if not WHOLE:
                 t = tl.where(keep, t, FLOOR)
-            cm, cl, cx = update(none, zero, zero, t, 0)
+            cm, cl, cx = update(none, zero, zero, with_biases(t, XC_ptr, offs_m, size_x, 0, ACC), t, 0)
         store_state(COLUMNS_ptr, slot, offs_n, size_y, cm, cl, cx)
     return m, l, x, d
 
@@ -103,19 +105,22 @@ def span(first, size: tl.constexpr, BLOCK: tl.constexpr, start, end):
 
 @triton.jit(do_not_specialize=["row_start", "shift", "slot"])
 def statistics_kernel(
-    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr, COLUMNS_ptr,
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr,
+    COLUMNS_ptr,
     row_start, size_x, size_y, shift, D, stride_xm, stride_yn, split, slot,
-    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, HALF: tl.constexpr, PEEL: tl.constexpr, GUIDE: tl.constexpr,
-    BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
-    HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, HALF: tl.constexpr, PEEL: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write states of BLOCK_M rows over `split` blocks of columns into row slot `slot + program_id(1)`, and of these
     columns over these rows into column slot 1 + program_id(0).
 
-    s_ij = a_i b_j (x_i . y_j) sx_i for rows, and with sy_j for columns; sx = log2(e) / t. UNSHIFTED: every exponential
-    fits, every maximum is 0, and both directions have one temperature. Without MEAN the third vector of such states is
-    0. PEEL "off" is of whole tiles that do not meet a diagonal of pairs that are left out, "on" of the others, with the
-    last columns; "" of all. HALF: x and y are the same rows, and columns before a block's own rows are left
+    s_ij = a_i b_j (x_i . y_j) sx_i + yc_j for rows, with sy_j and xc_i for columns; sx = log2(e) / t, and biases are in
+    base 2. UNSHIFTED: every exponential fits, every maximum is 0, both directions have one temperature, and nothing has
+    a bias. Without MEAN the third vector of such states is 0. PEEL "off" is of whole tiles that do not meet a diagonal
+    of pairs that are left out, "on" of the others, with the last columns; "" of all. HALF: x and y are the same rows,
+    and columns before a block's own rows are left
     out, being those of earlier blocks' states; what is written of columns up to the last of its own does not count.
     """
     pid_m = tl.program_id(0)
@@ -155,9 +160,10 @@ def statistics_kernel(
             block += tl.where(block >= near, first, 0)
             block += tl.where(block >= met, second, 0)
         m, l, x, _ = add_tile(
-            m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, outside, X_ptr, Y_ptr, B_ptr, SY_ptr, TARGET_ptr, XI_ptr,
-            YI_ptr, guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, shift, D, stride_xm, stride_yn, PEEL == "off",
-            TARGET, DIAGONAL, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N, BLOCK_D,
+            m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, outside, X_ptr, Y_ptr, B_ptr, SY_ptr, XC_ptr, YC_ptr,
+            TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, shift, D, stride_xm, stride_yn,
+            PEEL == "off", TARGET, DIAGONAL, IDS, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N,
+            BLOCK_D,
         )  # fmt: skip
     store_state(ROWS_ptr, slot + pid_n, offs_m, size_x, m, l, x)
 

@@ -24,6 +24,14 @@ def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def with_biases(s, C_ptr, offs, size, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Return logits, summed along AXIS, with the biases of what is scored, at `offs` of it; as they are without C."""
+    if C_ptr is not None:
+        s += tl.expand_dims(load_vector(C_ptr, offs, size, 0.0, ACC), 1 - AXIS)
+    return s
+
+
+@triton.jit
 def live(inverse, zero_row: tl.constexpr):
     """Return inverse norms as gradients take them: 0 for a row that counts as zero, `zero_row` or more. NaN stays."""
     return tl.where(inverse >= zero_row, 0.0, inverse)
@@ -114,11 +122,13 @@ def meets_diagonal(start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 def negatives(
     offs_m, offs_n, size_x, size_y, shift,
     TARGET_ptr, XI_ptr, YI_ptr, guide,
-    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+    TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, GUIDE: tl.constexpr, BLOCK_G: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Return which pairs are negatives, of columns inside: (BLOCK_M, BLOCK_N).
 
     TARGET: 0 there are no targets, 1 y_{T[i]} is x_i's, 2 x_{T[j]} is y_j's. DIAGONAL: x_i and y_i are no negatives.
+    IDS: how many ids a row has; pairs of which one agrees are no negatives.
     shift: nor are x_i and y_j with |i - j| = shift; or None. GUIDE: how the guide's rows are multiplied, as DOT of
     `dot`, or "" without one; `guide` is (GX, GY, inverse norms of both, ceilings of x, row length, strides).
     """
@@ -135,9 +145,10 @@ def negatives(
             target = tl.load(TARGET_ptr + offs_n, mask=offs_n < size_y, other=-1)
             keep = keep & (offs_m[:, None] != target[None, :])
     if XI_ptr is not None:
-        x_ids = tl.load(XI_ptr + offs_m, mask=offs_m < size_x, other=0)
-        y_ids = tl.load(YI_ptr + offs_n, mask=offs_n < size_y, other=0)
-        keep = keep & (x_ids[:, None] != y_ids[None, :])
+        for k in tl.static_range(IDS):
+            x_ids = tl.load(XI_ptr + offs_m * IDS + k, mask=offs_m < size_x, other=0)
+            y_ids = tl.load(YI_ptr + offs_n * IDS + k, mask=offs_n < size_y, other=0)
+            keep = keep & (x_ids[:, None] != y_ids[None, :])
     if GUIDE != "":
         GX_ptr, GY_ptr, GA_ptr, GB_ptr, CEILING_ptr, D, stride_gx, stride_gy = guide
         g = tl.zeros(keep.shape, ACC)

@@ -80,6 +80,7 @@ class Case:
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
+    # "biased ...": columns and general where keys, and with columns queries, have biases with gradients;
     # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
@@ -161,13 +162,15 @@ def launches(case: Case) -> list[Launch]:
     few = case.dtype in ("float32", "float64") or "few" in case.variant
     n, d, acc = 512 if few else 4096, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    general = case.variant == "general"
+    general = "general" in case.variant
     names, guide = (ids if general else None), (x if case.variant == "guided" else None)
-    keys = [KeySet(x.clone(), names, guide)]
+    biases = [torch.zeros(shape, dtype=acc) if "biased" in case.variant else None for shape in ((n,), (n, 16))]
+    keys = [KeySet(x.clone(), names, guide, bias=biases[0])]
     if general:
-        keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), torch.zeros(n, 16, dtype=torch.int64)))
+        rows = torch.zeros(n, 16, d, dtype=dtype)
+        keys.append(KeySet(rows, torch.zeros(n, 16, dtype=torch.int64), bias=biases[1]))
     problem = Problem(
-        KeySet(x, names, guide), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
+        KeySet(x, names, guide, bias=biases[0]), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
         ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
     )  # fmt: skip
     if "views" in case.variant:
@@ -184,7 +187,10 @@ def launches(case: Case) -> list[Launch]:
             plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=not bounded)
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
-            backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
+            dtypes = [*[dtype] * len(problem.inputs), *[acc] * len(problem.biases)]
+            backend.gradients(problem, plan, statistics, upstream, dtypes)
+        if problem.biases:  # of which no other plan takes any
+            return found
         if not problem.self_similar and (bounded or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
             made = backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
@@ -300,6 +306,9 @@ def default_cases() -> Iterator[Case]:
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
     yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
+    for target in ("sm_90", "gfx942"):
+        yield Case(target, "bfloat16", 256, "biased columns", ("statistics_kernel", "coefficients_kernel"))
+        yield Case(target, "bfloat16", 256, "biased general", PAIRED[1:])
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED[:4], tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -22,16 +22,20 @@ class KeySet(NamedTuple):
     """One set of embeddings with everything that belongs to its rows. The queries are one too: see `Problem.swapped`.
 
     rows: (M, D), shared by all queries, or (N, H, D), the H keys that only query i is scored against
-    ids: rows without their last dimension, int64; a negative whose id equals its query's is left out
+    ids: rows without their last dimension, int64; a negative whose id equals its query's is left out. Or with one
+        dimension more, I ids a row, of which one that agrees is enough
     guide: a guide's embeddings of the same rows, (M, D'); a negative that the guide finds closer to the query than
         `Problem.ceiling` is left out. Of float64 exactly where the rows are. Not for (N, H, D)
     scale: float32, rows without their last dimension; row i of the logits is `scale_i rows_i`. None: 1
+    bias: c in nats, rows without their last dimension, accumulator dtype, contiguous; added to every logit in which the
+        row is what a query is scored against, and to none in which it is the query. -inf leaves it out. None: 0
     """
 
     rows: Tensor
     ids: Tensor | None = None
     guide: Tensor | None = None
     scale: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Temperature(NamedTuple):
@@ -58,9 +62,12 @@ class Temperature(NamedTuple):
 class Problem:
     """One set of queries against their targets and one or more sets of keys, in one dtype.
 
-    `s_ij = a_i b_j (q_i . k_j) / t_i` with `a_i = 1 / max(|q_i|, EPS)` and `b_j = 1 / max(|k_j|, EPS)`; without
+    `s_ij = a_i b_j (q_i . k_j) / t_i + c_j` with `a_i = 1 / max(|q_i|, EPS)` and `b_j = 1 / max(|k_j|, EPS)`; without
     `normalize`, a and b are the sets' scales. Row i's negatives are the keys of all sets but its target and what ids,
-    guides and `self_similar` leave out.
+    guides, biases of -inf and `self_similar` leave out.
+
+    The bias of a target is `offset`, apart from those of negatives: a backend's `pos` is without it, `contrast` adds it
+    to a result, and only `Backend.onepass`, which makes losses, reads it.
     """
 
     query: KeySet  # (N, D)
@@ -68,6 +75,9 @@ class Problem:
     temperature: Temperature
     target: Tensor | None = None  # (N,) int64 into the first set; -1: none. None: row i's target is key i
     ceiling: Tensor | None = None  # (N,) of the guide's cosines, accumulator dtype, contiguous; None: no guide
+    # What is added to the logits of the rows' targets, accumulator dtype: (N,), or with `columns` (2, N), whose second
+    # row is that of the columns. None: 0
+    offset: Tensor | None = None
     in_batch: bool = True  # the first set's keys that are not the row's target are its negatives
     columns: bool = False  # also the statistics of key j of the first set against all queries: target None, N == M
     normalize: bool = True
@@ -75,11 +85,25 @@ class Problem:
     # is the row, so that exclusions are symmetric. Gradients of both sides are then returned as the query's
     self_similar: bool = False
     two_views: bool = False  # of self-similar rows: the target of row i is row i + N / 2, or i - N / 2
+    bias_bound: float | None = None  # on the size of every bias but -inf; None: not known without reading a tensor
 
     def __post_init__(self) -> None:
         # the queries and every set of keys, and their rows: with which gradients are aligned
         self.sets: tuple[KeySet, ...] = (self.query, *self.keys)
         self.inputs: tuple[Tensor, ...] = (self.query.rows, *[keys.rows for keys in self.keys])
+        # those of scored rows, which have gradients as the inputs have
+        scored = self.sets if self.columns else self.keys
+        self.biases: list[Tensor] = [s.bias for s in scored if s.bias is not None]
+
+    @property
+    def biased(self) -> list[int]:
+        """Return the places in `sets` of those that `biases` belong to."""
+        return [i for i, s in enumerate(self.sets) if s.bias is not None and (i > 0 or self.columns)]
+
+    @property
+    def added(self) -> list[Tensor]:
+        """Return all that is added to logits: the biases and, after them, the offset."""
+        return [*self.biases, *([] if self.offset is None else [self.offset])]
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -89,7 +113,8 @@ class Problem:
     @property
     def logit_bound(self) -> float:
         """Return a bound on the size of every logit, as far as is known without reading a tensor."""
-        return 1 / self.temperature.lowest if self.normalize and self.temperature.lowest else math.inf
+        of_biases = 0.0 if not self.biases else math.inf if self.bias_bound is None else self.bias_bound
+        return 1 / self.temperature.lowest + of_biases if self.normalize and self.temperature.lowest else math.inf
 
     @property
     def every_row_counts(self) -> bool:
@@ -117,16 +142,24 @@ class Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
         query, (key, *_) = self.query, self.keys
         ids = query.ids if key.ids is not None else None
-        return Problem(key, (query._replace(ids=ids),), self.temperature, normalize=self.normalize)
+        return Problem(
+            key, (query._replace(ids=ids),), self.temperature, normalize=self.normalize, bias_bound=self.bias_bound,
+            offset=None if self.offset is None else self.offset[1],
+        )  # fmt: skip
+
+    def of_rows(self) -> Problem:
+        """Return the problem without the direction that `columns` asks for."""
+        return replace(self, columns=False, offset=None if self.offset is None else self.offset[0])
 
     def tensors(self) -> list[Tensor | None]:
         """Return every tensor of the problem, in the order that `with_tensors` takes."""
-        return [self.temperature.values, self.target, self.ceiling, *[x for s in self.sets for x in s]]
+        return [self.temperature.values, self.target, self.ceiling, self.offset, *[x for s in self.sets for x in s]]
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """Return this problem over other tensors."""
         problem = Problem.of(tensors, *self.flags)
         problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
+        problem.bias_bound = self.bias_bound
         return problem
 
     @property
@@ -136,23 +169,24 @@ class Problem:
     @staticmethod
     def of(tensors: Sequence[Any], *flags: bool) -> Problem:
         """Return the problem that `tensors` and `flags` were taken from."""
-        temperature, target, ceiling, *rest = tensors
+        temperature, target, ceiling, offset, *rest = tensors
         width = len(KeySet._fields)
         query, *keys = (KeySet(*rest[i : i + width]) for i in range(0, len(rest), width))
-        return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, *flags)
+        return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, offset, *flags)
 
 
 class RowStatistics(NamedTuple):
     """The vectors that losses are made of, (N,) in the accumulator dtype, of every row over its negatives in all sets.
 
-    pos: the target's logit s_{i, y_i}; 0 where the row has no target (-1), NaN where the target is out of range
+    pos: the target's logit s_{i, y_i}; 0 where the row has no target (-1), NaN where the target is out of range. A
+        backend's is without the bias, `Problem.offset`
     neg: log sum_j exp s_ij over the row's negatives; -inf where there are none
-    mean: sum_j exp(s_ij - neg_i) s_ij; 0 where there are none, and of any value, such as NaN, for a plan without
-        `mean`. No gradient flows through it
+    mean: sum_j exp(s_ij - neg_i) (s_ij - c_j), of the logits without their biases, on which the temperature acts; 0
+        where there are none, and of any value, such as NaN, for a plan without `mean`. No gradient flows through it
     maximum, scale: m and r with exp(s_ij - neg_i) = 2^(s_ij log2(e) - m_i) r_i, where a large neg_i has lost digits
         that m_i has. m is the largest logit in base 2, or 0 where every exponential fits. Both have no gradient
 
-    A logit that is not finite makes all but pos NaN (-inf too: it is never legitimate).
+    A logit that is not finite makes all but pos NaN (-inf too: it is never legitimate, unless the bias is).
     """
 
     pos: Tensor
@@ -168,14 +202,14 @@ STATE_SLOTS = 3  # vectors of what is merged into the last four: a maximum, a su
 class Statistics(NamedTuple):
     """The statistics of the rows and, where `Problem.columns` asks for them, of the keys against the queries.
 
-    Column j has the target, the temperature and hence the `pos` of row j.
+    Column j has the target, the temperature and hence, but for a bias, the `pos` of row j.
     """
 
     rows: RowStatistics
     columns: RowStatistics | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor once, in the order that `of` takes: columns share the rows' `pos`."""
+        """Return every tensor of a backend once, in the order that `of` takes: columns share the rows' `pos`."""
         return [*self.rows, *(self.columns[1:] if self.columns else ())]
 
     @staticmethod
@@ -199,14 +233,19 @@ class OnePass(NamedTuple):
 
     inputs: the gradients, or with `kept` their sums over all scores, aligned with `Problem.inputs`, in the accumulator
         dtype; None where not wanted, and for sets (N, H, D) whose gradients are still to be made
-    logits: sum_j s_ij dL/ds_ij of each row, (N,), what the temperature's gradient is made of; None where not wanted
+    logits: sum_j (s_ij - c_j) dL/ds_ij of each row, (N,), of which the temperature's gradient is made; None where not
+        wanted
     kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished
+    biases, offset: the gradients of `Problem.biases`, None where not wanted, and that of `Problem.offset`, if there is
+        one; always finished
     """
 
     loss: Tensor
     inputs: list[Tensor | None]
     logits: Tensor | None
     kept: Sequence[Tensor] = ()
+    biases: Sequence[Tensor | None] = ()
+    offset: Tensor | None = None
 
 
 class Sigmoids(NamedTuple):
@@ -230,8 +269,8 @@ class Sigmoids(NamedTuple):
 class Backend(Protocol):
     """A way to compute the primitive on a device: the modules `torch`, `triton` and `reference` of this folder.
 
-    `dtypes` and `wanted` are aligned with `Problem.inputs`: the dtype in which an input's gradient is returned, or
-    None where it is not needed and its work is skipped; `wanted` ends with the temperature.
+    `dtypes` and `wanted` are aligned with `Problem.inputs` and, after these, `Problem.biases`: the dtype in which a
+    gradient is returned, or None where it is not needed and its work is skipped; `wanted` ends with the temperature.
     """
 
     differentiable: bool  # whether autograd sees through `statistics` and `sigmoids`: nothing else is asked for then

@@ -14,6 +14,20 @@ def part_of(x: Any, rows: slice) -> Any:
     return x if whole else x[rows]
 
 
+def same_ids(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return (N, M) or (N, H): whether a row agrees with a column in any of its ids.
+
+    rows: (N,), or (N, I) of several ids a row. columns: (M,) or (N, H), or with one dimension more for several.
+    """
+    if rows.dim() == 1:
+        return rows[:, None] == columns
+    pairs = zip(rows.unbind(1), columns.unbind(-1), strict=True)
+    first, *others = (row[:, None] == column for row, column in pairs)
+    for same in others:
+        first |= same
+    return first
+
+
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Return x[index], differentiable."""
     return x.index_select(0, index) if x.device.type == "cpu" else x[index]

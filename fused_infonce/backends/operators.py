@@ -47,9 +47,13 @@ class Recorded:
     ) -> OnePass:
         weight = _as_tensor(weight, problem)
         value, logits, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
-        kept = rest[len(problem.inputs) :]
+        rows, added = len(problem.inputs), len(problem.added)
+        grads, more, kept = rest[:rows], rest[rows : rows + added], rest[rows + added :]
         there = _summed(problem, wanted, bool(kept))
-        return OnePass(value, _none_if_empty(rest[: len(there)], there), logits if wanted[-1] else None, kept)
+        biases = _none_if_empty(more[: len(problem.biases)], wanted[rows:-1])
+        offset = None if problem.offset is None else more[-1]
+        logits = logits if wanted[-1] else None
+        return OnePass(value, _none_if_empty(grads, there), logits, kept, biases, offset)
 
     def finished(
         self, problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
@@ -163,7 +167,9 @@ def onepass(
 ) -> list[Tensor]:  # fmt: skip
     problem = Problem.of(tensors, *flags)
     result = load(backend).onepass(problem, _plan(plan, sizes), loss, _as_given(weight, problem), wanted)
-    return _or_empty([result.loss, *_apart([result.logits, *result.inputs, *result.kept])], problem.temperature.values)
+    more = [*result.biases, *([] if problem.offset is None else [result.offset])]
+    rest = _apart([result.logits, *result.inputs, *more, *result.kept])
+    return _or_empty([result.loss, *rest], problem.temperature.values)
 
 
 @onepass.register_fake
@@ -175,8 +181,10 @@ def _(
     query, t = problem.query.rows, problem.temperature.values
     acc = accumulator(query.dtype)
     kept = [t.new_empty(size) for size in load(backend).kept_sizes(problem, _plan(plan, sizes))]
-    grads = _like_inputs(problem, [acc if there else None for there in _summed(problem, wanted, bool(kept))])
-    return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads, *kept]
+    there = _summed(problem, wanted, bool(kept)) + list(wanted[len(problem.inputs) : -1])
+    grads = _like_inputs(problem, [acc if wanted_too else None for wanted_too in there])
+    offset = [] if problem.offset is None else [torch.empty_like(problem.offset)]
+    return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads, *offset, *kept]
 
 
 @library.custom_op("fused_infonce::finished", mutates_args=())
@@ -221,7 +229,8 @@ def _(
 
 
 def _like_inputs(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:
+    """Return the gradients of the inputs and, where `dtypes` has them too, of the biases."""
     return [
         problem.temperature.values.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
-        for x, dtype in zip(problem.inputs, dtypes, strict=True)
+        for x, dtype in zip((*problem.inputs, *problem.biases), dtypes, strict=False)
     ]

@@ -63,10 +63,13 @@ def _scored(problem: Problem) -> tuple[list[Tensor], list[Tensor], Tensor, Tenso
 def _statistics(problem: Problem) -> Statistics:
     scores, left_out, pos, t = _scored(problem)
     own = slice(0 if problem.in_batch else 1, None)
-    rows = _row_statistics(pos, torch.cat(scores[own] or [scores[0][:, :0]], 1) / t, _cat(left_out[own], scores[0]))
+    every = _cat([_biases(keys, x) for keys, x in zip(problem.keys[own], scores[own], strict=True)], scores[0])
+    logits = torch.cat(scores[own] or [scores[0][:, :0]], 1) / t
+    rows = _row_statistics(pos, logits, _cat(left_out[own], scores[0]).bool(), every)
     if not problem.columns:
         return Statistics(rows)
-    return Statistics(rows, _row_statistics(pos, scores[0].T / t, left_out[0].T))  # column j at the t of row j
+    of_queries = _biases(problem.query, scores[0].T)  # column j at the t of row j
+    return Statistics(rows, _row_statistics(pos, scores[0].T / t, left_out[0].T, of_queries))
 
 
 def _seen(keys: KeySet, normalize: bool) -> Tensor:
@@ -99,19 +102,27 @@ def _left_out(problem: Problem, index: int, target: Tensor) -> Tensor:
         if problem.self_similar:
             out = out | (row[:, None] == column)
     if query.ids is not None and keys.ids is not None:
-        out = out | (query.ids[:, None] == keys.ids)
+        agree = query.ids.reshape(n, 1, -1) == keys.ids.reshape(*keys.rows.shape[:-1], -1)
+        out = out | agree.any(-1)
     if problem.ceiling is not None and query.guide is not None and keys.guide is not None:
         guides = [unit_rows(guide.to(problem.ceiling.dtype)) for guide in (query.guide, keys.guide)]
         out = out | (_products(*guides) > problem.ceiling[:, None])
     return out
 
 
-def _cat(masks: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(list(masks), 1) if masks else like.new_zeros(len(like), 0, dtype=torch.bool)
+def _cat(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(list(parts), 1) if parts else like.new_zeros(len(like), 0)
 
 
-def _row_statistics(pos: Tensor, logits: Tensor, left_out: Tensor) -> RowStatistics:
-    """Return the statistics of rows over the logits that are not left out."""
+def _biases(keys: KeySet, logits: Tensor) -> Tensor:
+    """Return the biases of scored rows in the shape of their logits."""
+    return torch.zeros_like(logits) if keys.bias is None else keys.bias.to(logits.dtype).expand_as(logits)
+
+
+def _row_statistics(pos: Tensor, logits: Tensor, left_out: Tensor, biases: Tensor) -> RowStatistics:
+    """Return the statistics of rows over the logits that are not left out, here without their biases."""
+    left_out = left_out | (biases == -math.inf)
+    unbiased, logits = logits, logits + biases.masked_fill(left_out, 0)
     none = left_out.all(1)
     kept = logits.masked_fill(left_out & ~none[:, None], -math.inf)
     neg = torch.where(none, -math.inf, torch.logsumexp(kept, dim=1)) if logits.shape[1] else logits.sum(1) - math.inf
@@ -120,7 +131,7 @@ def _row_statistics(pos: Tensor, logits: Tensor, left_out: Tensor) -> RowStatist
     with torch.no_grad():
         exact = logits.to(pos.dtype)
         p = torch.exp(exact - neg[:, None]).masked_fill(left_out, 0)
-        mean = torch.where(none, 0, (p * exact.masked_fill(left_out, 0)).sum(1))
+        mean = torch.where(none, 0, (p * unbiased.to(pos.dtype).masked_fill(left_out, 0)).sum(1))
         base2 = exact.masked_fill(left_out, -math.inf) / LN2
         maximum = torch.where(none, 0, base2.amax(1)) if logits.shape[1] else torch.zeros_like(neg)
         scale = torch.where(none, 0, 1 / torch.exp2(base2 - maximum[:, None]).sum(1))

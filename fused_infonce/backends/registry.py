@@ -127,9 +127,10 @@ def plan_of(
     """
     backend = resolve(options.backend, problem.query.rows)
     compiling = torch.compiler.is_compiling()
+    leaves = [*problem.inputs, *problem.added, *([] if bias is None else [bias])]
     if backend != "reference":
         if forward_ad._current_level >= 0:
-            _refuse_tangents(*problem.inputs, problem.temperature.values, *([] if bias is None else [bias]))
+            _refuse_tangents(*leaves, problem.temperature.values)
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError("the transforms of torch.func (grad, jacrev, vmap, ...) need backend='reference'")
     query, t = problem.query.rows, problem.temperature
@@ -141,13 +142,12 @@ def plan_of(
     device = query.device
     plan = choose if compiling else remembered
     of_t = torch.is_grad_enabled() and t.values.requires_grad
-    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in problem.inputs])
-    needed = needed or (bias is not None and torch.is_grad_enabled() and bias.requires_grad)
+    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in leaves])
     return plan(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
-        plain=problem.plain and not weighted, per_row=not t.shared,
+        plain=problem.plain and not weighted, per_row=not t.shared, biased=len(problem.added) > 0,
         bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
         mean=full or of_t, joint=problem.joint, pairwise=bias is not None,

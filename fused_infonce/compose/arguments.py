@@ -12,6 +12,7 @@ from .. import checks
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import statistics_dtype, without_autocast
+from .biases import biases_of, with_margin
 
 NegativeMode = Literal["unpaired", "paired"]
 NEGATIVE_MODES: tuple[NegativeMode, ...] = get_args(NegativeMode)
@@ -33,7 +34,9 @@ def of_keys(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, temperature: float | Tensor, negative_mode: str,
     *, symmetric: bool, normalize: bool = True, in_batch_negatives: bool | None = None, ignore_index: int = -100,
     target: Tensor | None = None, query_ids: Tensor | None = None, key_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None, names: tuple[str, str] = ("positive_key", "symmetric"),
+    negative_ids: Tensor | None = None, key_bias: Tensor | None = None, negative_bias: Tensor | None = None,
+    positive_bias: bool = True, negative_mask: Tensor | None = None, margin: float = 0.0,
+    names: tuple[str, str] = ("positive_key", "symmetric"),
 ) -> Problem:  # fmt: skip
     """Return the problem of queries against keys: the arguments of `info_nce`, checked.
 
@@ -43,13 +46,19 @@ def of_keys(
         query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target, names
     )  # fmt: skip
     index = None if target is None else checks.target(target, query, positive_key.shape[0], ignore_index)
-    ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric)
-    keys = [KeySet(positive_key, ids[1])]
+    ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric, True)
+    biases = biases_of(
+        key_bias, negative_bias, positive_bias, query, positive_key, negative_keys, index, in_batch, symmetric,
+        negative_mask,
+    )  # fmt: skip
+    keys = [KeySet(positive_key, ids[1], bias=biases.key)]
     if negative_keys is not None:
-        keys.append(KeySet(negative_keys, ids[2]))
+        keys.append(KeySet(negative_keys, ids[2], bias=biases.negative))
+    t = temperature_of(temperature, query)
+    offset = with_margin(biases.offset, margin, t, query.shape[0], symmetric)
     return Problem(
-        KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), temperature_of(temperature, query), index,
-        in_batch=in_batch, columns=symmetric, normalize=normalize,
+        KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), t, index, offset=offset,
+        in_batch=in_batch, columns=symmetric, normalize=normalize, bias_bound=biases.bound,
     )  # fmt: skip
 
 
@@ -57,7 +66,9 @@ def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | 
     """Return the id of each row, whose negatives of that id are left out: its query's, or else its positive's."""
     if query_ids is not None or key_ids is None or target is None:
         return key_ids if query_ids is None else query_ids
-    return key_ids[target.clamp(0, len(key_ids) - 1)] if len(key_ids) else target
+    if not len(key_ids):
+        return key_ids.new_zeros(len(target), *key_ids.shape[1:])
+    return key_ids[target.clamp(0, len(key_ids) - 1)]
 
 
 def _check_embeddings(
@@ -111,9 +122,9 @@ def key_embeddings(
 
 def all_ids(
     query_ids: Any, key_ids: Any, negative_ids: Any, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None,
-    keys_are_negatives: bool,
+    keys_are_negatives: bool, several: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the ids of queries, keys and negatives, checked."""
+    """Return the ids of queries, keys and negatives, checked; `several`: a row may have more than one."""
     if query_ids is None and key_ids is None and negative_ids is None:
         return None, None, None
     if query_ids is not None and key_ids is None and negative_ids is None:
@@ -126,12 +137,18 @@ def all_ids(
         raise ValueError(
             "key_ids have no effect where negative_keys replace the in-batch negatives without negative_ids"
         )
-    return (
-        None if query_ids is None else checks.ids("query_ids", query_ids, (len(query),), query.device),
-        None if key_ids is None else checks.ids("key_ids", key_ids, (len(positive_key),), query.device),
-        None if negative_ids is None or negative_keys is None
-        else checks.ids("negative_ids", negative_ids, tuple(negative_keys.shape[:-1]), query.device),
-    )  # fmt: skip
+    given = {"query_ids": (query_ids, query), "key_ids": (key_ids, positive_key)}
+    if negative_keys is not None:
+        given["negative_ids"] = negative_ids, negative_keys
+    found = {
+        name: checks.ids(name, ids, tuple(rows.shape[:-1]), query.device, several=several)
+        for name, (ids, rows) in given.items()
+        if ids is not None
+    }
+    counts = {name: ids.shape[-1] if ids.dim() == given[name][1].dim() else 1 for name, ids in found.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"all rows must have the same number of ids, got {counts}")
+    return found.get("query_ids"), found.get("key_ids"), found.get("negative_ids")
 
 
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:

@@ -82,6 +82,12 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
 
 
+def one_id_a_row(problem: Problem, name: str) -> None:
+    """Check that no row has several ids, with which `negative_sums` does not know a row's negatives."""
+    if problem.query.ids is not None and problem.query.ids.dim() > 1:
+        raise ValueError(f"{name} counts negatives, for which a row may have one id, got {problem.query.ids.shape[1]}")
+
+
 def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of each row's negatives, (N, D), and their number, (N,), in O((N + M) (D + log M)).
 

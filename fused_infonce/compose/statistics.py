@@ -21,6 +21,7 @@ def statistics(
     columns: Literal[False] = False, negative_mode: NegativeMode = "unpaired", normalize: bool = True,
     in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
     backend: BackendName = "auto", workspace_limit: int | None = None,
 ) -> RowStatistics: ...  # fmt: skip
 
@@ -31,6 +32,7 @@ def statistics(
     columns: Literal[True], negative_mode: NegativeMode = "unpaired", normalize: bool = True,
     in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
     backend: BackendName = "auto", workspace_limit: int | None = None,
 ) -> Statistics: ...  # fmt: skip
 
@@ -50,6 +52,9 @@ def statistics(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negative_bias: Tensor | None = None,
+    positive_bias: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> RowStatistics | Statistics:
@@ -59,11 +64,13 @@ def statistics(
         s_ij = cos(q_i, k_j) / t_i,    p_ij = exp(s_ij - neg_i)
 
     over the negatives j of row i, which the positive y is not among. InfoNCE is `softplus(neg - pos)`, the decoupled
-    loss `neg - pos`, and `exp(neg - mean)` the effective number of negatives.
+    loss `neg - pos`, and `exp(neg - mean)` the effective number of negatives. With biases s_ij has that of key j,
+    except in the mean, which is that of the logits without: sum_j p_ij (s_ij - c_j), on which the temperature acts.
 
     Args:
         columns: return `Statistics(rows, columns)`, where `columns` are the statistics of the keys against the queries,
-            from the same products; column j has the temperature and the positive of row j. Needs N = M and no `target`.
+            from the same products; column j has the temperature and the positive of row j, without a bias. Needs N = M
+            and no `target`.
         The other arguments are those of `info_nce`.
 
     Returns:
@@ -78,7 +85,8 @@ def statistics(
     problem = of_keys(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids, names=("key", "columns"),
+        key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
+        positive_bias=positive_bias, names=("key", "columns"),
     )  # fmt: skip
     problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
     with context:

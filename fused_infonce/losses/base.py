@@ -121,7 +121,7 @@ class PairLoss(ContrastiveLoss):
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
 
-    def of_keys(self, **given: Tensor | None) -> dict[str, Any]:
+    def of_keys(self, **given: Any) -> dict[str, Any]:
         """Return the arguments that only the function of keys takes; with negatives="views" none may be given."""
         if self.negatives == "keys":
             return given | {name: getattr(self, name) for name in OF_KEYS}

@@ -12,6 +12,7 @@ from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
+from ..compose.biases import of_two_sides
 from ..compose.reduction import reduced
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
@@ -23,6 +24,9 @@ def clip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    image_bias: Tensor | None = None,
+    text_bias: Tensor | None = None,
+    positive_bias: bool = True,
     normalize: bool = False,
     reduction: Reduction = "mean",
     backend: BackendName = "auto",
@@ -32,6 +36,9 @@ def clip_loss(
 
         loss_i = -1/2 log( exp(s_ii) / sum_j exp(s_ij) ) - 1/2 log( exp(s_ii) / sum_j exp(s_ji) )
         s_ij = scale (image_i . text_j) + bias
+
+    With biases of a side, row j of it has b_j added where it is scored: s_ij + text_bias_j in the sum over texts, and
+    s_ji + image_bias_j in the sum over images.
 
     It is `info_nce(..., symmetric=True)` at the temperature 1 / scale, with the values of open_clip's `ClipLoss()`.
 
@@ -43,6 +50,9 @@ def clip_loss(
             tensors are checked on a CPU; on a GPU a bad one gives NaN.
         logit_bias: a number or a one-element tensor. Added to every logit it changes no softmax: the loss does not
             depend on it, and its gradient is 0.
+        image_bias, text_bias: (N,) each, floating, in nats, such as -log of how often a caption is sampled; gradients
+            flow to both. -inf leaves a row out of the other rows' sums, without `positive_bias` alone.
+        positive_bias: whether the logits of the pairs have their biases too.
         normalize: divide every row by max(norm, 1e-12) first.
         reduction: "mean" over the N pairs, "sum", or "none": (N,).
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -57,14 +67,22 @@ def clip_loss(
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
     _check_pairs(image_features, text_features)
-    problem = _problem(image_features, text_features, temperature_of_scale(logit_scale, image_features), normalize)
+    t = temperature_of_scale(logit_scale, image_features)
+    problem = _problem(image_features, text_features, t, normalize, image_bias, text_bias, positive_bias)
     bias, options = bias_of(logit_bias), call_options(backend, workspace_limit, reduction)
     return with_bias(reduced(problem, options, "infonce"), bias)
 
 
-def _problem(image: Tensor, text: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
+def _problem(
+    image: Tensor, text: Tensor, temperature: float | Tensor, normalize: bool, image_bias: Any, text_bias: Any,
+    positive_bias: Any,
+) -> Problem:  # fmt: skip
     t = checks.temperature(temperature, image, statistics_dtype(image))
-    return Problem(KeySet(image), (KeySet(text),), t, columns=True, normalize=normalize)
+    biases = of_two_sides({"image_bias": image_bias, "text_bias": text_bias}, positive_bias, image)
+    return Problem(
+        KeySet(image, bias=biases.query), (KeySet(text, bias=biases.key),), t, offset=biases.offset, columns=True,
+        normalize=normalize, bias_bound=biases.bound,
+    )  # fmt: skip
 
 
 def _check_pairs(image: Any, text: Any) -> None:
@@ -155,19 +173,25 @@ class ClipLoss(ContrastiveLoss):
         text_features: Tensor,
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
+        *,
+        image_bias: Tensor | None = None,
+        text_bias: Tensor | None = None,
+        positive_bias: bool = True,
     ) -> Tensor:
         """Return the loss of (N, D) images and their texts.
 
         logit_scale: the factor of the products, already exponentiated: CLIP's `logit_scale.exp()`. None: 1 /
             `temperature` of this module.
         logit_bias: accepted as in open_clip; it does not change the loss.
+        image_bias, text_bias, positive_bias: as in `clip_loss`.
         """
+        biases: dict[str, Any] = {"image_bias": image_bias, "text_bias": text_bias, "positive_bias": positive_bias}
         if logit_scale is not None:
-            return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+            return clip_loss(image_features, text_features, logit_scale, logit_bias, **biases, **self.options)
         if self.logit_scale is None and self.held_temperature is None:
             raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
         _check_pairs(image_features, text_features)
-        problem = _problem(image_features, text_features, self.temperature, self.normalize)
+        problem = _problem(image_features, text_features, self.temperature, self.normalize, **biases)
         bias, options = bias_of(logit_bias), call_options(self.backend, self.workspace_limit, self.reduction)
         return with_bias(reduced(problem, options, "infonce"), bias)
 

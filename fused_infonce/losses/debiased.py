@@ -14,7 +14,7 @@ from ..backends.contract import Problem, RowStatistics
 from ..backends.row_losses import infonce
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views
 from ..compose.reduction import Loss, reduced
-from ..compose.rows import negative_sums
+from ..compose.rows import negative_sums, one_id_a_row
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
 
@@ -72,6 +72,7 @@ def debiased_info_nce(
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
+    one_id_a_row(problem, "the debiased loss")
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     return reduced(problem, options, _loss(problem, tau_plus), weight)
 

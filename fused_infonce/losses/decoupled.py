@@ -36,6 +36,9 @@ def decoupled_info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negative_bias: Tensor | None = None,
+    positive_bias: bool = True,
     weight: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
@@ -64,7 +67,8 @@ def decoupled_info_nce(
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids,
+        key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
+        positive_bias=positive_bias,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     return reduced(problem, options, _loss(problem, positive_weight), weight)
@@ -218,6 +222,9 @@ class DCLLoss(PairLoss):
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        negative_bias: Tensor | None = None,
+        positive_bias: bool = True,
         weight: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of two views of a batch, or with negatives="keys" of queries and keys.
@@ -234,8 +241,10 @@ class DCLLoss(PairLoss):
                 positive_weight = positive_weight.repeat(2)
         of_keys = self.of_keys(
             negative_keys=negative_keys, target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
-            weight=weight,
+            key_bias=key_bias, negative_bias=negative_bias, weight=weight,
         )  # fmt: skip
+        if not positive_bias:
+            of_keys |= self.of_keys(positive_bias=positive_bias)
         function = decoupled_info_nce if self.negatives == "keys" else decoupled_nt_xent
         return function(
             query,

@@ -35,6 +35,8 @@ def grouped_info_nce(
     in_batch_negatives: bool = True,
     target: Tensor | None = None,
     offset: int = 0,
+    key_bias: Tensor | None = None,
+    positive_bias: bool = True,
     reduction: Reduction = "mean",
     teacher_scores: Tensor | None = None,
     distillation: Distillation | None = None,
@@ -64,6 +66,9 @@ def grouped_info_nce(
         target: (N,) integer rows of `passages`, each query's positive in place of `offset + i G`; the others are its
             negatives, and -100 leaves the query out. Needs in-batch negatives, no `offset` and no distillation.
         offset: the row where the first query's group begins, a multiple of G: `rank * N * G` of gathered passages.
+        key_bias: (M G,) of the passages, floating, in nats: added to every logit of passage j, s_ij + c_j; gradients
+            flow to it. -inf leaves a passage out, which may not be a positive. Needs no distillation.
+        positive_bias: whether the logit of a query's positive has its bias too.
         reduction: "mean", "sum" or "none" (one value per query).
         teacher_scores: (N, G) floating, of each query's own group, before their softmax; they get no gradient.
         distillation: "kl_div" or "m3_kd_loss" (which needs in-batch negatives); with `teacher_scores`, else None.
@@ -84,6 +89,8 @@ def grouped_info_nce(
     _check_embeddings(query, passages)
     _check_groups(query, passages, group_size, offset, target, in_batch_negatives)
     _check_distillation(query, group_size, target, in_batch_negatives, teacher_scores, distillation)
+    if distillation is not None and (key_bias is not None or not positive_bias):
+        raise ValueError("key_bias and positive_bias cannot be used with a distillation")
     n = len(query)
     t = temperature_of(temperature, query)
     # a view (N, G, D) of the passages; a target replaces the groups
@@ -101,15 +108,28 @@ def grouped_info_nce(
         distilled = reduced_mean(rows, reduction)
     shared: dict[str, Any] = {
         "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
-        "workspace_limit": workspace_limit,
+        "workspace_limit": workspace_limit, "positive_bias": positive_bias,
     }  # fmt: skip
     if own is not None and not in_batch_negatives:
-        contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared)
+        biases = _own_biases(key_bias, positive_bias, query, passages, offset, group_size)
+        contrastive = info_nce(query, own[:, 0], own[:, 1:], negative_mode="paired", **shared | biases)
     else:
         if target is None:
             target = torch.arange(n, device=query.device) * group_size + offset
-        contrastive = info_nce(query, passages, target=target, **shared)
+        contrastive = info_nce(query, passages, target=target, key_bias=key_bias, **shared)
     return contrastive if distilled is None else contrastive + distilled
+
+
+def _own_biases(
+    key_bias: Any, positive_bias: bool, query: Tensor, passages: Tensor, offset: int, group_size: int
+) -> dict[str, Any]:
+    """Return the biases of each query's own group, as `info_nce` takes them."""
+    checks.flags(positive_bias=positive_bias)
+    if key_bias is None:
+        return {}
+    bias = checks.bias("key_bias", key_bias, tuple(passages.shape[:1]), query)
+    own = bias[offset : offset + len(query) * group_size].unflatten(0, (len(query), group_size))
+    return {"key_bias": own[:, 0] if positive_bias else None, "negative_bias": own[:, 1:], "positive_bias": True}
 
 
 def _weights(teacher: Tensor, t: Temperature) -> Tensor:
@@ -338,9 +358,11 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         *,
         target: Tensor | None = None,
         offset: int = 0,
+        key_bias: Tensor | None = None,
+        positive_bias: bool = True,
     ) -> Tensor:
         """Return the loss of (N, D) queries and (M G, D) passages, with a distillation of (N, G) `teacher_scores`."""
         return grouped_info_nce(
-            query, passages, temperature=self.temperature, target=target, offset=offset, teacher_scores=teacher_scores,
-            **self.options,
+            query, passages, temperature=self.temperature, target=target, offset=offset, key_bias=key_bias,
+            positive_bias=positive_bias, teacher_scores=teacher_scores, **self.options,
         )  # fmt: skip

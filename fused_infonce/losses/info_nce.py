@@ -12,10 +12,19 @@ from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
 from ..backends.indexing import take_rows
-from ..backends.precision import without_autocast
-from ..compose.arguments import NegativeMode, call_options, of_keys
+from ..backends.precision import statistics_dtype, without_autocast
+from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
 from ..compose.reduction import reduced, reduced_rows, widened
-from ..compose.rows import dots, negative_sums, unit
+from ..compose.rows import dots, negative_sums, one_id_a_row, unit
+from ..compose.several import (
+    POSITIVES,
+    PositivesMode,
+    Several,
+    by_ids,
+    by_target,
+    check_several,
+    several_reduced,
+)
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans, check_options_of_keys
 
@@ -33,10 +42,18 @@ def info_nce(
     in_batch_negatives: bool | None = None,
     ignore_index: int = -100,
     target: Tensor | None = None,
+    positives: PositivesMode = "each",
+    positive_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    positive_weight: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negative_bias: Tensor | None = None,
+    positive_bias: bool = True,
+    negative_mask: Tensor | None = None,
     weight: Tensor | None = None,
+    margin: float = 0.0,
     label_smoothing: float = 0.0,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
@@ -65,15 +82,37 @@ def info_nce(
             `negative_keys`.
         ignore_index: rows with this target count neither in the loss nor in the mean. What is said of a `weight` of 0
             holds for them.
-        target: (N,) integer indices of each query's positive in `positive_key`. None: row i.
+        target: (N,) integer indices of each query's positive in `positive_key`. None: row i. Or (N, P), the indices of
+            several, padded with `ignore_index`; a row with none does not count, and a key named twice counts twice.
+        positives: how several positives of a row are taken, none of which is a negative. "each": the mean of the
+            losses that each would have alone. "all": each has the others in its denominator, as in SupCon. "any": the
+            sum of their exponentials is what stands against the negatives, as in MIL-NCE.
+        positive_ids: integer ids in place of `target`, (N,) of the queries and (M,) of the keys, or one tensor for
+            both: the keys of its id are a query's positives. With `symmetric`, both directions have them. On a GPU one
+            synchronisation reads how many there are.
+        positive_weight: (N, P), not negative, the weights of a (N, P) target's positives in the means of "each" and
+            "all". A weight of 0 leaves a positive out of both; it is no negative either.
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
-            positive is always kept.
+            positive is always kept. Ids may have one dimension more, (N, I), (M, I): a negative of which any of I ids
+            agrees is left out, such as one of the same document or of the same question.
+        key_bias, negative_bias: c in nats, floating, (M,) and, as `negative_keys` without its last dimension: added to
+            every logit in which the key is what a query is scored against, s_ij = cos(q_i, k_j) / t_i + c_j; gradients
+            flow to both. -inf leaves a key out, which may not be a row's positive. With `symmetric` keys are not what
+            is scored in the other direction, and nothing there has a bias. Not with `label_smoothing`. Values are
+            checked on a CPU; on a GPU a bad one gives NaN.
+        positive_bias: whether the logit of a row's positive has its key's bias too. Without, -inf leaves it out of the
+            negatives of other rows alone.
+        negative_mask: (N, H), booleans, with paired `negative_keys`: whether a negative is there, so that rows may have
+            different numbers of them. A row that keeps none, and has no others, has loss 0 and no gradient.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
             gradients of the keys NaN.
+        margin: m, not negative, taken off the positive's cosine, s_iy = (cos(q_i, k_y) - m) / t_i, in both directions:
+            CosFace with `target` and class weights as keys, or the additive margin of bitext mining. Without
+            `normalize`, off its dot product. Not with `label_smoothing`.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -86,23 +125,56 @@ def info_nce(
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
-    References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch.
+    References: van den Oord et al. 2018, arXiv:1807.03748; https://github.com/RElbers/info-nce-pytorch. The margin:
+    Wang et al. 2018, arXiv:1801.09414; Yang et al. 2019, arXiv:1902.08564. Several positives: Khosla et al. 2020,
+    arXiv:2004.11362; Miech et al. 2020, arXiv:1912.06430.
     """
     options = call_options(backend, workspace_limit, reduction)
+    several = _several(
+        query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index, label_smoothing
+    )
+    if several is not None:
+        target, ignore_index = several.target, -1
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids,
+        key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
+        positive_bias=positive_bias, negative_mask=negative_mask, margin=margin,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    if several is not None:
+        return several_reduced(problem, options, several, positives, weight)
     if label_smoothing == 0:
         return reduced(problem, options, "infonce", weight)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
+    if problem.added:
+        raise ValueError("label_smoothing cannot be used with key_bias, negative_bias, negative_mask or margin")
+    one_id_a_row(problem, "label_smoothing")
     problem, context = widened(problem)
     with context:
         loss = reduced(problem, options, "infonce", weight)
         pull = _pull(problem)
     return loss + label_smoothing * reduced_rows(pull, problem, reduction, weight)
+
+
+def _several(
+    query: Tensor, key: Tensor, target: Any, positives: PositivesMode, positive_ids: Any, positive_weight: Any,
+    symmetric: bool, ignore_index: int, label_smoothing: float,
+) -> Several | None:  # fmt: skip
+    """Return the positives of a call whose rows may have several, checked; None where each has one."""
+    many = isinstance(target, Tensor) and target.dim() == 2
+    if not many and positive_ids is None and positive_weight is None and positives == "each":
+        return None
+    check_several(
+        target, positive_ids, positive_weight, positives, symmetric, ["label_smoothing"] if label_smoothing else []
+    )
+    key_embeddings(query, key, None, "unpaired", targets=not symmetric)
+    dtype = statistics_dtype(query)
+    if positive_ids is not None:
+        return by_ids(positive_ids, query, key, symmetric, dtype)
+    if not many:
+        raise ValueError("positives and positive_weight need several positives: a (N, P) target or positive_ids")
+    return by_target(target, positive_weight, query, key.shape[0], ignore_index, dtype)
 
 
 def explain(*args: Any, **kwargs: Any) -> Plans:
@@ -155,6 +227,8 @@ class FusedInfoNCELoss(ContrastiveLoss):
         normalize: divide every row by its norm first, so that scores are cosines.
         in_batch_negatives: whether the other rows of `positive_key` are negatives; None: only without explicit ones.
         ignore_index: a row with this `target` does not count.
+        positives: "each", "all" or "any", how several positives of a row are taken.
+        margin: what is taken off the cosine of a positive.
         label_smoothing: the share of the label, in [0, 1], that is spread evenly over the positive and its negatives.
         learnable_temperature: hold the (1,) parameter `logit_scale = log(1 / temperature)`, as CLIP does. Give
             `loss.parameters()` to the optimizer, without weight decay.
@@ -168,7 +242,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         >>> loss(query, key).backward()
     """
 
-    own = ("negative_mode", "symmetric", "in_batch_negatives", "ignore_index", "label_smoothing")
+    own = ("negative_mode", "symmetric", "in_batch_negatives", "ignore_index", "positives", "margin", "label_smoothing")
 
     def __init__(
         self,
@@ -180,6 +254,8 @@ class FusedInfoNCELoss(ContrastiveLoss):
         normalize: bool = True,
         in_batch_negatives: bool | None = None,
         ignore_index: int = -100,
+        positives: PositivesMode = "each",
+        margin: float = 0.0,
         label_smoothing: float = 0.0,
         learnable_temperature: bool = False,
         max_logit_scale: float | None = None,
@@ -194,6 +270,9 @@ class FusedInfoNCELoss(ContrastiveLoss):
         self.symmetric = symmetric
         self.in_batch_negatives = in_batch_negatives
         self.ignore_index = ignore_index
+        checks.one_of("positives", positives, POSITIVES)
+        self.positives: PositivesMode = positives
+        self.margin = checks.not_negative("margin", margin)
         self.label_smoothing = checks.fraction("label_smoothing", label_smoothing)
 
     def forward(
@@ -203,15 +282,22 @@ class FusedInfoNCELoss(ContrastiveLoss):
         negative_keys: Tensor | None = None,
         *,
         target: Tensor | None = None,
+        positive_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        positive_weight: Tensor | None = None,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        negative_bias: Tensor | None = None,
+        positive_bias: bool = True,
+        negative_mask: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Return the loss of queries and keys, shaped as `info_nce` says; a `temperature` is for this call only."""
         return info_nce(
             query, positive_key, negative_keys, temperature=self.temperature if temperature is None else temperature,
-            target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, weight=weight,
-            **self.options,
+            target=target, positive_ids=positive_ids, positive_weight=positive_weight, query_ids=query_ids,
+            key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
+            positive_bias=positive_bias, negative_mask=negative_mask, weight=weight, **self.options,
         )  # fmt: skip

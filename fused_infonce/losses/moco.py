@@ -13,6 +13,7 @@ from .. import checks, contrast
 from ..backends import BackendName, Reduction, plan_of
 from ..backends.contract import KeySet, Problem
 from ..compose.arguments import call_options, temperature_of
+from ..compose.biases import biases_of
 from ..compose.reduction import closed_form, reduced
 from ..compose.rows import unit
 from ..temperature.scale import TemperatureLike
@@ -26,6 +27,8 @@ def moco_loss(
     temperature: float | Tensor = 0.07,
     reduction: Reduction = "mean",
     *,
+    key_bias: Tensor | None = None,
+    negative_bias: Tensor | None = None,
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
@@ -45,6 +48,8 @@ def moco_loss(
         temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
             flow to tensors.
         reduction: "mean", "sum" or "none" (one value per query).
+        key_bias, negative_bias: (N,) and (K,), floating, in nats: added to the logits of the keys and of the columns of
+            the queue; gradients flow to both. -inf leaves a column out, and no key.
         normalize: divide every query, key and column of the queue by max(norm, 1e-12) first.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
@@ -69,10 +74,11 @@ def moco_loss(
             f"it is the queue of a MoCoLoss(dim={queue.shape[0]}), and these embeddings need dim={query.shape[1]}"
         )
     checked = call_options(backend, workspace_limit, reduction)
-    negatives = KeySet(queue.detach().T)
+    biases = biases_of(key_bias, negative_bias, True, query, key, queue.T, None, in_batch=False)
+    negatives = KeySet(queue.detach().T, bias=biases.negative)
     problem = Problem(
-        KeySet(query), (KeySet(key.detach()), negatives), temperature_of(temperature, query), in_batch=False,
-        normalize=normalize,
+        KeySet(query), (KeySet(key.detach()), negatives), temperature_of(temperature, query), offset=biases.offset,
+        in_batch=False, normalize=normalize, bias_bound=biases.bound,
     )  # fmt: skip
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
     if plan.gradients and not plan.one_pass and not contrast.is_explaining():  # a backward may follow an overwriting
@@ -143,13 +149,18 @@ class MoCoLoss(ContrastiveLoss):
         self.queue.copy_(F.normalize(torch.randn_like(self.queue.T)).T)
         self.queue_ptr.zero_()
 
-    def forward(self, query: Tensor, key: Tensor, *, enqueue: bool = True) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, *, enqueue: bool = True, key_bias: Tensor | None = None,
+        negative_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the loss of (N, D) queries, each against its own key and the queue, and enqueue the keys.
 
         In training mode and with `enqueue` the keys take the place of the oldest in the queue; a backward that is still
         to come is not disturbed.
         """
-        loss = moco_loss(query, key, self.queue, self.temperature, **self.options)
+        loss = moco_loss(
+            query, key, self.queue, self.temperature, key_bias=key_bias, negative_bias=negative_bias, **self.options
+        )
         if enqueue and self.training:
             self.enqueue(key)
         return loss

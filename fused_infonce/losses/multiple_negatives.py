@@ -18,6 +18,7 @@ from ..backends.contract import KeySet, Problem, RowStatistics, Temperature
 from ..backends.precision import all_wide, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options, temperature_of
+from ..compose.biases import Biases, of_columns
 from ..compose.reduction import reduced, reduced_mean
 from ..compose.rows import dots, finite, log_add, unit
 from ..temperature.scale import TemperatureLike
@@ -42,6 +43,8 @@ def multiple_negatives(
     hardness_strength: float = 0.0,
     offset: int = 0,
     all_queries: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    positive_bias: bool = True,
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: BackendName = "auto",
@@ -84,6 +87,10 @@ def multiple_negatives(
         offset: the row of the first query's own documents: `rank * N` of gathered ones.
         all_queries: (M, D), rows `offset` to `offset + N` being `query`; for "query_to_query" and "doc_to_query", which
             compare with all of them; both get gradients. None: `query`, which must have M rows then.
+        key_bias: (1 + H, M) c, of the documents as they are stacked, floating, in nats: added to every s(a, x_j) where
+            document j is what a query or a document is compared with; gradients flow to it. -inf leaves a document out,
+            which may not be a query's positive. Not with a hardness.
+        positive_bias: whether the logit of a query's positive has its bias too.
         normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         reduction: "mean", "sum" or "none" (one value per query).
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -104,9 +111,12 @@ def multiple_negatives(
     options = call_options(backend, workspace_limit, reduction)
     check_options(directions, partition, hardness, hardness_strength)
     documents = _check_embeddings(query, documents, offset, all_queries, directions)
+    if key_bias is not None and hardness_strength:
+        raise ValueError("key_bias cannot be used with a hardness")
     ranking = _Ranking(
         query, documents, query if all_queries is None else all_queries, offset, temperature_of(temperature, query),
         frozenset(directions), hardness, float(hardness_strength), normalize,
+        of_columns(key_bias, positive_bias, query, documents, slice(offset, offset + len(query))),
     )  # fmt: skip
     both = ranking.columns and partition == "per_direction"
     if not ranking.strength and (ranking.directions == {"query_to_doc"} or both):
@@ -117,10 +127,16 @@ def multiple_negatives(
     with without_autocast(query.device.type):
         if ranking.apart:
             negs[0] = log_add(negs[0], ranking.own_negatives())
+        added = ranking.biases.offset  # to the positive of query_to_doc alone
         if partition == "per_direction":
-            return reduced_mean(torch.stack([infonce(neg - pos) for neg in negs]).mean(0), reduction)
+            each = [pos, pos if added is None else pos - added]
+            return reduced_mean(
+                torch.stack([infonce(neg - p) for neg, p in zip(negs, each, strict=False)]).mean(0), reduction
+            )
         # With doc_to_query the sum holds the positive twice: log(k + exp(x)) = log k + log(1 + exp(x - log k)).
-        log_k = math.log(1 + ("doc_to_query" in directions))
+        log_k: float | Tensor = math.log(1 + ("doc_to_query" in directions))
+        if log_k and added is not None:  # k = 1 + exp(-added): that of doc_to_query has no bias
+            log_k = infonce(-added)
         return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), reduction)
 
 
@@ -137,6 +153,7 @@ class _Ranking:
     hardness: str | None
     hardness_strength: float
     normalize: bool
+    biases: Biases  # those of columns of hard negatives one after another
 
     @property
     def strength(self) -> float:
@@ -183,17 +200,21 @@ class _Ranking:
             return (), None
         with without_autocast(self.query.device.type):  # autocast refuses rows of another 16-bit dtype than its own
             rows = torch.cat(hard) if len(hard) > 1 else hard[0]
+        keys = KeySet(rows, bias=self.biases.negative)
         if not others:
-            return (KeySet(rows),), None
-        return (KeySet(rows, self.index.repeat(len(hard))),), self.index[self.own]
+            return (keys,), None
+        return (keys._replace(ids=self.index.repeat(len(hard))),), self.index[self.own]
 
     @property
     def first(self) -> Problem:
         """The problem of the queries against the documents."""
         hard, ids = self.hard(others=self.apart)
+        offset = self.biases.offset
+        if self.columns and offset is not None:
+            offset = torch.stack([offset, torch.zeros_like(offset)])
         return Problem(
-            KeySet(self.query, ids), (KeySet(self.documents[0]), *hard), self.t, self.target, columns=self.columns,
-            normalize=self.normalize,
+            KeySet(self.query, ids), (KeySet(self.documents[0], bias=self.biases.key), *hard), self.t, self.target,
+            offset=offset, columns=self.columns, normalize=self.normalize, bias_bound=self.biases.bound,
         )  # fmt: skip
 
     def widened(self) -> tuple[_Ranking, AbstractContextManager[Any]]:
@@ -214,22 +235,24 @@ class _Ranking:
         )  # fmt: skip
         negs = [rows.neg]
 
-        def against(x: Tensor, y: Tensor, ids: Tensor | None = None, *hard: KeySet, itself: bool = False) -> Tensor:
+        def against(x: Tensor, y: KeySet, ids: Tensor | None = None, *hard: KeySet, itself: bool = False) -> Tensor:
             problem = Problem(
-                KeySet(x, ids), (KeySet(y), *hard), t, self.target, normalize=self.normalize, self_similar=itself
-            )
+                KeySet(x, ids), (y, *hard), t, self.target, normalize=self.normalize, self_similar=itself,
+                bias_bound=self.biases.bound,
+            )  # fmt: skip
             return contrast.statistics(problem, options).rows.neg
 
         if "query_to_query" in self.directions:
-            negs.append(against(self.query, self.every, itself=self.local))
+            negs.append(against(self.query, KeySet(self.every), itself=self.local))
         if columns is not None:
             negs.append(columns.neg)
         elif "doc_to_query" in self.directions:
-            negs.append(against(mine, self.every))
+            negs.append(against(mine, KeySet(self.every)))
         if "doc_to_doc" in self.directions:
             hard, ids = self.hard(others=True)
-            itself = self.local and len(hard) == 0
-            negs.append(against(positives if itself else mine, positives, ids, *hard, itself=itself))
+            keys = KeySet(positives, bias=self.biases.key)
+            itself = self.local and len(hard) == 0 and keys.bias is None
+            negs.append(against(positives if itself else mine, keys, ids, *hard, itself=itself))
         return rows.pos, negs
 
     def own_negatives(self) -> Tensor:
@@ -365,8 +388,11 @@ class MultipleNegativesLoss(ContrastiveLoss):
         *,
         offset: int = 0,
         all_queries: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        positive_bias: bool = True,
     ) -> Tensor:
         """Return the loss of (N, D) queries and their documents: a positive each, then columns of hard negatives."""
         return multiple_negatives(
-            query, documents, self.temperature, offset=offset, all_queries=all_queries, **self.options
-        )
+            query, documents, self.temperature, offset=offset, all_queries=all_queries, key_bias=key_bias,
+            positive_bias=positive_bias, **self.options,
+        )  # fmt: skip

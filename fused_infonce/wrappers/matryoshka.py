@@ -17,7 +17,8 @@ from ..losses.moco import MoCoLoss
 # Arguments of this package's losses that are not embeddings, or not those of the model in training.
 KEPT = frozenset({
     "temperature", "teacher_temperature", "logit_scale", "logit_bias", "tau_plus", "weight", "positive_weight", "mask",
-    "teacher_scores", "teacher_query", "teacher_key", "guide_query", "guide_key", "guide_negatives",
+    "key_bias", "negative_bias", "image_bias", "text_bias", "teacher_scores", "teacher_query", "teacher_key",
+    "guide_query", "guide_key", "guide_negatives",
 })  # fmt: skip
 
 

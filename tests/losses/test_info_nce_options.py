@@ -1,6 +1,7 @@
 """What each option means: against loops over explicit sets of negatives, and rule by rule."""
 
 import copy
+import inspect
 import math
 import os
 import pickle
@@ -139,7 +140,7 @@ def test_ids_use_all_64_bits(backend, monkeypatch):
         ({"key_ids": torch.arange(6), "negative_keys": torch.randn(6, 4)}, "key_ids have no effect"),
         (
             {"key_ids": torch.arange(6), "negative_ids": torch.arange(5), "negative_keys": torch.randn(6, 4)},
-            r"negative_ids must have shape \(6,\), got \(5,\)",
+            r"negative_ids must have shape \(6,\) or \(6, I\), got \(5,\)",
         ),
     ],
 )
@@ -183,14 +184,16 @@ EVERY = {
     "label_smoothing": 0.1,
     "backend": "torch", "workspace_limit": 4096,
 }  # fmt: skip
+ALL = EVERY | {"positives": "all", "margin": 0.2}  # which no call may have beside label_smoothing
 
 
 def test_the_module_passes_every_option_on(monkeypatch):
     seen = {}
     monkeypatch.setattr("fused_infonce.losses.info_nce.info_nce", lambda *a, **k: seen.update(k, positional=a))
-    vectors = {name: object() for name in ("target", "query_ids", "key_ids", "negative_ids", "weight")}
-    FusedInfoNCELoss(**EVERY)("q", "k", "n", temperature=0.7, **vectors)
-    options = {k: v for k, v in EVERY.items() if k not in ("learnable_temperature", "max_logit_scale")}
+    names = set(inspect.signature(FusedInfoNCELoss.forward).parameters)
+    vectors = {name: object() for name in names - {"self", "query", "positive_key", "negative_keys", "temperature"}}
+    FusedInfoNCELoss(**ALL)("q", "k", "n", temperature=0.7, **vectors)
+    options = {k: v for k, v in ALL.items() if k not in ("learnable_temperature", "max_logit_scale")}
     assert seen == options | vectors | {"temperature": 0.7, "positional": ("q", "k", "n")}
 
 
@@ -216,9 +219,9 @@ def test_copies_and_pickles_give_the_same_loss(options):
 
 def test_the_representation_names_every_option_that_is_set():
     assert repr(FusedInfoNCELoss()) == "FusedInfoNCELoss(temperature=0.1, reduction='mean')"
-    text = repr(FusedInfoNCELoss(**EVERY))
+    text = repr(FusedInfoNCELoss(**ALL))
     assert "temperature=0.3" in text
-    for name, value in EVERY.items():
+    for name, value in ALL.items():
         assert name == "temperature" or f"{name}={value!r}" in text
 
 

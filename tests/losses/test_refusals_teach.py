@@ -94,6 +94,7 @@ SPARSE = {
     "target": lambda x: info_nce(ROWS, ROWS, target=x(torch.arange(N))),
     "query_ids": lambda x: info_nce(ROWS, ROWS, query_ids=x(torch.arange(N)), key_ids=torch.arange(N)),
     "key_ids": lambda x: info_nce(ROWS, ROWS, key_ids=x(torch.arange(N))),
+    "key_bias": lambda x: info_nce(ROWS, ROWS, key_bias=x(torch.ones(N))),
     "weight": lambda x: info_nce(ROWS, ROWS, weight=x(torch.ones(N))),
     "temperature": lambda x: info_nce(ROWS, ROWS, temperature=x(torch.ones(N))),
     "view_b": lambda x: f.nt_xent(ROWS, x(ROWS)),

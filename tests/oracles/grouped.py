@@ -14,7 +14,8 @@ from .common import IGNORED, per_row, reduce, unit_rows
 def grouped_info_nce(
     query: Tensor, passages: Tensor, group_size: int, temperature: Any = 0.02, reduction: str = "mean", *,
     teacher_scores: Tensor | None = None, normalize: bool = True, in_batch_negatives: bool = True,
-    target: Tensor | None = None, offset: int = 0, distillation: str | None = None,
+    target: Tensor | None = None, offset: int = 0, key_bias: Tensor | None = None, positive_bias: bool = True,
+    distillation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the loss of queries against groups of passages, of which the first is the positive."""
     if normalize:
@@ -22,6 +23,9 @@ def grouped_info_nce(
     scores = query @ passages.T / per_row(temperature, query, len(query))[:, None]
     row = torch.arange(len(query), device=query.device)
     first = row * group_size + offset if target is None else target
+    if key_bias is not None:
+        positive = torch.arange(len(passages), device=query.device) == first[:, None]
+        scores = torch.where(positive & (not positive_bias), scores, scores + key_bias)
     if target is None:
         group = first[:, None] + torch.arange(group_size, device=query.device)
         local = scores.gather(1, group)

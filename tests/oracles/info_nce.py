@@ -41,6 +41,7 @@ def directions(
     negative_mode: str = "unpaired", *, symmetric: bool = False, normalize: bool = True,
     in_batch_negatives: bool | None = None, ignore_index: int = IGNORED, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
+    key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
 ) -> tuple[list[Direction], Tensor]:  # fmt: skip
     """Return one direction, or two with `symmetric`, and which rows count, (N,)."""
     n, m = len(query), len(positive_key)
@@ -55,6 +56,9 @@ def directions(
 
     cosine = query @ positive_key.T  # (N, M)
     pos = (cosine.gather(1, target[:, None])[:, 0] if m else cosine.sum(1)) / t
+    column_pos, of_key = pos, 0 if key_bias is None else key_bias
+    if key_bias is not None and positive_bias:
+        pos = pos + key_bias[target]
     row_ids = query_ids if query_ids is not None or key_ids is None else key_ids[target]
     excluded = torch.arange(m, device=query.device) == target[:, None]
     if key_ids is not None and row_ids is not None:
@@ -62,16 +66,17 @@ def directions(
 
     negatives = []
     if in_batch_negatives or negative_keys is None:
-        negatives.append((cosine / t[:, None]).masked_fill(excluded, -torch.inf))
+        negatives.append((cosine / t[:, None] + of_key).masked_fill(excluded, -torch.inf))
     if negative_keys is not None:
         shared = negative_mode == "unpaired"
         logits = (query @ negative_keys.T if shared else torch.einsum("nd,nhd->nh", query, negative_keys)) / t[:, None]
+        logits = logits if negative_bias is None else logits + negative_bias
         if negative_ids is not None and row_ids is not None:
             logits = logits.masked_fill(row_ids[:, None] == negative_ids, -torch.inf)
         negatives.append(logits)
     found = [Direction(pos, torch.cat(negatives, dim=1), t)]
-    if symmetric:  # column j, the queries against key j, with the temperature of row j
-        found.append(Direction(pos, (cosine / t).masked_fill(excluded, -torch.inf).T, t))
+    if symmetric:  # column j, the queries, which have no bias, against key j, with the temperature of row j
+        found.append(Direction(column_pos, (cosine / t).masked_fill(excluded, -torch.inf).T, t))
     return found, valid
 
 

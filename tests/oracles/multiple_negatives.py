@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ def multiple_negatives(
     query: Tensor, documents: Sequence[Tensor] | Tensor, temperature: Any = 0.05, *,
     directions: Collection[str] = ("query_to_doc",), partition: str = "joint", hardness: str | None = None,
     hardness_strength: float = 0.0, offset: int = 0, all_queries: Tensor | None = None, normalize: bool = True,
-    reduction: str = "mean",
+    key_bias: Tensor | None = None, positive_bias: bool = True, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """Return the loss of queries against the positives (the first column of documents) and the hard negatives."""
     documents = list(documents)
@@ -39,22 +38,28 @@ def multiple_negatives(
 
     cosine = query @ everything.T
     pos = torch.where(positive, cosine, 0).sum(1) / t[:, 0]
+    bias = cosine.new_zeros(len(column)) if key_bias is None else key_bias.flatten()
+    raw = pos
+    if positive_bias:
+        pos = pos + bias[offset : offset + n]
     without_positive = {  # each direction's logits; the positive is in query_to_doc once, and in doc_to_query once
-        "query_to_doc": (cosine / t + hardness_strength * cosine.detach() * penalised).masked_fill(
+        "query_to_doc": (cosine / t + bias + hardness_strength * cosine.detach() * penalised).masked_fill(
             positive, -torch.inf
         ),
         "query_to_query": (query @ every.T / t).masked_fill(own[:, :m], -torch.inf) if len(every) == m else None,
         "doc_to_query": (mine @ every.T / t).masked_fill(own[:, :m], -torch.inf) if len(every) == m else None,
-        "doc_to_doc": (mine @ everything.T / t).masked_fill(own, -torch.inf),
+        "doc_to_doc": (mine @ everything.T / t + bias).masked_fill(own, -torch.inf),
     }
     chosen = [without_positive[name] for name in directions]
     if partition == "joint":
-        rows = against(torch.cat(chosen, dim=1), pos, 1 + ("doc_to_query" in directions))
+        copies = torch.stack([pos, raw], dim=1) if "doc_to_query" in directions else pos[:, None]
+        rows = against(torch.cat(chosen, dim=1), pos, copies.logsumexp(1))
     else:
-        rows = torch.stack([against(logits, pos, 1) for logits in chosen]).mean(0)
+        each = [raw if name == "doc_to_query" else pos for name in directions]
+        rows = torch.stack([against(logits, p, p) for logits, p in zip(chosen, each, strict=True)]).mean(0)
     return reduce(rows, reduction)
 
 
-def against(negatives: Tensor, pos: Tensor, copies: int) -> Tensor:
-    """Return log((copies exp(pos) + sum of the negatives' exponentials) / exp(pos)), exact however small it is."""
-    return math.log(copies) - F.logsigmoid(math.log(copies) + pos - log_sum(negatives))
+def against(negatives: Tensor, pos: Tensor, positives: Tensor) -> Tensor:
+    """Return log((exp(positives) + sum of the negatives' exponentials) / exp(pos)), exact however small it is."""
+    return (positives - pos) - F.logsigmoid(positives - log_sum(negatives))

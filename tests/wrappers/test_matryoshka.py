@@ -49,6 +49,11 @@ CALLS: dict[str, Any] = {
         lambda b: named(b, query=(N,), positive_key=(N,), negative_keys=(N, 3)),
         lambda b: {"weight": torch.rand(N, dtype=torch.float64, device=DEVICE[b]), "temperature": per_row(b)},
     ),
+    "biases": (
+        lambda b: FusedInfoNCELoss(0.3, negative_mode="paired", in_batch_negatives=True, backend=b),
+        lambda b: named(b, query=(N,), positive_key=(N,), negative_keys=(N, D)),
+        lambda b: {"negative_bias": rows(N, backend=b), "key_bias": rows(d=N, backend=b)},  # (N, H) with H = D
+    ),
     "ids and targets": (
         lambda b: FusedInfoNCELoss(0.3, reduction="none", backend=b),
         lambda b: named(b, query=(N,), positive_key=(5,)),

@@ -5,6 +5,7 @@ With x_i = a_i q_i and y_j = b_j k_j the rows as the logits see them:
     W_ij = u_i p_ij / t_i + u'_j p'_ij / t'_j         what multiplies y_j for the queries and x_i for the keys
     G_i  = sum_j W_ij y_j + v_i / t_i y_target(i)     dq_i = a_i (G_i - (G_i . x_i) x_i)
     H_j  = sum_i W_ij x_i + ...                       dk_j = b_j (H_j - (H_j . y_j) y_j)
+    dc_j = sum_i u_i p_ij                             of a bias, whose exponentials are those of `bias`
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .work import Chunk, State, Tile, Work, finite, log_sum, merge, over_chunks,
 def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
     if plan.name == "dense":
         return small.statistics(problem, plan, keep)
-    work = Work(problem, plan, [None] * len(problem.inputs))
+    work = Work(problem, plan, [None] * (len(problem.inputs) + len(problem.biases)))
     first, second = work.buffers(2)
     found: list[RowStatistics] = []
     columns: dict[int, State | None] = {cols.start: None for cols in work.key.tiles()}
@@ -57,10 +58,10 @@ def gradients(
     if plan.name == "dense":
         return small.gradients(problem, plan, statistics, upstream, dtypes, kept)
     triangular = plan.name == "triangular"  # then both sides' gradients are one, in the accumulator of the keys
-    query_dtype, *key_dtypes = dtypes
+    query_dtype, *key_dtypes = dtypes[: len(problem.sets)]
     if triangular:
         query_dtype, key_dtypes = None, [query_dtype, *key_dtypes[1:]]
-    work = Work(problem, plan, [query_dtype, *key_dtypes])
+    work = Work(problem, plan, [query_dtype, *key_dtypes, *dtypes[len(problem.sets) :]])
     first, second = work.buffers(2)
     grad_query = torch.empty_like(problem.query.rows, dtype=query_dtype) if query_dtype else None
     row = column = work.probabilities(statistics.rows, upstream.neg)  # where columns are rows too they are the same
@@ -76,7 +77,8 @@ def gradients(
         if grad_query is not None and grad is not None:
             grad_query[chunk.rows] = chunk.queries.finish(grad)
     grad_keys = work.finish(key_dtypes)
-    return [grad_keys[0], None, *grad_keys[1:]] if triangular else [grad_query, *grad_keys]
+    found = [grad_keys[0], None, *grad_keys[1:]] if triangular else [grad_query, *grad_keys]
+    return [*found, *(bias.finish() for bias in work.biases)]
 
 
 Probabilities = tuple[Tensor | None, Tensor]  # of `Work.probabilities`
@@ -90,15 +92,28 @@ def _coefficients(
     (shift, u), (column_shift, column_u) = row, column
     tile.exclude(scores, -torch.inf)
     two_way = work.two_way(tile)
+    inv_t, column_t = tile.chunk.inv_t, part_of(work.inv_t, tile.cols)
     if two_way and shift is None and work.shared_t:  # one exponential for both directions
-        return torch.add(u[rows, None], column_u[tile.cols], out=w).mul_(scores.exp2_())
-    shifted = scores if shift is None else torch.sub(scores, shift[rows, None], out=w)
-    torch.exp2(shifted, out=w).mul_(u[rows, None])
+        e = scores.exp2_()
+        work.add_bias_gradient(tile, 1, e, u[rows], inv_t)
+        work.add_bias_gradient(tile, 0, e, column_u[tile.cols], column_t)
+        return work.both(tile, u[rows], column_u[tile.cols], out=w).mul_(e)
+    w = _exponentials(work, tile, 1, scores, None if shift is None else shift[rows, None], w)
+    work.add_bias_gradient(tile, 1, w, u[rows], inv_t)
+    work.with_factors(w, tile, 1).mul_(u[rows, None])
     if two_way:
-        e = work.column_scores(scores, tile)
-        e = e if column_shift is None else e.sub_(column_shift[tile.cols])
-        w.addcmul_(e.exp2_(), column_u[tile.cols])
+        scores = work.column_scores(scores, tile)
+        e = _exponentials(work, tile, 0, scores, None if column_shift is None else column_shift[tile.cols], scores)
+        work.add_bias_gradient(tile, 0, e, column_u[tile.cols], column_t)
+        w.addcmul_(work.with_factors(e, tile, 0), column_u[tile.cols])
     return w
+
+
+def _exponentials(work: Work, tile: Tile, dim: int, scores: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
+    """Write the exponentials of one direction into `out`, as those that its statistics were made of."""
+    if shift is None:
+        return torch.exp2(scores, out=out)
+    return torch.sub(work.logits(scores, tile, dim, out), shift, out=out).exp2_()
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
@@ -110,25 +125,28 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     if plan.name == "dense":
         return small.onepass(problem, plan, loss, weight, wanted)
     *inputs, temperature = wanted
-    work = Work(problem, plan, [problem.acc_dtype if w else None for w in inputs])
+    work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
     buffers = [work.buffer(cols.stop - cols.start) for _, cols in work.columns]
-    losses, logits = [], []
+    losses, logits, slopes = [], [], []
     grad_query = torch.zeros_like(problem.query.rows, dtype=work.acc) if inputs[0] else None
     for chunk in work.chunks():
         scored = _Scored(work, chunk, buffers)
-        values, row, column, v = scored.losses(loss, part_of(weight, chunk.rows))
+        values, row, column, u = scored.losses(loss, part_of(weight, chunk.rows))
         losses.append(values)
+        slopes.append(u)
         grad = None if grad_query is None else part_of(grad_query, chunk.rows)
         if temperature and grad is None:
             grad = torch.zeros_like(chunk.queries.unit)
         scored.add_gradients(row, column, grad)
-        work.add_positives(chunk, -v, grad)
+        work.add_positives(chunk, -(u if u.dim() == 1 else u.sum(0)), grad)
         if temperature and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i, over both directions
             logits.append(torch.linalg.vecdot(grad, chunk.queries.unit))
         if grad_query is not None and grad is not None:
             chunk.queries.finish(grad)
     grads = [grad_query, *work.finish([work.acc] * len(problem.keys))]
-    return OnePass(torch.cat(losses).sum() if len(losses) > 1 else losses[0].sum(), grads, _joined(logits))
+    total = torch.cat(losses).sum() if len(losses) > 1 else losses[0].sum()
+    offset = None if problem.offset is None else -torch.cat(slopes, -1)
+    return OnePass(total, grads, _joined(logits), (), [bias.finish() for bias in work.biases], offset)
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
@@ -148,27 +166,38 @@ class _Scored:
             state = merge(state, (m, total))
             self.parts.append((tile, scores, m))
             if work.two_way(tile):
-                column_sums.append(scores.sum(0))
+                column_sums.append(work.sum(scores, tile, 0))
         assert state is not None  # the plan is for problems with columns
         self.state = state
         self.column_sum = torch.cat(column_sums) if column_sums else None
 
     def losses(self, loss: str, weight: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Return the weighted losses of the rows, u / t / sum of rows and of columns, and -dL/dpos."""
+        """Return the weighted losses of the rows, u / t / sum of rows and of columns, and u = -dL/dpos, (N,) or with
+        columns (2, N)."""
         inv_t, tiny = self.chunk.inv_t, torch.finfo(self.work.acc).tiny  # nothing to divide where nothing is negative
-        pos = self.work.positives(self.chunk)
+        pos = column_pos = self.work.positives(self.chunk)
+        offset = self.work.problem.offset
+        if offset is not None:
+            offsets = offset[..., self.chunk.rows]
+            pos, column_pos = (pos + offsets, pos) if self.column_sum is None else (pos + offsets[0], pos + offsets[1])
         weight = weight if self.column_sum is None else weight / 2
         values, u = loss_and_slope(loss, log_sum(self.state).sub_(pos), weight)
         row = u * inv_t / self.state[1].clamp_min(tiny)
         if self.column_sum is None:
             return values, row, None, u
-        column_values, column_u = loss_and_slope(loss, log_sum((None, self.column_sum)).sub_(pos), weight)
-        return values + column_values, row, column_u * inv_t / self.column_sum.clamp_min_(tiny), u + column_u
+        column_values, column_u = loss_and_slope(loss, log_sum((None, self.column_sum)).sub_(column_pos), weight)
+        column = column_u * inv_t / self.column_sum.clamp_min_(tiny)
+        return values + column_values, row, column, torch.stack([u, column_u])
 
     def add_gradients(self, row: Tensor, column: Tensor | None, grad: Tensor | None) -> None:
         """Turn the exponentials into coefficients, in place, and add their products to the gradients."""
+        work, inv_t = self.work, self.chunk.inv_t
         for tile, e, m in self.parts:
-            factor = (row if m is None else row * torch.exp2(m - finite(self.state[0])))[:, None]
-            if column is not None and self.work.two_way(tile):
-                factor = factor + column[tile.cols]
-            tile.add_gradients(e.mul_(factor), grad)
+            factor = row if m is None else row * torch.exp2(m - finite(self.state[0]))
+            work.add_bias_gradient(tile, 1, e, factor, inv_t)
+            if column is not None and work.two_way(tile):
+                work.add_bias_gradient(tile, 0, e, column[tile.cols], inv_t)
+                w = e.mul_(work.both(tile, factor, column[tile.cols]))
+            else:
+                w = work.with_factors(e, tile, 1).mul_(factor[:, None])
+            tile.add_gradients(w, grad)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..contract import KeySet, Problem
+from ..indexing import same_ids
 from ..rows import Rows
+from .bias import Bias
 
 
 class Guide:
@@ -34,6 +36,7 @@ class SharedKeys:
         self, problem: Problem, keys: KeySet, step: int, wanted: bool, guide: Guide | None = None, targets: bool = False
     ):
         self.problem, self.step, self.ids, self.targets = problem, step, keys.ids, targets
+        self.bias: Bias | None = None
         self.guide = None if keys.guide is None else guide
         self.view = None if keys.guide is None else Rows(keys.guide, True, None, problem.acc_dtype).unit
         self.rejected: tuple[slice, slice, Tensor] | None = None  # of the tile that was last asked for
@@ -47,6 +50,10 @@ class SharedKeys:
     def longest(self) -> float:
         return self.rows.longest()
 
+    def part(self, rows: slice, cols: slice) -> slice:
+        """Return which of the set's rows are scored in a tile."""
+        return cols
+
     def scores(self, x: Tensor, alpha: float, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Write `alpha x . y` into `out`."""
         return out.addmm_(x, self.rows.unit[cols].T, beta=0, alpha=alpha)
@@ -55,7 +62,7 @@ class SharedKeys:
         """Write `value` where a column is no negative of its row."""
         row_ids, target = self.problem.query.ids, self.problem.target
         if row_ids is not None and self.ids is not None:
-            tile.masked_fill_(row_ids[rows, None] == self.ids[cols], value)
+            tile.masked_fill_(same_ids(row_ids[rows], self.ids[cols]), value)
         if self.guide is not None and self.view is not None:
             if self.rejected is None or self.rejected[:2] != (rows, cols):
                 self.rejected = rows, cols, self.guide.rejects(self.view[cols], rows)
@@ -86,6 +93,7 @@ class PairedKeys:
 
     def __init__(self, problem: Problem, keys: KeySet, limit: int, dtype: torch.dtype | None):
         self.problem, self.keys = problem, keys
+        self.bias: Bias | None = None
         n, h, d = keys.rows.shape
         self.every = slice(0, n)
         self.block = max(1, limit // max(4 * h * d * problem.acc_dtype.itemsize, 1))
@@ -99,6 +107,9 @@ class PairedKeys:
         if self.problem.normalize:
             return 1.0
         return max((self.unit(part).longest() for _, part in self.blocks(self.every)), default=0.0)
+
+    def part(self, rows: slice, cols: slice) -> slice:
+        return rows
 
     def blocks(self, rows: slice) -> list[tuple[slice, slice]]:
         """Return the blocks of some rows, each as a slice of these rows and as one of the problem's."""
@@ -118,7 +129,7 @@ class PairedKeys:
     def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
         row_ids, ids = self.problem.query.ids, self.keys.ids
         if row_ids is not None and ids is not None:
-            tile.masked_fill_(row_ids[rows, None] == ids[rows], value)
+            tile.masked_fill_(same_ids(row_ids[rows], ids[rows]), value)
 
     def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
         for local, part in self.blocks(rows):

@@ -6,6 +6,9 @@ x are the queries' rows as the logits see them, and y those of all sets of keys.
     one direction   W = f E               f_i = u_i / sum_j E_ij
     both            W = (f + f') E        columns' f' beside the rows' f
     Q is K          W + W^T               what multiplies x for the gradient of both sides
+
+Biases c of keys, and c' of queries that keys are scored against, are in the exponents of E; or where E as it is fits
+and serves both directions, in W = (f 2^c + f' 2^c') E and in the sums of E.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..contract import LN2, LOG2E, KeySet, OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..indexing import same_ids
 from ..plan import DENSE, Plan
 from ..precision import EXPONENT_ROOM
 from ..row_losses import ROW_LOSSES, weighted
@@ -60,6 +64,8 @@ class _Dense:
                 self.inside = ((target >= 0) & (target <= last)).unsqueeze(1)
                 self.target = target.clamp(0, last)
         self.index = None if self.target is None else self.target.unsqueeze(1)
+        # of what is scored, by the dimension along which its scores are summed
+        self.biases = {1: _biases(keys, acc), 0: query.bias if problem.columns else None} if problem.biases else {}
         masked = not kept and (query.ids is not None or problem.ceiling is not None)
         self.masks = self._masks() if masked else []
 
@@ -69,7 +75,7 @@ class _Dense:
         scores = torch.addmm(nothing, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
         self.own = scores.diagonal()  # a view, which is used more than once
         self.fits = plan.bounded and not plan.full
-        if not (self.fits or plan.full):
+        if not (self.fits or plan.full or self.biases):
             room = EXPONENT_ROOM[scores.dtype]
             least, most = torch.aminmax(scores)
             self.fits = -room <= least.item() and most.item() <= room
@@ -115,11 +121,25 @@ class _Dense:
             cols = slice(start, start + keys.rows.shape[0])
             start = cols.stop
             if query.ids is not None and keys.ids is not None:
-                masks.append((cols, query.ids.unsqueeze(1) == keys.ids))
+                masks.append((cols, same_ids(query.ids, keys.ids)))
             if guide is not None and keys.guide is not None:
                 view = Rows(keys.guide, True, None, self.problem.acc_dtype).unit
                 masks.append((cols, guide.rejects(view, slice(0, len(guide.query)))))
         return masks
+
+    def term(self, dim: int) -> Tensor | None:
+        """Return the biases in base 2, (M,) of a row's scores (dim 1) or (N, 1) of a column's; None: 0."""
+        bias = self.biases.get(dim)
+        return None if bias is None else (bias * LOG2E if dim else bias[:, None] * LOG2E)
+
+    def logits(self, scores: Tensor, dim: int) -> Tensor:
+        term = self.term(dim)
+        return scores if term is None else scores + term
+
+    def sum(self, e: Tensor, dim: int) -> Tensor:
+        """Return the sum of exponentials along a dimension, times the factors of their biases where E has none."""
+        term = self.term(dim) if self.fits else None
+        return e.sum(dim) if term is None else torch.mv(e if dim else e.T, term.flatten().exp2())
 
     def exponentials(self, scores: Tensor, dims: Sequence[int], moments: bool) -> tuple[list[Tensor], list[State]]:
         """Return E and its states (m, l), with `moments` (m, l, s), along each of `dims`; the scores are used up.
@@ -131,17 +151,18 @@ class _Dense:
             self.exclude(scores, FLOOR)
             if not moments:
                 e = scores.exp2_()
-                return [e], [(None, e.sum(dim)) for dim in dims]
+                return [e], [(None, self.sum(e, dim)) for dim in dims]
             e = scores.exp2()
             scores.mul_(e)
-            return [e], [(None, e.sum(dim), scores.sum(dim)) for dim in dims]
+            return [e], [(None, self.sum(e, dim), self.sum(scores, dim)) for dim in dims]
         self.exclude(scores, 0.0)
         lost = [scores.amin(dim) == -torch.inf for dim in dims]
         self.exclude(scores, -torch.inf)
         found, states = [], []
         for dim, bad in zip(dims, lost, strict=True):
-            m = scores.amax(dim)
-            e = torch.sub(scores, finite(m).unsqueeze(dim)).exp2_()
+            logits = self.logits(scores, dim)
+            m = logits.amax(dim)
+            e = torch.sub(logits, finite(m).unsqueeze(dim)).exp2_()
             found.append(e)
             states.append((m, e.sum(dim).masked_fill_(bad, torch.nan)))
         if not moments:
@@ -154,13 +175,15 @@ class _Dense:
         """Return E less the maxima of each direction's statistics."""
         scores = self.scores(plan)
         self.exclude(scores, -torch.inf)
-        found = [torch.sub(scores, x.maximum.unsqueeze(1 - i)).exp2_() for i, x in enumerate(directions)]
+        found = [
+            torch.sub(self.logits(scores, 1 - i), x.maximum.unsqueeze(1 - i)).exp2_() for i, x in enumerate(directions)
+        ]
         self.fits = False
         return found
 
     def divisor(self, total: Tensor) -> Tensor:
         """Return sums of exponentials to divide by, in which a sum of no terms is not 0."""
-        never = not self.masks and self.y.shape[0] > 1 + self.problem.self_similar
+        never = not self.masks and not self.biases and self.y.shape[0] > 1 + self.problem.self_similar
         return total if never else total.clamp_min(torch.finfo(total.dtype).tiny)
 
     def coefficients(
@@ -174,7 +197,15 @@ class _Dense:
         factor = row.unsqueeze(1)
         # E is its own transpose
         both = self.same and self.fits and column is None and (self.problem.self_similar or self.index is None)
-        if both or (column is not None and not others):  # one exponential serves both directions
+        both = both and not self.biases
+        if self.biases:
+            self.of_biases = self._bias_gradients([e, *(others or [e])], row, column)
+        if self.biases and self.fits:
+            term, column_term = self.term(1), self.term(0)
+            factor = factor if term is None else factor * term.exp2()
+            if column is not None:
+                factor = factor + (column if column_term is None else column * column_term.exp2())
+        elif both or (column is not None and not others):  # one exponential serves both directions
             factor = factor + (row if column is None else column)
         w = e * factor if spare else e.mul_(factor)
         if column is not None and others:
@@ -186,6 +217,23 @@ class _Dense:
             v = v.mul(sign).unsqueeze(1)
             w.scatter_add_(1, self.index, v if self.inside is None else torch.where(self.inside, v, 0))
         return w if both or not self.same else w + w.T
+
+    def _bias_gradients(self, e: Sequence[Tensor], row: Tensor, column: Tensor | None) -> dict[int, Tensor]:
+        """Return dc_j = sum_i f_i E_ij and dc'_i = sum_j f'_j E_ij, of E with its bias, by dimension."""
+        found = {1: torch.mv(e[0].T, row)} | ({} if column is None else {0: torch.mv(e[1], column)})
+        if not self.fits:
+            return found
+        terms = {dim: self.term(dim) for dim in found}
+        return {dim: g if (c := terms[dim]) is None else g * c.flatten().exp2() for dim, g in found.items()}
+
+    def by_bias(self, wanted: Sequence[object], scale: float = 1.0) -> list[Tensor | None]:
+        """Return `scale` times the gradients of `Problem.biases`; one that is not wanted is None."""
+        if not self.biases:
+            return []
+        parts: Sequence[Tensor | None] = self.of_biases[1].split([len(s.rows) for s in self.problem.keys])
+        parts = [self.of_biases.get(0), *parts]
+        every = [parts[place] for place in self.problem.biased]
+        return [g * scale if g is not None and want else None for g, want in zip(every, wanted, strict=True)]
 
     def gradients(self, w: Tensor, wanted: Sequence[bool], scale: float) -> Sequence[Tensor]:
         """Return `scale` W y and `scale` W^T x, of all keys; for one set of rows on both sides their sum."""
@@ -227,6 +275,13 @@ def _together(sets: Sequence[KeySet], acc: torch.dtype) -> Rows:
     return Rows(torch.cat([s.rows for s in sets]), False, scale, acc)
 
 
+def _biases(sets: Sequence[KeySet], acc: torch.dtype) -> Tensor | None:
+    """Return the biases of sets of keys, one after another; None where no set has some."""
+    if all(s.bias is None for s in sets):
+        return None
+    return torch.cat([s.rows.new_zeros(len(s.rows), dtype=acc) if s.bias is None else s.bias for s in sets])
+
+
 def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
     """Compute `Backend.statistics` for a dense plan."""
     dense = _Dense(problem)
@@ -255,9 +310,10 @@ def gradients(
     slopes = [upstream.neg, upstream.column_neg]
     row, *column = [u * x.scale for u, x in zip(slopes, rows, strict=False) if u is not None]
     w = dense.coefficients(exponentials, row, column[0] if column else None, upstream.pos, sign=1, spare=bool(kept))
-    sides = dense.gradients(w, [dtype is not None for dtype in dtypes], dense.inv_t)
+    rows_of = dtypes[: len(problem.sets)]
+    sides = dense.gradients(w, [dtype is not None for dtype in rows_of], dense.inv_t)
     dense.finish()
-    found = dense.by_input(sides, dtypes)
+    found = [*dense.by_input(sides, rows_of), *dense.by_bias(dtypes[len(problem.sets) :])]
     return [g if g is None or dtype is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
 
 
@@ -270,14 +326,17 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     # (N,), or where columns are asked for (2, N): rows of theirs below
     m, sums = states[0] if len(states) == 1 else map(_stack, zip(*states, strict=True))
     margin = log_sum((m, sums)).sub_(pos, alpha=LN2)
+    if problem.offset is not None:
+        margin = margin - problem.offset
     share, each = (1.0, weight) if isinstance(weight, Tensor) else (weight, None)  # one for all is multiplied last
     share /= len(states)
     value_of, slope_of = ROW_LOSSES[loss]
     value = value_of(margin)
     total = (value if each is None else weighted(value, each)).sum().mul_(share)
     *inputs, temperature = wanted
-    if not any(wanted):
-        return OnePass(total, [None] * len(inputs), None)
+    if not plan.gradients:
+        return OnePass(total, [None] * len(problem.sets), None)
+    inputs, biases = inputs[: len(problem.sets)], inputs[len(problem.sets) :]
 
     slope = slope_of(margin) if each is None else weighted(slope_of(margin), each)
     factor = slope / dense.divisor(sums)  # type: ignore[arg-type]
@@ -289,7 +348,8 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         logits = torch.linalg.vecdot(sides[0], dense.x)
         logits = logits.div_(2) if dense.same else logits
     dense.finish()
-    return OnePass(total, dense.by_input(sides, inputs), logits)
+    offset = None if problem.offset is None else slope * -share
+    return OnePass(total, dense.by_input(sides, inputs), logits, (), dense.by_bias(biases, share), offset)
 
 
 def _dims(problem: Problem) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from ..indexing import add_rows, part_of
 from ..plan import Plan
 from ..precision import EXPONENT_ROOM
 from ..rows import Rows
+from .bias import Bias, largest
 from .keys import Guide, Keys, PairedKeys, SharedKeys
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
@@ -65,7 +66,7 @@ class Work:
         self.device, self.n = problem.query.rows.device, problem.query.rows.shape[0]
         view, ceiling = problem.query.guide, problem.ceiling
         guide = None if view is None or ceiling is None else Guide(view, ceiling)
-        (first, *others), (_, wanted, *rest) = problem.keys, dtypes
+        (first, *others), (_, wanted, *rest) = problem.keys, dtypes[: len(problem.sets)]
         self.key = SharedKeys(problem, first, plan.cols, wanted is not None, guide, targets=True)
         self.others: list[Keys] = [
             PairedKeys(problem, keys, plan.limit, dtype)
@@ -80,6 +81,16 @@ class Work:
         self.inv_t: Scale = 1 / t.item() if self.shared_t and self.device.type == "cpu" else t.reciprocal()
         self.shift = plan.full or not (plan.bounded or self._fits_without_shift())
         self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out
+        self.query_bias: Bias | None = None
+        self.biases: list[Bias] = []  # aligned with `Problem.biases`
+        for place, wanted_bias in zip(problem.biased, dtypes[len(problem.sets) :], strict=True):
+            values = problem.sets[place].bias
+            assert values is not None
+            self.biases.append(Bias(values, self.shift, bool(wanted_bias), of_rows=place == 0))
+            if place == 0:
+                self.query_bias = self.biases[-1]
+            else:
+                (self.key, *self.others)[place - 1].bias = self.biases[-1]
 
     def _fits_without_shift(self) -> bool:
         """Return whether every exponential fits by a bound that only the tensors give, which a CPU reads for free."""
@@ -87,8 +98,9 @@ class Work:
         if self.device.type != "cpu" or not self.n or not self.sets:
             return False
         longest = 1.0 if p.normalize else Rows(p.query.rows, False, p.query.scale, self.acc).longest()
-        bound = longest * max(keys.longest() for keys in self.sets)
-        return bound * LOG2E / p.temperature.values.min().item() <= EXPONENT_ROOM[self.acc]
+        bound = longest * max(keys.longest() for keys in self.sets) / p.temperature.values.min().item()
+        bound += max(map(largest, p.biases), default=0.0)
+        return bound * LOG2E <= EXPONENT_ROOM[self.acc]
 
     def chunks(self) -> Iterator[Chunk]:
         query = self.problem.query
@@ -136,10 +148,50 @@ class Work:
             return scores
         return scores.div_(tile.chunk.inv_t[:, None]).mul_(self.inv_t[tile.cols])
 
+    def bias_of(self, tile: Tile, dim: int) -> tuple[Bias | None, slice]:
+        """Return the biases of what a tile's rows (dim 1) or columns (dim 0) are scored against, and its part."""
+        if dim == 0:
+            return self.query_bias, tile.chunk.rows
+        return tile.keys.bias, tile.keys.part(tile.chunk.rows, tile.cols)
+
+    def sum(self, e: Tensor, tile: Tile, dim: int) -> Tensor:
+        """Return the sum of exponentials, or of their products, along `dim`, each times the factor of its bias."""
+        bias, part = self.bias_of(tile, dim)
+        return e.sum(dim) if bias is None else bias.total(e, part)
+
+    def logits(self, scores: Tensor, tile: Tile, dim: int, out: Tensor) -> Tensor:
+        """Return scores with their biases, in `out` where there are some."""
+        bias, part = self.bias_of(tile, dim)
+        return scores if bias is None else bias.added(scores, part, out)
+
+    def with_factors(self, e: Tensor, tile: Tile, dim: int) -> Tensor:
+        """Multiply the exponentials of one direction by the factors of their biases, where they have none, in place."""
+        bias, part = self.bias_of(tile, dim)
+        return e if bias is None else bias.multiply(e, part)
+
+    def both(self, tile: Tile, row: Tensor, column: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return (R, T), what turns the one exponential of both directions into W: row_i 2^c_j + column_j 2^c'_i.
+
+        c are the biases of keys, c' those of queries.
+        """
+        key, query = tile.keys.bias, self.query_bias
+        if key is None and query is None:
+            return torch.add(row[:, None], column, out=out)
+        of_key = torch.ones_like(column) if key is None or key.factor is None else key.factor[tile.cols]
+        of_query = torch.ones_like(row) if query is None or query.factor is None else query.factor[tile.chunk.rows]
+        return torch.mm(torch.stack([row, of_query], 1), torch.stack([of_key, column]), out=out)
+
+    def add_bias_gradient(self, tile: Tile, dim: int, e: Tensor, factor: Tensor, inv_t: Scale) -> None:
+        """Add dc_j = sum_i u_i p_ij, of exponentials with `factor e = u p / t`, to the gradient of what is scored."""
+        bias, part = self.bias_of(tile, dim)
+        if bias is not None and bias.grad is not None:
+            bias.add_gradient(e, factor / inv_t, part)
+
     def exponentials(self, scores: Tensor, tile: Tile, dim: int, out: Tensor, final: bool = True) -> State:
         """Return (m, l) along `dim`, and in `out`, which may be the scores, 2^(score - m) with 0 where excluded.
 
-        A logit of -inf makes l NaN, or is left to (m, l, s) where that is not `final`.
+        With a shift a score has its bias, without one l has the factors of the biases. A logit of -inf makes l NaN, or
+        is left to (m, l, s) where that is not `final`.
         """
         lost = None
         if final and self.shift and not self.problem.normalize:  # unit rows cannot give -inf
@@ -147,9 +199,10 @@ class Work:
             lost = scores.amin(dim) == -torch.inf
         tile.exclude(scores, -torch.inf if self.shift else FLOOR)
         if not self.shift:
-            return None, torch.exp2(scores, out=out).sum(dim)
-        m = scores.amax(dim)
-        total = torch.sub(scores, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
+            return None, self.sum(torch.exp2(scores, out=out), tile, dim)
+        logits = self.logits(scores, tile, dim, out)
+        m = logits.amax(dim)
+        total = torch.sub(logits, finite(m).unsqueeze(dim), out=out).exp2_().sum(dim)
         return m, total if lost is None else total.masked_fill_(lost, torch.nan)
 
     def moments(self, scores: Tensor, tile: Tile, dims: Sequence[int], scratch: Tensor) -> list[State]:
@@ -160,7 +213,7 @@ class Work:
         if self.shift and len(dims) > 1:
             return [state for dim in dims for state in self.moments(scores, tile, [dim], scratch)]
         states = [self.exponentials(scores, tile, dims[0], scratch, final=not self.plan.mean)]
-        states += [(None, scratch.sum(dim)) for dim in dims[1:]]
+        states += [(None, self.sum(scratch, tile, dim)) for dim in dims[1:]]
         if not self.plan.mean:
             return states
         if self.shift:
@@ -170,7 +223,7 @@ class Work:
         return [
             (m, total.add_(product, alpha=0) if self.shift else total, product)
             for (m, total), dim in zip(states, dims, strict=True)
-            for product in [scratch.sum(dim)]
+            for product in [self.sum(scratch, tile, dim)]
         ]
 
     def target_keys(self, chunk: Chunk) -> tuple[Tensor | None, Tensor, Tensor | None]:

@@ -17,7 +17,10 @@ from .work import Work
 
 
 def streaming(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tensor]:
-    """Return the accumulated gradients, (slots, rows, D) by place in the inputs, from sums kept in registers."""
+    """Return the accumulated gradients, (slots, rows, D) by place in the inputs, from sums kept in registers.
+
+    The problem has no biases.
+    """
     accumulators: dict[int, Tensor] = {}
     query, segments = work.query, list(work.segments)
 
@@ -36,13 +39,16 @@ def streaming(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
     return accumulators
 
 
-def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tensor]:
+def workspace(work: Work, plan: Plan, wanted: Sequence[bool], biases: dict[int, Tensor]) -> dict[int, Tensor]:
     """Return the accumulated gradients, (1, rows, D) by place in the inputs, from blocks of C and library products.
+
+    biases: the gradients of biases by place in the inputs, which are added to.
 
     Of a symmetric C the blocks under the diagonal are left out: a block above it stands for its transpose too.
     """
     query, n, mirrored = work.query, len(work.query), work.problem.self_similar
-    segments = [segment for segment in work.segments if n and (wanted[0] or wanted[segment[0]])]
+    places = {place for place, want in enumerate(wanted) if want} | biases.keys()
+    segments = [segment for segment in work.segments if n and places & {0, segment[0]}]
     if not segments:
         return {}
     sums = Sums(plan.limit)
@@ -57,7 +63,8 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool]) -> dict[int, Tenso
             for cols in slices(len(keys), block_cols):
                 if symmetric and cols.start < rows.start:
                     continue
-                c = write_coefficients(block, query, keys, rows, cols, excluded)
+                of_biases = (biases.get(0) if index == 1 else None), biases.get(index)
+                c = write_coefficients(block, query, keys, rows, cols, excluded, *of_biases)
                 if wanted[0]:
                     sums.add(0, query, rows, c, keys.rows[cols])
                 other = 0 if symmetric else index

@@ -65,12 +65,23 @@ def gradients(
         work, _ = prepare(problem, plan, statistics, upstream)
         work, unscale = in_float16_range(work)
         rows = problem.query.rows
-        fits = rows.shape[1] <= tiles.STREAMING_MAX_D[rows.dtype] and problem.ceiling is None
-        accumulate = streaming if plan.name == "streaming" and fits else workspace
-        accumulators = accumulate(work, plan, [dtype is not None for dtype in dtypes])
-        made = paired_gradients(work, accumulators, unscale, dtypes)
+        fits = rows.shape[1] <= tiles.STREAMING_MAX_D[rows.dtype] and problem.ceiling is None and not problem.biases
+        wanted, biases = [dtype is not None for dtype in dtypes], bias_gradients(problem, dtypes)
+        if plan.name == "streaming" and fits:
+            accumulators = streaming(work, plan, wanted)
+        else:
+            accumulators = workspace(work, plan, wanted, biases)
+        made = paired_gradients(work, accumulators, unscale, dtypes, biases)
         made |= finished_sides(work, accumulators, upstream.pos, unscale, dtypes)
-        return [made.get(index) for index in range(len(dtypes))]
+        if unscale is not None:
+            biases = {place: grad * unscale for place, grad in biases.items()}
+        return [*(made.get(place) for place in range(len(problem.sets))), *map(biases.get, problem.biased)]
+
+
+def bias_gradients(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> dict[int, Tensor]:
+    """Return zeros for the gradients of the biases that are wanted, by place in the inputs."""
+    every = zip(problem.biased, problem.biases, dtypes[len(problem.sets) :], strict=True)
+    return {place: torch.zeros_like(bias) for place, bias, dtype in every if dtype is not None}
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
@@ -228,18 +239,23 @@ def float16_scale(query: Side, segments: Sequence[Side]) -> Tensor:
 
 
 def paired_gradients(
-    work: Work, accumulators: dict[int, Tensor], unscale: Tensor | None, dtypes: Sequence[torch.dtype | None]
-) -> dict[int, Tensor | None]:
-    """Return the gradients of paired keys by place, and add their part of the queries' to the queries' accumulator."""
+    work: Work, accumulators: dict[int, Tensor], unscale: Tensor | None, dtypes: Sequence[torch.dtype | None],
+    biases: dict[int, Tensor] | None = None,
+) -> dict[int, Tensor | None]:  # fmt: skip
+    """Return the gradients of paired keys by place, and add their part of the queries' to the queries' accumulator.
+
+    biases: the gradients of biases by place, those of paired keys still to be written.
+    """
     grads: dict[int, Tensor | None] = {}
     for index, keys in work.paired.items():
-        if dtypes[0] is None and dtypes[index] is None:
+        of_biases = (biases or {}).get(index)
+        if dtypes[0] is None and dtypes[index] is None and of_biases is None:
             continue
         accumulate = 0 in accumulators
         if dtypes[0] is not None and not accumulate:
             accumulators[0] = work.query.rows.new_empty((1, *work.query.rows.shape), dtype=work.problem.acc_dtype)
         grads[index] = paired.paired_gradient(
-            accumulators.get(0), work.query, keys, work.problem.normalize, unscale, dtypes[index], accumulate
+            accumulators.get(0), work.query, keys, work.problem.normalize, unscale, dtypes[index], accumulate, of_biases
         )
     return grads
 

@@ -52,14 +52,29 @@ def block_size(x: Side, y: Side, rows: int, cols: int) -> tuple[int, int]:
     )
 
 
-def write_coefficients(block: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded) -> Tensor:
-    """Return C[rows, cols], written into a block of `block_of`."""
+def write_coefficients(
+    block: Tensor, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded, x_biases: Tensor | None = None,
+    y_biases: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return C[rows, cols], written into a block of `block_of`.
+
+    x_biases, y_biases: the gradients of the biases of x and y, to which this block's part is added.
+    """
     unshifted = x.shift is None and y.shift is None
     two = x.weight is not None and y.weight is not None and not unshifted  # exponentials an element
+    name = "coefficients_columns" if two else "coefficients"
+    tile, n, m = tile_of(name, x, y), rows.stop - rows.start, cols.stop - cols.start
+    acc = accumulator(block.dtype)
+    of_x = None if x_biases is None else block.new_empty((cdiv(m, tile.block_n), n), dtype=acc)
+    of_y = None if y_biases is None else block.new_empty((cdiv(n, tile.block_m), m), dtype=acc)
     _run(
-        coefficients_kernel, "coefficients_columns" if two else "coefficients", block, x, y, rows, cols, excluded,
-        NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift, UY_ptr=y.weight, UNSHIFTED=unshifted,
+        coefficients_kernel, name, block, x, y, rows, cols, excluded, NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift,
+        UY_ptr=y.weight, UNSHIFTED=unshifted, XC_ptr=x.bias, YC_ptr=y.bias, DX_ptr=of_x, DY_ptr=of_y,
+        GX_ptr=None if of_y is None else x.share, GY_ptr=None if of_x is None else y.share,
     )  # fmt: skip
+    for biases, parts, here in ((x_biases, of_x, rows), (y_biases, of_y, cols)):
+        if biases is not None and parts is not None:
+            biases[here] += parts.sum(0)
     return block[: rows.stop - rows.start, : cols.stop - cols.start]
 
 

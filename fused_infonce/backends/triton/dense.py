@@ -25,7 +25,7 @@ from ...kernels.dense import (
 from ..contract import EPS, LN2, LOG2E, OnePass, Problem
 from ..plan import Plan
 from . import tiles
-from .launch import INTERPRETED, acc_of, cdiv, contiguous_rows, dot_of
+from .launch import INTERPRETED, acc_of, cdiv, contiguous_rows, dot_of, ids_a_row
 from .statistics import SLOTS
 from .work import unshifted
 
@@ -80,11 +80,11 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         each, factor = t.new_full((1,), factor), 1.0
     key = (
         *key, loss, factor, None if each is None else each.shape[0], *wanted, plan.bounded, plan.full, problem.columns,
-        ids is None,
+        ids_a_row(ids, x),
     )  # fmt: skip
     kind = KINDS.get(key)
     if kind is None:
-        kind = kind_of(problem, plan, loss, factor, each, gradients, temperature)
+        kind = kind_of(problem, plan, loss, factor, each, ids_a_row(ids, x), gradients, temperature)
         if len(KINDS) == MOST_KINDS:
             KINDS.clear()
         KINDS[key] = kind
@@ -133,7 +133,14 @@ def given_scales(problem: Problem, work: Tensor) -> None:
 
 
 def kind_of(
-    problem: Problem, plan: Plan, loss: str, weight: float, each: Tensor | None, gradients: bool, temperature: bool
+    problem: Problem,
+    plan: Plan,
+    loss: str,
+    weight: float,
+    each: Tensor | None,
+    ids: int,
+    gradients: bool,
+    temperature: bool,
 ) -> Kind:
     """Return the launches of a kind of calls."""
     x, y, t, target, scaled, _ = call_of(problem)
@@ -144,7 +151,7 @@ def kind_of(
     down, across = cdiv(n, tile.block_m), cdiv(n, tile.block_n)
     strides, stride_t = (x.stride(0), y.stride(0)), int(t.shape[0] > 1)
     stride_w = int(each is not None and len(each) > 1)
-    pairs = (scaled, int(target is not None), target is None or same, columns, same, unshifted(problem, plan))
+    pairs = (scaled, int(target is not None), target is None or same, ids, columns, same, unshifted(problem, plan))
     zero_row = 1 / EPS if normalize else math.inf
     block_m, block_d = tiles.row_tile(arch, d)
     return Kind(

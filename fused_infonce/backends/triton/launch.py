@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kernels.statistics import statistics_kernel
+from ..contract import LOG2E
 from ..precision import accumulator
 from . import tiles
 
@@ -39,7 +40,13 @@ class Side:
     guide: Tensor | None = None  # (n, D'), the guide's rows, likewise
     guide_inverse: Tensor | None = None
     ceiling: Tensor | None = None  # of the guide's cosines, for queries
+    bias: Tensor | None = None  # of these rows where they are scored, in base 2; None: 0
     zero_row: float = math.inf  # an inverse norm from which on a row counts as zero: its gradient is 0
+
+    @property
+    def share(self) -> Tensor | None:
+        """Return u r, of which the gradients of biases are sums."""
+        return None if self.weight is None or self.scale is None else self.weight / self.scale * LOG2E
 
     def __len__(self) -> int:
         return self.rows.shape[0]  # len of a tensor takes three times as long
@@ -61,7 +68,7 @@ class Excluded(NamedTuple):
         """Return the arguments of a tile kernel; of_x: whether x are the queries."""
         x_ids, y_ids = id_pointers(x, y)
         target = 0 if self.target is None else 1 if of_x else 2
-        ids = {"XI_ptr": x_ids, "YI_ptr": y_ids}
+        ids = {"XI_ptr": x_ids, "YI_ptr": y_ids, "IDS": ids_a_row(x_ids, x.rows)}
         pairs = {"TARGET_ptr": self.target, "TARGET": target, "DIAGONAL": self.diagonal, "shift": self.shift}
         return ids | pairs
 
@@ -119,6 +126,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 def id_pointers(x: Side, y: Any) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if x.ids is None or y.ids is None else (x.ids, y.ids)
+
+
+def ids_a_row(ids: Tensor | None, rows: Tensor) -> int:
+    """Return how many ids each of these rows has."""
+    return 0 if ids is None else ids.shape[-1] if ids.dim() == rows.dim() else 1
 
 
 def tile_of(kernel: str, x: Side, y: Side) -> tiles.Tile:

@@ -56,7 +56,8 @@ def side(
     shift = statistics.maximum if statistics is not None and shifted else None
     zero_row = 1 / EPS if normalize else math.inf
     rows = x if padded is None else padded
-    return Side(rows, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), zero_row), pos
+    bias = None if keys.bias is None else keys.bias * LOG2E
+    return Side(rows, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), bias, zero_row), pos
 
 
 def _guide(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,8 @@ def row_states(
             alone = name == "on"  # over all columns, into the last slot
             run(
                 statistics_kernel, (count, 1 if alone else parts),
-                ROWS_ptr=states, COLUMNS_ptr=slots, row_start=start * tile.block_m, size_x=n, size_y=m,
+                ROWS_ptr=states, COLUMNS_ptr=slots, XC_ptr=x.bias, YC_ptr=y.bias, row_start=start * tile.block_m,
+                size_x=n, size_y=m,
                 split=across if alone else split, slot=parts if alone else 0, HALF=half, PEEL=name, UNSHIFTED=unshifted,
                 MEAN=mean or not unshifted, HOIST=x.rows.shape[1] <= tile.block_d,
                 **pair_arguments(tile, x, y, bounded=name == "off"), **excluded.arguments(x, y),

@@ -48,7 +48,7 @@ def unshifted(problem: Problem, plan: Plan) -> bool:
     does not has a probability that only a maximum bounds.
     """
     shared = problem.temperature.shared and all(keys.rows.dim() == 2 for keys in problem.keys)
-    return plan.bounded and not plan.full and problem.ceiling is None and shared
+    return plan.bounded and not plan.full and problem.ceiling is None and shared and not problem.biases
 
 
 def prepare(
@@ -63,8 +63,9 @@ def prepare(
     if statistics is not None and upstream is not None:
         (rows, columns), slope, column_slope = statistics, upstream.neg, upstream.column_neg
     shifted = not unshifted(problem, plan)
+    queries = problem.query if problem.columns else problem.query._replace(bias=None)  # which are not scored then
     query, pos = side(
-        problem.query, normalize, t, statistics=rows, u=slope, positive=(first, target) if positives else None,
+        queries, normalize, t, statistics=rows, u=slope, positive=(first, target) if positives else None,
         ceiling=problem.ceiling, shifted=shifted,
     )  # fmt: skip
     if problem.self_similar:  # a state serves a row and a column, and in a backward C + C^T both sides

@@ -1,0 +1,178 @@
+"""Several positives a row: all of them are left out of the negatives, and their logits are made pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks, contrast
+from ..backends import Options
+from ..backends.contract import KeySet, Problem
+from ..backends.indexing import add_rows, take_rows
+from ..backends.precision import without_autocast
+from .positives import equal_pairs, members, pair_margins
+from .reduction import reduced_rows, widened
+from .rows import dots, log_add, unit
+
+PositivesMode = Literal["each", "all", "any"]
+POSITIVES: tuple[PositivesMode, ...] = get_args(PositivesMode)
+
+
+class Several(NamedTuple):
+    """The positives of a call, of which a row may have any number.
+
+    target: (N,) the first of each row's, -1 for none; None: key i
+    rows, keys: (K,) the pairs, in the order of the rows
+    weight: (K,) how much each counts beside its row's others, 0 of a pair that is none, NaN of a target out of range
+    ids: of queries and keys, (N, P) and (M, P); a key is left out of a row's negatives where any agrees
+    """
+
+    target: Tensor | None
+    rows: Tensor
+    keys: Tensor
+    weight: Tensor
+    ids: tuple[Tensor, Tensor]
+
+
+def by_target(target: Any, weight: Any, query: Tensor, keys: int, ignore_index: int, dtype: torch.dtype) -> Several:
+    """Return the positives that a (N, P) target names, checked, padded with `ignore_index`."""
+    n, p = target.shape
+    index = checks.target(target, query, keys, ignore_index, several=True)
+    if not keys:  # which no row has then
+        index = index[:, :0]
+        p, weight = 0, None
+    there = index >= 0
+    share = there.to(dtype) if weight is None else there * checks.positive_weight(weight, (n, p), query).to(dtype)
+    share = share.masked_fill(index == keys, torch.nan)  # out of range, where values are not read
+    first = there.to(torch.int8).argmax(1, keepdim=True) if p else index.new_zeros(n, 0)
+    rows = torch.arange(n, device=index.device)
+    names = torch.arange(keys, device=index.device)[:, None].expand(keys, max(p, 1))
+    own = index if p else index.new_full((n, 1), -1)
+    return Several(
+        own.gather(1, first)[:, 0] if p else own[:, 0], rows.repeat_interleave(p, output_size=n * p),
+        index.clamp(0, max(keys - 1, 0)).flatten(), share.flatten(), (own, names),
+    )  # fmt: skip
+
+
+def by_ids(ids: Any, query: Tensor, key: Tensor, paired: bool, dtype: torch.dtype) -> Several:
+    """Return the keys of each query's id as its positives, checked; paired: query i and key i have one id.
+
+    How many pairs there are is read, which on a GPU is a synchronisation.
+    """
+    of_rows, of_keys = ids if isinstance(ids, tuple) else (ids, ids)
+    of_rows = checks.ids("positive_ids", of_rows, (query.shape[0],), query.device)
+    of_keys = checks.ids("positive_ids", of_keys, (key.shape[0],), query.device)
+    rows, keys = equal_pairs(of_rows, of_keys)
+    order, first, count = members(of_rows, of_keys)
+    target = None
+    if not paired:
+        last = max(order.shape[0] - 1, 0)
+        target = torch.where(count > 0, take_rows(order, first.clamp(0, last)), -1) if len(order) else count - 1
+    share = torch.ones(rows.shape, dtype=dtype, device=query.device)
+    return Several(target, rows, keys, share, (of_rows[:, None], of_keys[:, None]))
+
+
+def without_positives(problem: Problem, several: Several) -> Problem:
+    """Return the problem whose negatives are without the positives, besides what ids leave out."""
+    query, (key, *others) = problem.query, problem.keys
+    own, names = several.ids
+    if query.ids is not None and key.ids is None:
+        raise ValueError("several positives need key_ids beside query_ids or negative_ids")
+    nobody = own.amin() - 1 if own.numel() else own.new_zeros(())  # the id of no row
+    more = []
+    for keys in others:
+        absent = None if keys.ids is None else nobody.expand(*keys.rows.shape[:-1], own.shape[1])
+        more.append(keys if absent is None else keys._replace(ids=_beside(absent, keys)))
+    query, key = query._replace(ids=_beside(own, query)), key._replace(ids=_beside(names, key))
+    return replace(problem, query=query, keys=(key, *more))
+
+
+def _beside(ids: Tensor, keys: KeySet) -> Tensor:
+    """Return ids (..., P) of the rows of a set, with those that they have after them."""
+    if keys.ids is None:
+        return ids.contiguous()
+    had = keys.ids if keys.ids.dim() == ids.dim() else keys.ids[..., None]
+    return torch.cat([ids, had], -1)
+
+
+def several_reduced(
+    problem: Problem, options: Options, several: Several, mode: PositivesMode, weight: Tensor | None
+) -> Tensor:
+    """Return InfoNCE of rows with several positives, reduced; with `problem.columns` the mean of both directions."""
+    if problem.offset is not None:
+        raise ValueError("several positives cannot be used with margin, nor with key_bias but for positive_bias=False")
+    problem, context = widened(without_positives(problem, several))
+    with context:
+        found = contrast.statistics(problem, options)
+        with without_autocast(problem.query.rows.device.type):
+            t = problem.temperature.values
+            x, y = (unit(rows, problem.normalize, t.dtype) for rows in problem.inputs[:2])
+            pairs = several.rows, several.keys
+            pos = _logits(x / t[:, None], y, *pairs, options)
+            losses = of_rows(found.rows.neg, pos, several.rows, several.weight, mode)
+            if found.columns is not None:
+                pos = pos if problem.temperature.shared else pos * take_rows(t, pairs[0]) / take_rows(t, pairs[1])
+                losses = (losses + of_rows(found.columns.neg, pos, several.keys, several.weight, mode)) / 2
+    return reduced_rows(losses, problem, options.reduction, weight)
+
+
+def _logits(x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, options: Options) -> Tensor:
+    """Return the dot products (K,) of pairs of rows."""
+    if options.backend == "reference":  # to be differentiated any number of times
+        return dots(take_rows(x, rows), take_rows(y, keys))
+    return -pair_margins(x.new_zeros(x.shape[0]), x, y, rows, keys, options.workspace_limit)
+
+
+def of_rows(neg: Tensor, pos: Tensor, rows: Tensor, weight: Tensor, mode: PositivesMode) -> Tensor:
+    """Return (N,) losses of rows from their negatives and the logits (K,) of the pairs with their positives.
+
+    S_i = log sum_p exp(pos_ip), over the row's positives p, and w_ip their weights, which sum to 1:
+
+        each    sum_p w_ip log(1 + exp(neg_i - pos_ip))
+        all     sum_p w_ip (log(exp(neg_i) + exp(S_i)) - pos_ip)
+        any     log(1 + exp(neg_i - S_i))
+    """
+    n, none = neg.shape[0], weight == 0
+    pos = (pos + 0 * weight).masked_fill(none, 0)  # a weight of NaN is of a target out of range
+    if mode == "each":
+        return _shared(F.softplus(take_rows(neg, rows) - pos), rows, weight, n)
+    top = pos.new_full((n,), -torch.inf).scatter_reduce(0, rows, pos.detach().masked_fill(none, -torch.inf), "amax")
+    top = torch.where(top == -torch.inf, 0, top)
+    total = add_rows(pos.new_zeros(n), rows, torch.exp(pos - take_rows(top, rows)).masked_fill(none, 0))
+    empty = total == 0
+    every = (top + torch.log(torch.where(empty, 1, total))).masked_fill(empty, 0)
+    if mode == "any":
+        return F.softplus(torch.where(empty, 0, neg - every)).masked_fill(empty, 0)
+    count = add_rows(pos.new_zeros(n), rows, (~none).to(pos.dtype))
+    alone = take_rows(count, rows) == 1  # the difference below would lose a small loss to rounding
+    one = F.softplus(take_rows(neg, rows) - pos)
+    return _shared(torch.where(alone, one, take_rows(log_add(neg, every), rows) - pos), rows, weight, n)
+
+
+def _shared(losses: Tensor, rows: Tensor, weight: Tensor, n: int) -> Tensor:
+    """Return the weighted mean of the losses of each row's pairs, 0 for a row without any."""
+    total = add_rows(losses.new_zeros(n), rows, weight)
+    share = weight / take_rows(torch.where(total == 0, 1, total), rows)
+    return add_rows(losses.new_zeros(n), rows, torch.where(share == 0, 0, share * losses))
+
+
+def check_several(
+    target: Any, positive_ids: Any, positive_weight: Any, positives: str, symmetric: bool, others: Sequence[str]
+) -> None:
+    """Check how the arguments that name several positives go together; others: options that do not go with them."""
+    checks.one_of("positives", positives, POSITIVES)
+    if target is not None and positive_ids is not None:
+        raise ValueError("target and positive_ids both say what the positives are: pass one of them")
+    if positive_weight is not None and (target is None or positive_ids is not None):
+        raise ValueError("positive_weight are the weights of a (N, P) target's positives: it needs such a target")
+    if positive_weight is not None and positives == "any":
+        raise ValueError("positives='any' takes the positives together: it has no positive_weight")
+    if symmetric and isinstance(positive_ids, tuple):
+        raise ValueError("symmetric=True pairs query i with key i, which then have one id: positive_ids is one tensor")
+    if others:
+        raise ValueError(f"several positives cannot be used with {' or '.join(others)}")
