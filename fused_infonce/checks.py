@@ -244,7 +244,7 @@ def one_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number or a one-element tensor, got shape {tuple(value.shape)}")
 
 
-def bias(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+def logit_bias(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a finite number or a tensor of one element, on the CPU too, as (1,) beside `like`, differentiable.
 
     Where values cannot be read for free, one that is not finite becomes NaN.

@@ -91,7 +91,7 @@ def _siglip(
     keys = [KeySet(text, text_ids)] + ([] if negatives is None else [KeySet(negatives, negative_ids)])
     t = checks.temperature(temperature, image, dtype)
     problem = Problem(KeySet(image, image_ids), tuple(keys), t, normalize=normalize)
-    shift = checks.bias("logit_bias", 0.0 if bias is None else bias, image, dtype)
+    shift = checks.logit_bias("logit_bias", 0.0 if bias is None else bias, image, dtype)
     options = call_options(backend, workspace_limit, reduction)
     return reduced_sigmoids(problem, shift, options, checks.row_weight(weight, image, dtype))
 
