@@ -428,6 +428,19 @@ def test_modules_pass_biases_on():
     assert loss(query, key, enqueue=False, **biases) == want != loss(query, key)
 
 
+@ALL
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_queries_that_are_the_keys_have_the_gradients_of_both(backend, reduction):
+    x, bias = rows(N, D).requires_grad_(), rows(N).requires_grad_()
+    options = {"reduction": reduction, "temperature": 0.5, "key_bias": bias}
+    want = torch.autograd.grad(dense_info_nce(x, x, **options).sum(), (x, bias))
+    here = x.detach().to(device_of(backend)).requires_grad_()
+    options["key_bias"] = bias.detach().to(device_of(backend)).requires_grad_()
+    loss = info_nce(here, here, backend=backend, **options).sum()
+    for got, exact in zip(torch.autograd.grad(loss, (here, options["key_bias"])), want, strict=True):
+        assert error(got, exact) <= 1e-10
+
+
 X, BIAS = rows(4, D), rows(4)
 LEFT_OUT = torch.tensor([0.0, -math.inf, 0.0, 0.0])
 REFUSED = {
