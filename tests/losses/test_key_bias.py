@@ -86,23 +86,25 @@ FACTORS = {
     "ids": [None, "keys", "queries and keys", "queries and negatives"],
     "reduction": ["mean", "none"],
     "positive": [True, False],
+    "weight": [False, True],
     "plan": ["dense", "blocks"],
 }
 
 
 def accepted(case):
-    call = {name: value for name, value in case.items() if name not in ("positive", "plan")}
+    call = {name: value for name, value in case.items() if name not in ("positive", "weight", "plan")}
     pointless = not case["positive"] and case["negatives"] and not case["in_batch"]
     return valid(call) and not pointless
 
 
 @cases(accepted, pairs=True, together=True, **FACTORS)
 def test_every_pair_of_options_equals_dense_code(backend, case, monkeypatch):
-    positive, blocks = case.pop("positive"), case.pop("plan") == "blocks"
+    positive, weight, blocks = case.pop("positive"), case.pop("weight"), case.pop("plan") == "blocks"
     if blocks and backend == "torch":
         monkeypatch.setattr(plan, "DENSE", 0)
     inputs, options = make_call(9, 7, D, 4, **case)
     biases, option = biases_of(inputs, positive, left_out=True)
+    biases |= {"weight": torch.rand(9, dtype=torch.float64)} if weight else {}
     limit = {"workspace_limit": 500} if blocks else {}
     backends = [backend] if backend == "triton" or blocks else [backend, "reference"]
     for each in backends:
