@@ -229,6 +229,7 @@ class _OnePass(torch.autograd.Function):
         with without_autocast(inputs[0].device.type):
             result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
+        # of which there are none where gradients are unfinished: plans of a GPU that are take no biases
         more = [*result.biases, *([] if problem.offset is None else [result.offset])]
         ctx.unfinished = len(result.kept) > 0
         if ctx.unfinished:  # inputs are saved as they came: a cast of them would be memory of its own

@@ -38,6 +38,11 @@ class KeySet(NamedTuple):
     bias: Tensor | None = None
 
 
+def largest_bias(biases: Iterable[Tensor]) -> float:
+    """Return the size of the largest bias of those that leave no key out, read from the tensors; 0 without one."""
+    return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in biases if x.numel()), default=0.0)
+
+
 class Temperature(NamedTuple):
     """The temperature of a call, made once where the user's argument is checked.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.contract import Temperature
+from ..backends.contract import Temperature, largest_bias
 from ..backends.indexing import take_rows
 from ..backends.precision import statistics_dtype
 
@@ -142,6 +142,4 @@ def offset_of(name: str, bias: Tensor, target: Tensor | None) -> Tensor:
 def bound_of(*biases: Tensor | None) -> float | None:
     """Return a bound on the size of all biases but -inf; None where it is not free to read."""
     there = [x for x in biases if x is not None]
-    if not all(map(checks.values_are_free, there)):
-        return None
-    return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in there if x.numel()), default=0.0)
+    return largest_bias(there) if all(map(checks.values_are_free, there)) else None

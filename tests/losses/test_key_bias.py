@@ -86,23 +86,25 @@ FACTORS = {
     "ids": [None, "keys", "queries and keys", "queries and negatives"],
     "reduction": ["mean", "none"],
     "positive": [True, False],
+    "weight": [False, True],
     "plan": ["dense", "blocks"],
 }
 
 
 def accepted(case):
-    call = {name: value for name, value in case.items() if name not in ("positive", "plan")}
+    call = {name: value for name, value in case.items() if name not in ("positive", "weight", "plan")}
     pointless = not case["positive"] and case["negatives"] and not case["in_batch"]
     return valid(call) and not pointless
 
 
 @cases(accepted, pairs=True, together=True, **FACTORS)
 def test_every_pair_of_options_equals_dense_code(backend, case, monkeypatch):
-    positive, blocks = case.pop("positive"), case.pop("plan") == "blocks"
+    positive, weight, blocks = case.pop("positive"), case.pop("weight"), case.pop("plan") == "blocks"
     if blocks and backend == "torch":
         monkeypatch.setattr(plan, "DENSE", 0)
     inputs, options = make_call(9, 7, D, 4, **case)
     biases, option = biases_of(inputs, positive, left_out=True)
+    biases |= {"weight": torch.rand(9, dtype=torch.float64)} if weight else {}
     limit = {"workspace_limit": 500} if blocks else {}
     backends = [backend] if backend == "triton" or blocks else [backend, "reference"]
     for each in backends:
@@ -426,6 +428,19 @@ def test_modules_pass_biases_on():
     biases = {"key_bias": bias, "negative_bias": rows(8)}
     want = moco_loss(query, key, loss.queue, **biases)
     assert loss(query, key, enqueue=False, **biases) == want != loss(query, key)
+
+
+@ALL
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_queries_that_are_the_keys_have_the_gradients_of_both(backend, reduction):
+    x, bias = rows(N, D).requires_grad_(), rows(N).requires_grad_()
+    options = {"reduction": reduction, "temperature": 0.5, "key_bias": bias}
+    want = torch.autograd.grad(dense_info_nce(x, x, **options).sum(), (x, bias))
+    here = x.detach().to(device_of(backend)).requires_grad_()
+    options["key_bias"] = bias.detach().to(device_of(backend)).requires_grad_()
+    loss = info_nce(here, here, backend=backend, **options).sum()
+    for got, exact in zip(torch.autograd.grad(loss, (here, options["key_bias"])), want, strict=True):
+        assert error(got, exact) <= 1e-10
 
 
 X, BIAS = rows(4, D), rows(4)

@@ -6,29 +6,19 @@ score alone that serves both directions; elsewhere it is added to the score befo
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..contract import LOG2E
 
 
-def largest(bias: Tensor) -> float:
-    """Return the size of the largest bias of those that leave no key out, read from the tensor."""
-    return bias.masked_fill(bias == -math.inf, 0).abs().max().item() if bias.numel() else 0.0
-
-
 class Bias:
-    """The biases of scored rows: (T,) of the keys of a tile's columns, (R, 1) of its rows, or (R, T) of paired keys.
-
-    Only parts of these shapes leave this class, ready to be added to or multiplied with a tile.
-    """
+    """The biases of scored rows: (T,) of the keys of a tile's columns, (R, 1) of its rows, or (R, T) of paired keys."""
 
     def __init__(self, bias: Tensor, shift: bool, wanted: bool, of_rows: bool = False):
         self.of_rows = of_rows  # in the direction of the columns the rows of a tile are what is scored
         self.term = bias * LOG2E
-        self.factor = None if shift else torch.exp2(self.term)
+        self.factor = None if shift else torch.exp2(self.term)  # None: it is in the exponents
         self.grad = torch.zeros_like(bias) if wanted else None
 
     def _of(self, x: Tensor, part: slice) -> Tensor:

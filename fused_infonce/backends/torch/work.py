@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import LN2, LOG2E, Problem, RowStatistics
+from ..contract import LN2, LOG2E, Problem, RowStatistics, largest_bias
 from ..indexing import add_rows, part_of
 from ..plan import Plan
 from ..precision import EXPONENT_ROOM
 from ..rows import Rows
-from .bias import Bias, largest
+from .bias import Bias
 from .keys import Guide, Keys, PairedKeys, SharedKeys
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
@@ -99,7 +99,7 @@ class Work:
             return False
         longest = 1.0 if p.normalize else Rows(p.query.rows, False, p.query.scale, self.acc).longest()
         bound = longest * max(keys.longest() for keys in self.sets) / p.temperature.values.min().item()
-        bound += max(map(largest, p.biases), default=0.0)
+        bound += largest_bias(p.biases)
         return bound * LOG2E <= EXPONENT_ROOM[self.acc]
 
     def chunks(self) -> Iterator[Chunk]:

@@ -66,7 +66,8 @@ def gradients(
         work, unscale = in_float16_range(work)
         rows = problem.query.rows
         fits = rows.shape[1] <= tiles.STREAMING_MAX_D[rows.dtype] and problem.ceiling is None and not problem.biases
-        wanted, biases = [dtype is not None for dtype in dtypes], bias_gradients(problem, dtypes)
+        wanted = [dtype is not None for dtype in dtypes[: len(problem.sets)]]
+        biases = bias_gradients(problem, dtypes)
         if plan.name == "streaming" and fits:
             accumulators = streaming(work, plan, wanted)
         else:
