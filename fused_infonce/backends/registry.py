@@ -133,7 +133,7 @@ def plan_of(problem: Problem, options: Options, reduced: bool, weighted: bool = 
     n, d = query.shape
     m = 0
     for keys in problem.keys if problem.in_batch else problem.keys[1:]:
-        m += keys.rows.shape[-2]
+        m += keys.columns
     dtype = product_dtype(query)
     device = query.device
     plan = choose if compiling else remembered

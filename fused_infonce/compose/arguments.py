@@ -33,12 +33,15 @@ def of_keys(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, temperature: float | Tensor, negative_mode: str,
     *, symmetric: bool, normalize: bool = True, in_batch_negatives: bool | None = None, ignore_index: int = -100,
     target: Tensor | None = None, query_ids: Tensor | None = None, key_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None, names: tuple[str, str] = ("positive_key", "symmetric"),
+    negative_ids: Tensor | None = None, negative_index: Tensor | None = None,
+    names: tuple[str, str] = ("positive_key", "symmetric"),
 ) -> Problem:  # fmt: skip
     """Return the problem of queries against keys: the arguments of `info_nce`, checked.
 
     names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
     """
+    if negative_index is not None:
+        _check_table(negative_keys, negative_mode)
     in_batch = _check_embeddings(
         query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target, names
     )  # fmt: skip
@@ -46,11 +49,27 @@ def of_keys(
     ids = all_ids(query_ids, key_ids, negative_ids, query, positive_key, negative_keys, in_batch or symmetric)
     keys = [KeySet(positive_key, ids[1])]
     if negative_keys is not None:
-        keys.append(KeySet(negative_keys, ids[2]))
+        own = None if negative_index is None else checks.negative_index(negative_index, query, negative_keys)
+        keys.append(KeySet(negative_keys, ids[2], indices=own))
     return Problem(
         KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), temperature_of(temperature, query), index,
         in_batch=in_batch, columns=symmetric, normalize=normalize,
     )  # fmt: skip
+
+
+def _check_table(negative_keys: Any, negative_mode: str) -> None:
+    """Check that there is a table for a `negative_index` to look up."""
+    if negative_keys is None:
+        raise ValueError("negative_index are places in negative_keys, which were not given")
+    if negative_mode == "paired":
+        raise ValueError(
+            "negative_index gives each query its own rows of negative_keys (M, D): it cannot be used with "
+            "negative_mode='paired'"
+        )
+    if isinstance(negative_keys, Tensor) and negative_keys.dim() != 2:
+        raise ValueError(
+            f"negative_keys must have 2 dimensions (M, D) with negative_index, got shape {tuple(negative_keys.shape)}"
+        )
 
 
 def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | None) -> Tensor | None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.contract import EPS, Problem
+from ..backends.contract import EPS, KeySet, Problem
 from ..backends.indexing import add_rows, take_rows
 from ..backends.reference import unit_rows
 from ..backends.rows import norms
+
+TAKEN = 2**22  # components of rows by index that are summed at a time: 16 MiB in fp32
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -82,6 +84,26 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
 
 
+def _own_sums(keys: KeySet, y: Tensor, row_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of the keys of each row alone whose id is not the row's, (N, D), and their number, (N,)."""
+    ids = None if row_ids is None else keys.ids
+    if keys.indices is None:
+        left = y.new_ones(y.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(y.dtype)
+        return torch.bmm(left[:, None], y)[:, 0], left.sum(1)
+    (n, h), (m, d) = keys.indices.shape, y.shape
+    total = y.new_zeros(n, d)
+    if not m:
+        return total, keys.indices.new_zeros(n)
+    kept, index = keys.indices >= 0, keys.indices.clamp(0, m - 1)
+    if ids is not None and row_ids is not None:
+        kept = kept & (ids[index] != row_ids[:, None])
+    left, step = kept.to(y.dtype), max(TAKEN // max(n * d, 1), 1)
+    for some in (slice(start, min(start + step, h)) for start in range(0, h, step)):
+        taken = take_rows(y, index[:, some].flatten()).view(n, some.stop - some.start, d)
+        total = total + torch.bmm(left[:, None, some], taken)[:, 0]
+    return total, kept.sum(1)
+
+
 def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of each row's negatives, (N, D), and their number, (N,), in O((N + M) (D + log M)).
 
@@ -92,9 +114,9 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
     total, count = first.new_zeros(n, first.shape[-1]), torch.zeros(n, dtype=torch.int64, device=device)
     for keys, y in [*zip(problem.keys, sets, strict=True)][0 if problem.in_batch else 1 :]:
         ids = None if row_ids is None else keys.ids
-        if y.dim() == 3:
-            left = y.new_ones(y.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(y.dtype)
-            total, count = total + torch.bmm(left[:, None], y)[:, 0], count + left.sum(1)
+        if keys.paired:
+            own, times = _own_sums(keys, y, row_ids)
+            total, count = total + own, count + times
             continue
         total, count = total + y.sum(0), count + len(y)
         if ids is not None:

@@ -21,7 +21,7 @@ def statistics(
     columns: Literal[False] = False, negative_mode: NegativeMode = "unpaired", normalize: bool = True,
     in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
-    backend: BackendName = "auto", workspace_limit: int | None = None,
+    negative_index: Tensor | None = None, backend: BackendName = "auto", workspace_limit: int | None = None,
 ) -> RowStatistics: ...  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def statistics(
     columns: Literal[True], negative_mode: NegativeMode = "unpaired", normalize: bool = True,
     in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
-    backend: BackendName = "auto", workspace_limit: int | None = None,
+    negative_index: Tensor | None = None, backend: BackendName = "auto", workspace_limit: int | None = None,
 ) -> Statistics: ...  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def statistics(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    negative_index: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> RowStatistics | Statistics:
@@ -78,7 +79,7 @@ def statistics(
     problem = of_keys(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids, names=("key", "columns"),
+        key_ids=key_ids, negative_ids=negative_ids, negative_index=negative_index, names=("key", "columns"),
     )  # fmt: skip
     problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
     with context:

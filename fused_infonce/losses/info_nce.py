@@ -36,6 +36,7 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    negative_index: Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     backend: BackendName = "auto",
@@ -70,6 +71,10 @@ def info_nce(
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
             positive is always kept.
+        negative_index: (N, H) integers into `negative_keys` (M', D), a table that all queries share: the negatives of
+            query i are its rows `negative_index[i]`, as if `negative_keys[negative_index]`, (N, H, D), were passed as
+            "paired", which no tensor ever holds. -1 is no negative, so that rows may have fewer than H, or none.
+            `negative_ids` are (M',). Out of range is an error on a CPU; on a GPU it makes the row's loss NaN.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
@@ -92,7 +97,7 @@ def info_nce(
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
-        key_ids=key_ids, negative_ids=negative_ids,
+        key_ids=key_ids, negative_ids=negative_ids, negative_index=negative_index,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     if label_smoothing == 0:
@@ -206,12 +211,13 @@ class FusedInfoNCELoss(ContrastiveLoss):
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        negative_index: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Return the loss of queries and keys, shaped as `info_nce` says; a `temperature` is for this call only."""
         return info_nce(
             query, positive_key, negative_keys, temperature=self.temperature if temperature is None else temperature,
-            target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids, weight=weight,
-            **self.options,
+            target=target, query_ids=query_ids, key_ids=key_ids, negative_ids=negative_ids,
+            negative_index=negative_index, weight=weight, **self.options,
         )  # fmt: skip

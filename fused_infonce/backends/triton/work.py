@@ -57,6 +57,8 @@ def prepare(
 ) -> tuple[Work, Tensor | None]:  # fmt: skip
     """Return the problem made ready, for gradients with statistics and their upstream, and with `positives` the logits
     of the targets."""
+    if any(keys.indices is not None for keys in problem.keys):
+        raise NotImplementedError("negative_index needs backend='torch' or 'reference'")
     t, target, normalize = problem.temperature.values, contiguous(problem.target), problem.normalize
     (first, *others), rows, columns = problem.keys, None, None
     slope = column_slope = None
