@@ -22,15 +22,21 @@ def direction(S_ptr, N_ptr, U_ptr, inverse, offs, size, ACC: tl.constexpr):
 
 
 @triton.jit
-def term(d, r, n, w, other, CLAMP: tl.constexpr = False):
-    """Return one direction's part of C: r, n and w are that direction's, `other` the other side's inverse norms.
+def slope(d, r, n, w, other, CLAMP: tl.constexpr = False):
+    """Return one direction's part of C without the other side's inverse norms, `other`; r, n, w are that direction's.
 
     CLAMP: a probability may come out above 1, of a pair that another tile's rounding took for a false negative.
     """
     p = (d * other) * r - n
     if CLAMP:
         p = tl.where(p > 0.0, 0.0, p)  # a NaN stays
-    return (tl.exp2(p) * w) * other  # p first: a product of vectors alone would be made before d, and kept meanwhile
+    return tl.exp2(p) * w  # p first: a product of vectors alone would be made before d, and kept meanwhile
+
+
+@triton.jit
+def term(d, r, n, w, other, CLAMP: tl.constexpr = False):
+    """Return one direction's part of C."""
+    return slope(d, r, n, w, other, CLAMP) * other
 
 
 @triton.jit

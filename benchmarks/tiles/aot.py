@@ -77,6 +77,7 @@ class Case:
     dtype: str
     d: int
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
+    # "indexed": ids, and own negatives by their places in a table, whose gradient is the last and the widest;
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed
     # "few ...": so few rows that tiles on a diagonal have no launches of their own
@@ -160,30 +161,34 @@ def launches(case: Case) -> list[Launch]:
     few = case.dtype in ("float32", "float64") or "few" in case.variant
     n, d, acc = 512 if few else 4096, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    general = case.variant == "general"
-    names, guide = (ids if general else None), (x if case.variant == "guided" else None)
+    general, indexed = case.variant == "general", case.variant == "indexed"
+    names, guide = (ids if general or indexed else None), (x if case.variant == "guided" else None)
     keys = [KeySet(x.clone(), names, guide)]
-    if general:
-        keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), torch.zeros(n, 16, dtype=torch.int64)))
+    places = torch.zeros(n, 16, dtype=torch.int64)
+    if indexed:
+        keys.append(KeySet(x.clone(), ids, indices=places))
+    elif general:
+        keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), places))
     problem = Problem(
-        KeySet(x, names, guide), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
+        KeySet(x, names, guide), tuple(keys), Temperature(torch.ones(1, dtype=acc)), ids if general else None,
         ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
     )  # fmt: skip
     if "views" in case.variant:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
     with recorded(case.target, case.tma, case.apart) as found:
         u = torch.zeros(n, dtype=acc)
+        wanted = [dtype, None if indexed else dtype, *[dtype] * (len(keys) - 1)]
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
             bounded = "bounded" in case.variant
             plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=not bounded)
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
-            backend.gradients(problem, plan, statistics, upstream, [dtype] * len(problem.inputs))
+            backend.gradients(problem, plan, statistics, upstream, wanted)
         if not problem.self_similar and (bounded or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
-            made = backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
-            backend.finished(problem, plan, made.inputs, made.kept, u.sum(), [dtype] * len(problem.inputs))
+            made = backend.onepass(problem, plan, "infonce", u, [*(want is not None for want in wanted), not bounded])
+            backend.finished(problem, plan, made.inputs, made.kept, u.sum(), wanted)
         if problem.one_to_one and not general:
             plan = Plan("dense", n, n, 1 << 28, 0, "", bounded=bounded)
             backend.onepass(problem, plan, "infonce", 1 / n, [True, True, not bounded])
@@ -291,6 +296,8 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
+        if target == "sm_90":
+            yield Case(target, "bfloat16", 256, "indexed", (*PAIRED, "finish_kernel", "parts_kernel"))
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
     for target in DESCRIPTORS:
