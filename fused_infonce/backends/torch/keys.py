@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..contract import KeySet, Problem
-from ..indexing import add_rows, take_rows
+from ..indexing import add_uses, take_rows
 from ..rows import Rows, norms
 
 
@@ -196,7 +196,7 @@ class IndexedKeys(PairedKeys):
             if self.grad is not None:
                 index = self.indices[part]
                 places = index if self.whole else index.masked_fill(index == -1, self.size)
-                add_rows(self.grad, places.flatten(), (w[local, :, None] * x[local, None]).flatten(0, 1))
+                add_uses(self.grad, places, w[local], x[local])
 
     def finish(self, dtype: torch.dtype | None) -> Tensor | None:
         if self.grad is None:
