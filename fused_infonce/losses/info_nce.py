@@ -52,8 +52,8 @@ def info_nce(
     Args:
         query: (N, D), float16, bfloat16, float32 or float64.
         positive_key: (N, D), row i the positive of query i; with `target`, (M, D).
-        negative_keys: explicit negatives, (M', D) if `negative_mode` is "unpaired", (N, H, D) if "paired". None: the
-            other rows of `positive_key` are the negatives.
+        negative_keys: explicit negatives, (M', D) if `negative_mode` is "unpaired", (N, H, D) if "paired"; or with
+            `negative_index` a table. None: the other rows of `positive_key` are the negatives.
         temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
             flow to tensors. Values of tensors are checked on a CPU; on a GPU a bad one gives NaN.
         reduction: "mean", "sum" or "none" (one value per query).
@@ -71,10 +71,10 @@ def info_nce(
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
             positive is always kept.
-        negative_index: (N, H) integers into `negative_keys` (M', D), a table that all queries share: the negatives of
-            query i are its rows `negative_index[i]`, as if `negative_keys[negative_index]`, (N, H, D), were passed as
-            "paired", which no tensor ever holds. -1 is no negative, so that rows may have fewer than H, or none.
-            `negative_ids` are (M',). Out of range is an error on a CPU; on a GPU it makes the row's loss NaN.
+        negative_index: (N, H) integers, places in the table `negative_keys` (M', D): the explicit negatives of query i
+            are the table's rows `negative_index[i]`, as if `negative_keys[negative_index]` were passed as "paired", but
+            no tensor ever holds these. -1 is no negative, so that a row may have fewer than H, or none. `negative_ids`
+            are those of the table, (M',). Out of range is an error on a CPU; on a GPU it makes the row's loss NaN.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes

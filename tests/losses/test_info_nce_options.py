@@ -188,7 +188,9 @@ EVERY = {
 def test_the_module_passes_every_option_on(monkeypatch):
     seen = {}
     monkeypatch.setattr("fused_infonce.losses.info_nce.info_nce", lambda *a, **k: seen.update(k, positional=a))
-    vectors = {name: object() for name in ("target", "query_ids", "key_ids", "negative_ids", "negative_index", "weight")}
+    vectors = {
+        name: object() for name in ("target", "query_ids", "key_ids", "negative_ids", "negative_index", "weight")
+    }
     FusedInfoNCELoss(**EVERY)("q", "k", "n", temperature=0.7, **vectors)
     options = {k: v for k, v in EVERY.items() if k not in ("learnable_temperature", "max_logit_scale")}
     assert seen == options | vectors | {"temperature": 0.7, "positional": ("q", "k", "n")}
