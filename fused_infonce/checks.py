@@ -325,16 +325,31 @@ def target(value: object, like: Tensor, columns: int, ignore_index: int, several
     """
     shape = tuple(value.shape) if several and isinstance(value, Tensor) else like.shape[:1]
     index = ids("target", value, (like.shape[0], *shape[1:]), like.device)
-    if values_are_free(index) and index.numel() and not 0 <= ignore_index < columns:
+    return _below(columns, "target", index, ignore_index, f"ignore_index ({ignore_index})")
+
+
+def negative_index(value: object, like: Tensor, table: Tensor) -> Tensor:
+    """Return (N, H) indices of rows of a table, or -1, which is no negative. Out of range is what it is of a target."""
+    expected = f"({len(like)}, H)"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"negative_index must be an integer tensor of shape {expected}, got {type(value).__name__}")
+    dense("negative_index", value)
+    if value.dim() != 2 or len(value) != len(like):
+        raise ValueError(f"negative_index must have shape {expected}, got {tuple(value.shape)}")
+    index = ids("negative_index", value, tuple(value.shape), like.device)
+    return _below(len(table), "negative_index", index, -1, "-1 (no negative)")
+
+
+def _below(columns: int, name: str, index: Tensor, ignored_value: int, ignored_name: str) -> Tensor:
+    """Return indices below `columns`, or -1 for what is ignored, or `columns` for what is neither."""
+    if values_are_free(index) and index.numel() and not 0 <= ignored_value < columns:
         least, most = torch.aminmax(index)
-        if least.item() >= 0 and most.item() < columns:  # the usual case: nothing to tell apart
-            return index
-    ignored = index == ignore_index
+        if least.item() >= (-1 if ignored_value == -1 else 0) and most.item() < columns:
+            return index  # the usual case: nothing to tell apart
+    ignored = index == ignored_value
     bad = ~ignored & ((index < 0) | (index >= columns))
     if values_are_free(index) and bad.any():
-        raise ValueError(
-            f"target must be in [0, {columns}) or ignore_index ({ignore_index}), got {index[bad][0].item()}"
-        )
+        raise ValueError(f"{name} must be in [0, {columns}) or {ignored_name}, got {index[bad][0].item()}")
     return torch.where(ignored, -1, torch.where(bad, columns, index))
 
 

@@ -312,11 +312,13 @@ def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:
     first, *others = problem.keys
     if not others:
         return problem
-    keys = [
-        x if want else KeySet(x.rows.new_empty((0, *x.rows.shape[1:])))
-        for x, want in zip(others, wanted[2:], strict=False)
-    ]
+    keys = [x if want else _without_rows(x) for x, want in zip(others, wanted[2:], strict=False)]
     return replace(problem, keys=(first, *keys))
+
+
+def _without_rows(keys: KeySet) -> KeySet:
+    indices = None if keys.indices is None else keys.indices.new_empty((0, keys.columns))
+    return KeySet(keys.rows.new_empty((0, *keys.rows.shape[1:])), indices=indices)
 
 
 def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:

@@ -286,8 +286,8 @@ def dense_gradient_kernel(
             tl.debug_barrier()
             finish_kernel(
                 DX_ptr, None, X_ptr, A_ptr, Y_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, None, None, UNSCALE_ptr,
-                DX_ptr, 1, size, size, D, D, 0, stride_xm, stride_yn, stride_t, zero_row, MUTUAL, 1, NORMALIZE, WHOLE,
-                EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
+                DX_ptr, 1, size, size, None, D, D, 0, stride_xm, stride_yn, stride_t, zero_row, MUTUAL, 1, NORMALIZE,
+                WHOLE, EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
             )  # fmt: skip
     else:
         if DY_ptr is not None:
@@ -297,6 +297,6 @@ def dense_gradient_kernel(
             tl.debug_barrier()
             finish_kernel(
                 DY_ptr, None, Y_ptr, B_ptr, X_ptr, A_ptr, V_ptr, TEMPERATURE_ptr, None, None, None, UNSCALE_ptr, DY_ptr,
-                1, size, size, D, D, 0, stride_yn, stride_xm, stride_t, zero_row, False, 1, NORMALIZE, WHOLE, EMULATE,
-                ACC, BLOCK_M, BLOCK_D, 1, 1,
+                1, size, size, None, D, D, 0, stride_yn, stride_xm, stride_t, zero_row, False, 1, NORMALIZE, WHOLE,
+                EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
             )  # fmt: skip

@@ -8,24 +8,31 @@ from .tile import cast, live, load_rows, load_vector
 
 @triton.jit
 def pair_weight(V_ptr, TEMPERATURE_ptr, stride_t, rows, valid):
-    """Return v_i / t_i of queries; 0 where not valid."""
+    """Return v_i / t_i of queries, or v_i without temperatures; 0 where not valid."""
     v = tl.load(V_ptr + rows, mask=valid, other=0.0)
-    return v / tl.load(TEMPERATURE_ptr + rows * stride_t, mask=valid, other=1.0)
+    if TEMPERATURE_ptr is not None:
+        v = v / tl.load(TEMPERATURE_ptr + rows * stride_t, mask=valid, other=1.0)
+    return v
 
 
 @triton.jit
 def sum_of_queries(
     Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, ORDER_ptr,
-    first, end, offs_d, size_z, D, stride_zn, stride_t,
+    first, end, offs_d, size_z, uses, D, stride_zn, stride_t,
     zero_row: tl.constexpr, ACC: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums over e in [first_i, end_i) of v / t b z of query ORDER[e], (len(first), len(offs_d))."""
+    """Return the sums over e in [first_i, end_i) of v / t b z of query ORDER[e], (len(first), len(offs_d)).
+
+    uses: ORDER and v are of so many uses of keys by each query, one query's after another's; or None: of queries.
+    """
     total = tl.zeros((first.shape[0], offs_d.shape[0]), ACC)
     for start in range(0, tl.max(end - first, 0), BLOCK_E):
         offs_e = first[:, None] + start + tl.arange(0, BLOCK_E)[None, :]
         valid = offs_e < end[:, None]
         query = tl.load(ORDER_ptr + offs_e, mask=valid, other=0)
         w = pair_weight(V_ptr, TEMPERATURE_ptr, stride_t, query, valid)
+        if uses is not None:
+            query = query // uses
         w = w * live(load_vector(B_ptr, query, size_z, 1.0, ACC), zero_row)
         ptrs = (Z_ptr + query * stride_zn)[:, :, None] + offs_d[None, None, :]
         z = tl.load(ptrs, mask=valid[:, :, None] & (offs_d < D)[None, None, :], other=0.0)
@@ -36,7 +43,7 @@ def sum_of_queries(
 @triton.jit
 def parts_kernel(
     Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, ORDER_ptr, SORTED_ptr, STARTS_ptr, PARTS_ptr,
-    size_x, size_z, D, stride_zn, stride_t,
+    size_x, size_z, uses, D, stride_zn, stride_t,
     zero_row: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write sums of v / t b z over up to PART queries of one key each, for keys of at least PART queries.
@@ -55,7 +62,7 @@ def parts_kernel(
         lane = tl.zeros((1,), tl.int64)
         total = sum_of_queries(
             Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, ORDER_ptr, lane + first, lane + tl.minimum(first + PART, end), offs_d,
-            size_z, D, stride_zn, stride_t, zero_row, ACC, BLOCK_E,
+            size_z, uses, D, stride_zn, stride_t, zero_row, ACC, BLOCK_E,
         )  # fmt: skip
         ptrs = PARTS_ptr + (lane + slot)[:, None] * D + offs_d[None, :]
         tl.store(ptrs, total, mask=(offs_d < D)[None, :])
@@ -78,15 +85,15 @@ def sum_of_parts(
 @triton.jit
 def positive_part(
     Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr,
-    a, offs_m, offs_d, size_x, size_z, D, stride_pn, stride_zn, stride_t,
+    a, offs_m, offs_d, size_x, size_z, uses, D, stride_pn, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Return the sum of w z over the partners of each row: (BLOCK_M, BLOCK_D), w = v / t of the pair's query times a b.
 
     Without STARTS, row i has one partner z_{T[i]} (z_i without T) and i is the query; MUTUAL: so is the partner. With
-    STARTS, the partners of row i are the queries z_o, o in T[STARTS[i] : STARTS[i + 1]], summed in an order that does
-    not depend on other rows: PART or more of them from the sums of `parts_kernel`.
+    STARTS, the partners of row i are the queries z_o, o in T[STARTS[i] : STARTS[i + 1]], or with `uses` those of which
+    o are uses, summed in an order that does not depend on other rows: PART or more from the sums of `parts_kernel`.
     """
     inside = offs_m < size_x
     if STARTS_ptr is None:
@@ -106,8 +113,8 @@ def positive_part(
         end = tl.load(STARTS_ptr + offs_m + 1, mask=inside, other=0)
         many = end - start >= PART
         part = sum_of_queries(
-            Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, start, tl.where(many, start, end), offs_d, size_z, D,
-            stride_zn, stride_t, zero_row, ACC, BLOCK_E,
+            Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, start, tl.where(many, start, end), offs_d, size_z, uses,
+            D, stride_zn, stride_t, zero_row, ACC, BLOCK_E,
         )  # fmt: skip
         if PARTS_ptr is not None:
             slot = start // (PART // 2)
@@ -120,7 +127,7 @@ def positive_part(
 @triton.jit
 def finished_rows(
     G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-    a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
+    a, offs_m, offs_d, slots, size_x, size_z, uses, D, stride_gm, stride_pn, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +144,7 @@ def finished_rows(
     if Z_ptr is not None:
         g += positive_part(
             Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, a, offs_m, offs_d, size_x, size_z,
-            D, stride_pn, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC, BLOCK_E, BLOCK_P,
+            uses, D, stride_pn, stride_zn, stride_t, zero_row, MUTUAL, PART, ACC, BLOCK_E, BLOCK_P,
         )  # fmt: skip
     return g
 
@@ -146,7 +153,7 @@ def finished_rows(
 def finish_kernel(
     G_ptr, F_ptr, X_ptr, A_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
     DX_ptr,
-    slots, size_x, size_z, D, stride_gm, stride_pn, stride_xm, stride_zn, stride_t,
+    slots, size_x, size_z, uses, D, stride_gm, stride_pn, stride_xm, stride_zn, stride_t,
     zero_row: tl.constexpr, MUTUAL: tl.constexpr, PART: tl.constexpr, PROJECT: tl.constexpr, WHOLE: tl.constexpr,
     EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -163,7 +170,7 @@ def finish_kernel(
             offs_d = start_d + tl.arange(0, BLOCK_D)
             g = finished_rows(
                 G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-                a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
+                a, offs_m, offs_d, slots, size_x, size_z, uses, D, stride_gm, stride_pn, stride_zn, stride_t,
                 zero_row, MUTUAL, PART, ACC, BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
             )  # fmt: skip
             x = load_rows(X_ptr, offs_m, stride_xm, size_x, offs_d, D).to(ACC)
@@ -172,7 +179,7 @@ def finish_kernel(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         g = finished_rows(
             G_ptr, F_ptr, Z_ptr, B_ptr, V_ptr, TEMPERATURE_ptr, TARGET_ptr, STARTS_ptr, PARTS_ptr, UNSCALE_ptr,
-            a, offs_m, offs_d, slots, size_x, size_z, D, stride_gm, stride_pn, stride_zn, stride_t,
+            a, offs_m, offs_d, slots, size_x, size_z, uses, D, stride_gm, stride_pn, stride_zn, stride_t,
             zero_row, MUTUAL, PART, ACC, BLOCK_M, BLOCK_D, BLOCK_E, BLOCK_P,
         )  # fmt: skip
         if PROJECT:

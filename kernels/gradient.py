@@ -38,10 +38,17 @@ def exponential(d, r, n, other, c, CLAMP: tl.constexpr = False):
 
 
 @triton.jit
-def term(d, r, n, w, other, c, CLAMP: tl.constexpr = False):
-    """Return one direction's part of C, w being its weights and the others as in `exponential`."""
+def slope(d, r, n, w, other, c, CLAMP: tl.constexpr = False):
+    """Return one direction's part of C but for the other side's inverse norms, w being its weights and the rest as in
+    `exponential`."""
     e = exponential(d, r, n, other, c, CLAMP)
-    return (e * w) * other  # e first: a product of vectors alone would be made before d, and kept meanwhile
+    return e * w  # e first: a product of vectors alone would be made before d, and kept meanwhile
+
+
+@triton.jit
+def term(d, r, n, w, other, c, CLAMP: tl.constexpr = False):
+    """Return one direction's part of C."""
+    return slope(d, r, n, w, other, c, CLAMP) * other
 
 
 @triton.jit

@@ -77,6 +77,7 @@ class Case:
     dtype: str
     d: int
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
+    # "indexed": ids, and own negatives by their places in a table, whose gradient is the last and the widest;
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
@@ -162,15 +163,18 @@ def launches(case: Case) -> list[Launch]:
     few = case.dtype in ("float32", "float64") or "few" in case.variant
     n, d, acc = 512 if few else 4096, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    general = "general" in case.variant
-    names, guide = (ids if general else None), (x if case.variant == "guided" else None)
+    general, indexed = "general" in case.variant, case.variant == "indexed"
+    names, guide = (ids if general or indexed else None), (x if case.variant == "guided" else None)
     biases = [torch.zeros(shape, dtype=acc) if "biased" in case.variant else None for shape in ((n,), (n, 16))]
     keys = [KeySet(x.clone(), names, guide, bias=biases[0])]
-    if general:
-        rows = torch.zeros(n, 16, d, dtype=dtype)
-        keys.append(KeySet(rows, torch.zeros(n, 16, dtype=torch.int64), bias=biases[1]))
+    places = torch.zeros(n, 16, dtype=torch.int64)
+    if indexed:
+        keys.append(KeySet(x.clone(), ids, indices=places))
+    elif general:
+        keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), places, bias=biases[1]))
     problem = Problem(
-        KeySet(x, names, guide, bias=biases[0]), tuple(keys), Temperature(torch.ones(1, dtype=acc)), names,
+        KeySet(x, names, guide, bias=biases[0]), tuple(keys), Temperature(torch.ones(1, dtype=acc)),
+        ids if general else None,
         ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
     )  # fmt: skip
     if "views" in case.variant:
@@ -181,20 +185,20 @@ def launches(case: Case) -> list[Launch]:
             wanted = ["forward" not in case.variant] * 4
             sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, wanted)
             return found
+        of_rows = [dtype, None if indexed else dtype, *[dtype] * (len(keys) - 1)]
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
             bounded = "bounded" in case.variant
             plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=not bounded)
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
-            dtypes = [*[dtype] * len(problem.inputs), *[acc] * len(problem.biases)]
-            backend.gradients(problem, plan, statistics, upstream, dtypes)
+            backend.gradients(problem, plan, statistics, upstream, [*of_rows, *[acc] * len(problem.biases)])
         if problem.biases:  # of which no other plan takes any
             return found
         if not problem.self_similar and (bounded or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
-            made = backend.onepass(problem, plan, "infonce", u, [*[True] * len(problem.inputs), not bounded])
-            backend.finished(problem, plan, made.inputs, made.kept, u.sum(), [dtype] * len(problem.inputs))
+            made = backend.onepass(problem, plan, "infonce", u, [*(want is not None for want in of_rows), not bounded])
+            backend.finished(problem, plan, made.inputs, made.kept, u.sum(), of_rows)
         if problem.one_to_one and not general:
             plan = Plan("dense", n, n, 1 << 28, 0, "", bounded=bounded)
             backend.onepass(problem, plan, "infonce", 1 / n, [True, True, not bounded])
@@ -303,6 +307,8 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
         yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",))
+        if target == "sm_90":
+            yield Case(target, "bfloat16", 256, "indexed", (*PAIRED, "finish_kernel", "parts_kernel"))
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
     yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))

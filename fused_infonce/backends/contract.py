@@ -21,14 +21,18 @@ LN2 = math.log(2)
 class KeySet(NamedTuple):
     """One set of embeddings with everything that belongs to its rows. The queries are one too: see `Problem.swapped`.
 
-    rows: (M, D), shared by all queries, or (N, H, D), the H keys that only query i is scored against
+    rows: (M, D), shared by all queries, or (N, H, D), the H keys that only query i is scored against; with `indices`,
+        (M, D) of a table
     ids: rows without their last dimension, int64; a negative whose id equals its query's is left out. Or with one
         dimension more, I ids a row, of which one that agrees is enough
     guide: a guide's embeddings of the same rows, (M, D'); a negative that the guide finds closer to the query than
         `Problem.ceiling` is left out. Of float64 exactly where the rows are. Not for (N, H, D)
     scale: float32, rows without their last dimension; row i of the logits is `scale_i rows_i`. None: 1
     bias: c in nats, rows without their last dimension, accumulator dtype, contiguous; added to every logit in which the
-        row is what a query is scored against, and to none in which it is the query. -inf leaves it out. None: 0
+        row is what a query is scored against, and to none in which it is the query. -inf leaves it out. None: 0. With
+        `indices`, (N, H)
+    indices: (N, H) int64; the keys that only query i is scored against are `rows[indices[i]]`. -1 is no key, and the
+        logit of M is NaN. Not of the queries or the first set
     """
 
     rows: Tensor
@@ -36,6 +40,17 @@ class KeySet(NamedTuple):
     guide: Tensor | None = None
     scale: Tensor | None = None
     bias: Tensor | None = None
+    indices: Tensor | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Return whether every query has keys of its own."""
+        return self.indices is not None or self.rows.dim() == 3
+
+    @property
+    def columns(self) -> int:
+        """Return the number of keys that a query is scored against."""
+        return self.rows.shape[-2] if self.indices is None else self.indices.shape[1]
 
 
 def largest_bias(biases: Iterable[Tensor]) -> float:
@@ -141,7 +156,7 @@ class Problem:
         """Return whether the scores are one matrix: every key of all sets against every query, and columns of one."""
         if not self.in_batch or not self.keys[0].rows.shape[0]:
             return False
-        return len(self.keys) == 1 or (not self.columns and all(keys.rows.dim() == 2 for keys in self.keys[1:]))
+        return len(self.keys) == 1 or (not self.columns and not any(keys.paired for keys in self.keys[1:]))
 
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
@@ -237,7 +252,7 @@ class OnePass(NamedTuple):
     """A reduced loss with its gradients, or with what these are finished from once the upstream is known.
 
     inputs: the gradients, or with `kept` their sums over all scores, aligned with `Problem.inputs`, in the accumulator
-        dtype; None where not wanted, and for sets (N, H, D) whose gradients are still to be made
+        dtype; None where not wanted, and for paired keys, whose gradients are still to be made
     logits: sum_j (s_ij - c_j) dL/ds_ij of each row, (N,), of which the temperature's gradient is made; None where not
         wanted
     kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished

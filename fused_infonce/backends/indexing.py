@@ -38,3 +38,8 @@ def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     if out.device.type == "cpu":
         return out.index_add_(0, index, rows)
     return out.index_put_((index,), rows, accumulate=True)
+
+
+def add_uses(out: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Compute out[index_ih] += weight_ih x_i in place, index and weight (N, H), x (N, D)."""
+    return add_rows(out, index.flatten(), (weight[..., None] * x[:, None]).flatten(0, 1))

@@ -82,7 +82,7 @@ def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
 
 def _summed(problem: Problem, wanted: Sequence[bool], unfinished: bool) -> list[bool]:
     """Return which inputs `onepass` returns a gradient or, where these are unfinished, a sum of."""
-    return [w and not (unfinished and x.dim() == 3) for x, w in zip(problem.inputs, wanted, strict=False)]
+    return [w and not (unfinished and s.paired) for s, w in zip(problem.sets, wanted, strict=False)]
 
 
 def _as_tensor(weight: Tensor | float, problem: Problem) -> Tensor:

@@ -73,10 +73,15 @@ def _statistics(problem: Problem) -> Statistics:
 
 
 def _seen(keys: KeySet, normalize: bool) -> Tensor:
-    """Return the rows of a set as the logits see them."""
+    """Return the rows of a set as the logits see them: (M, D), or (N, H, D) of paired keys."""
+    rows, m = keys.rows, len(keys.rows)
     if normalize:
-        return unit_rows(keys.rows)
-    return keys.rows if keys.scale is None else keys.rows * keys.scale[..., None].to(keys.rows.dtype)
+        rows = unit_rows(rows)
+    elif keys.scale is not None:
+        rows = rows * keys.scale[..., None].to(rows.dtype)
+    if keys.indices is None:
+        return rows
+    return F.pad(rows, (0, 0, 0, 2))[keys.indices].masked_fill((keys.indices == m)[..., None], math.nan)  # -1: zeros
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ def _positives(logits: Tensor, target: Tensor) -> Tensor:
 def _left_out(problem: Problem, index: int, target: Tensor) -> Tensor:
     """Return (N, M) or (N, H): which keys of the set with this index are no negatives."""
     query, keys = problem.query, problem.keys[index]
-    n, m = len(query.rows), keys.rows.shape[-2]
+    n, m = len(query.rows), keys.columns
     out = torch.zeros(n, m, dtype=torch.bool, device=query.rows.device)
     row, column = (torch.arange(k, device=out.device) for k in (n, m))
     if index == 0:
@@ -102,11 +107,16 @@ def _left_out(problem: Problem, index: int, target: Tensor) -> Tensor:
         if problem.self_similar:
             out = out | (row[:, None] == column)
     if query.ids is not None and keys.ids is not None:
-        agree = query.ids.reshape(n, 1, -1) == keys.ids.reshape(*keys.rows.shape[:-1], -1)
+        ids = keys.ids if keys.ids.dim() == keys.rows.dim() else keys.ids[..., None]
+        if keys.indices is not None:
+            ids = F.pad(ids, (0, 0, 0, 2))[keys.indices]
+        agree = query.ids.reshape(n, 1, -1) == ids
         out = out | agree.any(-1)
     if problem.ceiling is not None and query.guide is not None and keys.guide is not None:
         guides = [unit_rows(guide.to(problem.ceiling.dtype)) for guide in (query.guide, keys.guide)]
         out = out | (_products(*guides) > problem.ceiling[:, None])
+    if keys.indices is not None:
+        out = (out | (keys.indices == -1)) & (keys.indices != len(keys.rows))
     return out
 
 

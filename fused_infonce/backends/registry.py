@@ -137,7 +137,7 @@ def plan_of(
     n, d = query.shape
     m = 0
     for keys in problem.keys if problem.in_batch else problem.keys[1:]:
-        m += keys.rows.shape[-2]
+        m += keys.columns
     dtype = product_dtype(query)
     device = query.device
     plan = choose if compiling else remembered

@@ -12,7 +12,7 @@ from .. import checks
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import statistics_dtype, without_autocast
-from .biases import biases_of, with_margin
+from .biases import biases_of, by_index, with_margin
 
 NegativeMode = Literal["unpaired", "paired"]
 NEGATIVE_MODES: tuple[NegativeMode, ...] = get_args(NegativeMode)
@@ -35,13 +35,16 @@ def of_keys(
     *, symmetric: bool, normalize: bool = True, in_batch_negatives: bool | None = None, ignore_index: int = -100,
     target: Tensor | None = None, query_ids: Tensor | None = None, key_ids: Tensor | None = None,
     negative_ids: Tensor | None = None, key_bias: Tensor | None = None, negative_bias: Tensor | None = None,
-    positive_bias: bool = True, negative_mask: Tensor | None = None, margin: float = 0.0,
+    positive_bias: bool = True, negative_mask: Tensor | None = None, negative_index: Tensor | None = None,
+    margin: float = 0.0,
     names: tuple[str, str] = ("positive_key", "symmetric"),
 ) -> Problem:  # fmt: skip
     """Return the problem of queries against keys: the arguments of `info_nce`, checked.
 
     names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
     """
+    if negative_index is not None:
+        _check_table(negative_keys, negative_mode)
     in_batch = _check_embeddings(
         query, positive_key, negative_keys, negative_mode, symmetric, in_batch_negatives, target, names
     )  # fmt: skip
@@ -53,13 +56,32 @@ def of_keys(
     )  # fmt: skip
     keys = [KeySet(positive_key, ids[1], bias=biases.key)]
     if negative_keys is not None:
-        keys.append(KeySet(negative_keys, ids[2], bias=biases.negative))
+        own, bias = None, biases.negative
+        if negative_index is not None:
+            own = checks.negative_index(negative_index, query, negative_keys)
+            bias = by_index(bias, own)
+        keys.append(KeySet(negative_keys, ids[2], bias=bias, indices=own))
     t = temperature_of(temperature, query)
     offset = with_margin(biases.offset, margin, t, query.shape[0], symmetric)
     return Problem(
         KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), t, index, offset=offset,
         in_batch=in_batch, columns=symmetric, normalize=normalize, bias_bound=biases.bound,
     )  # fmt: skip
+
+
+def _check_table(negative_keys: Any, negative_mode: str) -> None:
+    """Check that there is a table for a `negative_index` to look up."""
+    if negative_keys is None:
+        raise ValueError("negative_index are places in negative_keys, which were not given")
+    if negative_mode == "paired":
+        raise ValueError(
+            "negative_index gives each query its own rows of negative_keys (M, D): it cannot be used with "
+            "negative_mode='paired'"
+        )
+    if isinstance(negative_keys, Tensor) and negative_keys.dim() != 2:
+        raise ValueError(
+            f"negative_keys must have 2 dimensions (M, D) with negative_index, got shape {tuple(negative_keys.shape)}"
+        )
 
 
 def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | None) -> Tensor | None:

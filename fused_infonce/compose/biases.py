@@ -75,6 +75,13 @@ def _paired(negative_keys: Tensor | None) -> tuple[int, ...]:
     return tuple(negative_keys.shape[:-1])
 
 
+def by_index(bias: Tensor | None, index: Tensor) -> Tensor | None:
+    """Return the biases (N, H) of the rows of a table at these places; of any value where there is no row."""
+    if bias is None or not len(bias):
+        return None
+    return take_rows(bias, index.clamp(0, len(bias) - 1).flatten()).view(index.shape)
+
+
 def with_margin(offset: Tensor | None, margin: Any, temperature: Temperature, n: int, symmetric: bool) -> Tensor | None:
     """Return what is added to the logits of the targets with -margin / t, for both directions where `symmetric`."""
     if margin == 0:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.contract import EPS, Problem
-from ..backends.indexing import add_rows, take_rows
+from ..backends.contract import EPS, KeySet, Problem
+from ..backends.indexing import add_rows, add_uses, take_rows
 from ..backends.reference import unit_rows
 from ..backends.rows import norms
+
+TAKEN = 2**22  # components of rows by index that are summed at a time: 16 MiB in fp32
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -21,9 +23,16 @@ def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
     if not normalize:
         return x
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _transformed():
         return unit_rows(x)
     return _Unit.apply(x)[0] if torch.is_grad_enabled() and x.requires_grad else x / norms(x)
+
+
+def _transformed() -> bool:
+    """Return whether a derivative is taken that an `autograd.Function` here has no rule for."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class _Unit(torch.autograd.Function):
@@ -88,6 +97,69 @@ def one_id_a_row(problem: Problem, name: str) -> None:
         raise ValueError(f"{name} counts negatives, for which a row may have one id, got {problem.query.ids.shape[1]}")
 
 
+def sums_by_index(y: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Return sum_h weight_ih y[index_ih], (N, D), differentiable in y."""
+    if _transformed():
+        return torch.bmm(weight[:, None], y[index])[:, 0]
+    return _SumsByIndex.apply(y, index, weight)
+
+
+def _blocks(index: Tensor, d: int) -> list[slice]:
+    """Return slices of the rows of index (N, H), so that those of length d at its places are TAKEN components."""
+    n, step = len(index), max(TAKEN // max(index.shape[1] * d, 1), 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+class _SumsByIndex(torch.autograd.Function):
+    """The sums of `sums_by_index`, of a few rows at a time: autograd would hold all that were taken at once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.size, (h, d) = len(y), (index.shape[1], y.shape[1])
+        sums = y.new_zeros(len(index), d)
+        for some in _blocks(index, d):
+            taken = take_rows(y, index[some].flatten()).view(some.stop - some.start, h, d)
+            torch.bmm(weight[some, None], taken, out=sums[some, None])
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        index, weight = ctx.saved_tensors
+        return _AddedByIndex.apply(upstream, index, weight, ctx.size), None, None
+
+
+class _AddedByIndex(torch.autograd.Function):
+    """The rows sum_ih weight_ih x_i of all i, h with the same index, (size, D): the transpose of `_SumsByIndex`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, weight: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        added = x.new_zeros(size, x.shape[1])
+        for some in _blocks(index, x.shape[1]):
+            add_uses(added, index[some], weight[some], x[some])
+        return added
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        index, weight = ctx.saved_tensors
+        return _SumsByIndex.apply(upstream, index, weight), None, None, None
+
+
+def _own_sums(keys: KeySet, y: Tensor, row_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of the keys of each row alone whose id is not the row's, (N, D), and their number, (N,)."""
+    ids = None if row_ids is None else keys.ids
+    if keys.indices is None:
+        left = y.new_ones(y.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(y.dtype)
+        return torch.bmm(left[:, None], y)[:, 0], left.sum(1)
+    if not len(y):
+        return y.new_zeros(len(keys.indices), y.shape[1]), keys.indices.new_zeros(len(keys.indices))
+    kept, index = keys.indices >= 0, keys.indices.clamp(0, len(y) - 1)
+    if ids is not None and row_ids is not None:
+        kept = kept & (ids[index] != row_ids[:, None])
+    return sums_by_index(y, index, kept.to(y.dtype)), kept.sum(1)
+
+
 def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of each row's negatives, (N, D), and their number, (N,), in O((N + M) (D + log M)).
 
@@ -98,9 +170,9 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
     total, count = first.new_zeros(n, first.shape[-1]), torch.zeros(n, dtype=torch.int64, device=device)
     for keys, y in [*zip(problem.keys, sets, strict=True)][0 if problem.in_batch else 1 :]:
         ids = None if row_ids is None else keys.ids
-        if y.dim() == 3:
-            left = y.new_ones(y.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(y.dtype)
-            total, count = total + torch.bmm(left[:, None], y)[:, 0], count + left.sum(1)
+        if keys.paired:
+            own, times = _own_sums(keys, y, row_ids)
+            total, count = total + own, count + times
             continue
         total, count = total + y.sum(0), count + len(y)
         if ids is not None:

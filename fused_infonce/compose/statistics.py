@@ -22,7 +22,7 @@ def statistics(
     in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
     key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
-    backend: BackendName = "auto", workspace_limit: int | None = None,
+    negative_index: Tensor | None = None, backend: BackendName = "auto", workspace_limit: int | None = None,
 ) -> RowStatistics: ...  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def statistics(
     in_batch_negatives: bool | None = None, ignore_index: int = -100, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
     key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
-    backend: BackendName = "auto", workspace_limit: int | None = None,
+    negative_index: Tensor | None = None, backend: BackendName = "auto", workspace_limit: int | None = None,
 ) -> Statistics: ...  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def statistics(
     key_bias: Tensor | None = None,
     negative_bias: Tensor | None = None,
     positive_bias: bool = True,
+    negative_index: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
 ) -> RowStatistics | Statistics:
@@ -86,7 +87,7 @@ def statistics(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
-        positive_bias=positive_bias, names=("key", "columns"),
+        positive_bias=positive_bias, negative_index=negative_index, names=("key", "columns"),
     )  # fmt: skip
     problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
     with context:

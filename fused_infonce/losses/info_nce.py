@@ -52,6 +52,7 @@ def info_nce(
     negative_bias: Tensor | None = None,
     positive_bias: bool = True,
     negative_mask: Tensor | None = None,
+    negative_index: Tensor | None = None,
     weight: Tensor | None = None,
     margin: float = 0.0,
     label_smoothing: float = 0.0,
@@ -68,8 +69,8 @@ def info_nce(
     Args:
         query: (N, D), float16, bfloat16, float32 or float64.
         positive_key: (N, D), row i the positive of query i; with `target`, (M, D).
-        negative_keys: explicit negatives, (M', D) if `negative_mode` is "unpaired", (N, H, D) if "paired". None: the
-            other rows of `positive_key` are the negatives.
+        negative_keys: explicit negatives, (M', D) if `negative_mode` is "unpaired", (N, H, D) if "paired"; or with
+            `negative_index` a table. None: the other rows of `positive_key` are the negatives.
         temperature: t, a positive number, a one-element tensor (on the CPU too), or (N,) or (N, 1) per row; gradients
             flow to tensors. Values of tensors are checked on a CPU; on a GPU a bad one gives NaN.
         reduction: "mean", "sum" or "none" (one value per query).
@@ -106,6 +107,10 @@ def info_nce(
             negatives of other rows alone.
         negative_mask: (N, H), booleans, with paired `negative_keys`: whether a negative is there, so that rows may have
             different numbers of them. A row that keeps none, and has no others, has loss 0 and no gradient.
+        negative_index: (N, H) integers, places in the table `negative_keys` (M', D): the explicit negatives of query i
+            are the table's rows `negative_index[i]`, as if `negative_keys[negative_index]` were passed as "paired", but
+            no tensor ever holds these. -1 is no negative, so that a row may have fewer than H, or none. `negative_ids`
+            are those of the table, (M',). Out of range is an error on a CPU; on a GPU it makes the row's loss NaN.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
@@ -139,7 +144,7 @@ def info_nce(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
-        positive_bias=positive_bias, negative_mask=negative_mask, margin=margin,
+        positive_bias=positive_bias, negative_mask=negative_mask, negative_index=negative_index, margin=margin,
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     if several is not None:
@@ -291,6 +296,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
         negative_bias: Tensor | None = None,
         positive_bias: bool = True,
         negative_mask: Tensor | None = None,
+        negative_index: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
@@ -299,5 +305,6 @@ class FusedInfoNCELoss(ContrastiveLoss):
             query, positive_key, negative_keys, temperature=self.temperature if temperature is None else temperature,
             target=target, positive_ids=positive_ids, positive_weight=positive_weight, query_ids=query_ids,
             key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
-            positive_bias=positive_bias, negative_mask=negative_mask, weight=weight, **self.options,
+            positive_bias=positive_bias, negative_mask=negative_mask, negative_index=negative_index, weight=weight,
+            **self.options,
         )  # fmt: skip

@@ -173,6 +173,21 @@ def test_a_call_does_not_wait_for_the_gpu(option, extra, backend, no_synchronisa
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_negatives_by_index_keep_the_bounds_and_do_not_wait(dtype, no_synchronisation):
+    """A row of the table that every query uses is summed in parts."""
+    inputs = inputs_of(1000, 312, dtype, negatives=(700,))
+    n, m = len(inputs["query"]), len(inputs["negative_keys"])
+    inputs["negative_index"] = torch.randint(-1, m, (n, 16))
+    inputs["negative_index"][:, 0] = 3
+    check("triton", inputs, in_batch_negatives=True)
+    inputs = on(DEVICE, inputs)
+    no_synchronisation()
+    _, gradients = evaluate(info_nce, inputs, in_batch_negatives=True, backend="triton")
+    forbid_waiting(False)
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
 @pytest.mark.gpu
 def test_a_temperature_on_the_cpu_gets_its_gradient_there():
     inputs = on("cuda", inputs_of(64, 32, torch.float32))

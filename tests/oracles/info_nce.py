@@ -42,6 +42,7 @@ def directions(
     in_batch_negatives: bool | None = None, ignore_index: int = IGNORED, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
     key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
+    negative_index: Tensor | None = None,
 ) -> tuple[list[Direction], Tensor]:  # fmt: skip
     """Return one direction, or two with `symmetric`, and which rows count, (N,)."""
     n, m = len(query), len(positive_key)
@@ -68,11 +69,17 @@ def directions(
     if in_batch_negatives or negative_keys is None:
         negatives.append((cosine / t[:, None] + of_key).masked_fill(excluded, -torch.inf))
     if negative_keys is not None:
+        if negative_index is not None and len(negative_keys):
+            negative_keys, negative_mode = negative_keys[negative_index], "paired"  # of -1 the last, left out below
+            negative_ids = None if negative_ids is None else negative_ids[negative_index]
+            negative_bias = None if negative_bias is None else negative_bias[negative_index]
         shared = negative_mode == "unpaired"
         logits = (query @ negative_keys.T if shared else torch.einsum("nd,nhd->nh", query, negative_keys)) / t[:, None]
         logits = logits if negative_bias is None else logits + negative_bias
         if negative_ids is not None and row_ids is not None:
             logits = logits.masked_fill(row_ids[:, None] == negative_ids, -torch.inf)
+        if negative_index is not None and negative_mode == "paired":
+            logits = logits.masked_fill(negative_index == -1, -torch.inf)
         negatives.append(logits)
     found = [Direction(pos, torch.cat(negatives, dim=1), t)]
     if symmetric:  # column j, the queries, which have no bias, against key j, with the temperature of row j

@@ -6,12 +6,14 @@ below x (R, D) are the queries of a chunk, y the keys, and W (R, T) the coeffici
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..contract import KeySet, Problem
-from ..indexing import same_ids
-from ..rows import Rows
+from ..indexing import add_uses, same_ids, take_rows
+from ..rows import Rows, norms
 from .bias import Bias
 
 
@@ -94,13 +96,13 @@ class PairedKeys:
     def __init__(self, problem: Problem, keys: KeySet, limit: int, dtype: torch.dtype | None):
         self.problem, self.keys = problem, keys
         self.bias: Bias | None = None
-        n, h, d = keys.rows.shape
+        n, h, d = len(problem.query.rows), keys.columns, keys.rows.shape[-1]
         self.every = slice(0, n)
         self.block = max(1, limit // max(4 * h * d * problem.acc_dtype.itemsize, 1))
-        self.grad = torch.empty((n, h, d), dtype=dtype, device=keys.rows.device) if dtype else None
+        self.grad = torch.empty(keys.rows.shape, dtype=dtype, device=keys.rows.device) if dtype else None
 
     def tiles(self) -> list[slice]:
-        h = self.keys.rows.shape[1]
+        h = self.keys.columns
         return [slice(0, h)] if h else []
 
     def longest(self) -> float:
@@ -141,6 +143,84 @@ class PairedKeys:
 
     def finish(self, dtype: torch.dtype | None) -> Tensor | None:
         return self.grad
+
+
+class IndexedKeys(PairedKeys):
+    """Keys of each query's own by their places in a table (M, D), from which they are taken a few queries at a time.
+
+    The gradient of the table's unit rows is added up over their uses, in the order of the queries.
+    """
+
+    def __init__(self, problem: Problem, keys: KeySet, limit: int, dtype: torch.dtype | None):
+        super().__init__(problem, keys, limit, None)
+        assert keys.indices is not None
+        self.indices, (self.size, d), acc = keys.indices, keys.rows.shape, problem.acc_dtype
+        self.table, self.ids, self.scale = _not_empty(keys.rows), _not_empty(keys.ids), _not_empty(keys.scale)
+        step = max(1, limit // max(4 * d * acc.itemsize, 1))
+        self.parts = [slice(start, start + step) for start in range(0, len(self.table), step)]
+        self.norm = torch.cat([norms(self.table[part].to(acc)) for part in self.parts]) if problem.normalize else None
+        self.whole = False  # whether every index is a row, as far as that is free to read
+        if self.indices.device.type == "cpu" and self.indices.numel():
+            least, most = torch.aminmax(self.indices)
+            self.whole = least.item() >= 0 and most.item() < self.size
+        # what is no row adds 0 or NaN, to a row after the last
+        rows = self.size + (not self.whole)
+        self.grad = torch.zeros((rows, d), dtype=acc, device=self.indices.device) if dtype else None
+
+    def longest(self) -> float:
+        return max(self.rows_of(part).longest() for part in self.parts)
+
+    def rows_of(self, part: slice) -> Rows:
+        """Return rows of the table as the logits see them."""
+        scale = None if self.scale is None else self.scale[part]
+        return Rows(self.table[part], self.problem.normalize, scale, self.problem.acc_dtype)
+
+    def places(self, rows: slice) -> Tensor:
+        """Return the places of some queries' keys, (R H,), those of rows that are not there being any."""
+        return self.indices[rows].clamp(0, len(self.table) - 1).flatten()
+
+    def unit(self, part: slice) -> Rows:
+        index, places = self.indices[part], self.places(part)
+        rows = take_rows(self.table, places).to(self.problem.acc_dtype)
+        if self.norm is not None:
+            rows.div_(take_rows(self.norm, places))
+        elif self.scale is not None:
+            rows.mul_(take_rows(self.scale, places)[:, None])
+        rows = rows.view(*index.shape, rows.shape[1])
+        if not self.whole:
+            rows.masked_fill_((index == -1)[..., None], 0).masked_fill_((index == self.size)[..., None], torch.nan)
+        return Rows.made([rows], False, False)
+
+    def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
+        row_ids, index = self.problem.query.ids, self.indices[rows]
+        if not self.whole:
+            tile.masked_fill_(index == -1, value)
+        if row_ids is not None and self.ids is not None:
+            ids = take_rows(self.ids, self.places(rows))
+            same = same_ids(row_ids[rows], ids.view(*index.shape, *ids.shape[1:]))
+            tile.masked_fill_(same & (index != self.size), value)
+
+    def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
+        for local, part in self.blocks(rows):
+            if grad_x is not None:
+                grad_x[local] += torch.bmm(w[local, None], self.unit(part).unit)[:, 0]
+            if self.grad is not None:
+                index = self.indices[part]
+                places = index if self.whole else index.masked_fill(index == -1, self.size)
+                add_uses(self.grad, places, w[local], x[local])
+
+    def finish(self, dtype: torch.dtype | None) -> Tensor | None:
+        if self.grad is None:
+            return None
+        grad = self.grad[: self.size]
+        for part in self.parts:
+            self.rows_of(part).finish(grad[part])
+        return grad.to(dtype)
+
+
+def _not_empty(x: Tensor | None) -> Any:
+    """Return x, or a row of zeros where it has none, so that there is one to take."""
+    return x if x is None or len(x) else x.new_zeros((1, *x.shape[1:]))
 
 
 Keys = SharedKeys | PairedKeys

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import LN2, LOG2E, Problem, RowStatistics, largest_bias
+from ..contract import LN2, LOG2E, KeySet, Problem, RowStatistics, largest_bias
 from ..indexing import add_rows, part_of
 from ..plan import Plan
 from ..precision import EXPONENT_ROOM
 from ..rows import Rows
 from .bias import Bias
-from .keys import Guide, Keys, PairedKeys, SharedKeys
+from .keys import Guide, IndexedKeys, Keys, PairedKeys, SharedKeys
 
 State = tuple[Any, ...]  # (m, l) or (m, l, s)
 FLOOR = -1e4  # of a score that is left out: its exponential is 0 in float64 too, and unlike -inf it may be multiplied
@@ -69,8 +69,8 @@ class Work:
         (first, *others), (_, wanted, *rest) = problem.keys, dtypes[: len(problem.sets)]
         self.key = SharedKeys(problem, first, plan.cols, wanted is not None, guide, targets=True)
         self.others: list[Keys] = [
-            PairedKeys(problem, keys, plan.limit, dtype)
-            if keys.rows.dim() == 3
+            self.own_keys(keys, dtype)
+            if keys.paired
             else SharedKeys(problem, keys, plan.cols, dtype is not None, guide)
             for keys, dtype in zip(others, rest, strict=True)
         ]
@@ -91,6 +91,11 @@ class Work:
                 self.query_bias = self.biases[-1]
             else:
                 (self.key, *self.others)[place - 1].bias = self.biases[-1]
+
+    def own_keys(self, keys: KeySet, dtype: torch.dtype | None) -> PairedKeys:
+        """Return keys of one query each."""
+        kind = PairedKeys if keys.indices is None else IndexedKeys
+        return kind(self.problem, keys, self.plan.limit, dtype)
 
     def _fits_without_shift(self) -> bool:
         """Return whether every exponential fits by a bound that only the tensors give, which a CPU reads for free."""

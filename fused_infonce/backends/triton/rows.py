@@ -62,13 +62,19 @@ def side(
 
 def _guide(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return a guide's rows as tile passes read them, and 1 / max(|g_i|, EPS), 0 for those that count as zero."""
-    norms, padded = vector(x, x.shape[0]), padded_rows(x)
+    padded = padded_rows(x)
+    return x if padded is None else padded, inverse_norms(x, padded, at_eps=0.0)
+
+
+def inverse_norms(x: Tensor, padded: Tensor | None = None, at_eps: float = 1 / EPS) -> Tensor:
+    """Return 1 / max(|x_i|, EPS) of rows, `at_eps` of those that count as zero; padded: memory for their copy."""
+    norms = vector(x, x.shape[0])
     none: dict[str, Any] = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
     run(
-        side_kernel, **_rows_arguments(x, padded, None), **temperature_arguments(None), **none, A_ptr=norms, at_eps=0.0,
-        NORMALIZE=True,
+        side_kernel, **_rows_arguments(x, padded, None), **temperature_arguments(None), **none, A_ptr=norms,
+        at_eps=at_eps, NORMALIZE=True,
     )  # fmt: skip
-    return x if padded is None else padded, norms
+    return norms
 
 
 def _rows_arguments(x: Tensor, padded: Tensor | None, y: Tensor | None) -> dict[str, Any]:

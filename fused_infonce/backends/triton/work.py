@@ -47,7 +47,7 @@ def unshifted(problem: Problem, plan: Plan) -> bool:
     Paired keys always have one, and a guide needs one, because a pair that one tile's rounding leaves out and another's
     does not has a probability that only a maximum bounds.
     """
-    shared = problem.temperature.shared and all(keys.rows.dim() == 2 for keys in problem.keys)
+    shared = problem.temperature.shared and not any(keys.paired for keys in problem.keys)
     return plan.bounded and not plan.full and problem.ceiling is None and shared and not problem.biases
 
 
@@ -76,10 +76,10 @@ def prepare(
         key, _ = side(first, normalize)
     shared, pairs = {1: key}, {}
     for index, keys in enumerate(others, start=2):
-        if keys.rows.dim() == 2:
-            shared[index], _ = side(keys, normalize)
-        else:
+        if keys.paired:
             pairs[index] = paired.paired_keys(query.rows, keys, normalize)
+        else:
+            shared[index], _ = side(keys, normalize)
     return Work(problem, target, query, shared, pairs), pos
 
 
@@ -88,8 +88,8 @@ def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
     if plan.name == "dense":  # its gradients are finished
         return []
     rows = [math.prod(s.rows.shape[:-1]) for s in problem.sets]
-    paired = [size for size, s in zip(rows, problem.sets, strict=True) if s.rows.dim() == 3]
     n = rows[0]
+    paired = [n * s.columns for s in problem.sets if s.paired]
     return [n, n, *(rows if problem.normalize else []), *([n, n, n, *paired] if paired else [])]
 
 
@@ -110,11 +110,12 @@ def restored(problem: Problem, kept: Sequence[Tensor]) -> tuple[Work, Tensor, Te
     inverse = [next(vectors) if problem.normalize else contiguous(s.scale) for s in sets]
     sides = {i: Side(contiguous_rows(s.rows), inverse[i], zero_row=zero_row) for i, s in enumerate(sets)}
     query, pairs = sides.pop(0), {}
-    paired = [i for i, side in sides.items() if side.rows.dim() == 3]
+    paired = [i for i, s in enumerate(sets) if s.paired]
     if paired:
         scale, shift, weight = (next(vectors) for _ in range(3))
         query = replace(query, ids=contiguous(problem.query.ids), scale=scale, shift=shift, weight=weight)
     for i in paired:
         rows = sides.pop(i).rows
-        pairs[i] = Paired(rows, next(vectors), inverse[i], contiguous(sets[i].ids), zero_row)
+        ids, indices = contiguous(sets[i].ids), contiguous(sets[i].indices)
+        pairs[i] = Paired(rows, next(vectors), inverse[i], ids, zero_row, indices=indices)
     return Work(problem, contiguous(problem.target), query, sides, pairs), v, factor
