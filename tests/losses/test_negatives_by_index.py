@@ -303,6 +303,17 @@ def test_gathered_negatives_are_never_held(reduction):
 
 
 @pytest.mark.serial
+def test_smoothing_gathers_a_block_at_a_time(monkeypatch):
+    """Recorded by autograd, the gradients of all blocks would be there at once before any was added: 64 MiB."""
+    monkeypatch.setattr("fused_infonce.compose.rows.TAKEN", MIB // 4)
+    n, m, h, d = 2048, 1500, 128, 64
+    inputs = call(torch.float32, n, m, h, d)
+    with PeakMemory() as memory:
+        evaluate(info_nce, inputs, label_smoothing=0.1, workspace_limit=MIB)
+    assert memory.peak < n * h * d * 4 / 4
+
+
+@pytest.mark.serial
 @pytest.mark.parametrize("backend", [TRITON])
 def test_kernels_hold_a_few_numbers_of_each_use(backend):
     n, m, h, d = 64, 32, 16, 128
