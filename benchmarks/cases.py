@@ -11,6 +11,7 @@ OURS = "fused_infonce"
 DENSE = "dense"
 COMPILED = "dense compiled"  # which takes longer to compile than to measure: for two cases of suites/gpu.py
 FLOOR = "floor"  # bare matmuls
+UNBIASED = "without a bias"
 AGAIN = f"{FLOOR}, at the end"  # of a case: its ratio to the floor is the drift of the machine
 REPLAYED = ", replayed"  # after a contestant's name: its pass, captured as a graph
 TEMPERATURE = 0.05
@@ -21,7 +22,8 @@ SCALE, BIAS = 10.0, -10.0  # of SigLIP's loss, which starts there
 class Case:
     """A comparison: N queries against M keys of width D; "self" has N rows in each of two views."""
 
-    # "one", "symmetric", "self", "rows" (one, whose rows are reduced by the caller), or "sigmoid": pairs by themselves
+    # "one", "symmetric", "self", "rows" (one, whose rows are reduced by the caller), "biased" and "biased symmetric"
+    # (with a bias a key), or "sigmoid" (pairs by themselves)
     direction: str
     n: int
     m: int

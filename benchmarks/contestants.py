@@ -21,17 +21,26 @@ from torch import Tensor
 from fused_infonce import info_nce, nt_xent, siglip_loss
 
 from . import dense
-from .cases import BIAS, COMPILED, DENSE, OURS, SCALE, TEMPERATURE, Case
+from .cases import BIAS, COMPILED, DENSE, OURS, SCALE, TEMPERATURE, UNBIASED, Case
 from .dense import labels, unit
 
 FLOOR_ROWS = 1024
 
 Loss = Callable[..., Tensor]
+
+
+def bias_of(key: Tensor) -> Tensor:
+    """One bias for all keys, which changes no loss, so that it is comparable with those without."""
+    return torch.full((len(key),), 3.0, device=key.device)
+
+
 OF_OURS: dict[str, Loss] = {
     "one": lambda q, k: info_nce(q, k, temperature=TEMPERATURE),
     "symmetric": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, symmetric=True),
     "self": lambda a, b: nt_xent(a, b, TEMPERATURE),
     "rows": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, reduction="none").mean(),
+    "biased": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, key_bias=bias_of(k)),
+    "biased symmetric": lambda q, k: info_nce(q, k, temperature=TEMPERATURE, symmetric=True, key_bias=bias_of(k)),
     "sigmoid": lambda q, k: siglip_loss(q, k, SCALE, BIAS, normalize=True),
 }
 
@@ -171,6 +180,11 @@ PEERS: dict[str, dict[str, tuple[str, Callable[[], Loss]]]] = {
         DENSE: ("cpu cuda", lambda: dense.nt_xent),
         COMPILED: ("cuda", compiled(dense.nt_xent)),
         "lightly": ("cpu cuda", lightly),
+    },
+    "biased": {DENSE: ("cpu cuda", lambda: dense.info_nce), UNBIASED: ("cpu cuda", lambda: OF_OURS["one"])},
+    "biased symmetric": {
+        DENSE: ("cpu cuda", lambda: dense.symmetric),
+        UNBIASED: ("cpu cuda", lambda: OF_OURS["symmetric"]),
     },
     "sigmoid": {
         DENSE: ("cpu cuda", lambda: dense.siglip),

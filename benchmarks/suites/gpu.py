@@ -81,6 +81,7 @@ def cases() -> list[Case]:
     chosen += [square(16384, 768, direction=direction) for direction in two]
     chosen += [square(16384, d) for d in WIDTHS if d != 768]
     chosen += [square(n, 768, direction="sigmoid") for n in (16384, 65536, 8192)]
+    chosen += [square(16384, 768, direction=direction) for direction in ("biased", "biased symmetric")]
     chosen += [square(8192, 768, dtype) for dtype in ("float16", "float32")]
     chosen += [square(8192, 768, dtype, "sigmoid") for dtype in ("float16", "float32")]
     chosen += [square(n, d) for n, d in UNEVEN]
@@ -136,7 +137,9 @@ def evaluate(direction: str, rows: Sequence[Tensor], backend: BackendName) -> li
     elif direction == "sigmoid":
         loss = siglip_loss(query, key, SCALE, BIAS, normalize=True, backend=backend)
     else:
-        loss = info_nce(query, key, temperature=TEMPERATURE, symmetric=direction == "symmetric", backend=backend)
+        bias = contestants.bias_of(key) if "biased" in direction else None
+        symmetric = "symmetric" in direction
+        loss = info_nce(query, key, temperature=TEMPERATURE, symmetric=symmetric, key_bias=bias, backend=backend)
     return [x.detach().double() for x in (loss, *torch.autograd.grad(loss * 1024, rows))]
 
 

@@ -32,11 +32,20 @@ DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 SIXTEEN = {"cpu": [(1024, 256), (8192, 768)], "cuda": []}  # bfloat16, one direction, beside those dtypes
 ROWS = {"cpu": [(64, 128), (1024, 256), (8192, 768)], "cuda": []}  # reduction="none", in the first of those dtypes
 SIGMOID = {"cpu": [(64, 128), (1024, 256), (8192, 768)], "cuda": [(8192, 768)]}  # SigLIP's loss, likewise
+BIASED = {"cpu": [(8192, 768)], "cuda": [(8192, 768)]}  # with a bias a key, likewise, in one direction and in both
 LONG = 8192  # from here on fewer rounds
 LIMIT = 540  # seconds
 RATE = 110e9  # FLOP/s of float32 matmuls on 2 cores, to begin with; then what the session's own cases say
 # All contestants together, in multiples of the floor.
-RATIOS = {"one": 6.6, "symmetric": 9.0, "self": 6.3, "rows": 3.9, "sigmoid": 7.0}
+RATIOS = {
+    "one": 6.6,
+    "symmetric": 9.0,
+    "self": 6.3,
+    "rows": 3.9,
+    "sigmoid": 7.0,
+    "biased": 5.5,
+    "biased symmetric": 7.0,
+}
 
 
 def modes(device: str, n: int, d: int) -> tuple[str, ...]:
@@ -56,6 +65,8 @@ def cases(device: str) -> list[Case]:
     chosen += [square(n, d) for n, d in SIXTEEN[device]]
     chosen += [square(n, d, DTYPES[device][0], "rows") for n, d in ROWS[device]]
     chosen += [square(n, d, DTYPES[device][0], "sigmoid") for n, d in SIGMOID[device]]
+    both = ("biased", "biased symmetric")
+    chosen += [square(n, d, DTYPES[device][0], direction) for n, d in BIASED[device] for direction in both]
     largest = max(case.rows for case in chosen)
 
     def cost(case: Case) -> float:

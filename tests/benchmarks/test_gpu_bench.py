@@ -28,6 +28,7 @@ class TestGpuSuite:
             assert any(case.n % 2 and case.direction == direction for case in cases)
         asked = {(d, t, "fwd_bwd") for d in (*gpu.DIRECTIONS, "sigmoid") for t in ("bfloat16", "float16", "float32")}
         asked |= {(d, "bfloat16", "fwd") for d in gpu.DIRECTIONS}
+        asked |= {(d, "bfloat16", "fwd_bwd") for d in ("biased", "biased symmetric")}
         assert {(case.direction, case.dtype, case.mode) for case in cases} == asked
         assert {case.direction for case in cases[:10]} == set(gpu.DIRECTIONS)
         assert [case.n for case in cases].index(1 << 17) > max([case.n for case in cases].index(n) for n in (512, 2048))
