@@ -110,7 +110,8 @@ def _left_out(problem: Problem, index: int, target: Tensor) -> Tensor:
         ids = keys.ids if keys.ids.dim() == keys.rows.dim() else keys.ids[..., None]
         if keys.indices is not None:
             ids = F.pad(ids, (0, 0, 0, 2))[keys.indices]
-        agree = query.ids.reshape(n, 1, -1) == ids
+        of_rows = query.ids if query.ids.dim() == 2 else query.ids[:, None]
+        agree = of_rows[:, None] == ids
         out = out | agree.any(-1)
     if problem.ceiling is not None and query.guide is not None and keys.guide is not None:
         guides = [unit_rows(guide.to(problem.ceiling.dtype)) for guide in (query.guide, keys.guide)]

@@ -170,6 +170,9 @@ def all_ids(
     counts = {name: ids.shape[-1] if ids.dim() == given[name][1].dim() else 1 for name, ids in found.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"all rows must have the same number of ids, got {counts}")
+    for name, ids in found.items():
+        if counts[name] == 1 and ids.dim() == given[name][1].dim():
+            found[name] = ids[..., 0].contiguous()
     return found.get("query_ids"), found.get("key_ids"), found.get("negative_ids")
 
 

@@ -49,13 +49,15 @@ def by_target(target: Any, weight: Any, query: Tensor, keys: int, ignore_index: 
     there = index >= 0
     share = there.to(dtype) if weight is None else there * checks.positive_weight(weight, (n, p), query).to(dtype)
     share = share.masked_fill(index == keys, torch.nan)  # out of range, where values are not read
-    first = there.to(torch.int8).argmax(1, keepdim=True) if p else index.new_zeros(n, 0)
+    counts = share != 0
+    first = counts.to(torch.int8).argmax(1, keepdim=True) if p else index.new_zeros(n, 0)
     rows = torch.arange(n, device=index.device)
     names = torch.arange(keys, device=index.device)[:, None].expand(keys, max(p, 1))
     own = index if p else index.new_full((n, 1), -1)
     return Several(
-        own.gather(1, first)[:, 0] if p else own[:, 0], rows.repeat_interleave(p, output_size=n * p),
-        index.clamp(0, max(keys - 1, 0)).flatten(), share.flatten(), (own, names),
+        torch.where(counts.any(1), own.gather(1, first)[:, 0], -1) if p else own[:, 0],
+        rows.repeat_interleave(p, output_size=n * p), index.clamp(0, max(keys - 1, 0)).flatten(), share.flatten(),
+        (own, names),
     )  # fmt: skip
 
 
@@ -64,6 +66,8 @@ def by_ids(ids: Any, query: Tensor, key: Tensor, paired: bool, dtype: torch.dtyp
 
     How many pairs there are is read, which on a GPU is a synchronisation.
     """
+    if isinstance(ids, tuple) and len(ids) != 2:
+        raise ValueError(f"positive_ids must be one tensor, or two of the queries and the keys, got {len(ids)}")
     of_rows, of_keys = ids if isinstance(ids, tuple) else (ids, ids)
     of_rows = checks.ids("positive_ids", of_rows, (query.shape[0],), query.device)
     of_keys = checks.ids("positive_ids", of_keys, (key.shape[0],), query.device)
@@ -82,14 +86,19 @@ def without_positives(problem: Problem, several: Several) -> Problem:
     query, (key, *others) = problem.query, problem.keys
     own, names = several.ids
     if query.ids is not None and key.ids is None:
-        raise ValueError("several positives need key_ids beside query_ids or negative_ids")
-    nobody = own.amin() - 1 if own.numel() else own.new_zeros(())  # the id of no row
+        key = key._replace(ids=_of_no_row(query.ids, key.rows))
     more = []
     for keys in others:
-        absent = None if keys.ids is None else nobody.expand(*keys.rows.shape[:-1], own.shape[1])
+        absent = None if keys.ids is None else _of_no_row(own, keys.rows)
         more.append(keys if absent is None else keys._replace(ids=_beside(absent, keys)))
     query, key = query._replace(ids=_beside(own, query)), key._replace(ids=_beside(names, key))
     return replace(problem, query=query, keys=(key, *more))
+
+
+def _of_no_row(ids: Tensor, rows: Tensor) -> Tensor:
+    """Return ids of these rows, as many as `ids` of queries are a row, that agree with none of them."""
+    nobody = ids.amin() - 1 if ids.numel() else ids.new_zeros(())
+    return nobody.expand(*rows.shape[:-1], *ids.shape[1:])
 
 
 def _beside(ids: Tensor, keys: KeySet) -> Tensor:

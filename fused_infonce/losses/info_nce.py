@@ -85,14 +85,18 @@ def info_nce(
             holds for them.
         target: (N,) integer indices of each query's positive in `positive_key`. None: row i. Or (N, P), the indices of
             several, padded with `ignore_index`; a row with none does not count, and a key named twice counts twice.
+            Several positives go with neither `label_smoothing`, `margin`, `key_ids` without `query_ids`, nor `key_bias`
+            but for `positive_bias=False`.
         positives: how several positives of a row are taken, none of which is a negative. "each": the mean of the
             losses that each would have alone. "all": each has the others in its denominator, as in SupCon. "any": the
-            sum of their exponentials is what stands against the negatives, as in MIL-NCE.
+            sum of their exponentials is what stands against the row's negatives, as in MIL-NCE, whose denominator has
+            the negatives of both directions in one sum.
         positive_ids: integer ids in place of `target`, (N,) of the queries and (M,) of the keys, or one tensor for
-            both: the keys of its id are a query's positives. With `symmetric`, both directions have them. On a GPU one
-            synchronisation reads how many there are.
+            both: the keys of its id are a query's positives, whatever the id, and `negative_keys` are none. With
+            `symmetric`, both directions have them. Time and memory grow with the number of pairs of one id, which one
+            synchronisation reads on a GPU: for few, large classes `sup_con` is the cheaper loss.
         positive_weight: (N, P), not negative, the weights of a (N, P) target's positives in the means of "each" and
-            "all". A weight of 0 leaves a positive out of both; it is no negative either.
+            "all". A weight of 0 leaves a positive out, which is no negative either; a row of such does not count.
         query_ids, key_ids, negative_ids: (N,), (M,) and, as `negative_keys` without its last dimension, integer ids.
             `key_ids` alone: a negative with the id of the row's positive is left out (a duplicate document). With
             `query_ids`: every negative with the id of its query is left out; class labels are passed as both. The
@@ -100,17 +104,20 @@ def info_nce(
             agrees is left out, such as one of the same document or of the same question.
         key_bias, negative_bias: c in nats, floating, (M,) and, as `negative_keys` without its last dimension: added to
             every logit in which the key is what a query is scored against, s_ij = cos(q_i, k_j) / t_i + c_j; gradients
-            flow to both. -inf leaves a key out, which may not be a row's positive. With `symmetric` keys are not what
-            is scored in the other direction, and nothing there has a bias. Not with `label_smoothing`. Values are
-            checked on a CPU; on a GPU a bad one gives NaN.
+            flow to both. -inf leaves a key out, which may not be a row's positive, and which must be finite itself,
+            since a NaN stays one. With `symmetric` keys are not what is scored in the other direction, and nothing
+            there has a bias. Not with `label_smoothing`. Values are checked on a CPU; on a GPU a bad one gives NaN, and
+            a bias costs 8 N M D FLOPs in place of 6.
         positive_bias: whether the logit of a row's positive has its key's bias too. Without, -inf leaves it out of the
             negatives of other rows alone.
         negative_mask: (N, H), booleans, with paired `negative_keys`: whether a negative is there, so that rows may have
-            different numbers of them. A row that keeps none, and has no others, has loss 0 and no gradient.
+            different numbers of them. A row that keeps none, and has no others, has loss 0 and no gradient. What is not
+            there must be finite, as with a bias of -inf.
         negative_index: (N, H) integers, places in the table `negative_keys` (M', D): the explicit negatives of query i
             are the table's rows `negative_index[i]`, as if `negative_keys[negative_index]` were passed as "paired", but
             no tensor ever holds these. -1 is no negative, so that a row may have fewer than H, or none. `negative_ids`
-            are those of the table, (M',). Out of range is an error on a CPU; on a GPU it makes the row's loss NaN.
+            are those of the table, (M',). Out of range is an error on a CPU; on a GPU it makes the row's loss NaN. A
+            call reads the whole table for its norms, and under autocast casts it.
         weight: (N,) w, the weights of the rows, not negative: "none" gives w_i loss_i, "sum" the sum of these, "mean"
             that sum over the sum of w, as in `torch.nn.functional.cross_entropy`. With `symmetric`, w_i weighs row i of
             both directions. The value of a row of weight 0 is 0, even where it is NaN; a query that is NaN still makes
@@ -136,8 +143,9 @@ def info_nce(
     """
     options = call_options(backend, workspace_limit, reduction)
     several = _several(
-        query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index, label_smoothing
-    )
+        query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index,
+        {"label_smoothing": label_smoothing != 0, "key_ids alone": query_ids is None and key_ids is not None},
+    )  # fmt: skip
     if several is not None:
         target, ignore_index = several.target, -1
     problem = of_keys(
@@ -164,14 +172,17 @@ def info_nce(
 
 def _several(
     query: Tensor, key: Tensor, target: Any, positives: PositivesMode, positive_ids: Any, positive_weight: Any,
-    symmetric: bool, ignore_index: int, label_smoothing: float,
+    symmetric: bool, ignore_index: int, refused: dict[str, bool],
 ) -> Several | None:  # fmt: skip
-    """Return the positives of a call whose rows may have several, checked; None where each has one."""
+    """Return the positives of a call whose rows may have several, checked; None where each has one.
+
+    refused: options that do not go with several positives, and whether they were given.
+    """
     many = isinstance(target, Tensor) and target.dim() == 2
     if not many and positive_ids is None and positive_weight is None and positives == "each":
         return None
     check_several(
-        target, positive_ids, positive_weight, positives, symmetric, ["label_smoothing"] if label_smoothing else []
+        target, positive_ids, positive_weight, positives, symmetric, [name for name, there in refused.items() if there]
     )
     key_embeddings(query, key, None, "unpaired", targets=not symmetric)
     dtype = statistics_dtype(query)

@@ -43,7 +43,8 @@ def siglip_loss(
         s_ij = scale (image_i . text_j)
 
     where j goes over the texts of the other images. The mean of the rows is the value of open_clip's `SigLipLoss()`.
-    One pass over the pairs makes the loss and all gradients; the positives never enter it, so that nothing cancels.
+    One pass over the pairs makes the loss and all gradients, but for `reduction="none"` and weights with a gradient,
+    whose backward makes the scores again; the positives never enter it, so that nothing cancels.
 
     Args:
         image_features, text_features: (N, D) each, row i of one the pair of row i of the other; float16, bfloat16,

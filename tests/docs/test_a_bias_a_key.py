@@ -52,10 +52,37 @@ def test_the_positive_may_stay_uncorrected(page: dict[str, Any]) -> None:
     probability = torch.softmax(torch.randn(N, dtype=torch.float64), 0)
 
     def dense(query: Tensor, key: Tensor) -> Tensor:
-        correction = probability.log().expand(N, N) * (1 - torch.eye(N, dtype=torch.float64))
+        correction = (probability * (N - 1)).log().expand(N, N) * (1 - torch.eye(N, dtype=torch.float64))
         return F.cross_entropy(cosines(query, key, 0.05) - correction, torch.arange(N))
 
-    agree(lambda q, k: page["corrected_negatives"](q, k, probability), dense, rows(), rows())
+    item = torch.arange(N)
+    agree(lambda q, k: page["corrected_negatives"](q, k, probability, item), dense, rows(), rows())
+
+
+def test_both_corrections_estimate_the_softmax_over_all_items(page: dict[str, Any]) -> None:
+    """The first but for a constant, which is the logarithm of how many keys there are; without one it is far off."""
+    items, probability = rows(60), torch.softmax(torch.linspace(0, 5, 60, dtype=torch.float64), 0)
+    drawn = torch.multinomial(probability, 4000, replacement=True)
+    query = items[drawn] + 2 * rows(len(drawn))
+    key, q = items[drawn], probability[drawn]
+    truth = F.cross_entropy(cosines(query, items, 0.3), drawn)
+    first = page["corrected"](query, key, q, temperature=0.3)
+    plain = page["info_nce"](query, key, temperature=0.3)
+    second = page["corrected_negatives"](query, key, q, drawn, temperature=0.3)
+    torch.testing.assert_close(second, truth, rtol=0.03, atol=0)
+    assert abs(first - truth) > 0.5
+    assert abs(plain - truth) > 0.5
+    gradients = []
+    for loss in (
+        lambda x: F.cross_entropy(cosines(x, items, 0.3), drawn),
+        lambda x: page["corrected"](x, key, q, temperature=0.3),
+        lambda x: page["corrected_negatives"](x, key, q, drawn, temperature=0.3),
+        lambda x: page["info_nce"](x, key, temperature=0.3),
+    ):
+        x = query.detach().requires_grad_()
+        gradients.append(torch.autograd.grad(loss(x), x)[0])
+    errors = [((g - gradients[0]).norm() / gradients[0].norm()).item() for g in gradients[1:]]
+    assert errors[1] < 0.1 < errors[2], errors
 
 
 @pytest.mark.parametrize("both", [False, True])

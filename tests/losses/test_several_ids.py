@@ -98,6 +98,9 @@ def test_one_column_is_a_vector_and_columns_may_be_strided(backend):
     ids = torch.randint(4, (N, IDS))
     want = info_nce(query, key, key_ids=ids[:, 0], reduction="none", backend=backend)
     assert torch.equal(info_nce(query, key, key_ids=ids[:, :1], reduction="none", backend=backend), want)
+    info_nce(query, key, key_ids=ids[:, :1], label_smoothing=0.1, backend=backend)
+    nothing = info_nce(query[:0], key, target=ids[:0, 0], key_ids=ids, reduction="sum", backend=backend)
+    assert nothing == 0
     several = [info_nce(query, key, key_ids=x, reduction="none", backend=backend) for x in (ids, ids.T.contiguous().T)]
     assert torch.equal(*several)
     assert (several[0] <= want + 1e-6).all()

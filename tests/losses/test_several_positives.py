@@ -189,6 +189,29 @@ def test_tight_pairs_keep_the_bounds(mode, t, dtype):
         assert error(ours, truth) <= (5e-3 if dtype == torch.bfloat16 else bound)
 
 
+@every_backend
+def test_rows_of_weight_0_do_not_count_and_negatives_alone_may_have_ids(backend):
+    device = DEVICE.get(backend, "cpu")
+    query, key, other = (torch.randn(n, D, dtype=torch.float64, device=device) for n in (3, M, H))
+    target = torch.tensor([[0, 1], [1, 2], [3, -100]], device=device)
+    weight = torch.tensor([[1.0, 1], [0, 0], [2, 5]], device=device)
+    options = {"temperature": 0.3, "target": target, "positive_weight": weight, "backend": backend}
+    rows = info_nce(query, key, reduction="none", **options)
+    assert rows[1] == 0
+    torch.testing.assert_close(info_nce(query, key, **options), (rows[0] + rows[2]) / 2)
+    ids = {
+        "query_ids": torch.tensor([5, 6, 7], device=device),
+        "negative_ids": torch.tensor([5, 6, 5, 9], device=device),
+    }
+    got = info_nce(query, key, other, in_batch_negatives=True, reduction="none", **options, **ids)
+    logits = F.normalize(query) @ F.normalize(other).T / 0.3
+    kept = torch.logsumexp(logits.masked_fill(ids["query_ids"][:, None] == ids["negative_ids"], -torch.inf), 1)
+    first = info_nce(query, key, reduction="none", **(options | {"target": target[2:].expand(3, 2)}))[2]
+    pos = (F.normalize(query[2:]) @ F.normalize(key[3:4]).T / 0.3)[0, 0]
+    neg = torch.log(torch.expm1(first)) + pos
+    torch.testing.assert_close(got[2], F.softplus(torch.logaddexp(neg, kept[2]) - pos))
+
+
 @pytest.mark.parametrize("mode", ["each", "all", "any"])
 def test_rows_without_negatives_and_calls_without_rows(mode):
     """Where all keys are positives the loss of "all" is that among them, and the others are 0; no gradient is NaN."""
@@ -230,6 +253,8 @@ def test_the_module_takes_them_and_compiles():
         ({"positive_ids": (torch.arange(N), torch.arange(N)), "symmetric": True}, "which then have one id"),
         ({"positive_ids": torch.arange(N), "label_smoothing": 0.1}, "cannot be used with label_smoothing"),
         ({"positive_ids": torch.arange(N), "margin": 0.1}, "cannot be used with margin"),
+        ({"positive_ids": torch.arange(N), "key_ids": torch.arange(N)}, "cannot be used with key_ids alone"),
+        ({"positive_ids": (torch.arange(N),)}, "or two of the queries and the keys, got 1"),
         ({"positive_ids": torch.arange(N), "positive_weight": torch.ones(N, 1)}, "it needs such a target"),
         ({"target": torch.zeros(N, 2, dtype=torch.int64), "positive_weight": torch.ones(N)}, r"shape \(7, 2\)"),
         ({"target": torch.zeros(N, 2, dtype=torch.int64), "positive_weight": -torch.ones(N, 2)}, "not be negative"),
