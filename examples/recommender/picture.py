@@ -20,7 +20,7 @@ def draw(path: Path, report: dict[str, Any], metrics: dict[str, str]) -> None:
         for place, (scores, colour) in enumerate(zip(report["scores"].values(), COLOURS, strict=True)):
             values = [one[metric] for one in scores]
             bar = axes.bar(place, fmean(values), 0.7, color=colour)
-            axes.bar_label(bar, fmt="%.3f", padding=6)
+            axes.bar_label(bar, fmt="%.3f", label_type="center", color="white", fontweight="bold")
             axes.scatter([place] * len(values), values, s=12, color="black", zorder=2)
         axes.set_xticks(range(len(report["scores"])), [name.replace(", ", ",\n") for name in report["scores"]])
         axes.set_title(title)
