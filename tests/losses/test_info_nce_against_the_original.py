@@ -151,7 +151,7 @@ IMPROVED = {
         {"target": elsewhere(N, dtype=torch.int64)}, ValueError, "target must be on cpu", "cuda:0",
     ),
     "target dtype": ({"target": torch.zeros(N)}, TypeError, "target must be an integer tensor", "torch.float32"),
-    "target shape": ({"target": torch.zeros(N, 1, 1).long()}, ValueError, f"target must have shape ({N},)", f"({N}, 1, 1)"),
+    "target shape": ({"target": torch.zeros(N, 1, 1).long()}, ValueError, f"must have shape ({N},)", f"({N}, 1, 1)"),
     "target too large": ({"target": torch.arange(N) + 1}, ValueError, f"target must be in [0, {N})", f"{N}"),
     "target below 0": ({"target": torch.arange(N) - 1}, ValueError, f"target must be in [0, {N})", "-1"),
     "ids": ({"key_ids": torch.zeros(N + 1).long()}, ValueError, f"key_ids must have shape ({N},)", f"({N + 1},)"),
