@@ -12,6 +12,7 @@ import triton.language as tl
 from .finish import finish_kernel
 from .gradient import coefficients
 from .rows import side_kernel
+from .sigmoid import log_one_plus
 from .statistics import STATE_SLOTS, add_tile, finished_state, load_states, store_state
 from .tile import FLOOR, cast, dot, live, load_rows, load_vector, negatives
 
@@ -19,18 +20,6 @@ A, B, S, POS, V, LOSS_OF_ROW, LOGITS, UNSCALE = (tl.constexpr(k) for k in range(
 VECTORS = tl.constexpr(8)
 # read a value at a time, so that their alignment need not be looked at
 VECTORS_OF_CALLERS = ("TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr")
-
-
-@triton.jit
-def log1p(e, ACC: tl.constexpr):
-    """Return log(1 + e) = 2 artanh(e / (2 + e)) of e in [0, 1], to the last digits however small e is."""
-    z = e / (2.0 + e)
-    square = z * z
-    TERMS: tl.constexpr = 18 if tl.float64 == ACC else 9  # 9^-TERMS is beyond the last digit
-    total = tl.full(e.shape, 1.0 / (2 * TERMS - 1), ACC)
-    for k in tl.static_range(1, TERMS):
-        total = total * square + 1.0 / (2 * (TERMS - k) - 1)
-    return 2.0 * z * total
 
 
 @triton.jit
@@ -42,7 +31,7 @@ def row_loss(x, log2e: tl.constexpr, LOSS: tl.constexpr, ACC: tl.constexpr):
         slope = there.to(ACC)
     else:
         e = tl.exp2(-tl.abs(x) * log2e)
-        value = tl.maximum(x, 0.0) + log1p(e, ACC)
+        value = tl.maximum(x, 0.0) + log_one_plus(e)
         slope = tl.where(x > 0.0, 1.0, e) / (1.0 + e)
     return value, slope
 

@@ -43,21 +43,18 @@ def by_target(target: Any, weight: Any, query: Tensor, keys: int, ignore_index: 
     """Return the positives that a (N, P) target names, checked, padded with `ignore_index`."""
     n, p = target.shape
     index = checks.target(target, query, keys, ignore_index, several=True)
-    if not keys:  # which no row has then
-        index = index[:, :0]
-        p, weight = 0, None
-    there = index >= 0
-    share = there.to(dtype) if weight is None else there * checks.positive_weight(weight, (n, p), query).to(dtype)
+    there = (index >= 0).to(dtype)
+    share = there if weight is None else there * checks.positive_weight(weight, (n, p), query).to(dtype)
+    if not (keys and p):  # no row has any
+        nobody, none = index.new_full((n, 1), -1), index.new_zeros(0)
+        return Several(nobody[:, 0], none, none, share.flatten()[:0], (nobody, index.new_zeros(keys, 1)))
     share = share.masked_fill(index == keys, torch.nan)  # out of range, where values are not read
     counts = share != 0
-    first = counts.to(torch.int8).argmax(1, keepdim=True) if p else index.new_zeros(n, 0)
-    rows = torch.arange(n, device=index.device)
-    names = torch.arange(keys, device=index.device)[:, None].expand(keys, max(p, 1))
-    own = index if p else index.new_full((n, 1), -1)
+    first = index.gather(1, counts.to(torch.int8).argmax(1, keepdim=True))[:, 0]
+    rows, names = (torch.arange(count, device=index.device) for count in (n, keys))
     return Several(
-        torch.where(counts.any(1), own.gather(1, first)[:, 0], -1) if p else own[:, 0],
-        rows.repeat_interleave(p, output_size=n * p), index.clamp(0, max(keys - 1, 0)).flatten(), share.flatten(),
-        (own, names),
+        torch.where(counts.any(1), first, -1), rows.repeat_interleave(p, output_size=n * p),
+        index.clamp(0, keys - 1).flatten(), share.flatten(), (index, names[:, None].expand(keys, p)),
     )  # fmt: skip
 
 

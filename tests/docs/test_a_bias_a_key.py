@@ -69,7 +69,9 @@ def test_both_corrections_estimate_the_softmax_over_all_items(page: dict[str, An
     first = page["corrected"](query, key, q, temperature=0.3)
     plain = page["info_nce"](query, key, temperature=0.3)
     second = page["corrected_negatives"](query, key, q, drawn, temperature=0.3)
-    torch.testing.assert_close(second, truth, rtol=0.03, atol=0)
+    s = cosines(query, items, 0.3).exp()  # a row's sum, each draw of which is exp(s_j) / q_j, has this standard error
+    spread = ((s.square() / probability).sum(1) / s.sum(1).square() - 1).sqrt().mean() / len(drawn) ** 0.5
+    assert abs(second - truth) < 3 * spread < 0.25  # by which the others are far off
     assert abs(first - truth) > 0.5
     assert abs(plain - truth) > 0.5
     gradients = []
