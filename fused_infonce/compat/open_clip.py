@@ -27,8 +27,7 @@ from torch import Tensor, distributed
 
 from .. import checks
 from ..functional import clip_loss, info_nce, siglip_loss
-from ..losses.clip import bias_of, temperature_of_scale, with_bias
-from ..losses.siglip import check_features
+from ..losses.clip import bias_of, check_features, temperature_of_scale, with_bias
 from .common import fused_or, loss_dtype, one_number
 
 # open_clip 3.3.0 has this option; the main branch has neither it nor the last argument of `gather_features`.

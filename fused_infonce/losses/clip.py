@@ -66,7 +66,7 @@ def clip_loss(
 
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
-    _check_pairs(image_features, text_features)
+    check_features(image_features, text_features)
     t = temperature_of_scale(logit_scale, image_features)
     problem = _problem(image_features, text_features, t, normalize, image_bias, text_bias, positive_bias)
     bias, options = bias_of(logit_bias), call_options(backend, workspace_limit, reduction)
@@ -85,15 +85,26 @@ def _problem(
     )  # fmt: skip
 
 
-def _check_pairs(image: Any, text: Any) -> None:
-    if not checks.alike(image, text):
-        checks.embeddings("image_features", image, 2, "(N, D)")
-        checks.embeddings("text_features", text, 2, "(N, D)")
-        checks.same_kind({"image_features": image, "text_features": text})
-        if image.shape != text.shape:
-            raise ValueError(
-                f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
-            )
+def check_features(image: Any, text: Any, negatives: Any = None) -> None:
+    """Check (N, D) images and their texts, and (M, D) further texts."""
+    if negatives is None and checks.alike(image, text):
+        return
+    named = {"image_features": image, "text_features": text}
+    for name, x in named.items():
+        checks.embeddings(name, x, 2, "(N, D)")
+    if negatives is not None:
+        checks.embeddings("negative_text_features", negatives, 2, "(M, D)")
+        named["negative_text_features"] = negatives
+    checks.same_kind(named)
+    if image.shape != text.shape:
+        raise ValueError(
+            f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
+        )
+    if negatives is not None and negatives.shape[1] != image.shape[1]:
+        raise ValueError(
+            f"negative_text_features must have {image.shape[1]} components as image_features has, "
+            f"got {negatives.shape[1]}"
+        )
 
 
 def temperature_of_scale(logit_scale: Any, features: Tensor) -> float | Tensor:
@@ -190,7 +201,7 @@ class ClipLoss(ContrastiveLoss):
             return clip_loss(image_features, text_features, logit_scale, logit_bias, **biases, **self.options)
         if self.logit_scale is None and self.held_temperature is None:
             raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
-        _check_pairs(image_features, text_features)
+        check_features(image_features, text_features)
         problem = _problem(image_features, text_features, self.temperature, self.normalize, **biases)
         bias, options = bias_of(logit_bias), call_options(self.backend, self.workspace_limit, self.reduction)
         return with_bias(reduced(problem, options, "infonce"), bias)

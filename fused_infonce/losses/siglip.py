@@ -15,7 +15,7 @@ from ..compose.arguments import call_options
 from ..compose.reduction import reduced_sigmoids
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
-from .clip import temperature_of_scale
+from .clip import check_features, temperature_of_scale
 
 BIAS = -10.0  # from which SigLIP's learnable bias starts: nearly all pairs are negative
 START = 0.1  # and its temperature
@@ -95,28 +95,6 @@ def _siglip(
     shift = checks.logit_bias("logit_bias", 0.0 if bias is None else bias, image, dtype)
     options = call_options(backend, workspace_limit, reduction)
     return reduced_sigmoids(problem, shift, options, checks.row_weight(weight, image, dtype))
-
-
-def check_features(image: Any, text: Any, negatives: Any = None) -> None:
-    """Check (N, D) images and their texts, and (M, D) further texts."""
-    if negatives is None and checks.alike(image, text):
-        return
-    named = {"image_features": image, "text_features": text}
-    for name, x in named.items():
-        checks.embeddings(name, x, 2, "(N, D)")
-    if negatives is not None:
-        checks.embeddings("negative_text_features", negatives, 2, "(M, D)")
-        named["negative_text_features"] = negatives
-    checks.same_kind(named)
-    if image.shape != text.shape:
-        raise ValueError(
-            f"text_features must have shape {tuple(image.shape)} as image_features has, got {tuple(text.shape)}"
-        )
-    if negatives is not None and negatives.shape[1] != image.shape[1]:
-        raise ValueError(
-            f"negative_text_features must have {image.shape[1]} components as image_features has, "
-            f"got {negatives.shape[1]}"
-        )
 
 
 def _checked_ids(
