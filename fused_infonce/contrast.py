@@ -50,7 +50,7 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
     Columns of a problem whose rows have other negatives are a problem of their own. full: as in `Plan`. plan: the
     problem's, where it has been chosen already.
     """
-    if problem.columns and not problem.in_batch:
+    if problem.apart:
         rows = statistics(problem.of_rows(), options, full).rows
         return Statistics(rows, statistics(problem.swapped(), options, full).rows)
     plan = plan or backends.plan_of(problem, options, reduced=False, full=full)

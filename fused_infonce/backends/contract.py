@@ -106,6 +106,9 @@ class Problem:
     self_similar: bool = False
     two_views: bool = False  # of self-similar rows: the target of row i is row i + N / 2, or i - N / 2
     bias_bound: float | None = None  # on the size of every bias but -inf; None: not known without reading a tensor
+    # The problem of the keys against the queries, where `columns` asks for it and other products than those of the rows
+    # give it: those of keys and queries of other processes
+    opposite: Problem | None = None
 
     def __post_init__(self) -> None:
         # the queries and every set of keys, and their rows: with which gradients are aligned
@@ -142,6 +145,11 @@ class Problem:
         return self.target is None or self.self_similar
 
     @property
+    def apart(self) -> bool:
+        """Return whether the direction that `columns` asks for is a problem of its own: only rows have other keys."""
+        return self.columns and (not self.in_batch or self.opposite is not None)
+
+    @property
     def one_to_one(self) -> bool:
         """Return whether there is one set of keys, each of them the target of one query."""
         return len(self.keys) == 1 and self.every_row_counts and self.in_batch and self.ceiling is None
@@ -160,6 +168,8 @@ class Problem:
 
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
+        if self.opposite is not None:
+            return self.opposite
         query, (key, *_) = self.query, self.keys
         ids = query.ids if key.ids is not None else None
         return Problem(
@@ -169,7 +179,7 @@ class Problem:
 
     def of_rows(self) -> Problem:
         """Return the problem without the direction that `columns` asks for."""
-        return replace(self, columns=False, offset=None if self.offset is None else self.offset[0])
+        return replace(self, columns=False, opposite=None, offset=None if self.offset is None else self.offset[0])
 
     def tensors(self) -> list[Tensor | None]:
         """Return every tensor of the problem, in the order that `with_tensors` takes."""
@@ -192,7 +202,7 @@ class Problem:
         temperature, target, ceiling, offset, *rest = tensors
         width = len(KeySet._fields)
         query, *keys = (KeySet(*rest[i : i + width]) for i in range(0, len(rest), width))
-        return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, offset, *flags)
+        return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, offset, *flags)  # type: ignore[arg-type]
 
 
 class RowStatistics(NamedTuple):

@@ -29,6 +29,7 @@ class Options(NamedTuple):
     backend: BackendName = "auto"
     workspace_limit: int | None = None
     reduction: Reduction = "mean"
+    call: Any = None  # the `distributed.Call` of a call over several processes, of which this floor knows nothing
 
     def limit(self, device: torch.device) -> int:
         """Return the bytes of workspace on a device: the call's, or the environment's, or else the device's own."""

@@ -12,17 +12,23 @@ from .. import checks
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import statistics_dtype, without_autocast
+from ..distributed import DistributedLike
 from .biases import biases_of, by_index, with_margin
 
 NegativeMode = Literal["unpaired", "paired"]
 NEGATIVE_MODES: tuple[NegativeMode, ...] = get_args(NegativeMode)
 
 
-def call_options(backend: BackendName, workspace_limit: int | None, reduction: Reduction = "mean") -> Options:
+def call_options(
+    backend: BackendName,
+    workspace_limit: int | None,
+    reduction: Reduction = "mean",
+    distributed: DistributedLike = False,
+) -> Options:
     """Return the options that every loss takes, checked."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.one_of("backend", backend, checks.BACKENDS)
-    return Options(backend, checks.workspace_limit(workspace_limit), reduction)
+    return Options(backend, checks.workspace_limit(workspace_limit), reduction, distributed or None)
 
 
 def temperature_of(value: float | Tensor, rows: Tensor, name: str = "temperature") -> Temperature:

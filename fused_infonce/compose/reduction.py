@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,69 +13,106 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import Options, Reduction, plan_of
 from ..backends.contract import Problem, RowStatistics
-from ..backends.precision import all_wide
 from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
+from ..distributed import gather
+from .across import across
+from .rows import widened
 
 # A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,).
 Loss = str | Callable[[Problem, RowStatistics], Tensor]
 
 
-def reduced(problem: Problem, options: Options, loss: Loss, weight: Tensor | None = None) -> Tensor:
+def reduced(
+    problem: Problem, options: Options, loss: Loss, weight: Tensor | None = None, alike: Collection[int] = ()
+) -> Tensor:
     """Return a loss of rows, or with `problem.columns` its mean with that of the columns, reduced as `options` say.
 
-    "mean" divides by the sum of the weights, and is NaN where that is 0. Rows without a target are ignored.
+    "mean" divides by the sum of the weights, and is NaN where that is 0. Rows without a target are ignored. Over
+    several processes the problem is this rank's own; alike: as in `across`.
     """
+    if options.call is not None:
+        problem, context = across(problem, options, alike)
+        with context:
+            return of_block(problem, options, loss, weight)
     if len(problem.keys) == 1 and problem.keys[0].rows.shape[0] == 1 + problem.self_similar and problem.in_batch:
         _say_lonely()
+    return of_block(problem, options, loss, weight)
+
+
+def of_block(problem: Problem, options: Options, loss: Loss, weight: Tensor | None = None) -> Tensor:
+    """Return what `reduced` does, of a problem that `across` has made where there are several processes."""
     plan = None
     if isinstance(loss, str) and closed_form(problem, options, weight):
         weighted_rows = weight is not None or not _every_row_counts(problem)
         plan = plan_of(problem, options, reduced=True, weighted=weighted_rows)
         if plan.one_pass and not contrast.is_explaining():
-            w, empty = row_weights(problem, options.reduction, weight)
-            total = contrast.onepass(problem, plan, loss, w)
-            return total if empty is None else torch.where(empty, torch.nan, total)
-    problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
+            at_once = partial(contrast.onepass, problem, plan, loss)
+            return _weighted_sum(at_once, problem, options, weight)
+    problem, context = widened(problem) if problem.apart else (problem, nullcontext())
     with context:
         rows, columns = contrast.statistics(problem, options, plan=plan)
         losses = _of_direction(problem, rows, loss)
         if columns is not None:
             losses = (losses + _of_direction(problem.swapped(), columns, loss)) / 2
-    return reduced_rows(losses, problem, options.reduction, weight)
+    return reduced_rows(losses, problem, options, weight)
 
 
 def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return the losses of sigmoids that `contract.Sigmoids` defines, with this (1,) bias, reduced as `options` say."""
-    at_once = closed_form(problem, options, weight)
-    plan = plan_of(problem, options, reduced=at_once, bias=bias)
-    if not at_once:
-        return reduced_rows(contrast.sigmoids(problem, plan, bias), problem, options.reduction, weight)
-    w, empty = row_weights(problem, options.reduction, weight)
-    total = contrast.sigmoids(problem, plan, bias, w)
-    return total if empty is None else torch.where(empty, torch.nan, total)
+    problem, context = across(problem, options)
+    with context:
+        at_once = closed_form(problem, options, weight)
+        plan = plan_of(problem, options, reduced=at_once, bias=bias)
+        if not at_once:
+            return reduced_rows(contrast.sigmoids(problem, plan, bias), problem, options, weight)
+        return _weighted_sum(partial(contrast.sigmoids, problem, plan, bias), problem, options, weight)
 
 
 def closed_form(problem: Problem, options: Options, weight: Tensor | None) -> bool:
     """Return whether a loss in ROW_LOSSES and its gradients may be made at once, which is for the plan to decide."""
-    return options.reduction != "none" and not apart(problem) and (weight is None or not weight.requires_grad)
-
-
-def apart(problem: Problem) -> bool:
-    """Return whether the direction of the columns is a problem apart, because only rows have explicit negatives."""
-    return problem.columns and not problem.in_batch
+    return options.reduction != "none" and not problem.apart and (weight is None or not weight.requires_grad)
 
 
 def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
     return ROW_LOSSES[loss].value(rows.neg - rows.pos) if isinstance(loss, str) else loss(problem, rows)
 
 
-def reduced_rows(rows: Tensor, problem: Problem, reduction: Reduction, weight: Tensor | None = None) -> Tensor:
+def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
-    if reduction == "none":
-        return _counted(rows if weight is None else _times(weight, rows), problem)
-    w, empty = row_weights(problem, reduction, weight)
-    total = _counted(_times(w, rows), problem).sum()
+    if options.reduction == "none":
+        rows = _counted(rows if weight is None else _times(weight, rows), problem)
+        return rows if options.call is None else gather.rows(options.call, rows)
+    return _weighted_sum(lambda w: _counted(_times(w, rows), problem).sum(), problem, options, weight)
+
+
+def _weighted_sum(
+    sum_of: Callable[[Tensor | float], Tensor], problem: Problem, options: Options, weight: Tensor | None
+) -> Tensor:
+    """Return the reduced loss of all rows, over all processes; sum_of: what adds rows up with the weights it is given.
+
+    Over several processes a mean divides after the sum, since the other ranks' weights are not known before.
+    """
+    if options.call is None:
+        w, empty = row_weights(problem, options.reduction, weight)
+        return _unless(empty, sum_of(w))
+    w, _ = row_weights(problem, "sum", weight)
+    return over_ranks(options, sum_of(w), problem.query.rows.shape[0] if isinstance(w, float) else w.sum())
+
+
+def over_ranks(options: Options, total: Tensor, count: Tensor | int) -> Tensor:
+    """Return the loss of all ranks from each rank's sum of losses and its number of rows, or the sum of weights."""
+    count = count if isinstance(count, Tensor) else total.new_full((), count)
+    dtype = total.dtype
+    total, count = gather.total(options.call, torch.stack([total.double(), count.double()])).unbind()
+    if options.reduction == "mean":
+        empty = count == 0
+        total = _unless(empty, total / torch.where(empty, 1, count))
+    return total.to(dtype)
+
+
+def _unless(empty: Tensor | None, total: Tensor) -> Tensor:
+    """Return a reduced loss, NaN where it is one of no rows."""
     return total if empty is None else torch.where(empty, torch.nan, total)
 
 
@@ -115,18 +151,15 @@ def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -
     return weight / torch.where(empty, 1, total), empty
 
 
-def reduced_mean(loss: Tensor, reduction: Reduction) -> Tensor:
+def reduced_mean(loss: Tensor, options: Options) -> Tensor:
     """Return (N,) losses reduced, of rows that all count."""
-    if reduction == "none":
+    if options.call is not None:
+        if options.reduction == "none":
+            return gather.rows(options.call, loss)
+        return over_ranks(options, loss.sum(), loss.shape[0])
+    if options.reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.mean()
-
-
-def widened(problem: Problem) -> tuple[Problem, AbstractContextManager[Any]]:
-    """Return a problem whose 16-bit gradients are added in float32 and rounded once, and the context; see `wide`."""
-    (query, *keys), context = all_wide(problem.inputs)
-    sets = [s._replace(rows=rows) for s, rows in zip(problem.keys, keys, strict=True)]
-    return replace(problem, query=problem.query._replace(rows=query), keys=tuple(sets)), context
+    return loss.sum() if options.reduction == "sum" else loss.mean()
 
 
 def _say_lonely() -> None:

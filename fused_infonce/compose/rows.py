@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ..backends.contract import EPS, KeySet, Problem
 from ..backends.indexing import add_rows, add_uses, take_rows
+from ..backends.precision import all_wide
 from ..backends.reference import unit_rows
 from ..backends.rows import norms
 
@@ -89,6 +92,13 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
         return take_rows(sums, place), torch.searchsorted(ordered, classes, right=True) - place
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
+
+
+def widened(problem: Problem) -> tuple[Problem, AbstractContextManager[Any]]:
+    """Return a problem whose 16-bit gradients are added in float32 and rounded once, and the context; see `wide`."""
+    (query, *keys), context = all_wide(problem.inputs)
+    sets = [s._replace(rows=rows) for s, rows in zip(problem.keys, keys, strict=True)]
+    return replace(problem, query=problem.query._replace(rows=query), keys=tuple(sets)), context
 
 
 def one_id_a_row(problem: Problem, name: str) -> None:

@@ -15,8 +15,9 @@ from ..backends import Options
 from ..backends.contract import KeySet, Problem
 from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import without_autocast
+from .across import blocked, of_all
 from .positives import equal_pairs, members, pair_margins
-from .reduction import reduced_rows, widened
+from .reduction import reduced_rows
 from .rows import dots, log_add, unit
 
 PositivesMode = Literal["each", "all", "any"]
@@ -37,6 +38,7 @@ class Several(NamedTuple):
     keys: Tensor
     weight: Tensor
     ids: tuple[Tensor, Tensor]
+    named: bool = False  # whether ids are the user's, and mean the same on all ranks
 
 
 def by_target(target: Any, weight: Any, query: Tensor, keys: int, ignore_index: int, dtype: torch.dtype) -> Several:
@@ -69,13 +71,16 @@ def by_ids(ids: Any, query: Tensor, key: Tensor, paired: bool, dtype: torch.dtyp
     of_rows = checks.ids("positive_ids", of_rows, (query.shape[0],), query.device)
     of_keys = checks.ids("positive_ids", of_keys, (key.shape[0],), query.device)
     rows, keys = equal_pairs(of_rows, of_keys)
-    order, first, count = members(of_rows, of_keys)
-    target = None
-    if not paired:
-        last = max(order.shape[0] - 1, 0)
-        target = torch.where(count > 0, take_rows(order, first.clamp(0, last)), -1) if len(order) else count - 1
+    target = None if paired else _first(of_rows, of_keys)
     share = torch.ones(rows.shape, dtype=dtype, device=query.device)
-    return Several(target, rows, keys, share, (of_rows[:, None], of_keys[:, None]))
+    return Several(target, rows, keys, share, (of_rows[:, None], of_keys[:, None]), named=True)
+
+
+def _first(of_rows: Tensor, of_keys: Tensor) -> Tensor:
+    """Return the first key of each row's id, -1 for none."""
+    order, first, count = members(of_rows, of_keys)
+    last = max(order.shape[0] - 1, 0)
+    return torch.where(count > 0, take_rows(order, first.clamp(0, last)), -1) if len(order) else count - 1
 
 
 def without_positives(problem: Problem, several: Several) -> Problem:
@@ -112,19 +117,47 @@ def several_reduced(
     """Return InfoNCE of rows with several positives, reduced; with `problem.columns` the mean of both directions."""
     if problem.offset is not None:
         raise ValueError("several positives cannot be used with margin, nor with key_bias but for positive_bias=False")
-    problem, context = widened(without_positives(problem, several))
+    if options.call is not None and not several.named:
+        several = several._replace(ids=tuple(map(options.call.unique, several.ids)))
+    problem, context = blocked(without_positives(problem, several), options)
+    rows, columns, target = _pairs(problem, several, options)
+    problem = problem if target is None else replace(problem, target=target)
     with context:
         found = contrast.statistics(problem, options)
-        with without_autocast(problem.query.rows.device.type):
-            t = problem.temperature.values
-            x, y = (unit(rows, problem.normalize, t.dtype) for rows in problem.inputs[:2])
-            pairs = several.rows, several.keys
-            pos = _logits(x / t[:, None], y, *pairs, options)
-            losses = of_rows(found.rows.neg, pos, several.rows, several.weight, mode)
-            if found.columns is not None:
-                pos = pos if problem.temperature.shared else pos * take_rows(t, pairs[0]) / take_rows(t, pairs[1])
-                losses = (losses + of_rows(found.columns.neg, pos, several.keys, several.weight, mode)) / 2
-    return reduced_rows(losses, problem, options.reduction, weight)
+        losses = _of_direction(problem.of_rows(), found.rows.neg, rows, mode, options)
+        if found.columns is not None and columns is not None:
+            losses = (losses + _of_direction(problem.swapped(), found.columns.neg, columns, mode, options)) / 2
+    return reduced_rows(losses, problem, options, weight)
+
+
+Pairs = tuple[Tensor, Tensor, Tensor]  # rows, keys and weights of pairs, as in `Several`
+
+
+def _pairs(problem: Problem, several: Several, options: Options) -> tuple[Pairs, Pairs | None, Tensor | None]:
+    """Return the pairs of this rank's rows with keys of all ranks, those of its columns, and the rows' first keys.
+
+    The last two are None where there is no such direction, or the problem has its targets already.
+    """
+    rows, keys, share = several.rows, several.keys, several.weight
+    if options.call is None:
+        return (rows, keys, share), (keys, rows, share), None
+    if not several.named:
+        return (rows, keys + options.call.start(options.call.keys), share), None, None
+    of_rows, of_keys = (ids[:, 0] for ids in several.ids)
+    every = of_all(of_keys, options)
+    rows, keys = equal_pairs(of_rows, every)
+    pairs = rows, keys, share.new_ones(rows.shape)
+    return pairs, pairs, None if several.target is None else _first(of_rows, every)  # of one id a pair, both alike
+
+
+def _of_direction(
+    problem: Problem, neg: Tensor, pairs: Pairs, mode: PositivesMode, options: Options
+) -> Tensor:  # fmt: skip
+    rows, keys, share = pairs
+    with without_autocast(problem.query.rows.device.type):
+        t = problem.temperature.values
+        x, y = (unit(part, problem.normalize, t.dtype) for part in problem.inputs[:2])
+        return of_rows(neg, _logits(x / t[:, None], y, rows, keys, options), rows, share, mode)
 
 
 def _logits(x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, options: Options) -> Tensor:

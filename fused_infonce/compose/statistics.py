@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import contrast
-from ..backends import BackendName
+from ..backends import BackendName, Options
 from ..backends.contract import LN2, RowStatistics, Statistics
+from ..distributed import DistributedLike, gather, together
+from .across import across
 from .arguments import NegativeMode, call_options, of_keys
-from .reduction import apart, widened
+from .rows import widened
 
 
 @overload
@@ -23,6 +25,7 @@ def statistics(
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
     key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
     negative_index: Tensor | None = None, backend: BackendName = "auto", workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> RowStatistics: ...  # fmt: skip
 
 
@@ -34,9 +37,11 @@ def statistics(
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
     key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
     negative_index: Tensor | None = None, backend: BackendName = "auto", workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Statistics: ...  # fmt: skip
 
 
+@together
 def statistics(
     query: Tensor,
     key: Tensor,
@@ -58,6 +63,7 @@ def statistics(
     negative_index: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> RowStatistics | Statistics:
     """Compute the statistics of which contrastive losses are made, to write a loss of your own without N x M logits.
 
@@ -83,21 +89,27 @@ def statistics(
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
     """
+    options = call_options(backend, workspace_limit, distributed=distributed)
+    temperature = gather.shared(options.call, temperature)
     problem = of_keys(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
         positive_bias=positive_bias, negative_index=negative_index, names=("key", "columns"),
     )  # fmt: skip
-    problem, context = widened(problem) if apart(problem) else (problem, nullcontext())
+    problem, context = across(problem, options)
     with context:
-        found = contrast.statistics(problem, call_options(backend, workspace_limit), full=True)
-    rows = _natural(found.rows)
-    return rows if found.columns is None else Statistics(rows, _natural(found.columns))
+        problem, context = widened(problem) if problem.apart else (problem, nullcontext())
+        with context:
+            found = contrast.statistics(problem, options, full=True)
+    rows = _natural(found.rows, options)
+    return rows if found.columns is None else Statistics(rows, _natural(found.columns, options))
 
 
-def _natural(rows: RowStatistics) -> RowStatistics:
+def _natural(rows: RowStatistics, options: Options) -> RowStatistics:
     """Return statistics whose maximum is a logit; backends hold it in base 2, and 0 where there are no negatives."""
     neg = rows.neg.detach()
+    if options.call is not None:
+        rows = rows._replace(pos=gather.rows(options.call, rows.pos), neg=gather.rows(options.call, rows.neg))
     lost = neg.isnan() | (neg == -torch.inf)  # a kernel's maximum passes over NaN
     return rows._replace(maximum=torch.where(lost, neg, rows.maximum * LN2))

@@ -11,10 +11,17 @@ from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.plan import Plan
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode
+from ..distributed import DistributedLike, options_of
 from ..temperature.scale import HasTemperature, TemperatureLike
 
 Negatives = Literal["views", "keys"]
-COMMON = ("reduction", "normalize", "backend", "workspace_limit")  # options that the functions of all losses take
+COMMON = (
+    "reduction",
+    "normalize",
+    "backend",
+    "workspace_limit",
+    "distributed",
+)  # options that the functions of all losses take
 OF_KEYS = ("symmetric", "negative_mode", "in_batch_negatives", "ignore_index")  # options of negatives="keys" only
 OF_VIEWS = (False, "unpaired", None, -100)  # and their values for negatives="views"
 TEMPERATURE = ("temperature", "learnable_temperature", "max_logit_scale")
@@ -65,6 +72,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         normalize: divide every row by its norm first.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 1/128 of a GPU's memory, or what the environment says.
+        distributed: whose rows make one batch: False, True, a process group, a mesh, or a `Distributed`.
     """
 
     own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has
@@ -72,6 +80,7 @@ class ContrastiveLoss(HasTemperature, Explained):
     def __init__(
         self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,
         reduction: Reduction, normalize: bool, backend: BackendName, workspace_limit: int | None,
+        distributed: DistributedLike = False,
     ):  # fmt: skip
         super().__init__(temperature, learnable_temperature, max_logit_scale)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
@@ -81,6 +90,8 @@ class ContrastiveLoss(HasTemperature, Explained):
         self.normalize = normalize
         self.backend = backend
         self.workspace_limit = checks.workspace_limit(workspace_limit)
+        options_of(distributed)  # which refuses what is none
+        self.distributed = distributed
 
     @property
     def options(self) -> dict[str, Any]:

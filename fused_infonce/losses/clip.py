@@ -14,10 +14,12 @@ from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
 from ..compose.biases import of_two_sides
 from ..compose.reduction import reduced
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
 
+@together
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -31,6 +33,7 @@ def clip_loss(
     reduction: Reduction = "mean",
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """CLIP's loss, the mean of images against texts and of texts against images, without the N x N logits.
 
@@ -57,6 +60,8 @@ def clip_loss(
         reduction: "mean" over the N pairs, "sum", or "none": (N,).
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -67,22 +72,30 @@ def clip_loss(
     References: Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/open_clip.
     """
     check_features(image_features, text_features)
-    t = temperature_of_scale(logit_scale, image_features)
-    problem = _problem(image_features, text_features, t, normalize, image_bias, text_bias, positive_bias)
-    bias, options = bias_of(logit_bias), call_options(backend, workspace_limit, reduction)
-    return with_bias(reduced(problem, options, "infonce"), bias)
+    return _clip(
+        image_features, text_features, temperature_of_scale(logit_scale, image_features), logit_bias,
+        image_bias=image_bias, text_bias=text_bias, positive_bias=positive_bias, normalize=normalize,
+        reduction=reduction, backend=backend, workspace_limit=workspace_limit, distributed=distributed,
+    )  # fmt: skip
 
 
-def _problem(
-    image: Tensor, text: Tensor, temperature: float | Tensor, normalize: bool, image_bias: Any, text_bias: Any,
-    positive_bias: Any,
-) -> Problem:  # fmt: skip
+@together
+def _clip(
+    image: Tensor, text: Tensor, temperature: float | Tensor, logit_bias: Any, *, image_bias: Any, text_bias: Any,
+    positive_bias: Any, normalize: bool, reduction: Reduction, backend: BackendName, workspace_limit: int | None,
+    distributed: DistributedLike,
+) -> Tensor:  # fmt: skip
+    """Return the loss of features at a temperature."""
+    check_features(image, text)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     t = checks.temperature(temperature, image, statistics_dtype(image))
     biases = of_two_sides({"image_bias": image_bias, "text_bias": text_bias}, positive_bias, image)
-    return Problem(
+    problem = Problem(
         KeySet(image, bias=biases.query), (KeySet(text, bias=biases.key),), t, offset=biases.offset, columns=True,
         normalize=normalize, bias_bound=biases.bound,
     )  # fmt: skip
+    return with_bias(reduced(problem, options, "infonce"), bias_of(logit_bias))
 
 
 def check_features(image: Any, text: Any, negatives: Any = None) -> None:
@@ -149,6 +162,8 @@ class ClipLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = ClipLoss()
@@ -171,12 +186,14 @@ class ClipLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         if temperature is None and learnable_temperature:
             temperature = 0.07
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -201,10 +218,7 @@ class ClipLoss(ContrastiveLoss):
             return clip_loss(image_features, text_features, logit_scale, logit_bias, **biases, **self.options)
         if self.logit_scale is None and self.held_temperature is None:
             raise ValueError("logit_scale is missing: pass it, or make the loss with learnable_temperature=True")
-        check_features(image_features, text_features)
-        problem = _problem(image_features, text_features, self.temperature, self.normalize, **biases)
-        bias, options = bias_of(logit_bias), call_options(self.backend, self.workspace_limit, self.reduction)
-        return with_bias(reduced(problem, options, "infonce"), bias)
+        return _clip(image_features, text_features, self.temperature, logit_bias, **biases, **self.options)
 
     def shown_temperature(self) -> dict[str, Any]:
         return {name: shown for name, shown in super().shown_temperature().items() if shown is not None}

@@ -15,10 +15,12 @@ from ..backends.row_losses import infonce
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views
 from ..compose.reduction import Loss, reduced
 from ..compose.rows import negative_sums, one_id_a_row
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
 
 
+@together
 def debiased_info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -39,6 +41,7 @@ def debiased_info_nce(
     weight: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """Debiased contrastive loss between queries and keys, where each negative is a positive with probability tau+.
 
@@ -66,7 +69,8 @@ def debiased_info_nce(
 
     Reference: Chuang et al. 2020, arXiv:2007.00224. `debiased_nt_xent` is its form for two views.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
@@ -77,6 +81,7 @@ def debiased_info_nce(
     return reduced(problem, options, _loss(problem, tau_plus), weight)
 
 
+@together
 def debiased_nt_xent(
     view_a: Tensor,
     view_b: Tensor,
@@ -87,6 +92,7 @@ def debiased_nt_xent(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """Debiased contrastive loss of two views: NT-Xent whose negatives are corrected for the false ones among them.
 
@@ -107,6 +113,8 @@ def debiased_nt_xent(
         normalize: True. Without it exp(-1 / t_i) is no bound, and False is a ValueError.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (2 N,) for "none": float64 for float64 inputs, else float32.
@@ -116,7 +124,8 @@ def debiased_nt_xent(
 
     References: Chuang et al. 2020, arXiv:2007.00224; https://github.com/chingyaoc/DCL.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     problem = of_views(view_a, view_b, temperature, normalize)
     return reduced(problem, options, _loss(problem, tau_plus))
 
@@ -188,6 +197,8 @@ class DebiasedLoss(PairLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = DebiasedLoss(temperature=0.5, tau_plus=0.1)
@@ -209,11 +220,12 @@ class DebiasedLoss(PairLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
             negatives, symmetric, negative_mode, in_batch_negatives, ignore_index, temperature=temperature,
             learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale, reduction=reduction,
-            normalize=True, backend=backend, workspace_limit=workspace_limit,
+            normalize=True, backend=backend, workspace_limit=workspace_limit, distributed=distributed,
         )  # fmt: skip
         self.tau_plus = prior(tau_plus)
 

@@ -15,10 +15,12 @@ from ..backends.row_losses import decoupled
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views, views
 from ..compose.reduction import Loss, reduced
 from ..compose.rows import dots, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
 
 
+@together
 def decoupled_info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -42,6 +44,7 @@ def decoupled_info_nce(
     weight: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """Decoupled contrastive loss (DCL) between queries and keys: InfoNCE without the positive in the denominator.
 
@@ -63,7 +66,8 @@ def decoupled_info_nce(
 
     Reference: Yeh et al. 2022, arXiv:2110.06848. `decoupled_nt_xent` is its form for two views.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     problem = of_keys(
         query, positive_key, negative_keys, temperature, negative_mode, symmetric=symmetric, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
@@ -74,6 +78,7 @@ def decoupled_info_nce(
     return reduced(problem, options, _loss(problem, positive_weight), weight)
 
 
+@together
 def decoupled_nt_xent(
     view_a: Tensor,
     view_b: Tensor,
@@ -84,6 +89,7 @@ def decoupled_nt_xent(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """Decoupled contrastive loss (DCL) of two views: NT-Xent without the positive in the denominator.
 
@@ -103,6 +109,8 @@ def decoupled_nt_xent(
         normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (2 N,) for "none": float64 for float64 inputs, else float32. It may be negative.
@@ -112,7 +120,8 @@ def decoupled_nt_xent(
 
     References: Yeh et al. 2022, arXiv:2110.06848 (equation 6); https://github.com/lightly-ai/lightly (DCLLoss).
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     problem = of_views(view_a, view_b, temperature, normalize)
     return reduced(problem, options, _loss(problem, positive_weight))
 
@@ -181,6 +190,8 @@ class DCLLoss(PairLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = DCLLoss(temperature=0.1)
@@ -203,11 +214,12 @@ class DCLLoss(PairLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
             negatives, symmetric, negative_mode, in_batch_negatives, ignore_index, temperature=temperature,
             learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale, reduction=reduction,
-            normalize=normalize, backend=backend, workspace_limit=workspace_limit,
+            normalize=normalize, backend=backend, workspace_limit=workspace_limit, distributed=distributed,
         )  # fmt: skip
         self.sigma = None if sigma is None else checks.positive_float("sigma", sigma)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -11,11 +12,13 @@ from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.indexing import part_of
-from ..backends.precision import all_wide, without_autocast
+from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce
+from ..compose.across import blocked, of_all
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_rows
 from ..compose.rows import dots, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
@@ -23,6 +26,7 @@ Objective = Literal["cross_entropy", "kl_div"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
+@together
 def distilled_info_nce(
     query: Tensor,
     key: Tensor,
@@ -44,6 +48,7 @@ def distilled_info_nce(
     weight: Tensor | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """InfoNCE with a teacher's similarities as soft targets, without the N x M logits of student or teacher.
 
@@ -85,6 +90,8 @@ def distilled_info_nce(
             The teacher's part is made by PyTorch for some rows at a time, within the limit; its embeddings are held
             once in the dtype of the statistics, float32 for 16-bit inputs, in which their products are made.
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32. A gradient is the student's part less
@@ -99,11 +106,17 @@ def distilled_info_nce(
     """
     checks.one_of("objective", objective, OBJECTIVES)
     alpha = checks.fraction("alpha", alpha)
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
     _check(query, key, symmetric, target, alpha)
     teacher = _checked_teacher(query, key, teacher_query, teacher_key, teacher_scores)
-    m = len(key)
-    t = temperature_of(temperature, query)
+    if options.call is not None and teacher_scores is not None:
+        raise ValueError(
+            "teacher_scores are of this process's keys: over several processes pass a teacher's embeddings"
+        )
+    if options.call is not None:
+        options.call.noted += f" teacher {[(x.shape[1], x.dtype) for x in teacher]};"
+    n, m = len(query), len(key)
+    t = temperature_of(gather.shared(options.call, temperature), query)
     weight = checks.row_weight(weight, query, t.values.dtype)
     if teacher_temperature is None:
         teacher_temperature = temperature if teacher_scores is None else 1.0
@@ -111,32 +124,39 @@ def distilled_info_nce(
     teacher_t = teacher_t._replace(values=teacher_t.values.detach())
 
     labels = None if target is None else checks.target(target, query, m, ignore_index)
-    (query, key), context = all_wide([query, key])  # rows of two parts, whose 16-bit gradients are rounded once
-    with without_autocast(query.device.type):
-        x, y = unit(query, normalize, t.values.dtype), unit(key, normalize, t.values.dtype)
-        teachers = _teachers(teacher, normalize_teacher, teacher_t.values, x.dtype, symmetric, options)
-        # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
-        # Where it holds most of both distributions no digits are lost; but the hard loss and columns need the label
-        own = labels is None and len(x) == m and objective == "cross_entropy"  # and a diagonal takes less time
-        free = alpha == 1 and not symmetric and not own
-        pivot = None if free else torch.arange(len(x), device=x.device) if labels is None else labels
-        divergence = objective == "kl_div"
-        taught = [_soft_targets(z, seen, pivot, divergence, options) for z, seen in zip(teachers, (y, x), strict=False)]
-    if free:
-        favourite = taught[0].pivot
-        labels = favourite if labels is None else torch.where((labels >= 0) & (labels < m), favourite, labels)
+    # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
+    # Where it holds most of both distributions no digits are lost; but the hard loss and columns need the label
+    own = labels is None and n == m and objective == "cross_entropy"  # and a diagonal takes less time
+    free = alpha == 1 and not symmetric and not own
+    ignored = labels
+    if labels is None and n != m:
+        labels = torch.zeros(n, dtype=torch.int64, device=query.device)  # in place of which the favourite comes
     problem = Problem(KeySet(query), (KeySet(key),), t, labels, columns=symmetric, normalize=normalize)
+    problem, context = blocked(problem, options)  # rows of two parts, whose 16-bit gradients are rounded once
+    divergence = objective == "kl_div"
+    with without_autocast(query.device.type):
+        directions = _directions(problem, teacher, normalize_teacher, teacher_t.values, options)
+        taught = []
+        for teacher_of, seen, labels in directions:
+            pivot = None if free else torch.arange(n, device=query.device) if labels is None else labels
+            taught.append(_soft_targets(teacher_of, seen[1], pivot, divergence, options))
+    if free:
+        favourite, labels = taught[0].pivot, directions[0][2]
+        if ignored is not None and labels is not None:
+            inside = (labels >= 0) & (labels < len(directions[0][1][1]))
+            favourite = torch.where(inside, favourite, labels)
+        problem = replace(problem, target=favourite)
     with context:
         students = [rows for rows in contrast.statistics(problem, options) if rows is not None]
     with without_autocast(query.device.type):
         losses = []
-        for student, targets, seen in zip(students, taught, (x, y), strict=False):
+        for student, targets, (_, seen, _) in zip(students, taught, directions, strict=True):
             hard = infonce(student.neg - student.pos)
-            soft = hard + (targets.others * student.pos - dots(seen, targets.mixture) / t.values)
+            soft = hard + (targets.others * student.pos - dots(seen[0], targets.mixture) / t.values)
             soft = soft - targets.entropy if divergence else soft
             soft = t.values.detach() ** 2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
-        return reduced_rows(torch.stack(losses).mean(0), problem, reduction, weight)
+        return reduced_rows(torch.stack(losses).mean(0), problem, options, weight)
 
 
 class Teacher(NamedTuple):
@@ -172,19 +192,35 @@ class SoftTargets(NamedTuple):
     pivot: Tensor  # (N,) int64
 
 
-def _teachers(
-    teacher: list[Tensor], normalize: bool, t: Tensor, dtype: torch.dtype, symmetric: bool, options: Options
-) -> list[Teacher]:
-    """Return a teacher's directions, from its two embeddings or its scores."""
-    sides: list[tuple[Tensor, Tensor | None]] = [(z, None) for x in teacher for z in (x, x.T)]
-    if len(teacher) == 2:
-        a, b = (unit(z, normalize, dtype) for z in teacher)
-        sides = [(a, b), (b, a)]
-    every = [Teacher(*side, t.to(dtype), 1) for side in sides]
-    # the logits of a row, before and after their division, and the terms of its entropy
+Direction = tuple["Teacher", tuple[Tensor, Tensor], Tensor | None]
+
+
+def _directions(
+    problem: Problem, teacher: list[Tensor], normalize: bool, t: Tensor, options: Options
+) -> list[Direction]:
+    """Return for the rows, and for the columns where there are some, the teacher's logits, the student's unit rows on
+    both sides, and the labels."""
+    dtype = problem.acc_dtype
+    every = {id(x): of_all(x, options) for x in teacher}
+    parts = [(problem.of_rows(), teacher)] + ([(problem.swapped(), teacher[::-1])] if problem.columns else [])
     limit = options.limit(t.device)
-    every = [x._replace(step=max(1, limit // max(3 * x.width * dtype.itemsize, 1))) for x in every]
-    return every if symmetric else every[:1]
+    found: list[Direction] = []
+    units: dict[int, Tensor] = {}
+    for part, sides in parts:
+        for rows in part.inputs:
+            if id(rows) not in units:
+                units[id(rows)] = unit(rows, problem.normalize, dtype)
+        if len(sides) == 2:
+            keys = unit(every[id(sides[1])], normalize, dtype)
+            scored: tuple[Tensor, Tensor | None] = unit(sides[0], normalize, dtype), keys
+        else:
+            scored = (sides[0].T if found else sides[0]), None
+        of_rows = Teacher(*scored, t.to(dtype), 1)
+        # the logits of a row, before and after their division, and the terms of its entropy
+        step = max(1, limit // max(3 * of_rows.width * dtype.itemsize, 1))
+        x, y = (units[id(rows)] for rows in part.inputs)
+        found.append((of_rows._replace(step=step), (x, y), part.target))
+    return found
 
 
 def _soft_targets(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool, options: Options) -> SoftTargets:
@@ -310,6 +346,8 @@ class DistillationLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = DistillationLoss(temperature=0.05, symmetric=True)
@@ -340,10 +378,12 @@ class DistillationLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         checks.one_of("objective", objective, OBJECTIVES)
         checks.flags(temperature_squared=temperature_squared, symmetric=symmetric, normalize_teacher=normalize_teacher)
         checks.whole("ignore_index", ignore_index, -(2**63))

@@ -14,9 +14,11 @@ from ..backends.indexing import part_of
 from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce, temperature_gradient
 from ..backends.rows import Rows
+from ..compose.across import across, unique
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_mean
 from ..compose.rows import finite, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 from .info_nce import info_nce
@@ -25,6 +27,7 @@ Distillation = Literal["kl_div", "m3_kd_loss"]
 DISTILLATIONS: tuple[Distillation, ...] = get_args(Distillation)
 
 
+@together
 def grouped_info_nce(
     query: Tensor,
     passages: Tensor,
@@ -42,6 +45,7 @@ def grouped_info_nce(
     distillation: Distillation | None = None,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """InfoNCE over groups of G passages: query i's are rows `offset + i G + k`, a positive (k = 0) and hard negatives.
 
@@ -75,6 +79,8 @@ def grouped_info_nce(
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
             Beside it "m3_kd_loss" holds the (N, G, D) own passages once in float32, and N G^2 / 2 numbers.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -85,14 +91,14 @@ def grouped_info_nce(
     References: FlagEmbedding (Xiao et al. 2023, arXiv:2309.07597), BGE-M3 (Chen et al. 2024, arXiv:2402.03216);
     tevatron and GradCache have this layout and loss.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
     _check_embeddings(query, passages)
     _check_groups(query, passages, group_size, offset, target, in_batch_negatives)
     _check_distillation(query, group_size, target, in_batch_negatives, teacher_scores, distillation)
     if distillation is not None and (key_bias is not None or not positive_bias):
         raise ValueError("key_bias and positive_bias cannot be used with a distillation")
     n = len(query)
-    t = temperature_of(temperature, query)
+    t = temperature_of(gather.shared(options.call, temperature), query)
     # a view (N, G, D) of the passages; a target replaces the groups
     own = None if target is not None else passages[offset : offset + n * group_size].unflatten(0, (n, group_size))
 
@@ -102,13 +108,13 @@ def grouped_info_nce(
         if distillation == "m3_kd_loss":
             outside = _outside(query, passages, group_size, offset, t, normalize, options)
             rows = _falling_groups(outside, _own_scores(query, own, t.values, normalize), _weights(teacher, t))
-            return reduced_mean(rows, reduction)
+            return reduced_mean(rows, options)
         # made first, so that its gradients are made last: those of the passages are then not held meanwhile
         rows = _divergence(query, passages, own, t, teacher, offset, normalize, options)
-        distilled = reduced_mean(rows, reduction)
+        distilled = reduced_mean(rows, options)
     shared: dict[str, Any] = {
         "temperature": temperature, "reduction": reduction, "normalize": normalize, "backend": backend,
-        "workspace_limit": workspace_limit, "positive_bias": positive_bias,
+        "workspace_limit": workspace_limit, "positive_bias": positive_bias, "distributed": distributed,
     }  # fmt: skip
     if own is not None and not in_batch_negatives:
         biases = _own_biases(key_bias, positive_bias, query, passages, offset, group_size)
@@ -156,9 +162,11 @@ def _outside(
     groups = torch.arange(-first, len(passages) // group_size - first, device=device)
     ids = groups.repeat_interleave(group_size, output_size=len(passages))
     none = torch.full((n,), -1, device=device)
-    queries = KeySet(query, torch.arange(n, device=device))
-    problem = Problem(queries, (KeySet(passages, ids),), t, none, normalize=normalize)
-    return contrast.statistics(problem, options).rows.neg
+    queries = KeySet(query, unique(torch.arange(n, device=device), options))
+    problem = Problem(queries, (KeySet(passages, unique(ids, options)),), t, none, normalize=normalize)
+    problem, products = across(problem, options)
+    with products:
+        return contrast.statistics(problem, options).rows.neg
 
 
 def _own_scores(query: Tensor, own: Tensor, t: Tensor, normalize: bool) -> Tensor:
@@ -317,6 +325,8 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = GroupedInfoNCELoss(group_size=8)
@@ -339,10 +349,12 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         if distillation is not None:
             checks.one_of("distillation", distillation, DISTILLATIONS)
         checks.flags(in_batch_negatives=in_batch_negatives)

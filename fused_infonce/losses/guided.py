@@ -13,9 +13,11 @@ from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import accumulator, all_wide, cast, product_dtype, statistics_dtype, without_autocast
 from ..backends.row_losses import infonce
+from ..compose.across import across, unique
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode, all_ids, call_options, key_embeddings, temperature_of
 from ..compose.reduction import reduced, reduced_mean
 from ..compose.rows import dots, log_add, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
@@ -24,6 +26,7 @@ MARGINS: tuple[MarginStrategy, ...] = get_args(MarginStrategy)
 Guides = tuple[Tensor, Tensor, Tensor | None]  # of queries, keys and the negatives that may be left out
 
 
+@together
 def guided_info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -46,6 +49,7 @@ def guided_info_nce(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """InfoNCE over the negatives that a guide does not take for positives.
 
@@ -83,6 +87,8 @@ def guided_info_nce(
         normalize: divide every row by max(norm, 1e-12) first. The guide's rows always are.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -95,7 +101,8 @@ def guided_info_nce(
     """
     checks.one_of("margin_strategy", margin_strategy, MARGINS)
     checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     key_embeddings(query, positive_key, negative_keys, negative_mode, targets=True)
     n, m = len(query), len(positive_key)
     if checks.whole("offset", offset, 0) + n > m:
@@ -116,7 +123,7 @@ def guided_info_nce(
         (query, positive_key, *rest), context = all_wide(tensors)
         negative_keys = rest[0] if rest else None
     index = torch.arange(offset, offset + n, device=query.device)
-    row_ids = index if key_ids is None else key_ids[index]
+    row_ids = unique(index, options) if key_ids is None else key_ids[index]
     keys = [KeySet(positive_key, key_ids, guides[1])]
     if contrast_queries:
         keys.append(KeySet(query, row_ids, guides[0]))
@@ -129,18 +136,23 @@ def guided_info_nce(
     with context:
         if not contrast_keys:
             return reduced(problem, options, "infonce")
-        ids = torch.arange(m, device=query.device) if key_ids is None else key_ids
+        ids = unique(torch.arange(m, device=query.device), options) if key_ids is None else key_ids
         others = Problem(
             KeySet(positive_key[own], row_ids, guides[1][own]), (KeySet(positive_key, ids, guides[1]),), t,
             torch.full_like(index, -1), ceiling=ceiling, normalize=normalize,
         )  # fmt: skip
-        return reduced_mean(_joined(problem, others, options), reduction)
+        return reduced_mean(_joined(problem, others, options), options)
 
 
 def _joined(problem: Problem, others: Problem, options: Options) -> Tensor:
     """Return the (N,) losses of a problem whose rows have the negatives of `others` too."""
-    rows = contrast.statistics(problem, options).rows
-    return infonce(log_add(rows.neg, contrast.statistics(others, options).rows.neg) - rows.pos)
+    problem, products = across(problem, options)
+    with products:
+        rows = contrast.statistics(problem, options).rows
+    others, products = across(others, options)
+    with products:
+        neg = contrast.statistics(others, options).rows.neg
+    return infonce(log_add(rows.neg, neg) - rows.pos)
 
 
 def _negatives(
@@ -245,6 +257,8 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = GuidedInfoNCELoss(temperature=0.02, margin=0.1)  # the embeddings are their own guide
@@ -270,10 +284,12 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
         checks.one_of("margin_strategy", margin_strategy, MARGINS)
         checks.flags(spare_negatives=spare_negatives, contrast_queries=contrast_queries, contrast_keys=contrast_keys)

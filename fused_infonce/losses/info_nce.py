@@ -13,8 +13,9 @@ from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
 from ..backends.indexing import take_rows
 from ..backends.precision import statistics_dtype, without_autocast
+from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
-from ..compose.reduction import reduced, reduced_rows, widened
+from ..compose.reduction import of_block, reduced, reduced_rows
 from ..compose.rows import dots, negative_sums, one_id_a_row, unit
 from ..compose.several import (
     POSITIVES,
@@ -25,10 +26,12 @@ from ..compose.several import (
     check_several,
     several_reduced,
 )
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans, check_options_of_keys
 
 
+@together
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -58,6 +61,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """InfoNCE between queries and keys, without the N x M logits.
 
@@ -129,6 +133,8 @@ def info_nce(
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32. With no rows, or all ignored, "mean"
@@ -141,7 +147,8 @@ def info_nce(
     Wang et al. 2018, arXiv:1801.09414; Yang et al. 2019, arXiv:1902.08564. Several positives: Khosla et al. 2020,
     arXiv:2004.11362; Miech et al. 2020, arXiv:1912.06430.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     several = _several(
         query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index,
         {"label_smoothing": label_smoothing != 0, "key_ids alone": query_ids is None and key_ids is not None},
@@ -163,11 +170,11 @@ def info_nce(
     if problem.added:
         raise ValueError("label_smoothing cannot be used with key_bias, negative_bias, negative_mask or margin")
     one_id_a_row(problem, "label_smoothing")
-    problem, context = widened(problem)
+    problem, context = blocked(problem, options)
     with context:
-        loss = reduced(problem, options, "infonce", weight)
+        loss = of_block(problem, options, "infonce", weight)
         pull = _pull(problem)
-    return loss + label_smoothing * reduced_rows(pull, problem, reduction, weight)
+    return loss + label_smoothing * reduced_rows(pull, problem, options, weight)
 
 
 def _several(
@@ -251,6 +258,8 @@ class FusedInfoNCELoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = FusedInfoNCELoss(temperature=0.02)
@@ -277,10 +286,12 @@ class FusedInfoNCELoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         self.negative_mode = negative_mode
         self.symmetric = symmetric

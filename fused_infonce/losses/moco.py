@@ -16,10 +16,12 @@ from ..compose.arguments import call_options, temperature_of
 from ..compose.biases import biases_of
 from ..compose.reduction import closed_form, reduced
 from ..compose.rows import unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans
 
 
+@together
 def moco_loss(
     query: Tensor,
     key: Tensor,
@@ -32,6 +34,7 @@ def moco_loss(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """MoCo's loss: each query against its key and a queue of the keys of earlier batches, which are the negatives.
 
@@ -53,6 +56,8 @@ def moco_loss(
         normalize: divide every query, key and column of the queue by max(norm, 1e-12) first.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -73,7 +78,9 @@ def moco_loss(
             f"queue must have {query.shape[1]} rows, the components of query, got {queue.shape[0]}: "
             f"it is the queue of a MoCoLoss(dim={queue.shape[0]}), and these embeddings need dim={query.shape[1]}"
         )
-    checked = call_options(backend, workspace_limit, reduction)
+    checked = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(checked.call, temperature)
+    negative_bias = gather.alike(checked.call, negative_bias)
     biases = biases_of(key_bias, negative_bias, True, query, key, queue.T, None, in_batch=False)
     negatives = KeySet(queue.detach().T, bias=biases.negative)
     problem = Problem(
@@ -83,7 +90,7 @@ def moco_loss(
     plan = plan_of(problem, checked, reduced=closed_form(problem, checked, None))
     if plan.gradients and not plan.one_pass and not contrast.is_explaining():  # a backward may follow an overwriting
         problem = replace(problem, keys=(problem.keys[0], negatives._replace(rows=negatives.rows.clone())))
-    return reduced(problem, checked, "infonce")
+    return reduced(problem, checked, "infonce", alike=[1])
 
 
 class MoCoLoss(ContrastiveLoss):
@@ -110,6 +117,8 @@ class MoCoLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = MoCoLoss(128, queue_size=4096)
@@ -132,10 +141,12 @@ class MoCoLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         checks.whole("dim", dim, 1)
         checks.whole("queue_size", queue_size, 1)
         self.register_buffer("queue", torch.empty(queue_size, dim, dtype=torch.float32).T)

@@ -17,10 +17,12 @@ from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, RowStatistics, Temperature
 from ..backends.precision import all_wide, without_autocast
 from ..backends.row_losses import infonce
+from ..compose.across import all_rows
 from ..compose.arguments import call_options, temperature_of
 from ..compose.biases import Biases, of_columns
 from ..compose.reduction import reduced, reduced_mean
 from ..compose.rows import dots, finite, log_add, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
@@ -32,6 +34,7 @@ PARTITIONS: tuple[Partition, ...] = get_args(Partition)
 HARDNESS: tuple[Hardness, ...] = get_args(Hardness)
 
 
+@together
 def multiple_negatives(
     query: Tensor,
     documents: Sequence[Tensor] | Tensor,
@@ -49,6 +52,7 @@ def multiple_negatives(
     reduction: Reduction = "mean",
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """InfoNCE of queries against their positives, the hard negatives of all queries and, if asked, in other directions.
 
@@ -97,6 +101,8 @@ def multiple_negatives(
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
             Beside it the hard negatives are held once in one tensor; several directions, or a hardness that tells a
             query's own hard negatives from others, hold 16-bit rows once in float32.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -108,7 +114,8 @@ def multiple_negatives(
     directions: Li et al. 2023, arXiv:2308.03281; hardness: Lan et al. 2025, arXiv:2503.04812, and Schechter Vera et al.
     2025, arXiv:2509.20354.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     check_options(directions, partition, hardness, hardness_strength)
     documents = _check_embeddings(query, documents, offset, all_queries, directions)
     if key_bias is not None and hardness_strength:
@@ -119,9 +126,9 @@ def multiple_negatives(
         of_columns(key_bias, positive_bias, query, documents, slice(offset, offset + len(query))),
     )  # fmt: skip
     both = ranking.columns and partition == "per_direction"
-    if not ranking.strength and (ranking.directions == {"query_to_doc"} or both):
+    if not ranking.strength and (ranking.directions == {"query_to_doc"} or both) and options.call is None:
         return reduced(ranking.first, options, "infonce")
-    ranking, products = ranking.widened()
+    ranking, products = ranking.widened() if options.call is None else ranking.of_all(options, key_bias, positive_bias)
     with products:
         pos, negs = ranking.scores(options)
     with without_autocast(query.device.type):
@@ -131,13 +138,13 @@ def multiple_negatives(
         if partition == "per_direction":
             each = [pos, pos if added is None else pos - added]
             return reduced_mean(
-                torch.stack([infonce(neg - p) for neg, p in zip(negs, each, strict=False)]).mean(0), reduction
+                torch.stack([infonce(neg - p) for neg, p in zip(negs, each, strict=False)]).mean(0), options
             )
         # With doc_to_query the sum holds the positive twice: log(k + exp(x)) = log k + log(1 + exp(x - log k)).
         log_k: float | Tensor = math.log(1 + ("doc_to_query" in directions))
         if log_k and added is not None:  # k = 1 + exp(-added): that of doc_to_query has no bias
             log_k = infonce(-added)
-        return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), reduction)
+        return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +186,10 @@ class _Ranking:
     def columns(self) -> bool:
         """Return whether doc_to_query comes from the products of query_to_doc."""
         return self.local and "doc_to_query" in self.directions and not self.weighted
+
+    @property
+    def flags(self) -> tuple[Any, ...]:
+        return sorted(self.directions), self.hardness, self.hardness_strength, self.normalize
 
     @property
     def own(self) -> slice:
@@ -226,6 +237,28 @@ class _Ranking:
             return self, nullcontext()
         (query, every, *documents), context = all_wide([self.query, self.every, *self.documents])
         return replace(self, query=query, every=every, documents=documents), context
+
+    def of_all(
+        self, options: Options, key_bias: Tensor | None, positive_bias: bool
+    ) -> tuple[_Ranking, AbstractContextManager[Any]]:
+        """Return this rank's call over the documents and queries of all ranks, and the context of its products."""
+        if self.offset or self.every is not self.query:
+            raise ValueError("offset and all_queries are of gathered documents: distributed=True gathers them itself")
+        if len(self.documents[0]) != len(self.query):
+            raise ValueError(f"documents must have {len(self.query)} rows as query has, got {len(self.documents[0])}")
+        queries = KeySet(self.query)
+        columns = [KeySet(x, bias=None if key_bias is None else key_bias[i]) for i, x in enumerate(self.documents)]
+        (query, every, *sets), context = all_rows([queries, queries, *columns], self.t, options, repr(self.flags))
+        biases = self.biases
+        start = options.call.start(options.call.keys)
+        documents, own = [x.rows for x in sets], slice(start, start + len(query.rows))
+        if key_bias is not None:
+            gathered = torch.stack([x.bias for x in sets if x.bias is not None])
+            biases = of_columns(gathered, positive_bias, query.rows, documents, own)
+        ranking = replace(
+            self, query=query.rows, every=every.rows, documents=documents, offset=start, biases=biases
+        )  # fmt: skip
+        return ranking, context
 
     def scores(self, options: Options) -> tuple[Tensor, list[Tensor]]:
         """Return the (N,) logits of the positives, and for each direction the logsumexp of its negatives."""
@@ -348,6 +381,8 @@ class MultipleNegativesLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = MultipleNegativesLoss(hardness="hard_negatives", hardness_strength=5.0)
@@ -371,10 +406,12 @@ class MultipleNegativesLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         check_options(directions, partition, hardness, hardness_strength)
         self.directions = tuple(directions)
         self.partition = partition

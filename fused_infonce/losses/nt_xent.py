@@ -10,15 +10,18 @@ from torch import Tensor
 from .. import contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.precision import wide, without_autocast
+from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce
+from ..compose.across import blocked, unique
 from ..compose.arguments import call_options, of_views, stacked, temperature_of, views
 from ..compose.reduction import reduced, reduced_mean
 from ..compose.rows import dots, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
 
+@together
 def nt_xent(
     view_a: Tensor,
     view_b: Tensor,
@@ -29,6 +32,7 @@ def nt_xent(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """NT-Xent, SimCLR's loss: rows of all views, whose positives are other views of a sample, against other samples.
 
@@ -49,6 +53,8 @@ def nt_xent(
         normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (V N,) for "none": float64 for float64 inputs, else float32.
@@ -58,21 +64,22 @@ def nt_xent(
 
     Reference: Chen et al. 2020, arXiv:2002.05709.
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature = gather.shared(options.call, temperature)
     if more_views == ():
         return reduced(of_views(view_a, view_b, temperature, normalize), options, "infonce")
     every = views(view_a, view_b, more_views)
     rows, samples = stacked(every), len(view_a)
     t = temperature_of(temperature, rows)
-    rows, products = wide(rows)
-    ids = torch.arange(samples, device=rows.device).repeat(len(every))
+    ids = unique(torch.arange(samples, device=rows.device).repeat(len(every)), options)
     same = KeySet(rows, ids)
+    problem, products = blocked(Problem(same, (same,), t, normalize=normalize), options)
     with products:
-        neg = contrast.statistics(Problem(same, (same,), t, normalize=normalize), options).rows.neg
+        neg = contrast.statistics(problem, options).rows.neg
     with without_autocast(rows.device.type):
-        x = unit(rows, normalize, rows.dtype)
+        x = unit(problem.query.rows, normalize, t.values.dtype)
         losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t.values) for k in range(1, len(every))]
-        return reduced_mean(torch.stack(losses).mean(0), reduction)
+        return reduced_mean(torch.stack(losses).mean(0), options)
 
 
 class NTXentLoss(ContrastiveLoss):
@@ -90,6 +97,8 @@ class NTXentLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.1)
@@ -106,10 +115,12 @@ class NTXentLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
         """Return the loss of two or more views of a batch, (N, D) each."""

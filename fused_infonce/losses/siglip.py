@@ -13,6 +13,7 @@ from ..backends.contract import KeySet, Problem
 from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
 from ..compose.reduction import reduced_sigmoids
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 from .clip import check_features, temperature_of_scale
@@ -21,6 +22,7 @@ BIAS = -10.0  # from which SigLIP's learnable bias starts: nearly all pairs are 
 START = 0.1  # and its temperature
 
 
+@together
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -36,6 +38,7 @@ def siglip_loss(
     reduction: Reduction = "mean",
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """SigLIP's loss of images and texts, a sigmoid for each of their N x N pairs, without the matrix of pairs.
 
@@ -63,6 +66,8 @@ def siglip_loss(
             image.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (N,) for "none": float64 for float64 inputs, else float32.
@@ -76,24 +81,27 @@ def siglip_loss(
     return _siglip(
         image_features, text_features, temperature_of_scale(logit_scale, image_features), logit_bias,
         negative_text_features, (image_ids, text_ids, negative_ids), weight, normalize=normalize, reduction=reduction,
-        backend=backend, workspace_limit=workspace_limit,
+        backend=backend, workspace_limit=workspace_limit, distributed=distributed,
     )  # fmt: skip
 
 
+@together
 def _siglip(
     image: Tensor, text: Tensor, temperature: float | Tensor, bias: Any, negatives: Tensor | None,
     ids: tuple[Any, Any, Any], weight: Any, *, normalize: bool, reduction: Reduction, backend: BackendName,
-    workspace_limit: int | None,
+    workspace_limit: int | None, distributed: DistributedLike,
 ) -> Tensor:  # fmt: skip
-    """Return the loss of features that are checked; ids: of images, texts and further texts."""
+    """Return the loss of features at a temperature; ids: of images, texts and further texts."""
+    check_features(image, text, negatives)
     checks.flags(normalize=normalize)
+    options = call_options(backend, workspace_limit, reduction, distributed)
+    temperature, bias = gather.shared(options.call, temperature), gather.shared(options.call, bias)
     dtype = statistics_dtype(image)
     image_ids, text_ids, negative_ids = _checked_ids(*ids, image, negatives)
     keys = [KeySet(text, text_ids)] + ([] if negatives is None else [KeySet(negatives, negative_ids)])
     t = checks.temperature(temperature, image, dtype)
     problem = Problem(KeySet(image, image_ids), tuple(keys), t, normalize=normalize)
     shift = checks.logit_bias("logit_bias", 0.0 if bias is None else bias, image, dtype)
-    options = call_options(backend, workspace_limit, reduction)
     return reduced_sigmoids(problem, shift, options, checks.row_weight(weight, image, dtype))
 
 
@@ -137,6 +145,8 @@ class SigLipLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves; None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = SigLipLoss()
@@ -162,12 +172,14 @@ class SigLipLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         if temperature is None and learnable_temperature:
             temperature = START
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         checks.flags(learnable_bias=learnable_bias)
         self.bias = None if bias is None else checks.finite("bias", bias)
         self.learnable_bias = learnable_bias

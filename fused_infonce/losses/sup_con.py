@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,9 +14,11 @@ from ..backends.contract import KeySet, Problem
 from ..backends.indexing import part_of
 from ..backends.precision import statistics_dtype, wide, without_autocast
 from ..backends.row_losses import infonce
+from ..compose.across import across, of_all, of_own, unique
 from ..compose.arguments import call_options
 from ..compose.reduction import reduced_mean
 from ..compose.rows import class_sums, dots, unit
+from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 from .nt_xent import nt_xent
@@ -24,6 +27,7 @@ ContrastMode = Literal["all", "one"]
 CONTRAST_MODES: tuple[ContrastMode, ...] = get_args(ContrastMode)
 
 
+@together
 def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
@@ -36,6 +40,7 @@ def sup_con(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """SupCon: a supervised contrastive loss of every row against all others, where rows of one class are positives.
 
@@ -60,6 +65,8 @@ def sup_con(
         normalize: divide every row by max(norm, 1e-12) first. The original leaves it to the caller.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch beyond inputs and gradients; default 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         A 0-d loss, or (V N,) or (N,) for "none": float64 for float64 inputs, else float32.
@@ -71,10 +78,12 @@ def sup_con(
 
     References: Khosla et al. 2020, arXiv:2004.11362; https://github.com/HobbitLong/SupContrast (losses.py).
     """
-    options = call_options(backend, workspace_limit, reduction)
+    options = call_options(backend, workspace_limit, reduction, distributed)
     _check(features, labels, mask, temperature, contrast_mode)
     dtype = statistics_dtype(features)
-    t = checks.temperature(temperature, features, dtype)
+    if mask is not None and options.call is not None:
+        raise ValueError("mask names pairs of this process's samples: over several processes pass labels")
+    t = checks.temperature(gather.shared(options.call, temperature), features, dtype)
     factor: float | Tensor = 1.0
     if base_temperature is not None:
         constant = t.values.detach()[0] if t.lowest is None else t.lowest
@@ -86,7 +95,7 @@ def sup_con(
         view_a, view_b = rows.chunk(2)
         return factor * nt_xent(
             view_a, view_b, temperature, reduction, normalize=normalize, backend=backend,
-            workspace_limit=workspace_limit,
+            workspace_limit=workspace_limit, distributed=distributed,
         )  # fmt: skip
 
     index = torch.arange(len(rows), device=rows.device)
@@ -94,14 +103,24 @@ def sup_con(
     anchors = samples if contrast_mode == "one" else len(rows)
     first = slice(0, anchors)
     rows, products = wide(rows)
-    keys = KeySet(rows, index)
-    query = keys if contrast_mode == "all" else KeySet(rows[first], index[first])
+    keys = KeySet(rows, unique(index, options))
+    query = keys if contrast_mode == "all" else KeySet(rows[first], part_of(keys.ids, first))
     problem = Problem(query, (keys,), t, part_of(positives.target, first), normalize=normalize)
     with products:
-        stats = contrast.statistics(problem, options).rows
+        problem, others = across(problem, options)
+        classes = None if labels is None else of_all(labels.flatten().long().repeat(views), options)
+        if classes is not None and views == 1:  # the next row of a class may be another rank's
+            problem = replace(problem, target=part_of(_next(classes), of_own(first, options)))
+        with others:
+            stats = contrast.statistics(problem, options).rows
     with without_autocast(rows.device.type):
         x = unit(rows, normalize, dtype)
-        anchor, total, count = (part_of(every, first) for every in (x, *_class_totals(x, labels, weights, views)))
+        anchor = part_of(x, first)
+        if classes is not None:
+            every = x if options.call is None else unit(problem.keys[0].rows, normalize, dtype)
+            total, count = class_sums(classes, every, part_of(classes, of_own(first, options)))
+        else:
+            total, count = (part_of(each, first) for each in _sample_totals(x, weights, views))
         own = positives.own
         if own is None:  # every row is once among those of its class
             total, count = total - anchor, count - 1
@@ -114,7 +133,7 @@ def sup_con(
         # lse over all others - mean = softplus(neg - s_iy) + (s_iy - mean), y one of the positives. Where it is the
         # only one the second part is 0, and the first is exact however small the loss
         loss = infonce(stats.neg - stats.pos) + (stats.pos - mean).masked_fill(single, 0)
-        return factor * reduced_mean(loss.masked_fill(none, 0), reduction)
+        return factor * reduced_mean(loss.masked_fill(none, 0), options)
 
 
 class _Positives(NamedTuple):
@@ -140,10 +159,8 @@ def _positives(labels: Tensor | None, weights: Tensor | None, samples: int, view
     return _Positives(torch.full_like(index, -1) if labels is None else _next(labels.flatten().long()), None, None)
 
 
-def _class_totals(x: Tensor, labels: Tensor | None, weights: Tensor | None, views: int) -> tuple[Tensor, Tensor]:
-    """Return for each row the sum of its class's rows, itself among them, (V N, D), and their number, (V N,)."""
-    if labels is not None:
-        return class_sums(labels.flatten().long().repeat(views), x)
+def _sample_totals(x: Tensor, weights: Tensor | None, views: int) -> tuple[Tensor, Tensor]:
+    """Return for each row the weighted sum of the views of its positives, itself perhaps among them, and its weight."""
     total = x.unflatten(0, (views, -1)).sum(0) if len(x) else x
     count = total.new_full((len(total),), views)
     if weights is not None:
@@ -247,6 +264,8 @@ class SupConLoss(ContrastiveLoss):
         max_logit_scale: the largest `1 / temperature` that `clamp_logit_scale_()` leaves (CLIP: 100); None: no bound.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
+        distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Example:
         >>> loss = SupConLoss(temperature=0.07)
@@ -267,10 +286,12 @@ class SupConLoss(ContrastiveLoss):
         max_logit_scale: float | None = None,
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
+        distributed: DistributedLike = False,
     ):
         super().__init__(
-            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit
-        )
+            temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
+            distributed,
+        )  # fmt: skip
         checks.one_of("contrast_mode", contrast_mode, CONTRAST_MODES)
         self.contrast_mode = contrast_mode
         if base_temperature is not None:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # A folder or file of the package, from the ground up; kernels/ is installed as fused_infonce.kernels.
 FLOORS = (
-    "kernels", "backends", "contrast", "checks", "compose", "temperature", "losses", "functional", "wrappers", "compat",
-    "__init__",
+    "kernels", "backends", "contrast", "checks", "distributed", "compose", "temperature", "losses", "functional",
+    "wrappers", "compat", "__init__",
 )  # fmt: skip
 MODULES = {
     ".".join(("fused_infonce", *path.relative_to(base).with_suffix("").parts)): path

@@ -1,0 +1,179 @@
+"""A call's problem over the rows of all ranks: this rank's queries against the keys of all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Options
+from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.precision import all_wide, product_dtype
+from ..backends.registry import resolve
+from ..distributed import Call
+from ..distributed.gather import gather
+from .rows import widened
+
+
+def across(
+    problem: Problem, options: Options, alike: Collection[int] = (), more: str = ""
+) -> tuple[Problem, AbstractContextManager[Any]]:
+    """Return the problem of this rank's rows against those of all ranks, and the context of its products.
+
+    Keys that all queries of this rank share are gathered, in rank order, with their ids, guides and biases; a query's
+    own stay where they are. Without ranks the problem is returned as it is.
+
+    alike: places among `problem.keys` of sets that are the same on all ranks, such as a queue. more: what else must be
+        the same on every rank, beside all that is known of the problem and the options.
+    """
+    call: Call | None = options.call
+    if call is None:
+        return problem, nullcontext()
+    resolve(options.backend, problem.query.rows)  # an error while the other ranks can still hear of it
+    wire = _wire(problem.query.rows)
+    problem, context = widened(problem) if wire is not None else (problem, nullcontext())
+    first = problem.keys[0]
+    meets_first = problem.in_batch
+    wanted = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
+    sets = [problem.query, first, *(problem.keys[place] for place in wanted)]
+    counts = call.counts(signature(problem, options) + more, _values(problem), [len(keys.rows) for keys in sets])
+    (of_queries, of_keys, *of_others) = counts
+    call.keys = of_keys
+    gathered = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
+    if meets_first:
+        gathered.append((first, of_keys))
+    if problem.columns:
+        gathered.append((problem.query, of_queries))
+    found = gathered_sets(call, gathered, wire)
+    keys = list(problem.keys)
+    for place in wanted:
+        keys[place] = found.pop(0)
+    query, target = problem.query, problem.target
+    if meets_first:
+        keys[0] = found.pop(0)
+        start = call.start(of_keys)
+        target = _shifted(problem, start, len(first.rows), sum(of_keys))
+        if problem.self_similar:  # a row has the id of its place, so that it is not its own negative
+            every = torch.arange(sum(of_keys), device=query.rows.device)
+            keys[0] = keys[0]._replace(ids=every)
+            query = query._replace(ids=every[start : start + len(query.rows)])
+    opposite = None
+    if problem.columns:
+        own = problem.swapped()
+        queries = found.pop(0)._replace(guide=None)
+        start = call.start(of_queries)
+        opposite = replace(
+            own, keys=(queries if own.keys[0].ids is not None else queries._replace(ids=None),),
+            target=torch.arange(start, start + len(own.query.rows), device=query.rows.device),
+        )  # fmt: skip
+    block = replace(
+        problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite
+    )
+    return block, context
+
+
+def all_rows(
+    sets: Sequence[KeySet], temperature: Temperature, options: Options, more: str
+) -> tuple[list[KeySet], AbstractContextManager[Any]]:
+    """Return the first set as it is and the others of all ranks, as many rows each, and the context of their products.
+
+    What `across` does for a loss that makes several problems of the same rows.
+    """
+    call: Call = options.call
+    resolve(options.backend, sets[0].rows)
+    wire = _wire(sets[0].rows)
+    context: AbstractContextManager[Any] = nullcontext()
+    if wire is not None:
+        rows, context = all_wide([keys.rows for keys in sets])
+        sets = [keys._replace(rows=x) for keys, x in zip(sets, rows, strict=True)]
+    described = "; ".join(map(_described, sets))
+    (call.keys,) = call.counts(
+        f"{described} {more} {options.reduction!r}", str(temperature.lowest), [len(sets[0].rows)]
+    )
+    return [sets[0], *gathered_sets(call, [(keys, call.keys) for keys in sets[1:]], wire)], context
+
+
+def unique(ids: Tensor, options: Options) -> Tensor:
+    """Return ids that a loss gives its rows, by which they differ from those of other ranks too."""
+    return ids if options.call is None else options.call.unique(ids)
+
+
+def blocked(problem: Problem, options: Options) -> tuple[Problem, AbstractContextManager[Any]]:
+    """Return a problem of which more than one sum is made, with 16-bit gradients added in float32, over all ranks."""
+    return widened(problem) if options.call is None else across(problem, options)
+
+
+def of_all(x: Tensor, options: Options) -> Tensor:
+    """Return what belongs to the rows of the first set of keys, those of all ranks, once `across` has met them."""
+    return x if options.call is None else gather(options.call, [x], [options.call.keys])[0]
+
+
+def of_own(rows: slice, options: Options) -> slice:
+    """Return where some of this rank's keys, the first set's, are among those of all ranks."""
+    start = 0 if options.call is None else options.call.start(options.call.keys)
+    return slice(start + rows.start, start + rows.stop)
+
+
+def gathered_sets(
+    call: Call, sets: Sequence[tuple[KeySet, Sequence[int]]], wire: torch.dtype | None = None
+) -> list[KeySet]:
+    """Return sets of keys of all ranks, from this rank's with their numbers of rows; wire: the dtype of rows on it."""
+    tensors: list[Tensor] = []
+    counts: list[Sequence[int]] = []
+    wires: list[torch.dtype | None] = []
+    for keys, each in sets:
+        for name, x in zip(KeySet._fields, keys, strict=True):
+            if x is not None:
+                tensors.append(x)
+                counts.append(each)
+                wires.append(wire if name == "rows" else None)
+    found = iter(gather(call, tensors, counts, wires))
+    fields = [[None if x is None else next(found) for x in keys] for keys, _ in sets]
+    return [KeySet(rows, *rest) for rows, *rest in fields if rows is not None]
+
+
+def _wire(rows: Tensor) -> torch.dtype | None:
+    """Return the 16-bit dtype in which rows travel and are multiplied; None: their own."""
+    dtype = product_dtype(rows)
+    if dtype.itemsize != 2:
+        return None
+    return dtype if rows.dtype == dtype or dtype == torch.bfloat16 else None
+
+
+def _shifted(problem: Problem, start: int, own: int, every: int) -> Tensor:
+    """Return the targets of this rank's rows among the keys of all ranks, of which its own begin at `start`."""
+    target = problem.target
+    if target is None:
+        return torch.arange(start, start + own, device=problem.query.rows.device)
+    return torch.where(target < 0, target, torch.where(target == own, every, target + start))
+
+
+def signature(problem: Problem, options: Options) -> str:
+    """Return what of a call must be the same on every rank, for its collectives to be."""
+    sets = "; ".join(_described(keys) for keys in problem.sets)
+    flags = [name for name, value in zip(FLAGS, problem.flags, strict=True) if value]
+    given = [name for name in ("target", "ceiling", "offset") if getattr(problem, name) is not None]
+    t = problem.temperature.values
+    graph = f"gradient of the temperature {t.requires_grad and torch.is_grad_enabled()}"
+    return f"query and keys {sets}; {', '.join([*flags, *given])}; {graph}; reduction={options.reduction!r}"
+
+
+FLAGS = ("in_batch", "columns", "normalize", "self_similar", "two_views")
+
+
+def _described(keys: KeySet) -> str:
+    rows = keys.rows
+    fields = [name for name, x in zip(KeySet._fields[1:], keys[1:], strict=True) if x is not None]
+    grads = [name for name, x in zip(KeySet._fields, keys, strict=True) if x is not None and x.requires_grad]
+    shape = ", ".join(["N", *["H"] * (rows.dim() - 2), str(rows.shape[-1])])
+    needed = f" with gradients of {', '.join(grads)}" if grads and torch.is_grad_enabled() else ""
+    return f"({shape}) {str(rows.dtype).removeprefix('torch.')} {' '.join(fields)}{needed}"
+
+
+def _values(problem: Problem) -> str:
+    t = problem.temperature
+    return f"temperature {t.lowest}" if t.shared else ""

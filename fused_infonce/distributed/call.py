@@ -1,0 +1,183 @@
+"""The option `distributed` of a loss, and one call of it as a rank sees it."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+
+from torch import Tensor
+
+from . import preflight
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+Gradients = Literal["mean", "sum"]
+Exchange = Literal["auto", "gather", "stream"]
+Check = Literal["sizes", "values", "none"]
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How a loss takes the rows of all processes of a group for one batch.
+
+    Args:
+        group: a `ProcessGroup`, a one-dimensional `DeviceMesh`, or None, the default group.
+        parameter_gradients: what becomes of the parameters' gradients afterwards. "mean": they are averaged over the
+            ranks, as DDP and FSDP do, so that embeddings get W times the gradient of the global loss, and a learnable
+            temperature its whole gradient on every rank. "sum": they are added, and each rank has its part.
+        exchange: "auto", "gather" (all rows are gathered at once) or "stream" (in parts).
+        check: what ranks compare before a call: "sizes" (shapes, dtypes and options), "values" (also the values of the
+            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, and a mistake on
+            one may make the others wait for it).
+    """
+
+    group: Any = None
+    parameter_gradients: Gradients = "mean"
+    exchange: Exchange = "auto"
+    check: Check = "sizes"
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("parameter_gradients", Gradients), ("exchange", Exchange), ("check", Check)):
+            if getattr(self, name) not in get_args(kinds):
+                allowed = ", ".join(map(repr, get_args(kinds)))
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={getattr(self, name)!r}" for name in ("parameter_gradients", "exchange", "check")]
+        return f"Distributed({', '.join(shown)})"
+
+
+DistributedLike = Any  # bool | Distributed | ProcessGroup | DeviceMesh; inside the library a Call
+
+
+class Call:
+    """One call of a loss as this rank makes it, with the ranks that make it too."""
+
+    def __init__(self, communicator: Communicator, options: Distributed):
+        self.communicator, self.options = communicator, options
+        self.rank, self.world = communicator.rank, communicator.world
+        self.number = _numbers[communicator] = _numbers.get(communicator, 0) + 1
+        self.met = False  # whether this rank has told the others that its arguments are good
+        self.noted = ""  # what must be the same on every rank, beside what `counts` is given
+        self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
+
+    @property
+    def factor(self) -> int:
+        """By how much gradients of the global loss are multiplied, so that their mean over the ranks is their sum."""
+        return self.world if self.options.parameter_gradients == "mean" else 1
+
+    def counts(self, signature: str, values: str, sizes: Sequence[int]) -> list[list[int]]:
+        """Return the numbers of rows of all ranks, in rank order, for each of this rank's `sizes`.
+
+        signature, values: what must be the same on every rank; see `Distributed.check`.
+        """
+        self.met = True
+        check = self.options.check
+        if check == "none":
+            return [[size] * self.world for size in sizes]
+        signature += f"{self.noted} {self.options}" + (f" {values}" if check == "values" else "")
+        said = preflight.agree(self.communicator, self.number, signature, sizes)
+        return [[words[i] for words in said] for i in range(len(sizes))]
+
+    def unique(self, ids: Tensor) -> Tensor:
+        """Return ids of this rank's rows by which they differ from those of all other ranks."""
+        return ids * self.world + self.rank
+
+    def start(self, counts: Sequence[int]) -> int:
+        """Return the place of this rank's first row among those of all."""
+        return sum(counts[: self.rank])
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the other ranks of an error before they wait for this one's rows in vain."""
+        if not self.met and self.options.check != "none":
+            preflight.report(self.communicator, self.number, error)
+
+
+_numbers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()  # of calls made so far
+_communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()  # of process groups
+
+
+def options_of(value: Any) -> Distributed | None:
+    """Return the options that a user's `distributed` stands for; None for False.
+
+    Raises:
+        TypeError: it is none of what a loss takes.
+    """
+    if value is False or value is None:
+        return None
+    if value is True:
+        return Distributed()
+    if isinstance(value, Distributed):
+        return value
+    if isinstance(value, str | int | float) or not _is_group(value):
+        raise TypeError(
+            "distributed must be True, False, a ProcessGroup, a one-dimensional DeviceMesh or a Distributed, got "
+            f"{type(value).__name__}"
+        )
+    return Distributed(value)
+
+
+def _is_group(value: Any) -> bool:
+    return hasattr(value, "all_gather_host") or hasattr(value, "get_group") or hasattr(value, "allreduce")
+
+
+def communicator_of(group: Any) -> Communicator:
+    """Return the communicator of a group of `Distributed`.
+
+    Raises:
+        RuntimeError: there is no process group. ValueError: a mesh of several dimensions, or this process is outside.
+    """
+    if hasattr(group, "all_gather_host"):
+        return cast("Communicator", group)
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("distributed=True needs a process group: call torch.distributed.init_process_group first")
+    if hasattr(group, "get_group"):
+        if group.ndim != 1:
+            raise ValueError(
+                f"a DeviceMesh must have one dimension, got {group.ndim}: pass mesh['name'] of one of them"
+            )
+        group = group.get_group()
+    group = dist.group.WORLD if group is None else group
+    if dist.get_rank(group) < 0:
+        raise ValueError("distributed names a process group that this process is not in")
+    if group not in _communicators:
+        from .communicator import GroupCommunicator
+
+        _communicators[group] = GroupCommunicator(group)
+    return _communicators[group]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def together(loss: F) -> F:
+    """Make a loss's `distributed` argument a `Call`, or None, and an error on one rank an error on all."""
+
+    @functools.wraps(loss)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("distributed", False) is False:
+            return loss(*args, **kwargs)
+        return _called(loss, args, kwargs)
+
+    return cast(F, called)
+
+
+def _called(loss: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    given = kwargs["distributed"]
+    if isinstance(given, Call):  # of a loss that calls this one
+        return loss(*args, **kwargs)
+    options = options_of(given)
+    if options is None:
+        return loss(*args, **kwargs | {"distributed": False})
+    call = Call(communicator_of(options.group), options)
+    try:
+        return loss(*args, **kwargs | {"distributed": call})
+    except Exception as error:
+        call.failed(error)
+        raise

@@ -1,0 +1,81 @@
+"""The collectives that a loss is made of, over a `torch.distributed` process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """What a loss asks of the other ranks; the counts are the first dimensions of all ranks, in rank order."""
+
+    rank: int
+    world: int
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the rows of all ranks, one rank after another."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the sum over the ranks of the rows that are this rank's among those of all."""
+        ...
+
+    def all_gather_host(self, message: Tensor) -> Tensor:
+        """Return (W, B) of the bytes (B,) that every rank passes, without a device."""
+        ...
+
+
+class GroupCommunicator:
+    """The collectives of a process group; what hosts say goes over gloo, whatever the engine of the group is."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self._host: dist.ProcessGroup | None = None
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        most = max(counts)
+        sent = _padded(x, most).contiguous()
+        found = x.new_empty(self.world * most, *x.shape[1:])
+        _gather(found, sent, group=self.group)
+        if min(counts) == most:
+            return found
+        return torch.cat([part[:count] for part, count in zip(found.split(most), counts, strict=True)])
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        most = max(counts)
+        if min(counts) < most:
+            x = torch.cat([_padded(part, most) for part in x.split(list(counts))])
+        found = x.new_empty(most, *x.shape[1:])
+        _reduce_scatter(found, x.contiguous(), group=self.group)
+        return found[: counts[self.rank]]
+
+    def all_gather_host(self, message: Tensor) -> Tensor:
+        found = message.new_empty(self.world * message.shape[0])
+        _gather(found, message, group=self.host)
+        return found.view(self.world, -1)
+
+    @property
+    def host(self) -> dist.ProcessGroup:
+        """The group itself where it can carry tensors of a CPU, else one over gloo of the same ranks."""
+        if self._host is None:
+            engines = dist.get_backend_config(self.group)
+            if "cpu:gloo" in engines:
+                self._host = self.group
+            else:
+                ranks = dist.get_process_group_ranks(self.group)
+                self._host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        return self._host
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+# PyTorch 2.13 renamed both, and warns of the names before.
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)

@@ -1,0 +1,115 @@
+"""Rows of all ranks, differentiable, and sums over the ranks: where gradients of a global loss cross processes.
+
+The backward of every rank starts from the gradient of the one global loss times `Call.factor`, by which `total` and
+`rows` multiply. What then reaches a rank's own tensors is theirs already; what reaches gathered rows is added over the
+ranks in float32; what reaches a tensor that all ranks share is added too, and divided by the factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .call import Call
+
+T = TypeVar("T")
+
+
+def gather(
+    call: Call, tensors: Sequence[Tensor], counts: Sequence[Sequence[int]], wires: Sequence[torch.dtype | None] = ()
+) -> list[Tensor]:
+    """Return the rows of all ranks of each tensor, in rank order; gradients are added as they come, in float32.
+
+    counts: of each tensor, its numbers of rows on all ranks. wires: the dtype in which a tensor travels, which has to
+        hold its values exactly; None: its own.
+    """
+    return list(_Gather.apply(call, counts, wires or [None] * len(tensors), *tensors)) if tensors else []
+
+
+def total(call: Call, values: Tensor) -> Tensor:
+    """Return the sum over the ranks of a small vector, added in float64 in rank order: bitwise the same on all."""
+    return _Total.apply(call, values)
+
+
+def rows(call: Call, losses: Tensor) -> Tensor:
+    """Return this rank's losses as they are; their gradients are those of parts of a global loss."""
+    return _Scaled.apply(losses, call.factor) if call.factor > 1 else losses
+
+
+def shared(call: Call | None, parameter: T) -> T:
+    """Return a temperature or the like, the same on all ranks; the gradient of a tensor is that of all their rows.
+
+    A number, and a tensor of one value a row, (N,) or (N, 1), have nothing to share and are returned as they are.
+    """
+    one = isinstance(parameter, Tensor) and parameter.numel() == 1 and parameter.dim() < 2
+    return alike(call, parameter) if one else parameter
+
+
+def alike(call: Call | None, tensor: T) -> T:
+    """Return what `shared` does, of a tensor of any shape that is the same on all ranks, or of None."""
+    if call is None or not isinstance(tensor, Tensor) or not (tensor.requires_grad and torch.is_grad_enabled()):
+        return tensor
+    call.noted += f" one shared tensor of shape {tuple(tensor.shape)} with a gradient;"
+    return _Shared.apply(call, tensor) if call.options.parameter_gradients == "mean" else tensor
+
+
+def added(call: Call, x: Tensor) -> Tensor:
+    """Return the sum over the ranks, in float64 and rank order."""
+    return call.communicator.all_gather(x.double()[None], [1] * call.world).sum(0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, counts: Sequence[Sequence[int]], wires: Sequence[torch.dtype | None], *tensors: Tensor
+    ) -> Any:
+        ctx.call, ctx.counts, ctx.dtypes = call, counts, [x.dtype for x in tensors]
+        found = []
+        for x, each, wire in zip(tensors, counts, wires, strict=True):
+            sent = x.contiguous() if wire is None else x.to(wire).contiguous()
+            found.append(call.communicator.all_gather(sent, each).to(x.dtype))
+        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        grads: list[Tensor | None] = []
+        for needed, grad, counts, dtype in zip(ctx.needs_input_grad[3:], upstream, ctx.counts, ctx.dtypes, strict=True):
+            grads.append(ctx.call.communicator.reduce_scatter(grad, counts).to(dtype) if needed else None)
+        return None, None, None, *grads
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, values: Tensor) -> Tensor:
+        ctx.factor = call.factor
+        return added(call, values).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, upstream * ctx.factor
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return upstream * ctx.factor, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, parameter: Tensor) -> Tensor:
+        ctx.call = call
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, (added(ctx.call, upstream) / ctx.call.factor).to(upstream.dtype)
