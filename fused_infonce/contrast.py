@@ -115,7 +115,7 @@ def _zeros(problem: Problem) -> Statistics:
 
 def _without_graph(problem: Problem, run: Callable[[Problem], Any]) -> Any:
     """Run where nothing needs a gradient: what the Functions would cost is saved."""
-    bound = _bind(problem, problem.temperature.values, problem.inputs)
+    bound = bind(problem, problem.temperature.values, problem.inputs)
     with without_autocast(problem.query.rows.device.type):
         return run(bound)
 
@@ -129,7 +129,7 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
     return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
 
 
-def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
+def bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
     """Return the problem over these tensors, which are its own, cast for the products; dtype: of these, if known."""
     dtype = dtype or product_dtype(inputs[0])
     if {x.dtype for x in inputs} == {dtype}:
@@ -140,7 +140,7 @@ def _bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype
     return replace(problem, query=sets[0], keys=tuple(sets[1:]), temperature=t)
 
 
-def _unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the gradients of the rows that came from those of the rows that `cast` divided."""
     scales = [keys.scale for keys in problem.sets]
     if scales.count(None) == len(scales):
@@ -173,7 +173,7 @@ class _Statistics(torch.autograd.Function):
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[1] = None
-        problem = _bind(problem, temperature, inputs[: len(problem.sets)])
+        problem = bind(problem, temperature, inputs[: len(problem.sets)])
         kept: list[Tensor] = []
         with without_autocast(inputs[0].device.type):
             found = backends.get(plan.backend).statistics(problem, plan, kept)
@@ -193,8 +193,8 @@ class _Statistics(torch.autograd.Function):
         end = len(tensors) - ctx.kept
         problem, found = ctx.problem.with_tensors(tensors[: ctx.inputs]), Statistics.of(tensors[ctx.inputs : end])
         rows, columns = found
-        v, u = (_given(slope, rows.pos) for slope in upstream[:2])
-        column_u = None if columns is None else _given(upstream[len(rows)], rows.pos)
+        v, u = (given(slope, rows.pos) for slope in upstream[:2])
+        column_u = None if columns is None else given(upstream[len(rows)], rows.pos)
         with without_autocast(problem.query.rows.device.type):
             backend = backends.get(ctx.plan.backend)
             grads = backend.gradients(problem, ctx.plan, found, Upstream(v, u, column_u), ctx.dtypes, tensors[end:])
@@ -204,10 +204,10 @@ class _Statistics(torch.autograd.Function):
             if columns is not None and column_u is not None:
                 logits = logits + column_u * columns.mean
             dt = temperature_gradient(logits, problem.temperature)
-        return None, None, dt, *_unscale(problem, grads)
+        return None, None, dt, *unscale(problem, grads)
 
 
-def _given(slope: Tensor | None, like: Tensor) -> Tensor:
+def given(slope: Tensor | None, like: Tensor) -> Tensor:
     """Return an upstream gradient, contiguous; zeros for what took no part in the loss."""
     return torch.zeros_like(like) if slope is None else slope.contiguous()
 
@@ -225,7 +225,7 @@ class _OnePass(torch.autograd.Function):
             wanted[1] = False
         ctx.dtypes = [x.dtype for x in inputs]
         inputs = inputs[:rows]
-        bound = _bind(problem, temperature, inputs)
+        bound = bind(problem, temperature, inputs)
         with without_autocast(inputs[0].device.type):
             result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
@@ -240,7 +240,7 @@ class _OnePass(torch.autograd.Function):
             ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted, strict=False)]
             ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
         else:
-            ctx.save_for_backward(dt, *_unscale(bound, result.inputs), *more)
+            ctx.save_for_backward(dt, *unscale(bound, result.inputs), *more)
         return result.loss
 
     @staticmethod
@@ -265,7 +265,7 @@ class _Sigmoids(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.wanted = [*ctx.needs_input_grad[5:], *ctx.needs_input_grad[3:5]]
         ctx.dtypes = [x.dtype for x in inputs]
-        bound = _bind(problem, temperature, inputs)
+        bound = bind(problem, temperature, inputs)
         if weight is None:
             tensors = bound.tensors()
             ctx.problem, ctx.plan = bound.with_tensors([None] * len(tensors)), plan
@@ -301,7 +301,7 @@ def _slopes(result: Sigmoids, problem: Problem) -> list[Tensor | None]:
     """Return the gradients of the temperature, of the bias, and of the inputs as they came."""
     dt = None if result.logits is None else temperature_gradient(result.logits, problem.temperature)
     db = None if result.bias is None else result.bias.sum(0, keepdim=True)
-    return [dt, db, *_unscale(problem, result.inputs)]
+    return [dt, db, *unscale(problem, result.inputs)]
 
 
 def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:
@@ -325,10 +325,10 @@ def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     """Return the gradients of a one-pass loss from the sums that its forward made."""
     count, end = len(ctx.dtypes), ctx.end
     problem = Problem.of(saved[count:end], *ctx.flags)
-    problem = _bind(problem, problem.temperature.values, problem.inputs, ctx.product_dtype)
+    problem = bind(problem, problem.temperature.values, problem.inputs, ctx.product_dtype)
     with without_autocast(problem.query.rows.device.type):
         backend = backends.get(ctx.plan.backend)
-        return _unscale(problem, backend.finished(problem, ctx.plan, saved[:count], saved[end:], upstream, ctx.dtypes))
+        return unscale(problem, backend.finished(problem, ctx.plan, saved[:count], saved[end:], upstream, ctx.dtypes))
 
 
 def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:

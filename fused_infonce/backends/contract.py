@@ -99,7 +99,9 @@ class Problem:
     # row is that of the columns. None: 0
     offset: Tensor | None = None
     in_batch: bool = True  # the first set's keys that are not the row's target are its negatives
-    columns: bool = False  # also the statistics of key j of the first set against all queries: target None, N == M
+    # Also the statistics of key j of the first set against all queries but the one whose target it is. Without a target
+    # N == M; with one, no two rows have the same, temperatures are shared, and there are M columns
+    columns: bool = False
     normalize: bool = True
     # The keys are the queries and there is no other set, no row is its own negative, and the target of a row's target
     # is the row, so that exclusions are symmetric. Gradients of both sides are then returned as the query's
@@ -232,7 +234,8 @@ STATE_SLOTS = 3  # vectors of what is merged into the last four: a maximum, a su
 class Statistics(NamedTuple):
     """The statistics of the rows and, where `Problem.columns` asks for them, of the keys against the queries.
 
-    Column j has the target, the temperature and hence, but for a bias, the `pos` of row j.
+    Column j has the target, the temperature and hence, but for a bias, the `pos` of row j; where a target says which
+    row that is, `pos` of the columns is still that of the rows.
     """
 
     rows: RowStatistics

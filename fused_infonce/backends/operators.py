@@ -134,9 +134,10 @@ def statistics(tensors: Tensors, flags: Sequence[bool], backend: str, plan: str,
 @statistics.register_fake
 def _(tensors: Tensors, flags: Sequence[bool], backend: str, plan: str, sizes: Sequence[int]) -> list[Tensor]:
     problem = Problem.of(tensors, *flags)
-    width = len(RowStatistics._fields)
-    count = 2 * width - 1 if problem.columns else width
-    return [problem.temperature.values.new_empty(problem.query.rows.shape[0]) for _ in range(count)]
+    sizes = [problem.query.rows.shape[0]] * len(RowStatistics._fields)
+    if problem.columns:
+        sizes += [problem.keys[0].rows.shape[0]] * (len(RowStatistics._fields) - 1)
+    return [problem.temperature.values.new_empty(size) for size in sizes]
 
 
 @library.custom_op("fused_infonce::gradients", mutates_args=())

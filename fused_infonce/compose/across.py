@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Options
-from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.contract import KeySet, Problem, Statistics, Temperature
 from ..backends.precision import all_wide, product_dtype
 from ..backends.registry import resolve
-from ..distributed import Call
+from ..distributed import Call, block
 from ..distributed.gather import gather
 from .rows import widened
 
@@ -70,10 +70,10 @@ def across(
             own, keys=(queries if own.keys[0].ids is not None else queries._replace(ids=None),),
             target=torch.arange(start, start + len(own.query.rows), device=query.rows.device),
         )  # fmt: skip
-    block = replace(
+    whole = replace(
         problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite
     )
-    return block, context
+    return whole, context
 
 
 def all_rows(
@@ -116,6 +116,14 @@ def of_own(rows: slice, options: Options) -> slice:
     """Return where some of this rank's keys, the first set's, are among those of all ranks."""
     start = 0 if options.call is None else options.call.start(options.call.keys)
     return slice(start + rows.start, start + rows.stop)
+
+
+def in_block(problem: Problem, options: Options) -> Statistics:
+    """Return the statistics of a problem that `block.fits`, over the rows of all ranks."""
+    call: Call = options.call
+    n = len(problem.query.rows)
+    (call.keys,) = call.counts(signature(problem, options), _values(problem), [n])
+    return block.statistics(problem, options, call, call.keys)
 
 
 def gathered_sets(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import Options, Reduction, plan_of
-from ..backends.contract import Problem, RowStatistics
+from ..backends.contract import Problem, RowStatistics, Statistics
 from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
-from ..distributed import gather
-from .across import across
+from ..distributed import block, gather
+from .across import across, in_block
 from .rows import widened
 
 # A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,).
@@ -31,6 +31,9 @@ def reduced(
     "mean" divides by the sum of the weights, and is NaN where that is 0. Rows without a target are ignored. Over
     several processes the problem is this rank's own; alike: as in `across`.
     """
+    if options.call is not None and isinstance(loss, str) and block.fits(problem, options):
+        losses = of_statistics(problem, in_block(problem, options), loss)
+        return reduced_rows(losses, problem, options, weight)
     if options.call is not None:
         problem, context = across(problem, options, alike)
         with context:
@@ -51,11 +54,16 @@ def of_block(problem: Problem, options: Options, loss: Loss, weight: Tensor | No
             return _weighted_sum(at_once, problem, options, weight)
     problem, context = widened(problem) if problem.apart else (problem, nullcontext())
     with context:
-        rows, columns = contrast.statistics(problem, options, plan=plan)
-        losses = _of_direction(problem, rows, loss)
-        if columns is not None:
-            losses = (losses + _of_direction(problem.swapped(), columns, loss)) / 2
+        losses = of_statistics(problem, contrast.statistics(problem, options, plan=plan), loss)
     return reduced_rows(losses, problem, options, weight)
+
+
+def of_statistics(problem: Problem, found: Statistics, loss: Loss) -> Tensor:
+    """Return the losses of rows, or with `problem.columns` their means with those of the columns."""
+    losses = _of_direction(problem, found.rows, loss)
+    if found.columns is None:
+        return losses
+    return (losses + _of_direction(problem.swapped(), found.columns, loss)) / 2
 
 
 def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: Tensor | None = None) -> Tensor:

@@ -24,6 +24,10 @@ class Communicator(Protocol):
         """Return the sum over the ranks of the rows that are this rank's among those of all."""
         ...
 
+    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return (W, n, ...), what every rank passes for this rank's n rows, in rank order; x holds those of all."""
+        ...
+
     def all_gather_host(self, message: Tensor) -> Tensor:
         """Return (W, B) of the bytes (B,) that every rank passes, without a device."""
         ...
@@ -53,6 +57,12 @@ class GroupCommunicator:
         found = x.new_empty(most, *x.shape[1:])
         _reduce_scatter(found, x.contiguous(), group=self.group)
         return found[: counts[self.rank]]
+
+    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        own = counts[self.rank]
+        found = x.new_empty(self.world * own, *x.shape[1:])
+        dist.all_to_all_single(found, x.contiguous(), [own] * self.world, list(counts), group=self.group)
+        return found.unflatten(0, (self.world, own))
 
     def all_gather_host(self, message: Tensor) -> Tensor:
         found = message.new_empty(self.world * message.shape[0])

@@ -136,16 +136,9 @@ def distilled_info_nce(
     divergence = objective == "kl_div"
     with without_autocast(query.device.type):
         directions = _directions(problem, teacher, normalize_teacher, teacher_t.values, options)
-        taught = []
-        for teacher_of, seen, labels in directions:
-            pivot = None if free else torch.arange(n, device=query.device) if labels is None else labels
-            taught.append(_soft_targets(teacher_of, seen[1], pivot, divergence, options))
+        taught = [_soft_targets(*each, free, divergence, options) for each in directions]
     if free:
-        favourite, labels = taught[0].pivot, directions[0][2]
-        if ignored is not None and labels is not None:
-            inside = (labels >= 0) & (labels < len(directions[0][1][1]))
-            favourite = torch.where(inside, favourite, labels)
-        problem = replace(problem, target=favourite)
+        problem = replace(problem, target=_favourites(taught[0].pivot, None if ignored is None else directions[0]))
     with context:
         students = [rows for rows in contrast.statistics(problem, options) if rows is not None]
     with without_autocast(query.device.type):
@@ -223,8 +216,21 @@ def _directions(
     return found
 
 
-def _soft_targets(teacher: Teacher, y: Tensor, pivot: Tensor | None, entropy: bool, options: Options) -> SoftTargets:
-    """Return the soft targets of a teacher with these pivots; None: in each row its favourite."""
+def _favourites(favourite: Tensor, direction: Direction | None) -> Tensor:
+    """Return the columns that a teacher prefers; where rows may have no label, -1 for those that have none."""
+    if direction is None:
+        return favourite
+    _, (_, keys), labels = direction
+    assert labels is not None
+    return torch.where((labels >= 0) & (labels < len(keys)), favourite, labels)
+
+
+def _soft_targets(
+    teacher: Teacher, seen: tuple[Tensor, Tensor], labels: Tensor | None, free: bool, entropy: bool, options: Options
+) -> SoftTargets:
+    """Return the soft targets of a teacher whose pivots are the labels, None: row i, or if `free` its favourites."""
+    y = seen[1]
+    pivot = None if free else torch.arange(len(seen[0]), device=y.device) if labels is None else labels
     if contrast.is_explaining():
         none = y.new_zeros(len(teacher.rows))
         return SoftTargets(none, y.new_zeros(len(none), y.shape[1]), none, none.long())

@@ -288,7 +288,7 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
     scores = dense.scores(plan)
     pos = dense.exact_positives()
     exponentials, states = dense.exponentials(scores, _dims(problem), plan.mean)
-    rows, *columns = [statistics_of(state, pos) for state in states]
+    rows, *columns = [statistics_of(state, pos, size) for state, size in zip(states, scores.shape, strict=False)]
     if keep is not None and scores.numel() <= DENSE:
         keep += exponentials
         keep += dense.rows[0].tensors() if problem.normalize else []

@@ -295,17 +295,18 @@ def log_sum(state: State) -> Tensor:
     return total if state[0] is None else total.add_(state[0], alpha=LN2)
 
 
-def statistics_of(state: State | None, pos: Tensor) -> RowStatistics:
+def statistics_of(state: State | None, pos: Tensor, size: int | None = None) -> RowStatistics:
     """Return the statistics of rows with these positives; those of no columns for a state of None.
 
-    The mean is NaN where nobody asked for it: no gradient needs it, and it is no result.
+    The mean is NaN where nobody asked for it: no gradient needs it, and it is no result. size: of what has statistics,
+    if they are not as many as positives.
     """
-    zero = torch.zeros_like(pos)
+    zero = pos.new_zeros(len(pos) if size is None else size)
     if state is None:
-        return RowStatistics(pos, torch.full_like(pos, -torch.inf), zero, zero, zero)
+        return RowStatistics(pos, torch.full_like(zero, -torch.inf), zero, zero, zero)
     m, total, *products = state
     scale = total.reciprocal().masked_fill_(total == 0, 0)
-    mean = (products[0] * scale).mul_(LN2) if products else torch.full_like(pos, torch.nan)
+    mean = (products[0] * scale).mul_(LN2) if products else torch.full_like(zero, torch.nan)
     return RowStatistics(pos, log_sum(state), mean, zero if m is None else finite(m), scale)
 
 

@@ -43,7 +43,8 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
         work, pos = prepare(problem, plan, positives=True)
         query, n = work.query, len(work.query)
         assert pos is not None
-        columns, kind = unwritten(pos) if problem.columns else None, (unshifted(problem, plan), plan.mean)
+        columns = unwritten(pos, len(work.shared[1])) if problem.columns else None
+        kind = unshifted(problem, plan), plan.mean
         if problem.self_similar and n:
             rows = unwritten(pos)
             row_states(query, work.shared[1], work.excluded, rows, plan.limit, *kind, half=True)

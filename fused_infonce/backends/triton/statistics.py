@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...kernels.statistics import STATE_SLOTS, merge_kernel, statistics_kernel
@@ -28,9 +27,9 @@ WAVES = 5  # of programs of a statistics pass over a device, whose parts of a ro
 SLOTS: int = STATE_SLOTS.value
 
 
-def unwritten(pos: Tensor) -> RowStatistics:
-    """Return statistics of rows with these positives whose other vectors are still to be written."""
-    return RowStatistics(pos, *(torch.empty_like(pos) for _ in RowStatistics._fields[1:]))
+def unwritten(pos: Tensor, size: int | None = None) -> RowStatistics:
+    """Return statistics of rows with these positives whose other vectors are still to be written, as many or `size`."""
+    return RowStatistics(pos, *(pos.new_empty(len(pos) if size is None else size) for _ in RowStatistics._fields[1:]))
 
 
 class Behind(NamedTuple):
