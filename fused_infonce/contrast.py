@@ -21,14 +21,14 @@ from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
 from .backends.row_losses import temperature_gradient, weighted
 
-_explained: dict[int, list[Plan]] = {}  # by thread
+_explained: dict[int, list[Any]] = {}  # by thread
 
 
 class explaining:
     """A context in which this thread's calls note their plans, in the list that it returns, and compute only zeros."""
 
-    def __enter__(self) -> list[Plan]:
-        self.thread, plans = threading.get_ident(), list[Plan]()
+    def __enter__(self) -> list[Any]:
+        self.thread, plans = threading.get_ident(), list[Any]()
         self.outer = _explained.get(self.thread)
         _explained[self.thread] = plans
         return plans
@@ -44,6 +44,11 @@ def is_explaining() -> bool:
     return bool(_explained) and not torch.compiler.is_compiling() and threading.get_ident() in _explained
 
 
+def explain(what: Any) -> None:
+    """Note how a call is computed: a plan, or an exchange between processes, which prints as a sentence."""
+    _explained[threading.get_ident()].append(what)
+
+
 def statistics(problem: Problem, options: Options, full: bool = False, plan: Plan | None = None) -> Statistics:
     """Return the statistics, differentiable in every input, bias and the temperature; `pos` has its bias.
 
@@ -55,8 +60,8 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
         return Statistics(rows, statistics(problem.swapped(), options, full).rows)
     plan = plan or backends.plan_of(problem, options, reduced=False, full=full)
     if is_explaining():
-        _explained[threading.get_ident()].append(plan)
-        return _zeros(problem)
+        explain(plan)
+        return zeros(problem)
     if problem.offset is not None:
         return _with_offset(statistics(replace(problem, offset=None), options, full, plan), problem.offset)
     backend = backends.get(plan.backend)
@@ -93,7 +98,7 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float 
     plan: that of `problem` and this bias, (1,), with losses `reduced` exactly where there are weights.
     """
     if is_explaining():
-        _explained[threading.get_ident()].append(plan)
+        explain(plan)
         zero = problem.temperature.values.new_zeros(problem.query.rows.shape[0])
         return zero if weight is None else zero.sum()
     backend, factor = backends.get(plan.backend), 1.0 if weight is None else weight
@@ -107,7 +112,8 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float 
     return losses if weight is None else weighted(losses, weight).sum()
 
 
-def _zeros(problem: Problem) -> Statistics:
+def zeros(problem: Problem) -> Statistics:
+    """Return statistics of the right shapes, of a call that is explained."""
     zero = problem.temperature.values.new_zeros(problem.query.rows.shape[0])
     rows = RowStatistics(*[zero] * len(RowStatistics._fields))
     return Statistics(rows, rows if problem.columns else None)

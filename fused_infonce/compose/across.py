@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import contrast
 from ..backends import Options
 from ..backends.contract import KeySet, Problem, Statistics, Temperature
-from ..backends.precision import all_wide, product_dtype
+from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.registry import resolve
 from ..distributed import Call, block
+from ..distributed.exchange import Exchange, exchange_of
 from ..distributed.gather import gather
 from .rows import widened
 
@@ -48,6 +50,9 @@ def across(
         gathered.append((first, of_keys))
     if problem.columns:
         gathered.append((problem.query, of_queries))
+    if contrast.is_explaining():
+        for part, each in gathered:
+            contrast.explain(_exchange(part.rows, each, options, gather=True))
     found = gathered_sets(call, gathered, wire)
     keys = list(problem.keys)
     for place in wanted:
@@ -121,9 +126,22 @@ def of_own(rows: slice, options: Options) -> slice:
 def in_block(problem: Problem, options: Options) -> Statistics:
     """Return the statistics of a problem that `block.fits`, over the rows of all ranks."""
     call: Call = options.call
-    n = len(problem.query.rows)
-    (call.keys,) = call.counts(signature(problem, options), _values(problem), [n])
-    return block.statistics(problem, options, call, call.keys)
+    rows, key = problem.query.rows, problem.keys[0].rows
+    (call.keys,) = call.counts(signature(problem, options), _values(problem), [len(rows)])
+    exchange = _exchange(key, call.keys, options, gradients=not problem.self_similar)
+    return block.statistics(problem, options, exchange)
+
+
+def _exchange(
+    rows: Tensor, counts: Sequence[int], options: Options, gradients: bool = True, gather: bool = False
+) -> Exchange:  # fmt: skip
+    """Return the exchange of a set's rows; gather: all at once, whatever the user asked for."""
+    call, dtype = options.call, product_dtype(rows)
+    return exchange_of(
+        "gather" if gather else call.options.exchange, counts, call.rank, rows.shape[1],
+        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, options.limit(rows.device),
+        gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 def gathered_sets(

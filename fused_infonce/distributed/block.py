@@ -1,4 +1,4 @@
-"""This rank's rows against those of all ranks, with what both directions share made once.
+"""This rank's rows against those of all ranks, as one block of scores or part by part.
 
 With n rows on this rank and N on all, one n x N block of scores serves
 
@@ -6,20 +6,22 @@ With n rows on this rank and N on all, one n x N block of scores serves
                         rank order; what is merged comes back for the gradients, and those of the keys are added up
     rows of one set     6 n N D: a column is another rank's row, whose statistics are all that is gathered, and
                         the gradients of rows are whole where the rows are
+    one direction       8 n N D, for a stream alone: all at once is a problem like any other
 
-in place of the two blocks of 6 or 8 n N D each that two directions would take.
+Parts of the columns are gathered while the part before is worked on, and the gradients of the part before are on their
+way back, so that no more than two parts of rows and of gradients are held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, contrast
 from ..backends import Options
 from ..backends.contract import LN2, KeySet, Problem, RowStatistics, Statistics, Upstream
 from ..backends.plan import Plan
@@ -28,32 +30,99 @@ from ..backends.registry import plan_of, resolve
 from ..backends.row_losses import temperature_gradient
 from ..contrast import bind, differentiable_once, given, unscale
 from .call import Call
+from .communicator import Pending
+from .exchange import Exchange
 
 
 def fits(problem: Problem, options: Options) -> bool:
     """Return whether a rank's own problem is one of those above: a single set of keys, each the target of one row."""
-    both = problem.columns or problem.self_similar
+    both = problem.columns or problem.self_similar or options.call.options.exchange == "stream"
     alone = len(problem.keys) == 1 and problem.in_batch and not problem.added and problem.ceiling is None
     targets = problem.target is None or problem.two_views
     known = problem.temperature.shared and resolve(options.backend, problem.query.rows) != "reference"
     return both and alone and targets and known and not torch.compiler.is_compiling()
 
 
-def statistics(problem: Problem, options: Options, call: Call, counts: Sequence[int]) -> Statistics:
+def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statistics:
     """Return the statistics of this rank's rows, and of its columns where asked for, among the rows of all ranks.
 
-    problem: this rank's own, which `fits`. counts: the numbers of rows of all ranks.
+    problem: this rank's own, which `fits`.
     """
-    plan = plan_of(_shapes(problem, sum(counts)), options, reduced=False)
-    inputs = problem.inputs
-    return Statistics.of(_Block.apply(problem, plan, call, counts, problem.temperature.values, *inputs))
+    widest = max(sum(part.counts) for part in exchange.parts)
+    plan = plan_of(_shapes(problem, widest), options, reduced=False)
+    if contrast.is_explaining():
+        contrast.explain(exchange)
+        contrast.explain(plan)
+        return contrast.zeros(problem)
+    return Statistics.of(
+        _Block.apply(problem, plan, options.call, exchange, problem.temperature.values, *problem.inputs)
+    )
 
 
-def _shapes(problem: Problem, every: int) -> Problem:
-    """Return a problem of the shapes of the block, over rows without values of their own, for a plan."""
+def _shapes(problem: Problem, columns: int) -> Problem:
+    """Return a problem of the shapes of a part, over rows without values of their own, for a plan."""
     key = problem.keys[0].rows
-    rows = key[:1].expand(every, -1) if len(key) else key.new_empty(0, key.shape[1]).expand(0, -1)
-    return replace(problem, keys=(KeySet(rows),), columns=True, self_similar=False, two_views=False, target=None)
+    rows = key[:1].expand(columns, -1) if len(key) else key.new_empty(0, key.shape[1])
+    return replace(
+        problem, keys=(KeySet(rows),), columns=_two_way(problem), self_similar=False, two_views=False, target=None
+    )  # fmt: skip
+
+
+def _two_way(problem: Problem) -> bool:
+    """Return whether a score has a gradient through its column too."""
+    return problem.columns or problem.self_similar
+
+
+class _Gathered(NamedTuple):
+    """The keys of all ranks in one part of the columns, on their way."""
+
+    rows: Pending
+    ids: Pending | None
+    scale: Pending | None
+
+
+class _Columns:
+    """The parts of the columns of a problem, whose keys are gathered one ahead of what is worked on."""
+
+    def __init__(self, own: Problem, call: Call, exchange: Exchange):
+        self.own, self.call, self.exchange = own, call, exchange
+        n, device = own.query.rows.shape[0], own.query.rows.device
+        self.every = sum(exchange.counts)
+        start = call.start(exchange.counts)
+        self.place = torch.arange(start, start + n, device=device)  # of this rank's rows among all
+        self.query = own.query._replace(ids=self.place) if own.self_similar else own.query
+
+    def begin(self, index: int) -> _Gathered:
+        part, key, gather = self.exchange.parts[index], self.own.keys[0], self.call.communicator.all_gather
+        ids, scale = (None if x is None else gather(x[part.own], part.counts) for x in (key.ids, key.scale))
+        return _Gathered(gather(key.rows[part.own], part.counts), ids, scale)
+
+    def block(self, index: int, gathered: _Gathered) -> Problem:
+        """Return the problem of this rank's queries against the keys of a part, with both directions."""
+        part, own = self.exchange.parts[index], self.own
+        ids = None if gathered.ids is None else gathered.ids()
+        if own.self_similar:  # a row has the id of its place, so that it is not its own negative
+            starts = [sum(self.exchange.counts[:rank]) + first for rank, first in enumerate(part.firsts)]
+            spans = zip(starts, part.counts, strict=True)
+            ids = torch.cat([torch.arange(start, start + count) for start, count in spans]).to(self.place.device)
+        scale = None if gathered.scale is None else gathered.scale()
+        keys = KeySet(gathered.rows(), ids, scale=scale)
+        row = torch.arange(len(self.place), device=self.place.device) if own.target is None else own.target
+        inside = (row >= part.own.start) & (row < part.own.stop)
+        target = torch.where(inside, row + (self.call.start(part.counts) - part.own.start), -1)
+        return Problem(self.query, (keys,), own.temperature, target, columns=_two_way(own), normalize=own.normalize)
+
+    def blocks(self, kept: Problem | None = None) -> Any:
+        """Yield every part's problem; kept: that of the only part, made before."""
+        if kept is not None:
+            yield kept
+            return
+        coming = self.begin(0)
+        for index in range(len(self.exchange.parts)):
+            here = coming
+            if index + 1 < len(self.exchange.parts):
+                coming = self.begin(index + 1)
+            yield self.block(index, here)
 
 
 class _Block(torch.autograd.Function):
@@ -61,91 +130,113 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, plan: Plan, call: Call, counts: Sequence[int], temperature: Tensor, *inputs: Tensor
+        ctx: Any, problem: Problem, plan: Plan, call: Call, exchange: Exchange, temperature: Tensor, *inputs: Tensor
     ) -> Any:
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[5:], strict=True)]
         own = bind(problem, temperature, inputs)
-        block = _block(own, call, counts)
+        backend, rows_parts, columns_parts, block = backends.get(plan.backend), [], [], None
         with without_autocast(inputs[0].device.type):
-            part = block if own.columns else block.of_rows()
-            found = backends.get(plan.backend).statistics(part, plan)
-        rows = found.rows
-        merged = None
-        if found.columns is not None:
-            merged = _merged(call.communicator.all_to_all(_states(found.columns, plan.mean), counts), rows.pos)
-        ctx.plan, ctx.call, ctx.counts, ctx.own = plan, call, counts, own.with_tensors([None] * len(own.tensors()))
+            for part, block in zip(exchange.parts, _Columns(own, call, exchange).blocks(), strict=True):
+                found = backend.statistics(block if own.columns else block.of_rows(), plan)
+                rows_parts.append(found.rows)
+                if found.columns is not None:
+                    columns_parts.append(call.communicator.all_to_all(_states(found.columns, plan.mean), part.counts))
+        rows = rows_parts[0] if len(rows_parts) == 1 else _together(rows_parts, plan.mean)
+        columns = None
+        if own.columns:
+            states = [pending() for pending in columns_parts]
+            columns = _merged(states[0] if len(states) == 1 else torch.cat(states, 1), rows.pos)
+        results = Statistics(rows, columns).tensors()
+        kept = block if len(exchange.parts) == 1 and block is not None else None
+        ctx.plan, ctx.call, ctx.exchange, ctx.inputs = plan, call, exchange, len(own.tensors())
+        ctx.own = own.with_tensors([None] * ctx.inputs)
+        ctx.block = None if kept is None else kept.with_tensors([None] * len(kept.tensors()))
+        ctx.save_for_backward(*own.tensors(), *results, *([] if kept is None else kept.tensors()))
+        ctx.mark_non_differentiable(*rows[2:], *(() if columns is None else columns[2:]))
         ctx.set_materialize_grads(False)
-        results = Statistics(rows, merged).tensors()
-        ctx.inputs, ctx.block = len(own.tensors()), block.with_tensors([None] * len(block.tensors()))
-        ctx.save_for_backward(*own.tensors(), *results, *block.tensors())
-        ctx.mark_non_differentiable(*rows[2:], *(() if merged is None else merged[2:]))
         return tuple(results)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        tensors, call, width = ctx.saved_tensors, ctx.call, len(RowStatistics._fields)
+        tensors, call, exchange, width = ctx.saved_tensors, ctx.call, ctx.exchange, len(RowStatistics._fields)
         own = ctx.own.with_tensors(tensors[: ctx.inputs])
-        both = own.columns
-        end = ctx.inputs + (2 * width - 1 if both else width)
+        end = ctx.inputs + (2 * width - 1 if own.columns else width)
         rows, columns = Statistics.of(tensors[ctx.inputs : end])
-        block = ctx.block.with_tensors(tensors[end:])
+        kept = None if ctx.block is None else ctx.block.with_tensors(tensors[end:])
         v, u = (given(slope, rows.pos) for slope in upstream[:2])
-        column_u = given(upstream[width], rows.pos) if both else u
-        state = rows if columns is None else columns  # of which a column's exponentials are made, on its own rank
-        sent = torch.stack([state.maximum, column_u * state.scale], 1)
-        shift, factor = call.communicator.all_gather(sent, ctx.counts).unbind(1)
-        seen = RowStatistics(factor, factor, factor, shift.contiguous(), torch.ones_like(factor))
+        column_u = given(upstream[width], rows.pos) if own.columns else u
+        seen = None
+        if _two_way(own):  # what a column's exponentials are made of, from its own rank
+            state = rows if columns is None else columns
+            sent = torch.stack([state.maximum, column_u * state.scale], 1)
+            seen = [call.communicator.all_gather(sent[part.own], part.counts) for part in exchange.parts]
         # the pair of rows i and y_i is both the positive of i and that of y_i
-        twice = v if both else v + v[own.target]
-        query_dtype, key_dtype = ctx.dtypes[0], block.acc_dtype if both and ctx.dtypes[1] is not None else None
-        with without_autocast(block.query.rows.device.type):
-            of_query, of_keys = backends.get(ctx.plan.backend).gradients(
-                block, ctx.plan, Statistics(rows, seen), Upstream(twice, u, factor.contiguous()),
-                [query_dtype, key_dtype],
-            )  # fmt: skip
-        of_key = None
-        if of_keys is not None:
-            of_key = call.communicator.reduce_scatter(of_keys, ctx.counts)
-        of_query, of_key = unscale(own, [of_query, of_key])
+        twice = v + v[own.target] if own.self_similar else v
+        with without_autocast(own.query.rows.device.type):
+            found = _gradients(ctx, _Columns(own, call, exchange).blocks(kept), rows, seen, twice, u)
+        of_query, of_key = unscale(own, found)
         dt = None
         if ctx.needs_input_grad[4]:
             logits = u * rows.mean + v * rows.pos + (0 if columns is None else column_u * columns.mean)
             dt = temperature_gradient(logits, own.temperature)
-        return None, None, None, None, dt, of_query, None if of_key is None else of_key.to(ctx.dtypes[1])
+        grads = [None if g is None else g.to(d) for g, d in zip((of_query, of_key), ctx.dtypes, strict=True)]
+        return None, None, None, None, dt, *grads
 
 
-def _block(own: Problem, call: Call, counts: Sequence[int]) -> Problem:
-    """Return the problem of this rank's queries against the keys of all ranks, which are gathered as they are."""
-    query, key, gathered = own.query, own.keys[0], call.communicator.all_gather
-    start, n = call.start(counts), query.rows.shape[0]
-    place = torch.arange(start, start + n, device=query.rows.device)
-    ids, every_ids = query.ids, None if key.ids is None else gathered(key.ids, counts)
-    if own.self_similar:  # a row has the id of its place, so that it is not its own negative
-        ids, every_ids = place, torch.arange(sum(counts), device=place.device)
-    scale = None if key.scale is None else gathered(key.scale, counts)
-    keys = KeySet(gathered(key.rows.contiguous(), counts), every_ids, scale=scale)
-    target = place if own.target is None else own.target + start
-    return Problem(
-        query._replace(ids=ids), (keys,), own.temperature, target, columns=True, normalize=own.normalize
-    )  # fmt: skip
+def _gradients(
+    ctx: Any, blocks: Any, rows: RowStatistics, seen: Sequence[Pending] | None, v: Tensor, u: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of this rank's queries and keys, in the accumulator dtype where there are several parts."""
+    parts, backend = ctx.exchange.parts, backends.get(ctx.plan.backend)
+    acc, (query_dtype, key_dtype) = rows.pos.dtype, ctx.dtypes
+    if query_dtype is not None and len(parts) > 1:
+        query_dtype = acc
+    key_dtype = None if key_dtype is None or ctx.own.self_similar else acc
+    total: Tensor | None = None
+    coming: list[Pending] = []  # the keys' gradients, of which the one before the last has come
+    own_keys: list[Tensor] = []
+    for index, block in enumerate(blocks):
+        columns, factor = None, None
+        if seen is not None:
+            shift, factor = (x.contiguous() for x in seen[index]().unbind(1))
+            columns = RowStatistics(factor, factor, factor, shift, torch.ones_like(factor))
+        of_query, of_keys = backend.gradients(
+            block, ctx.plan, Statistics(rows, columns), Upstream(v, u, factor), [query_dtype, key_dtype]
+        )
+        if of_query is not None:
+            total = of_query if total is None else total.add_(of_query)
+        if of_keys is not None:
+            coming.append(ctx.call.communicator.reduce_scatter(of_keys, parts[index].counts))
+        if len(coming) > 1:
+            own_keys.append(coming.pop(0)())
+    own_keys += [pending() for pending in coming]
+    return [total, (own_keys[0] if len(own_keys) == 1 else torch.cat(own_keys)) if own_keys else None]
 
 
 def _states(columns: RowStatistics, mean: bool) -> Tensor:
-    """Return (N, 2) maxima and sums of exponentials, or with `mean` (N, 3) the sums of their products too."""
+    """Return (M, 2) maxima and sums of exponentials, or with `mean` (M, 3) the sums of their products too."""
     empty = columns.scale == 0
     total = (1 / columns.scale.masked_fill(empty, 1)).masked_fill(empty, 0)
     parts = [columns.maximum, total, *([columns.mean * total / LN2] if mean else [])]
     return torch.stack(parts, 1)
 
 
+def _together(parts: Sequence[RowStatistics], mean: bool) -> RowStatistics:
+    """Return the statistics of rows from those over parts of the columns, one of which has a row's target."""
+    return _merged(
+        torch.stack([_states(part, mean) for part in parts]), torch.stack([part.pos for part in parts]).sum(0)
+    )
+
+
 def _merged(states: Tensor, pos: Tensor) -> RowStatistics:
-    """Return the statistics of this rank's columns from the states of all ranks, (W, n, 2) or (W, n, 3)."""
+    """Return the statistics of rows with these positives from parts of their states, (W, n, 2) or (W, n, 3)."""
     m, total, *products = states.unbind(2)
-    largest = m.masked_fill(total == 0, -torch.inf).amax(0)
+    empty = total == 0
+    largest = m.masked_fill(empty, -torch.inf).amax(0)
     none = largest == -torch.inf
     largest = largest.masked_fill(none, 0)
-    factor = torch.exp2(m - largest).masked_fill(total == 0, 0)
+    factor = torch.exp2(m - largest).masked_fill(empty, 0)
     whole = (total * factor).sum(0)
     scale = whole.reciprocal().masked_fill(none, 0)
     neg = torch.where(none, -torch.inf, (whole.log2() + largest) * LN2)

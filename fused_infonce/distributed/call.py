@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from torch import Tensor
 
+from .. import contrast
 from . import preflight
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class Call:
     def __init__(self, communicator: Communicator, options: Distributed):
         self.communicator, self.options = communicator, options
         self.rank, self.world = communicator.rank, communicator.world
-        self.number = _numbers[communicator] = _numbers.get(communicator, 0) + 1
-        self.met = False  # whether this rank has told the others that its arguments are good
+        self.met = contrast.is_explaining()  # whether this rank has told the others that its arguments are good
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
 
@@ -75,13 +75,19 @@ class Call:
 
         signature, values: what must be the same on every rank; see `Distributed.check`.
         """
-        self.met = True
+        number = self.begin()
         check = self.options.check
-        if check == "none":
+        if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
         signature += f"{self.noted} {self.options}" + (f" {values}" if check == "values" else "")
-        said = preflight.agree(self.communicator, self.number, signature, sizes)
+        said = preflight.agree(self.communicator, number, signature, sizes)
         return [[words[i] for words in said] for i in range(len(sizes))]
+
+    def begin(self) -> int:
+        """Return the number of this rank's next message to the others: ranks that differ are at different calls."""
+        self.met = True
+        _numbers[self.communicator] = _numbers.get(self.communicator, 0) + (not contrast.is_explaining())
+        return _numbers[self.communicator]
 
     def unique(self, ids: Tensor) -> Tensor:
         """Return ids of this rank's rows by which they differ from those of all other ranks."""
@@ -94,7 +100,7 @@ class Call:
     def failed(self, error: BaseException) -> None:
         """Tell the other ranks of an error before they wait for this one's rows in vain."""
         if not self.met and self.options.check != "none":
-            preflight.report(self.communicator, self.number, error)
+            preflight.report(self.communicator, self.begin(), error)
 
 
 _numbers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()  # of calls made so far

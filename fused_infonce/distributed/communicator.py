@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Pending = Callable[[], Tensor]  # waits for what was begun, and returns it
+
 
 class Communicator(Protocol):
-    """What a loss asks of the other ranks; the counts are the first dimensions of all ranks, in rank order."""
+    """What a loss asks of the other ranks; the counts are the first dimensions of all ranks, in rank order.
+
+    Every rank begins the same collectives in the same order, and may work before it waits for one. What it passes stays
+    as it is until then.
+    """
 
     rank: int
     world: int
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the rows of all ranks, one rank after another."""
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        """Begin to gather the rows of all ranks, one rank after another."""
         ...
 
-    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the sum over the ranks of the rows that are this rank's among those of all."""
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        """Begin to add over the ranks the rows that are this rank's among those of all."""
         ...
 
-    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return (W, n, ...), what every rank passes for this rank's n rows, in rank order; x holds those of all."""
+    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        """Begin to exchange (W, n, ...), what every rank has for this rank's n rows; x holds those of all ranks."""
         ...
 
     def all_gather_host(self, message: Tensor) -> Tensor:
@@ -41,28 +47,37 @@ class GroupCommunicator:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._host: dist.ProcessGroup | None = None
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
         most = max(counts)
-        sent = _padded(x, most).contiguous()
         found = x.new_empty(self.world * most, *x.shape[1:])
-        _gather(found, sent, group=self.group)
-        if min(counts) == most:
-            return found
-        return torch.cat([part[:count] for part, count in zip(found.split(most), counts, strict=True)])
+        if not most:
+            return lambda: found
+        sent = _padded(x, most)
+        work = _gather(found, sent, group=self.group, async_op=True)
 
-    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        most = max(counts)
+        def rows() -> Tensor:
+            if min(counts) == most:
+                return found
+            return torch.cat([part[:count] for part, count in zip(found.split(most), counts, strict=True)])
+
+        return _after(work, rows, sent)
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        most, own = max(counts), counts[self.rank]
         if min(counts) < most:
             x = torch.cat([_padded(part, most) for part in x.split(list(counts))])
         found = x.new_empty(most, *x.shape[1:])
-        _reduce_scatter(found, x.contiguous(), group=self.group)
-        return found[: counts[self.rank]]
+        if not most:
+            return lambda: found
+        sent = x.contiguous()
+        work = _reduce_scatter(found, sent, group=self.group, async_op=True)
+        return _after(work, lambda: found[:own], sent)
 
-    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Pending:
         own = counts[self.rank]
-        found = x.new_empty(self.world * own, *x.shape[1:])
-        dist.all_to_all_single(found, x.contiguous(), [own] * self.world, list(counts), group=self.group)
-        return found.unflatten(0, (self.world, own))
+        found, sent = x.new_empty(self.world * own, *x.shape[1:]), x.contiguous()
+        work = dist.all_to_all_single(found, sent, [own] * self.world, list(counts), group=self.group, async_op=True)
+        return _after(work, lambda: found.unflatten(0, (self.world, own)), sent)
 
     def all_gather_host(self, message: Tensor) -> Tensor:
         found = message.new_empty(self.world * message.shape[0])
@@ -73,8 +88,7 @@ class GroupCommunicator:
     def host(self) -> dist.ProcessGroup:
         """The group itself where it can carry tensors of a CPU, else one over gloo of the same ranks."""
         if self._host is None:
-            engines = dist.get_backend_config(self.group)
-            if "cpu:gloo" in engines:
+            if "cpu:gloo" in dist.get_backend_config(self.group):
                 self._host = self.group
             else:
                 ranks = dist.get_process_group_ranks(self.group)
@@ -82,8 +96,20 @@ class GroupCommunicator:
         return self._host
 
 
+def _after(work: Any, found: Pending, *held: Tensor) -> Pending:
+    """Return what waits for a collective, and holds what it sends until then."""
+
+    def wait(held: Sequence[Tensor] = held) -> Tensor:
+        work.wait()
+        return found()
+
+    return wait
+
+
 def _padded(x: Tensor, rows: int) -> Tensor:
-    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+    if x.shape[0] < rows:
+        x = torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+    return x.contiguous()
 
 
 # PyTorch 2.13 renamed both, and warns of the names before.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import contrast
 from .call import Call
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ def gather(
     counts: of each tensor, its numbers of rows on all ranks. wires: the dtype in which a tensor travels, which has to
         hold its values exactly; None: its own.
     """
+    if contrast.is_explaining():
+        return [x.new_zeros(1, *x.shape[1:]).expand(sum(c), *x.shape[1:]) for x, c in zip(tensors, counts, strict=True)]
     return list(_Gather.apply(call, counts, wires or [None] * len(tensors), *tensors)) if tensors else []
 
 
@@ -58,7 +61,9 @@ def alike(call: Call | None, tensor: T) -> T:
 
 def added(call: Call, x: Tensor) -> Tensor:
     """Return the sum over the ranks, in float64 and rank order."""
-    return call.communicator.all_gather(x.double()[None], [1] * call.world).sum(0)
+    if contrast.is_explaining():
+        return x.double() * call.world
+    return call.communicator.all_gather(x.double()[None], [1] * call.world)().sum(0)
 
 
 class _Gather(torch.autograd.Function):
@@ -67,18 +72,19 @@ class _Gather(torch.autograd.Function):
         ctx: Any, call: Call, counts: Sequence[Sequence[int]], wires: Sequence[torch.dtype | None], *tensors: Tensor
     ) -> Any:
         ctx.call, ctx.counts, ctx.dtypes = call, counts, [x.dtype for x in tensors]
-        found = []
+        begun = []
         for x, each, wire in zip(tensors, counts, wires, strict=True):
-            sent = x.contiguous() if wire is None else x.to(wire).contiguous()
-            found.append(call.communicator.all_gather(sent, each).to(x.dtype))
+            begun.append(call.communicator.all_gather(x.contiguous() if wire is None else x.to(wire), each))
+        found = [rows().to(x.dtype) for rows, x in zip(begun, tensors, strict=True)]
         ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        grads: list[Tensor | None] = []
-        for needed, grad, counts, dtype in zip(ctx.needs_input_grad[3:], upstream, ctx.counts, ctx.dtypes, strict=True):
-            grads.append(ctx.call.communicator.reduce_scatter(grad, counts).to(dtype) if needed else None)
+        begun = []
+        for needed, grad, counts in zip(ctx.needs_input_grad[3:], upstream, ctx.counts, strict=True):
+            begun.append(ctx.call.communicator.reduce_scatter(grad, counts) if needed else None)
+        grads = [None if rows is None else rows().to(dtype) for rows, dtype in zip(begun, ctx.dtypes, strict=True)]
         return None, None, None, *grads
 
 

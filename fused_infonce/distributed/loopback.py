@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .communicator import Pending
+
 T = TypeVar("T")
 
 
 class Loopback:
-    """W ranks in one process. `run` calls a function once a rank, each in a thread of its own."""
+    """W ranks in one process. `run` calls a function once a rank, each in a thread of its own.
 
-    def __init__(self, world: int, timeout: float = 60.0):
-        self.world, self.timeout = world, timeout
+    Args:
+        world: W.
+        timeout: the seconds that a rank waits for the others before it raises a TimeoutError.
+        delay: the seconds that every collective takes after the last rank has begun it, while the ranks may work.
+    """
+
+    def __init__(self, world: int, timeout: float = 60.0, delay: float = 0.0):
+        self.world, self.timeout, self.delay = world, timeout, delay
         self.ranks = [LoopbackCommunicator(self, rank) for rank in range(world)]
-        self._meeting = threading.Barrier(world, timeout=timeout)
-        self._slots: list[Any] = [None] * world
+        self._posted: dict[int, dict[int, tuple[Any, float]]] = {}  # by the collective's number, then by rank
+        self._taken: dict[int, int] = {}  # by how many ranks
+        self._changed = threading.Condition()
 
     def run(self, work: Callable[[LoopbackCommunicator], T]) -> list[T | BaseException]:
         """Return what `work` returns for every rank, or the error that it raised."""
@@ -37,17 +47,28 @@ class Loopback:
         for thread in threads:
             thread.join(2 * self.timeout)
         if any(thread.is_alive() for thread in threads):
-            self._meeting.abort()
             raise TimeoutError(f"a simulated rank of {self.world} did not end within {2 * self.timeout} seconds")
         return found
 
-    def exchange(self, rank: int, value: T) -> list[T]:
-        """Return the values of all ranks once every rank has passed its own."""
-        self._slots[rank] = value
-        self._meeting.wait()
-        found = list(self._slots)
-        self._meeting.wait()
-        return found
+    def post(self, rank: int, number: int, value: Any) -> None:
+        """Pass a rank's part of its collective of this number."""
+        with self._changed:
+            self._posted.setdefault(number, {})[rank] = value, time.monotonic()
+            self._changed.notify_all()
+
+    def take(self, number: int) -> list[Any]:
+        """Return the parts of all ranks once every rank has passed its own, and the delay is over."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._posted[number]) == self.world, self.timeout):
+                missing = [rank for rank in range(self.world) if rank not in self._posted[number]]
+                raise TimeoutError(f"simulated ranks {missing} did not come within {self.timeout} seconds")
+            parts = self._posted[number]
+            self._taken[number] = self._taken.get(number, 0) + 1
+            if self._taken[number] == self.world:
+                del self._posted[number], self._taken[number]
+        if self.delay:
+            time.sleep(max(0.0, max(when for _, when in parts.values()) + self.delay - time.monotonic()))
+        return [parts[rank][0] for rank in range(self.world)]
 
 
 class LoopbackCommunicator:
@@ -56,34 +77,54 @@ class LoopbackCommunicator:
     def __init__(self, loopback: Loopback, rank: int):
         self.loopback, self.rank, self.world = loopback, rank, loopback.world
         self.received: dict[str, int] = {}
+        self._begun = 0
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        parts = self.loopback.exchange(self.rank, x.detach())
-        assert [len(part) for part in parts] == list(counts)
-        self._count("all_gather", sum(part.nbytes for i, part in enumerate(parts) if i != self.rank))
-        return torch.cat(parts)
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        taken = self._begin(x.clone())
 
-    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        start = sum(counts[: self.rank])
-        own = slice(start, start + counts[self.rank])
-        parts = [part[own] for part in self.loopback.exchange(self.rank, x.detach())]
-        self._count("reduce_scatter", sum(part.nbytes for i, part in enumerate(parts) if i != self.rank))
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        self.loopback.exchange(self.rank, None)  # until all have read it, nobody may write to what they passed
+        def rows() -> Tensor:
+            parts = taken()
+            self._count("all_gather", parts)
+            return torch.cat(parts)
+
+        return rows
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        taken, own = self._begin(x.clone()), self._own(counts)
+
+        def total() -> Tensor:
+            parts = [part[own] for part in taken()]
+            self._count("reduce_scatter", parts)
+            found = parts[0].clone()
+            for part in parts[1:]:
+                found += part
+            return found
+
         return total
 
-    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        start = sum(counts[: self.rank])
-        own = slice(start, start + counts[self.rank])
-        parts = [part[own].clone() for part in self.loopback.exchange(self.rank, x.detach())]
-        self._count("all_to_all", sum(part.nbytes for i, part in enumerate(parts) if i != self.rank))
-        self.loopback.exchange(self.rank, None)
-        return torch.stack(parts)
+    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        taken, own = self._begin(x.clone()), self._own(counts)
+
+        def every() -> Tensor:
+            parts = [part[own] for part in taken()]
+            self._count("all_to_all", parts)
+            return torch.stack(parts)
+
+        return every
 
     def all_gather_host(self, message: Tensor) -> Tensor:
-        return torch.stack(self.loopback.exchange(self.rank, message))
+        return torch.stack(self._begin(message)())
 
-    def _count(self, name: str, bytes: int) -> None:
+    def _begin(self, value: Any) -> Callable[[], list[Any]]:
+        number, self._begun = self._begun, self._begun + 1
+        self.loopback.post(self.rank, number, value)
+        return lambda: self.loopback.take(number)
+
+    def _own(self, counts: Sequence[int]) -> slice:
+        start = sum(counts[: self.rank])
+        return slice(start, start + counts[self.rank])
+
+    def _count(self, name: str, parts: Sequence[Tensor]) -> None:
+        """Count what came from the other ranks."""
+        bytes = sum(part.nbytes for rank, part in enumerate(parts) if rank != self.rank)
         self.received[name] = self.received.get(name, 0) + bytes

@@ -12,6 +12,7 @@ from ..backends import BackendName, Reduction
 from ..backends.plan import Plan
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode
 from ..distributed import DistributedLike, options_of
+from ..distributed.exchange import Exchange
 from ..temperature.scale import HasTemperature, TemperatureLike
 
 Negatives = Literal["views", "keys"]
@@ -35,8 +36,9 @@ def check_options_of_keys(symmetric: Any, negative_mode: Any, in_batch_negatives
     checks.whole("ignore_index", ignore_index, -(2**63))
 
 
-class Plans(tuple[Plan, ...]):
-    """The plans of a call, one for each matrix of scores that it goes over; they print a line each."""
+class Plans(tuple[Plan | Exchange, ...]):
+    """The plans of a call, one for each matrix of scores that it goes over, and the exchanges between processes that it
+    takes; they print a line each."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))

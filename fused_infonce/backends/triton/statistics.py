@@ -94,6 +94,8 @@ def row_states(
     states = x.rows.new_empty((half * (step + 1) + parts + peel, SLOTS, n), dtype=accumulator(x.rows.dtype))
     slots = None if columns is None else states if half else states.new_empty((step + 1, SLOTS, m))
     states = states[half * (step + 1) :]
+    if slots is not None and not blocks:
+        merge(slots, 0, 0, columns)  # of columns that meet no row
     for start in range(0, blocks, max(step, 1)):
         count = min(step, blocks - start)
         for name in names:
