@@ -47,6 +47,13 @@ def pytest_report_header():
     ]
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Import for `-m serial` none of the many files that do not hold the word: all their tests would be deselected."""
+    if config.option.markexpr == "serial" and collection_path.match("test_*.py"):
+        return "serial" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     no_triton = pytest.mark.skip(reason="triton is not installed")

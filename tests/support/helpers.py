@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 import os
@@ -262,14 +263,34 @@ def pairwise(
     factors: dict[str, Sequence[Any]], valid: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> Iterator[dict[str, Any]]:
     """Yield few valid combinations, among them every pair of values of two factors that any valid one has."""
-    combinations = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
-    combinations = [c for c in combinations if valid(c)]
-    pairs = [frozenset(itertools.combinations([(name, str(v)) for name, v in c.items()], 2)) for c in combinations]
-    missing = set().union(*pairs)
+    names, levels = tuple(factors), [tuple(values) for values in factors.values()]
+    numbers = [range(len(values)) for values in levels]
+    choices = [choice for choice in itertools.product(*numbers) if valid(_chosen(names, levels, choice))]
+    # A pair of values is a bit of one number: choices are many, and each is counted again and again.
+    first = list(itertools.accumulate([0, *map(len, levels)]))
+    width = first[-1]
+    pairs = []
+    for choice in choices:
+        values = [start + number for start, number in zip(first, choice, strict=False)]
+        pairs.append(sum(1 << (a * width + b) for a, b in itertools.combinations(values, 2)))
+    missing = 0
+    for of_one in pairs:
+        missing |= of_one
+    # The one with the most missing pairs, the first of several: counts only fall, so that an old one is an upper bound.
+    queue = [(-of_one.bit_count(), i) for i, of_one in enumerate(pairs)]
+    heapq.heapify(queue)
     while missing:
-        best = max(range(len(pairs)), key=lambda i: len(pairs[i] & missing))
-        missing -= pairs[best]
-        yield combinations[best]
+        bound, best = queue[0]
+        count = (pairs[best] & missing).bit_count()
+        if count != -bound:
+            heapq.heapreplace(queue, (-count, best))
+            continue
+        missing &= ~pairs[best]
+        yield _chosen(names, levels, choices[best])
+
+
+def _chosen(names: Sequence[str], levels: Sequence[Sequence[Any]], choice: Sequence[int]) -> dict[str, Any]:
+    return {name: values[number] for name, values, number in zip(names, levels, choice, strict=True)}
 
 
 def name_of(value: Any) -> str:
