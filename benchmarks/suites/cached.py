@@ -3,8 +3,9 @@
     python -m benchmarks.suites.cached                             a transformer of 6 layers on 256 texts of 64 tokens
     python -m benchmarks.suites.cached --record results/cached.csv the same, appended to a CSV file
 
-In turn, on fresh inputs each round, medians; first the gradients of both must agree. By count of products the cached
-step takes 4/3 of the time: two forward passes and a backward of two, where there were one and two.
+In turn, on fresh inputs each round, medians of processor time, which other programs on the machine change least; first
+the gradients of both must agree. By count of products the cached step takes 4/3 of the time: two forward passes and a
+backward that is worth two, where there was one forward.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def play(options: argparse.Namespace) -> list[dict[str, object]]:
     for _ in range(options.rounds):
         given = inputs()
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run(encoder, *given)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.process_time() - start))
     about = {k: v for k, v in record.provenance(CPU).items() if k in FIELDS}
     base = np.median(times[WHOLE])
     return [
