@@ -5,6 +5,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     make bench                                  microbenchmarks on this machine's CPU
     python -m benchmarks.suites.gpu             the suite on a GPU
     python -m benchmarks.suites.drop_ins        every drop-in against its library
+    python -m benchmarks.suites.cached          gradient caching against the step without it
     python -m benchmarks.suites.accuracy        errors at low temperatures
     python -m benchmarks.tiles.tune             tile sizes on a GPU, compiled beforehand by ahead.py
     python -m benchmarks.tiles.host_time        what a call costs the host of a GPU

@@ -16,6 +16,7 @@ from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.siglip import SigLipLoss
 from .losses.sup_con import SupConLoss
+from .wrappers.cached import cached
 from .wrappers.matryoshka import MatryoshkaLoss
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SigLipLoss",
     "Statistics",
     "SupConLoss",
+    "cached",
     "statistics",
 ]
 __all__ += functional.__all__

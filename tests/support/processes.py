@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,21 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 WORLD = 2
+SECONDS = 240
 
 
-def in_two_processes(worker: Callable[[int], None], folder: Path) -> None:
-    """Run worker(rank), a function of a test module, in each of two processes, and fail if one does."""
-    spawn(_process, (worker.__code__.co_filename, worker.__name__, str(folder / "store")), WORLD)
+def in_two_processes(worker: Callable[[int], None], folder: Path, seconds: float = SECONDS) -> None:
+    """Run worker(rank), a function of a test module, in each of two processes, and fail if one does or takes longer."""
+    given = worker.__code__.co_filename, worker.__name__, str(folder / "store")
+    processes = spawn(_process, given, WORLD, join=False)
+    end = time.monotonic() + seconds
+    try:
+        while not processes.join(timeout=1):  # True when both have ended; raises what one of them raised
+            if time.monotonic() > end:
+                raise TimeoutError(f"{worker.__name__} took more than {seconds} seconds in two processes")
+    finally:
+        for process in processes.processes:
+            process.kill()
 
 
 def _process(rank: int, path: str, name: str, store: str) -> None:

@@ -1,0 +1,507 @@
+"""`cached` against the step without it, over the same chunks and with the same random numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import UserDict
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support.encoders import WIDTH, D, Encoder, assert_gradients, by_hand, gradients, softmax_loss
+from support.memory import PeakMemory
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_infonce import ClipLoss, FusedInfoNCELoss, MatryoshkaLoss, cached
+
+N = 150
+
+
+@dataclass
+class Images:
+    pixels: Tensor
+    kind: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    pixels: Tensor
+
+
+def pair(dtype=torch.float64, n=N):
+    torch.manual_seed(0)
+    models = Encoder(dtype), Encoder(dtype)
+    rows = torch.randn(2, n, WIDTH, dtype=dtype)
+    return list(zip(models, rows, strict=True)), [x for model in models for x in model.parameters()]
+
+
+def parameters_of(*modules):
+    return [x for module in modules for x in module.parameters()]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 64, 150, 1000, [32, 100]], ids=str)
+def test_gradients_are_those_of_the_step_by_hand(chunk_size):
+    towers, parameters = pair()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    value = cached(softmax_loss, *towers, chunk_size=chunk_size, scale=7.0)
+    after = torch.get_rng_state()
+    value.backward()
+    assert torch.equal(after, torch.get_rng_state())  # the replay leaves no trace
+    assert not torch.equal(after, state)
+
+    torch.manual_seed(1)
+    sizes = chunk_size if isinstance(chunk_size, list) else [chunk_size] * 2
+    embeddings = [
+        torch.cat([model(part) for part in rows.split(size)]) for (model, rows), size in zip(towers, sizes, strict=True)
+    ]
+    wanted = softmax_loss(*embeddings, scale=7.0)
+    torch.testing.assert_close(value, wanted, rtol=1e-14, atol=0)
+    assert_gradients(parameters, gradients(wanted, parameters))
+
+
+@pytest.mark.parametrize(
+    ("make", "bound"),
+    [
+        (lambda: FusedInfoNCELoss(0.1, learnable_temperature=True, symmetric=True), 1e-6),
+        (lambda: MatryoshkaLoss(FusedInfoNCELoss(0.1), dims=[D, 2]), 1e-6),
+    ],
+    ids=["learnable", "matryoshka"],
+)
+def test_this_packages_losses_in_float32(make, bound):
+    towers, parameters = pair(torch.float32)
+    criterion = make()
+    parameters += criterion.parameters()
+    wanted = gradients(by_hand(criterion, *towers, chunk_size=64), parameters)
+    torch.manual_seed(1)
+    cached(criterion, *towers).backward()
+    assert_gradients(parameters, wanted, bound)
+
+
+def test_tensors_among_the_arguments_of_the_criterion_get_gradients():
+    towers, parameters = pair()
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    parameters.append(scale)
+    wanted = gradients(by_hand(ClipLoss(normalize=True), *towers, chunk_size=64, logit_scale=scale.exp()), parameters)
+    torch.manual_seed(1)
+    cached(ClipLoss(normalize=True), *towers, logit_scale=scale.exp()).backward()
+    assert_gradients(parameters, wanted, 1e-10)  # the scale's own gradient is float32
+
+
+INPUTS = {
+    "dictionary": (lambda x: {"rows": x}, None),
+    "UserDict": (lambda x: UserDict(rows=x), None),
+    "tuple": (lambda x: (x,), None),
+    "list": (lambda x: [x], None),
+    "dataclass": (lambda x: Images(x, "png"), lambda model: lambda images: model(images.pixels)),
+    "frozen dataclass": (lambda x: Frozen(x), lambda model: lambda images: model(images.pixels)),
+    "features": (
+        lambda x: ({"deep": [x, torch.ones(3)], "one": torch.tensor(1.0), "who": "me"},),
+        lambda model: lambda features: model(features["deep"][0]) * features["deep"][1].mean() * features["one"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_inputs(kind):
+    """Whatever they come in, tensors of N rows are split and everything else is passed whole."""
+    of, around = INPUTS[kind]
+    towers, parameters = pair()
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    torch.manual_seed(1)
+    given = [(model if around is None else around(model), of(rows)) for model, rows in towers]
+    cached(softmax_loss, *given).backward()
+    assert_gradients(parameters, wanted)
+
+
+@pytest.mark.parametrize(
+    ("output", "pick"),
+    [
+        (lambda x: {"a": 0, "embedding": x}, "embedding"),
+        (lambda x: Images(x, "png"), "pixels"),
+        (lambda x: (None, x), 1),
+        (lambda x: x, "pixels"),  # a tensor is the embedding
+        (lambda x: torch.stack([x, x], 1), lambda output: output[:, 0]),
+    ],
+    ids=["key", "attribute", "index", "tensor", "function"],
+)
+def test_pick(output, pick):
+    towers, parameters = pair()
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    torch.manual_seed(1)
+    given = [(lambda x, model=model: output(model(x)), rows) for model, rows in towers]
+    cached(softmax_loss, *given, pick=pick).backward()
+    assert_gradients(parameters, wanted)
+
+
+class Outputs(nn.Module):
+    """A model whose embeddings are kept as they come."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.found = model, []
+
+    def forward(self, rows):
+        y = self.model(rows)
+        self.found.append(y.detach().clone())
+        return y
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["backward after", "backward inside"])
+def test_the_replay_under_autocast_is_bitwise_equal(around):
+    """Inside, the casts of weights that the first pass kept have no graph: they must not be used again."""
+    towers, parameters = pair(torch.float32)
+    towers = [(Outputs(model), rows) for model, rows in towers]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = cached(softmax_loss, *towers)
+        if around:
+            value.backward()
+    if not around:
+        value.backward()
+    for model, _ in towers:
+        first, again = model.found[:3], model.found[3:]
+        assert len(again) == 3
+        assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert all(x.grad is not None for x in parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    assert_gradients(parameters, wanted, 1e-2)
+
+
+def test_a_gradient_scaler_multiplies():
+    towers, parameters = pair()
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [x.detach().clone() for x in parameters]
+    torch.manual_seed(1)
+    scaler.scale(cached(softmax_loss, *towers)).backward()
+    assert_gradients(parameters, [2.0**10 * x for x in wanted])
+    scaler.step(optimizer)
+    for x, was, w in zip(parameters, before, wanted, strict=True):
+        torch.testing.assert_close(x.detach(), was - 0.1 * w, rtol=1e-12, atol=1e-14)
+
+
+def test_a_frozen_tower_runs_once_and_gets_no_gradient():
+    towers, _ = pair()
+    towers[1][0].requires_grad_(False)
+    towers[1] = (Outputs(towers[1][0]), towers[1][1])
+    parameters = parameters_of(towers[0][0])
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    towers[1][0].found.clear()
+    needed = []
+
+    def criterion(query, key):
+        needed.append((query.requires_grad, key.requires_grad))
+        return softmax_loss(query, key)
+
+    torch.manual_seed(1)
+    cached(criterion, *towers).backward()
+    assert_gradients(parameters, wanted)
+    assert needed == [(True, False)]
+    assert len(towers[1][0].found) == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_without_a_graph_there_is_no_second_pass(frozen):
+    towers, _ = pair()
+    for model, _ in towers:
+        model.requires_grad_(not frozen)
+    torch.manual_seed(1)
+    with nullcontext() if frozen else torch.no_grad():
+        value = cached(softmax_loss, *towers)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, by_hand(softmax_loss, *towers, chunk_size=64).detach(), rtol=1e-14, atol=0)
+
+
+def test_a_shared_tower_gets_the_gradients_of_both_batches():
+    (tower, (_, rows)), _ = pair()
+    towers = [tower, (tower[0], rows)]
+    parameters = parameters_of(tower[0])
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    torch.manual_seed(1)
+    cached(softmax_loss, *towers).backward()
+    assert_gradients(parameters, wanted)
+
+
+def test_models_given_as_methods_partials_and_compiled():
+    """A method counts as its module; a compiled model draws and computes as it does without."""
+    towers, parameters = pair()
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    (first, a), (second, b) = towers
+    compiled = torch.compile(second, backend="aot_eager", dynamic=True)
+    torch.manual_seed(1)
+    cached(softmax_loss, (first.forward, a), (compiled, b)).backward()
+    assert_gradients(parameters, wanted)
+    first.requires_grad_(False)
+    assert not cached(lambda x: x.sum(), (first.forward, a)).requires_grad
+
+
+def test_activation_checkpoints_inside_a_model_nest():
+    towers, parameters = pair()
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
+    for reentrant in (True, False):
+        for x in parameters:
+            x.grad = None
+
+        def model(rows, encoder, reentrant=reentrant):
+            return checkpoint(encoder, rows.requires_grad_(), use_reentrant=reentrant)
+
+        torch.manual_seed(1)
+        given = [(lambda x, encoder=encoder: model(x, encoder), rows) for encoder, rows in towers]
+        cached(softmax_loss, *given).backward()
+        assert_gradients(parameters, wanted)
+
+
+def test_two_forwards_before_one_backward_and_accumulation():
+    towers, parameters = pair()
+    wanted = [3 * x for x in gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)]
+    values = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        values.append(cached(softmax_loss, *towers))
+    sum(values).backward()
+    torch.manual_seed(1)
+    cached(softmax_loss, *towers).backward()  # adds to what is there
+    assert_gradients(parameters, wanted)
+
+
+def test_what_else_the_criterion_returns_passes_through():
+    towers, parameters = pair()
+    value, (embeddings, note) = cached(lambda q, k: (softmax_loss(q, k), ((q, k), "note")), *towers)
+    assert note == "note"
+    assert [tuple(x.shape) for x in embeddings] == [(N, D)] * 2
+    (value + embeddings[0].square().sum()).backward()
+    assert all(x.grad.any() for x in parameters)
+
+
+def test_a_tower_that_the_loss_does_not_use_is_not_replayed():
+    towers, _ = pair()
+    towers[1] = (Outputs(towers[1][0]), towers[1][1])
+    cached(lambda q, k: q.sum(), *towers).backward()
+    assert len(towers[1][0].found) == 3
+    assert all(x.grad is None for x in towers[1][0].parameters())
+
+
+def test_other_numbers_of_rows_and_none():
+    towers, parameters = pair()
+    few = [(model, rows[: 10 * i]) for i, (model, rows) in enumerate(towers)]
+    shapes = []
+
+    def criterion(query, key):
+        shapes.append((tuple(query.shape), tuple(key.shape)))
+        return query.sum() + key.sum()
+
+    cached(criterion, *few).backward()
+    assert shapes == [((0, D), (10, D))]
+    assert not parameters[0].grad.any()
+    assert parameters[-1].grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_one_backward_and_once_differentiable():
+    towers, parameters = pair()
+    value = cached(softmax_loss, *towers)
+    value.backward(retain_graph=True)
+    done = [x.grad.clone() for x in parameters]
+    with pytest.raises(RuntimeError, match="has had its backward"):
+        value.backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        cached(softmax_loss, *towers).backward(create_graph=True)
+    assert all(torch.equal(x.grad, y) for x, y in zip(parameters, done, strict=True))
+
+
+def test_gradients_of_the_temperature_alone_replay_nothing():
+    towers, parameters = pair()
+    loss = FusedInfoNCELoss(0.1, learnable_temperature=True)
+    (gradient,) = torch.autograd.grad(cached(loss, *towers), loss.logit_scale)
+    assert gradient.any()
+    assert all(x.grad is None for x in parameters)
+
+
+def drift(tower):
+    with torch.no_grad():
+        tower[0].down.bias[0] += 1e-6
+
+
+def other_dropout(rows):
+    keep = torch.tensor([[random.random() > 0.1] for _ in range(len(rows))], dtype=rows.dtype)
+    return rows * keep
+
+
+def test_an_encoder_that_changes_between_the_passes_raises():
+    towers, _ = pair()
+    value = cached(softmax_loss, *towers)
+    drift(towers[1])
+    with pytest.raises(RuntimeError, match=r"tower 2, chunk 1 \(rows 0 to 63\).*differ by \d\.\de-0[67] of.*check=Fal"):
+        value.backward()
+
+    rows = towers[0][1].clone()
+    value = cached(softmax_loss, (towers[0][0], rows), towers[1])
+    rows[130] += 1  # an input that a loader writes over
+    with pytest.raises(RuntimeError, match=r"tower 1, chunk 3 \(rows 128 to 149\)"):
+        value.backward()
+
+    model = nn.Sequential(towers[0][0])
+    model.register_forward_pre_hook(lambda module, args: (other_dropout(args[0]),))
+    with pytest.raises(RuntimeError, match=r"tower 1, chunk 1 .*generator that is not PyTorch's own"):
+        cached(softmax_loss, (model, rows), towers[1]).backward()
+
+    value = cached(softmax_loss, *towers, check=False)
+    drift(towers[0])
+    value.backward()
+
+
+def test_a_shape_that_changes_between_the_passes_raises():
+    model, lengths = nn.Linear(WIDTH, D), [4, 3]
+    value = cached(torch.sum, (lambda x: model(x)[:, : lengths.pop(0)], torch.randn(5, WIDTH)))
+    with pytest.raises(RuntimeError, match=r"rows 0 to 4.*\(5, 3\) and were \(5, 4\)"):
+        value.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_does_not_raise(dtype):
+    """The inference path of PyTorch's transformer layers rounds otherwise than their training path."""
+    layer = Outputs(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dtype=dtype).eval())
+    rows = torch.randn(24, 5, 32, dtype=dtype)
+    cached(lambda x: x.float().square().sum(), (layer, rows), pick=lambda x: x[:, 0], chunk_size=8).backward()
+    assert next(layer.parameters()).grad.any()
+    first, again = (torch.cat(x) for x in (layer.found[:3], layer.found[3:]))
+    assert not first.equal(again)  # else the test could not fail
+
+
+def test_nan_embeddings_reach_the_loss():
+    """As without caching; a gradient scaler may then skip the step."""
+    towers, parameters = pair()
+    towers[0][1][3] = float("nan")
+    cached(softmax_loss, *towers).backward()
+    assert parameters[0].grad.isnan().any()
+
+
+class Wide(nn.Module):
+    """A model that returns hidden states 64 times as large as its embeddings, and writes them into its input too."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, features):
+        hidden = self.down(torch.relu(self.up(features["rows"])))
+        features["hidden"] = hidden
+        return {"hidden": hidden}
+
+
+@pytest.mark.serial
+def test_the_memory_of_the_encoder_is_that_of_a_chunk():
+    n, length, rows = 512, 64, 16
+    model = Wide()
+    inputs = ({"rows": torch.randn(n, length, 8)},)
+    parameters = sum(x.nbytes for x in model.parameters())
+
+    def step(n, chunk_size):
+        for x in model.parameters():
+            x.grad = None
+        given = ({"rows": inputs[0]["rows"][:n]},)
+        with PeakMemory() as memory:
+            cached(lambda x: x.square().mean(), (model, given), chunk_size=chunk_size, pick=first).backward()
+        return memory.peak
+
+    def first(output):
+        return output["hidden"][:, 0]
+
+    chunk, whole = step(rows, rows), step(n, n)
+    assert whole > 16 * chunk
+    embeddings = n * 8 * 4
+    assert step(n, rows) <= chunk + 2 * parameters + 6 * embeddings + n // rows * 5100  # a random state a chunk
+
+
+def test_progress(capsys):
+    towers, _ = pair()
+    cached(softmax_loss, *towers, progress="step 3").backward()
+    said = capsys.readouterr().err
+    assert "step 3: embeddings" in said
+    assert "step 3: gradients" in said
+    assert "6/6" in said
+    cached(softmax_loss, *towers, progress=False).backward()
+    assert not capsys.readouterr().err
+
+
+def test_training_goes_the_same_way_as_by_hand():
+    towers, parameters = pair()
+    twins = copy.deepcopy(towers)
+    theirs = parameters_of(*(model for model, _ in twins))
+    optimizers = [torch.optim.AdamW(x, lr=0.01) for x in (parameters, theirs)]
+    for step in range(4):
+        torch.manual_seed(step)
+        ours = cached(softmax_loss, *towers, chunk_size=40)
+        hand = by_hand(softmax_loss, *twins, chunk_size=40, seed=step)
+        for value, optimizer in zip((ours, hand), optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    for x, y in zip(parameters, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+MODEL, ROWS = Encoder(), torch.zeros(3, WIDTH, dtype=torch.float64)
+ONE = ((MODEL, ROWS),)
+REFUSED: dict[str, tuple[type[Exception], str, tuple, dict[str, Any]]] = {
+    "no tower": (ValueError, "needs towers", (), {}),
+    "no pair": (TypeError, r"tower 1 must be a pair .* got Tensor", (ROWS,), {}),
+    "no model": (TypeError, r"tower 2 must be a pair", (*ONE, (ROWS, MODEL)), {}),
+    "no rows": (ValueError, r"inputs of tower 1 must hold .* got dict of \{text: str\}", ((MODEL, {"text": "a"}),), {}),
+    "gradients": (ValueError, r"of tower 1 must not require gradients", ((MODEL, ROWS.clone().requires_grad_()),), {}),
+    "chunk size": (ValueError, "chunk_size must be 1 or more, got 0", ONE, {"chunk_size": 0}),
+    "chunk type": (TypeError, "chunk_size must be an integer, got float", ONE, {"chunk_size": 2.0}),
+    "chunk sizes": (ValueError, "chunk_size must be one for all towers, .* got 2", ONE, {"chunk_size": [1, 2]}),
+    "pick": (TypeError, "pick must be a name, .* got float", ONE, {"pick": 0.5}),
+    "tokens": (ValueError, r"attention_mask of shape \(3, L\) in the inputs of tower 1, got f", ONE, {"tokens": 8}),
+    "few tokens": (ValueError, "tokens must be 1 or more, got 0", ONE, {"tokens": 0}),
+    "sync": (ValueError, "sync must be one of 'mean', 'none', got 'sum'", ONE, {"sync": "sum"}),
+    "check": (ValueError, "check must be one of", ONE, {"check": "yes"}),
+    "progress": (TypeError, "progress must be True", ONE, {"progress": 3}),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_arguments_are_refused_before_a_model_runs(what):
+    error, said, towers, options = REFUSED[what]
+    with pytest.raises(error, match=said):
+        cached(pytest.fail, *towers, **options)
+
+
+def test_a_criterion_must_be_callable():
+    with pytest.raises(TypeError, match="criterion must be a loss or a function of embeddings, got tuple"):
+        cached((MODEL, ROWS), (MODEL, ROWS))
+
+
+STATE = r"got dict of \{state: float64 \(3, 6\)"
+OUTPUTS: dict[str, tuple[Any, Any, str]] = {
+    "no pick": (
+        lambda x: {"state": x, "n": (1, x)},
+        None,
+        rf"tower 1: without pick.* {STATE}, n: tuple of \{{0: int",
+    ),
+    "no key": (lambda x: {"state": x}, "pooled", rf"tower 1 returned no 'pooled'.* {STATE}\}}"),
+    "no attribute": (
+        lambda x: Images(x, "a"),
+        "pooled",
+        r"no 'pooled'.* got Images of \{pixels: float64 \(3, 6\), ",
+    ),
+    "no index": (lambda x: (x,), 1, r"no 1,.* got tuple of \{0: float64 \(3, 6\)\}"),
+    "no tensor": (lambda x: {"state": "x"}, "state", "what pick chooses must be a tensor of embeddings, got str"),
+    "integers": (lambda x: x.long(), None, "embeddings must be floating"),
+    "a number": (lambda x: x.sum(), None, r"embeddings must be floating, \(rows, ...\), got float64 \(\)"),
+}
+
+
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_outputs_without_an_embedding_say_what_came(what):
+    model, pick, said = OUTPUTS[what]
+    with pytest.raises(TypeError, match=said):
+        cached(pytest.fail, (model, ROWS), pick=pick)
