@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Gradients = Literal["mean", "sum"]
 Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
+NONE, ONE, ROWS = 0, 1, 2  # what a gradient of the temperature is of: there is none, one for all rows, or one a row
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Call:
         self.rank, self.world = communicator.rank, communicator.world
         self.number = _numbers[communicator] = _numbers.get(communicator, 0) + 1
         self.met = False  # whether this rank has told the others that its arguments are good
+        self.learned = NONE  # what the gradient of the temperature is of, on all ranks once they have met
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
 
@@ -80,7 +82,17 @@ class Call:
         if check == "none":
             return [[size] * self.world for size in sizes]
         signature += f"{self.noted} {self.options}" + (f" {values}" if check == "values" else "")
-        said = preflight.agree(self.communicator, self.number, signature, sizes)
+        said = preflight.agree(self.communicator, self.number, signature, [*sizes, self.learned])
+        learned = [words[len(sizes)] for words in said]
+        if ROWS in learned:  # where a temperature of one element is that of a rank's only row
+            for rank, words in enumerate(said):
+                if learned[rank] != ROWS and words[0] != 1:
+                    first = learned.index(ROWS)
+                    raise ValueError(
+                        f"the ranks' calls differ: the temperature is one for all rows on rank {rank}, one a row on "
+                        f"rank {first}"
+                    )
+            self.learned = ROWS
         return [[words[i] for words in said] for i in range(len(sizes))]
 
     def unique(self, ids: Tensor) -> Tensor:
