@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Gradients = Literal["mean", "sum"]
 Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
+NONE, ONE, ROWS = 0, 1, 2  # what a gradient of the temperature is of: there is none, one for all rows, or one a row
+NOT_A_MEMBER = -100  # what `torch.distributed.new_group` returns to a process outside
+OUTSIDE = "distributed names a process group that this process is not in"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Call:
         self.communicator, self.options = communicator, options
         self.rank, self.world = communicator.rank, communicator.world
         self.met = contrast.is_explaining()  # whether this rank has told the others that its arguments are good
+        self.learned = NONE  # what the gradient of the temperature is of, on all ranks once they have met
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
 
@@ -80,7 +84,17 @@ class Call:
         if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
         signature += f"{self.noted} {self.options}" + (f" {values}" if check == "values" else "")
-        said = preflight.agree(self.communicator, number, signature, sizes)
+        said = preflight.agree(self.communicator, number, signature, [*sizes, self.learned])
+        learned = [words[len(sizes)] for words in said]
+        if ROWS in learned:  # where a temperature of one element is that of a rank's only row
+            for rank, words in enumerate(said):
+                if learned[rank] != ROWS and words[0] != 1:
+                    first = learned.index(ROWS)
+                    raise ValueError(
+                        f"the ranks' calls differ: the temperature is one for all rows on rank {rank}, one a row on "
+                        f"rank {first}"
+                    )
+            self.learned = ROWS
         return [[words[i] for words in said] for i in range(len(sizes))]
 
     def begin(self) -> int:
@@ -119,7 +133,7 @@ def options_of(value: Any) -> Distributed | None:
         return Distributed()
     if isinstance(value, Distributed):
         return value
-    if isinstance(value, str | int | float) or not _is_group(value):
+    if value != NOT_A_MEMBER and (isinstance(value, str | int | float) or not _is_group(value)):
         raise TypeError(
             "distributed must be True, False, a ProcessGroup, a one-dimensional DeviceMesh or a Distributed, got "
             f"{type(value).__name__}"
@@ -137,6 +151,8 @@ def communicator_of(group: Any) -> Communicator:
     Raises:
         RuntimeError: there is no process group. ValueError: a mesh of several dimensions, or this process is outside.
     """
+    if group == NOT_A_MEMBER:
+        raise ValueError(OUTSIDE)
     if hasattr(group, "all_gather_host"):
         return cast("Communicator", group)
     import torch.distributed as dist
@@ -151,7 +167,7 @@ def communicator_of(group: Any) -> Communicator:
         group = group.get_group()
     group = dist.group.WORLD if group is None else group
     if dist.get_rank(group) < 0:
-        raise ValueError("distributed names a process group that this process is not in")
+        raise ValueError(OUTSIDE)
     if group not in _communicators:
         from .communicator import GroupCommunicator
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import contrast
-from .call import Call
+from .call import ONE, ROWS, Call
 
 T = TypeVar("T")
 
@@ -42,21 +42,29 @@ def rows(call: Call, losses: Tensor) -> Tensor:
     return _Scaled.apply(losses, call.factor) if call.factor > 1 else losses
 
 
-def shared(call: Call | None, parameter: T) -> T:
-    """Return a temperature or the like, the same on all ranks; the gradient of a tensor is that of all their rows.
+def shared(call: Call | None, temperature: T) -> T:
+    """Return a temperature, the same on all ranks; the gradient of a tensor is that of all their rows.
 
     A number, and a tensor of one value a row, (N,) or (N, 1), have nothing to share and are returned as they are.
+    Whether (1,) is such a tensor, of a rank with one row, is known once the ranks have met.
     """
-    one = isinstance(parameter, Tensor) and parameter.numel() == 1 and parameter.dim() < 2
-    return alike(call, parameter) if one else parameter
+    if call is None or not isinstance(temperature, Tensor) or not _needs_gradient(temperature):
+        return temperature
+    call.learned = ONE if temperature.numel() == 1 and temperature.dim() < 2 else ROWS
+    whole = call.learned == ONE and call.options.parameter_gradients == "mean"
+    return _Shared.apply(call, temperature, True) if whole else temperature
 
 
 def alike(call: Call | None, tensor: T) -> T:
-    """Return what `shared` does, of a tensor of any shape that is the same on all ranks, or of None."""
-    if call is None or not isinstance(tensor, Tensor) or not (tensor.requires_grad and torch.is_grad_enabled()):
+    """Return a tensor that is the same on all ranks, or None; its gradient is that of all their rows."""
+    if call is None or not isinstance(tensor, Tensor) or not _needs_gradient(tensor):
         return tensor
     call.noted += f" one shared tensor of shape {tuple(tensor.shape)} with a gradient;"
-    return _Shared.apply(call, tensor) if call.options.parameter_gradients == "mean" else tensor
+    return _Shared.apply(call, tensor, False) if call.options.parameter_gradients == "mean" else tensor
+
+
+def _needs_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def added(call: Call, x: Tensor) -> Tensor:
@@ -112,10 +120,12 @@ class _Scaled(torch.autograd.Function):
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, parameter: Tensor) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, call: Call, parameter: Tensor, temperature: bool) -> Tensor:
+        ctx.call, ctx.temperature = call, temperature
         return parameter.view_as(parameter)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, (added(ctx.call, upstream) / ctx.call.factor).to(upstream.dtype)
+        if ctx.temperature and ctx.call.learned == ROWS:
+            return None, upstream, None
+        return None, (added(ctx.call, upstream) / ctx.call.factor).to(upstream.dtype), None

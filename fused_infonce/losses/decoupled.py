@@ -126,9 +126,15 @@ def decoupled_nt_xent(
     return reduced(problem, options, _loss(problem, positive_weight))
 
 
+@together
 @torch.no_grad()
 def von_mises_fisher_weight(
-    query: Tensor, positive_key: Tensor, sigma: float = 0.5, *, normalize: bool = True
+    query: Tensor,
+    positive_key: Tensor,
+    sigma: float = 0.5,
+    *,
+    normalize: bool = True,
+    distributed: DistributedLike = False,
 ) -> Tensor:
     """Compute the weights of the positives in DCLW, the decoupled loss where less similar pairs weigh more.
 
@@ -141,6 +147,8 @@ def von_mises_fisher_weight(
         query, positive_key: (N, D) each; float16, bfloat16, float32 or float64.
         sigma: a positive number.
         normalize: divide every row by max(norm, 1e-12) first.
+        distributed: over whose pairs j goes and N counts: False (this process's), True (those of the default process
+            group), a `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
 
     Returns:
         (N,) weights: float64 for float64 inputs, else float32.
@@ -150,12 +158,18 @@ def von_mises_fisher_weight(
 
     Reference: Yeh et al. 2022, arXiv:2110.06848 (section 3.2).
     """
+    call = call_options("auto", None, distributed=distributed).call
     query, positive_key = views(query, positive_key, ())
     sigma = checks.positive_float("sigma", sigma)
     acc = accumulator(query.dtype)
     with without_autocast(query.device.type):
         cosine = dots(unit(query, normalize, acc), unit(positive_key, normalize, acc))
-        return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
+        if call is None:
+            return 2 - len(cosine) * torch.softmax(cosine / sigma, dim=0)
+        (counts,) = call.counts(f"weights of {cosine.dtype}", f"sigma {sigma}", [len(cosine)])
+        (every,) = gather.gather(call, [cosine], [counts])
+        weights = 2 - len(every) * torch.softmax(every / sigma, dim=0)
+        return weights[call.start(counts) :][: len(cosine)]
 
 
 def _loss(problem: Problem, positive_weight: Any) -> Loss:
@@ -248,7 +262,9 @@ class DCLLoss(PairLoss):
             if positive_weight is not None or target is not None:
                 what = "target" if positive_weight is None else "positive_weight"
                 raise ValueError(f"sigma weighs row i by its likeness to key i: it cannot be used with {what}")
-            positive_weight = von_mises_fisher_weight(query, positive_key, self.sigma, normalize=self.normalize)
+            positive_weight = von_mises_fisher_weight(
+                query, positive_key, self.sigma, normalize=self.normalize, distributed=self.distributed
+            )
             if self.negatives == "views":
                 positive_weight = positive_weight.repeat(2)
         of_keys = self.of_keys(

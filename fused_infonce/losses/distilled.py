@@ -126,10 +126,11 @@ def distilled_info_nce(
     labels = None if target is None else checks.target(target, query, m, ignore_index)
     # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).
     # Where it holds most of both distributions no digits are lost; but the hard loss and columns need the label
-    own = labels is None and n == m and objective == "cross_entropy"  # and a diagonal takes less time
+    diagonal = labels is None and n == m and options.call is None  # elsewhere other ranks may have more keys
+    own = diagonal and objective == "cross_entropy"  # and a diagonal takes less time
     free = alpha == 1 and not symmetric and not own
     ignored = labels
-    if labels is None and n != m:
+    if labels is None and free and not diagonal:
         labels = torch.zeros(n, dtype=torch.int64, device=query.device)  # in place of which the favourite comes
     problem = Problem(KeySet(query), (KeySet(key),), t, labels, columns=symmetric, normalize=normalize)
     problem, context = blocked(problem, options)  # rows of two parts, whose 16-bit gradients are rounded once
@@ -194,7 +195,8 @@ def _directions(
     """Return for the rows, and for the columns where there are some, the teacher's logits, the student's unit rows on
     both sides, and the labels."""
     dtype = problem.acc_dtype
-    every = {id(x): of_all(x, options) for x in teacher}
+    scored_sides = teacher if problem.columns else teacher[1:]  # those that rows of other ranks are scored against
+    every = {id(x): of_all(x, options) for x in scored_sides}
     parts = [(problem.of_rows(), teacher)] + ([(problem.swapped(), teacher[::-1])] if problem.columns else [])
     limit = options.limit(t.device)
     found: list[Direction] = []
