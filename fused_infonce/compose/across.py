@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,30 +21,50 @@ from ..distributed.gather import gather
 from .rows import widened
 
 
+class Met(NamedTuple):
+    """The ranks' numbers of rows, once all have come to one call: of the queries, of the first set of keys, and of the
+    others that are gathered, with their places among `Problem.keys`."""
+
+    queries: list[int]
+    keys: list[int]
+    places: list[int]
+    others: list[list[int]]
+
+
+def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met:
+    """Wait for the ranks to come to this call, and return how many rows each has; an error of one is one of all.
+
+    alike: as in `across`.
+    """
+    call: Call = options.call
+    resolve(options.backend, problem.query.rows)  # an error while the other ranks can still hear of it
+    places = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
+    sets = [problem.query, problem.keys[0], *(problem.keys[place] for place in places)]
+    queries, keys, *others = call.counts(
+        _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets]
+    )
+    call.keys = keys
+    return Met(queries, keys, places, others)
+
+
 def across(
-    problem: Problem, options: Options, alike: Collection[int] = (), more: str = ""
+    problem: Problem, options: Options, alike: Collection[int] = (), met: Met | None = None
 ) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return the problem of this rank's rows against those of all ranks, and the context of its products.
 
     Keys that all queries of this rank share are gathered, in rank order, with their ids, guides and biases; a query's
     own stay where they are. Without ranks the problem is returned as it is.
 
-    alike: places among `problem.keys` of sets that are the same on all ranks, such as a queue. more: what else must be
-        the same on every rank, beside all that is known of the problem and the options.
+    alike: places among `problem.keys` of sets that are the same on all ranks, such as a queue. met: what `meet`
+        returned for this problem, if the ranks have met.
     """
     call: Call | None = options.call
     if call is None:
         return problem, nullcontext()
-    resolve(options.backend, problem.query.rows)  # an error while the other ranks can still hear of it
+    of_queries, of_keys, wanted, of_others = met or meet(problem, options, alike)
     wire = _wire(problem.query.rows)
     problem, context = widened(problem) if wire is not None else (problem, nullcontext())
-    first = problem.keys[0]
-    meets_first = problem.in_batch
-    wanted = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
-    sets = [problem.query, first, *(problem.keys[place] for place in wanted)]
-    counts = call.counts(signature(problem, options) + more, _values(problem), [len(keys.rows) for keys in sets])
-    (of_queries, of_keys, *of_others) = counts
-    call.keys = of_keys
+    first, meets_first = problem.keys[0], problem.in_batch
     gathered = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
     if meets_first:
         gathered.append((first, of_keys))
@@ -97,7 +117,9 @@ def all_rows(
         sets = [keys._replace(rows=x) for keys, x in zip(sets, rows, strict=True)]
     described = "; ".join(map(_described, sets))
     (call.keys,) = call.counts(
-        f"{described} {more} {options.reduction!r}", str(temperature.lowest), [len(sets[0].rows)]
+        f"{described} {more} {options.reduction!r}",
+        f"temperature {temperature.lowest if temperature.shared else None}",
+        [len(sets[0].rows)],
     )
     return [sets[0], *gathered_sets(call, [(keys, call.keys) for keys in sets[1:]], wire)], context
 
@@ -123,12 +145,9 @@ def of_own(rows: slice, options: Options) -> slice:
     return slice(start + rows.start, start + rows.stop)
 
 
-def in_block(problem: Problem, options: Options) -> Statistics:
+def in_block(problem: Problem, options: Options, met: Met) -> Statistics:
     """Return the statistics of a problem that `block.fits`, over the rows of all ranks."""
-    call: Call = options.call
-    rows, key = problem.query.rows, problem.keys[0].rows
-    (call.keys,) = call.counts(signature(problem, options), _values(problem), [len(rows)])
-    exchange = _exchange(key, call.keys, options, gradients=not problem.self_similar)
+    exchange = _exchange(problem.keys[0].rows, met.keys, options, gradients=not problem.self_similar)
     return block.statistics(problem, options, exchange)
 
 
@@ -178,7 +197,7 @@ def _shifted(problem: Problem, start: int, own: int, every: int) -> Tensor:
     return torch.where(target < 0, target, torch.where(target == own, every, target + start))
 
 
-def signature(problem: Problem, options: Options) -> str:
+def _signature(problem: Problem, options: Options) -> str:
     """Return what of a call must be the same on every rank, for its collectives to be."""
     sets = "; ".join(_described(keys) for keys in problem.sets)
     flags = [name for name, value in zip(FLAGS, problem.flags, strict=True) if value]
@@ -200,6 +219,5 @@ def _described(keys: KeySet) -> str:
     return f"({shape}) {str(rows.dtype).removeprefix('torch.')} {' '.join(fields)}{needed}"
 
 
-def _values(problem: Problem) -> str:
-    t = problem.temperature
-    return f"temperature {t.lowest}" if t.shared else ""
+def _value(temperature: Temperature) -> str:
+    return f"temperature {temperature.lowest}" if temperature.shared else ""

@@ -16,7 +16,7 @@ from ..backends.contract import Problem, RowStatistics, Statistics
 from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
 from ..distributed import block, gather
-from .across import across, in_block
+from .across import across, in_block, meet
 from .rows import widened
 
 # A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,).
@@ -31,11 +31,11 @@ def reduced(
     "mean" divides by the sum of the weights, and is NaN where that is 0. Rows without a target are ignored. Over
     several processes the problem is this rank's own; alike: as in `across`.
     """
-    if options.call is not None and isinstance(loss, str) and block.fits(problem, options):
-        losses = of_statistics(problem, in_block(problem, options), loss)
-        return reduced_rows(losses, problem, options, weight)
     if options.call is not None:
-        problem, context = across(problem, options, alike)
+        met = meet(problem, options, alike)
+        if isinstance(loss, str) and block.fits(problem, options):
+            return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
+        problem, context = across(problem, options, alike, met)
         with context:
             return of_block(problem, options, loss, weight)
     if len(problem.keys) == 1 and problem.keys[0].rows.shape[0] == 1 + problem.self_similar and problem.in_batch:

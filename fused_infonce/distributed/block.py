@@ -29,17 +29,21 @@ from ..backends.precision import without_autocast
 from ..backends.registry import plan_of, resolve
 from ..backends.row_losses import temperature_gradient
 from ..contrast import bind, differentiable_once, given, unscale
-from .call import Call
+from .call import ROWS, Call
 from .communicator import Pending
 from .exchange import Exchange
 
 
 def fits(problem: Problem, options: Options) -> bool:
-    """Return whether a rank's own problem is one of those above: a single set of keys, each the target of one row."""
+    """Return whether a rank's own problem is one of those above: a single set of keys, each the target of one row.
+
+    To be asked once the ranks have met, so that all say the same.
+    """
     both = problem.columns or problem.self_similar or options.call.options.exchange == "stream"
     alone = len(problem.keys) == 1 and problem.in_batch and not problem.added and problem.ceiling is None
     targets = problem.target is None or problem.two_views
-    known = problem.temperature.shared and resolve(options.backend, problem.query.rows) != "reference"
+    one = problem.temperature.shared and options.call.temperatures != ROWS
+    known = one and resolve(options.backend, problem.query.rows) != "reference"
     return both and alone and targets and known and not torch.compiler.is_compiling()
 
 

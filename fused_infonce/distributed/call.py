@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Gradients = Literal["mean", "sum"]
 Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
-NONE, ONE, ROWS = 0, 1, 2  # what a gradient of the temperature is of: there is none, one for all rows, or one a row
+NUMBER, ONE, ROWS = 0, 1, 2  # what a temperature is: a number, a tensor for all rows, or one of a value a row
 NOT_A_MEMBER = -100  # what `torch.distributed.new_group` returns to a process outside
 OUTSIDE = "distributed names a process group that this process is not in"
 
@@ -65,7 +65,7 @@ class Call:
         self.communicator, self.options = communicator, options
         self.rank, self.world = communicator.rank, communicator.world
         self.met = contrast.is_explaining()  # whether this rank has told the others that its arguments are good
-        self.learned = NONE  # what the gradient of the temperature is of, on all ranks once they have met
+        self.temperatures = NUMBER  # what the temperature is, on all ranks once they have met
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
 
@@ -84,17 +84,17 @@ class Call:
         if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
         signature += f"{self.noted} {self.options}" + (f" {values}" if check == "values" else "")
-        said = preflight.agree(self.communicator, number, signature, [*sizes, self.learned])
-        learned = [words[len(sizes)] for words in said]
-        if ROWS in learned:  # where a temperature of one element is that of a rank's only row
+        said = preflight.agree(self.communicator, number, signature, [*sizes, self.temperatures])
+        kinds = [words[len(sizes)] for words in said]
+        if ROWS in kinds:  # where a temperature of one element is that of a rank's only row
             for rank, words in enumerate(said):
-                if learned[rank] != ROWS and words[0] != 1:
-                    first = learned.index(ROWS)
+                if kinds[rank] != ROWS and words[0] != 1:
+                    first = kinds.index(ROWS)
                     raise ValueError(
                         f"the ranks' calls differ: the temperature is one for all rows on rank {rank}, one a row on "
                         f"rank {first}"
                     )
-            self.learned = ROWS
+            self.temperatures = ROWS
         return [[words[i] for words in said] for i in range(len(sizes))]
 
     def begin(self) -> int:

@@ -48,10 +48,10 @@ def shared(call: Call | None, temperature: T) -> T:
     A number, and a tensor of one value a row, (N,) or (N, 1), have nothing to share and are returned as they are.
     Whether (1,) is such a tensor, of a rank with one row, is known once the ranks have met.
     """
-    if call is None or not isinstance(temperature, Tensor) or not _needs_gradient(temperature):
+    if call is None or not isinstance(temperature, Tensor):
         return temperature
-    call.learned = ONE if temperature.numel() == 1 and temperature.dim() < 2 else ROWS
-    whole = call.learned == ONE and call.options.parameter_gradients == "mean"
+    call.temperatures = ONE if temperature.numel() == 1 and temperature.dim() < 2 else ROWS
+    whole = call.temperatures == ONE and call.options.parameter_gradients == "mean" and _needs_gradient(temperature)
     return _Shared.apply(call, temperature, True) if whole else temperature
 
 
@@ -126,6 +126,6 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if ctx.temperature and ctx.call.learned == ROWS:
+        if ctx.temperature and ctx.call.temperatures == ROWS:
             return None, upstream, None
         return None, (added(ctx.call, upstream) / ctx.call.factor).to(upstream.dtype), None

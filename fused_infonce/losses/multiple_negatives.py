@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .. import checks, contrast
-from ..backends import BackendName, Options, Reduction
-from ..backends.contract import KeySet, Problem, RowStatistics, Temperature
-from ..backends.precision import all_wide, without_autocast
+from .. import checks
+from ..backends import BackendName, Reduction
+from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce
-from ..compose.across import all_rows
 from ..compose.arguments import call_options, temperature_of
-from ..compose.biases import Biases, of_columns
+from ..compose.biases import of_columns
+from ..compose.ranking import Ranking
 from ..compose.reduction import reduced, reduced_mean
-from ..compose.rows import dots, finite, log_add, unit
+from ..compose.rows import log_add
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
@@ -120,7 +117,7 @@ def multiple_negatives(
     documents = _check_embeddings(query, documents, offset, all_queries, directions)
     if key_bias is not None and hardness_strength:
         raise ValueError("key_bias cannot be used with a hardness")
-    ranking = _Ranking(
+    ranking = Ranking(
         query, documents, query if all_queries is None else all_queries, offset, temperature_of(temperature, query),
         frozenset(directions), hardness, float(hardness_strength), normalize,
         of_columns(key_bias, positive_bias, query, documents, slice(offset, offset + len(query))),
@@ -145,169 +142,6 @@ def multiple_negatives(
         if log_k and added is not None:  # k = 1 + exp(-added): that of doc_to_query has no bias
             log_k = infonce(-added)
         return reduced_mean(log_k + infonce(reduce(log_add, negs) - pos - log_k), options)
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranking:
-    """The rows and options of a call of `multiple_negatives`, and the problem of each direction."""
-
-    query: Tensor
-    documents: list[Tensor]
-    every: Tensor  # the queries of all documents
-    offset: int
-    t: Temperature
-    directions: frozenset[str]
-    hardness: str | None
-    hardness_strength: float
-    normalize: bool
-    biases: Biases  # those of columns of hard negatives one after another
-
-    @property
-    def strength(self) -> float:
-        none = self.hardness is None or (self.hardness == "hard_negatives" and len(self.documents) == 1)
-        return 0.0 if none else self.hardness_strength
-
-    @property
-    def apart(self) -> bool:
-        """Return whether a query's own hard negatives are treated unlike the hard negatives of other queries."""
-        return self.strength > 0 and self.hardness != "all_negatives" and len(self.documents) > 1
-
-    @property
-    def weighted(self) -> bool:
-        """Return whether the documents of other queries have a hardness."""
-        return self.strength > 0 and self.hardness != "hard_negatives"
-
-    @property
-    def local(self) -> bool:
-        """Return whether document i belongs to query i."""
-        return len(self.query) == len(self.documents[0]) and self.every is self.query
-
-    @property
-    def columns(self) -> bool:
-        """Return whether doc_to_query comes from the products of query_to_doc."""
-        return self.local and "doc_to_query" in self.directions and not self.weighted
-
-    @property
-    def flags(self) -> tuple[Any, ...]:
-        return sorted(self.directions), self.hardness, self.hardness_strength, self.normalize
-
-    @property
-    def own(self) -> slice:
-        return slice(self.offset, self.offset + len(self.query))
-
-    @property
-    def index(self) -> Tensor:
-        """The number of each document's sample, (M,)."""
-        return torch.arange(len(self.documents[0]), device=self.query.device)
-
-    @property
-    def target(self) -> Tensor | None:
-        return None if self.local else self.index[self.own]
-
-    def hard(self, others: bool) -> tuple[tuple[KeySet, ...], Tensor | None]:
-        """Return the hard negatives of all queries, and the ids that with `others` leave each query's own out."""
-        hard = self.documents[1:]
-        if not hard:
-            return (), None
-        with without_autocast(self.query.device.type):  # autocast refuses rows of another 16-bit dtype than its own
-            rows = torch.cat(hard) if len(hard) > 1 else hard[0]
-        keys = KeySet(rows, bias=self.biases.negative)
-        if not others:
-            return (keys,), None
-        return (keys._replace(ids=self.index.repeat(len(hard))),), self.index[self.own]
-
-    @property
-    def first(self) -> Problem:
-        """The problem of the queries against the documents."""
-        hard, ids = self.hard(others=self.apart)
-        offset = self.biases.offset
-        if self.columns and offset is not None:
-            offset = torch.stack([offset, torch.zeros_like(offset)])
-        return Problem(
-            KeySet(self.query, ids), (KeySet(self.documents[0], bias=self.biases.key), *hard), self.t, self.target,
-            offset=offset, columns=self.columns, normalize=self.normalize, bias_bound=self.biases.bound,
-        )  # fmt: skip
-
-    def widened(self) -> tuple[_Ranking, AbstractContextManager[Any]]:
-        """Return the call over rows whose 16-bit gradients are added in float32 and rounded once, and the context.
-
-        Where a single problem has all gradients of its rows, the call itself is returned.
-        """
-        if not self.apart and len(self.directions) <= 1 + self.columns:
-            return self, nullcontext()
-        (query, every, *documents), context = all_wide([self.query, self.every, *self.documents])
-        return replace(self, query=query, every=every, documents=documents), context
-
-    def of_all(
-        self, options: Options, key_bias: Tensor | None, positive_bias: bool
-    ) -> tuple[_Ranking, AbstractContextManager[Any]]:
-        """Return this rank's call over the documents and queries of all ranks, and the context of its products."""
-        if self.offset or self.every is not self.query:
-            raise ValueError("offset and all_queries are of gathered documents: distributed=True gathers them itself")
-        if len(self.documents[0]) != len(self.query):
-            raise ValueError(f"documents must have {len(self.query)} rows as query has, got {len(self.documents[0])}")
-        queries = KeySet(self.query)
-        columns = [KeySet(x, bias=None if key_bias is None else key_bias[i]) for i, x in enumerate(self.documents)]
-        (query, every, *sets), context = all_rows([queries, queries, *columns], self.t, options, repr(self.flags))
-        biases = self.biases
-        start = options.call.start(options.call.keys)
-        documents, own = [x.rows for x in sets], slice(start, start + len(query.rows))
-        if key_bias is not None:
-            gathered = torch.stack([x.bias for x in sets if x.bias is not None])
-            biases = of_columns(gathered, positive_bias, query.rows, documents, own)
-        ranking = replace(
-            self, query=query.rows, every=every.rows, documents=documents, offset=start, biases=biases
-        )  # fmt: skip
-        return ranking, context
-
-    def scores(self, options: Options) -> tuple[Tensor, list[Tensor]]:
-        """Return the (N,) logits of the positives, and for each direction the logsumexp of its negatives."""
-        positives, mine, t = self.documents[0], self.documents[0][self.own], self.t
-        rows, columns = _weighted(self.first, options, self.strength) if self.weighted else contrast.statistics(
-            self.first, options
-        )  # fmt: skip
-        negs = [rows.neg]
-
-        def against(x: Tensor, y: KeySet, ids: Tensor | None = None, *hard: KeySet, itself: bool = False) -> Tensor:
-            problem = Problem(
-                KeySet(x, ids), (y, *hard), t, self.target, normalize=self.normalize, self_similar=itself,
-                bias_bound=self.biases.bound,
-            )  # fmt: skip
-            return contrast.statistics(problem, options).rows.neg
-
-        if "query_to_query" in self.directions:
-            negs.append(against(self.query, KeySet(self.every), itself=self.local))
-        if columns is not None:
-            negs.append(columns.neg)
-        elif "doc_to_query" in self.directions:
-            negs.append(against(mine, KeySet(self.every)))
-        if "doc_to_doc" in self.directions:
-            hard, ids = self.hard(others=True)
-            keys = KeySet(positives, bias=self.biases.key)
-            itself = self.local and len(hard) == 0 and keys.bias is None
-            negs.append(against(positives if itself else mine, keys, ids, *hard, itself=itself))
-        return rows.pos, negs
-
-    def own_negatives(self) -> Tensor:
-        """Compute the (N,) logsumexp over a query's own hard negatives, O(N H D)."""
-        t = self.t.values
-        bonus = self.strength if self.hardness == "hard_negatives" else 0.0
-        q = unit(self.query, self.normalize, t.dtype)
-        mates = [unit(x[self.own], self.normalize, t.dtype) for x in self.documents[1:]]
-        cosine = torch.stack([dots(q, mate) for mate in mates], dim=1)
-        return torch.logsumexp(cosine / t[:, None] + bonus * cosine.detach(), dim=1)
-
-
-def _weighted(problem: Problem, options: Options, strength: float) -> tuple[RowStatistics, None]:
-    """Return statistics where every negative's logit has `strength` times its cosine added, which gets no gradient.
-
-    These are the logits at the temperature r t, r = 1 / (1 + strength t); their gradient is that at t, r times theirs.
-    """
-    cooler = problem.temperature.cooler(strength)
-    r = (cooler.values / problem.temperature.values).detach()
-    rows = contrast.statistics(replace(problem, temperature=cooler), options).rows
-    neg = finite(rows.neg)
-    return rows._replace(pos=r * rows.pos, neg=rows.neg.detach() + r * (neg - neg.detach())), None
 
 
 def check_options(directions: Any, partition: str, hardness: str | None, hardness_strength: Any) -> None:

@@ -185,6 +185,7 @@ EVERY = {
     "backend": "torch", "workspace_limit": 4096,
 }  # fmt: skip
 ALL = EVERY | {"positives": "all", "margin": 0.2}  # which no call may have beside label_smoothing
+ALL["distributed"] = True  # nor any without a process group
 
 
 def test_the_module_passes_every_option_on(monkeypatch):
