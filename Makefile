@@ -24,7 +24,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature demo-recommender test test-compat lint style types bench plots tiles gpu clean distclean
+.PHONY: help demo demo-temperature demo-recommender demo-distributed test test-compat lint style types bench plots tiles gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ demo-temperature: $(VENV)/.installed-demo ## train the text retriever at several
 
 demo-recommender: $(VENV)/.recommender ## train a recommender with and without the correction of in-batch negatives
 	$(BIN)/python -m examples.recommender $(DEMO_ARGS)
+
+demo-distributed: $(VENV)/.installed-demo ## train the text retriever over two processes and in one, side by side
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m examples.distributed $(DEMO_ARGS)
 
 # The tests see the installed layout, ahead of the editable install and of the repository itself.
 # Whatever measures time or memory runs alone, first; the rest runs in $(JOBS) processes.

@@ -45,8 +45,8 @@ class Options:
     """The options of a training."""
 
     batch: int = 512
-    dim: int = 256
-    steps: int = 120
+    dim: int = 64
+    steps: int = 100
     temperature: float = 0.05
     learning_rate: float = 2e-3
     max_norm: float = 1.0

@@ -3,6 +3,7 @@
 from . import functional
 from .backends.contract import RowStatistics, Statistics
 from .compose.statistics import statistics
+from .distributed import Distributed
 from .functional import *  # noqa: F403  # its __all__
 from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
@@ -24,6 +25,7 @@ __all__ = [
     "DCLLoss",
     "DebiasedLoss",
     "DistillationLoss",
+    "Distributed",
     "FusedInfoNCELoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
