@@ -8,7 +8,7 @@ from itertools import pairwise
 
 MIB = 2**20
 ROOM = 16  # times the workspace limit, 1 GiB on a CPU and an eighth of a GPU: more gathered rows than that are streamed
-FEWEST = 4  # parts of a stream, of which two are held: more hide the first and the last exchange better
+FEWEST = 8  # parts of a stream, of which two are held: nothing hides the first and the last
 
 
 @dataclass(frozen=True)

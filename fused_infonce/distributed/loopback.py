@@ -21,7 +21,8 @@ class Loopback:
     Args:
         world: W.
         timeout: the seconds that a rank waits for the others before it raises a TimeoutError.
-        delay: the seconds that every collective takes after the last rank has begun it, while the ranks may work.
+        delay: the seconds that every collective of tensors takes after the last rank has begun it, while the ranks may
+            work.
     """
 
     def __init__(self, world: int, timeout: float = 60.0, delay: float = 0.0):
@@ -56,7 +57,7 @@ class Loopback:
             self._posted.setdefault(number, {})[rank] = value, time.monotonic()
             self._changed.notify_all()
 
-    def take(self, number: int) -> list[Any]:
+    def take(self, number: int, delay: float) -> list[Any]:
         """Return the parts of all ranks once every rank has passed its own, and the delay is over."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._posted[number]) == self.world, self.timeout):
@@ -66,18 +67,20 @@ class Loopback:
             self._taken[number] = self._taken.get(number, 0) + 1
             if self._taken[number] == self.world:
                 del self._posted[number], self._taken[number]
-        if self.delay:
-            time.sleep(max(0.0, max(when for _, when in parts.values()) + self.delay - time.monotonic()))
+        if delay:
+            time.sleep(max(0.0, max(when for _, when in parts.values()) + delay - time.monotonic()))
         return [parts[rank][0] for rank in range(self.world)]
 
 
 class LoopbackCommunicator:
-    """A simulated rank. `received` counts the bytes that a real one would have received, by the collective's name."""
+    """A simulated rank. `received` counts the bytes that a real one would have received, by the collective's name, and
+    `begun` the collectives of tensors."""
 
     def __init__(self, loopback: Loopback, rank: int):
         self.loopback, self.rank, self.world = loopback, rank, loopback.world
         self.received: dict[str, int] = {}
-        self._begun = 0
+        self.begun = 0
+        self._number = 0
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
         taken = self._begin(x.clone())
@@ -113,12 +116,13 @@ class LoopbackCommunicator:
         return every
 
     def all_gather_host(self, message: Tensor) -> Tensor:
-        return torch.stack(self._begin(message)())
+        return torch.stack(self._begin(message, host=True)())
 
-    def _begin(self, value: Any) -> Callable[[], list[Any]]:
-        number, self._begun = self._begun, self._begun + 1
+    def _begin(self, value: Any, host: bool = False) -> Callable[[], list[Any]]:
+        number, self._number = self._number, self._number + 1
+        self.begun += not host
         self.loopback.post(self.rank, number, value)
-        return lambda: self.loopback.take(number)
+        return lambda: self.loopback.take(number, 0.0 if host else self.loopback.delay)
 
     def _own(self, counts: Sequence[int]) -> slice:
         start = sum(counts[: self.rank])

@@ -1,0 +1,175 @@
+"""Rows that stream in parts: the loss of one process, a memory that is bounded, and exchanges that hide."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.contest import peak_bytes
+from fused_infonce import Distributed, clip_loss, decoupled_info_nce, info_nce, nt_xent
+from fused_infonce.distributed.exchange import FEWEST, exchange_of
+from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
+
+Loss = Callable[..., Tensor]
+LOSSES: dict[str, Loss] = {
+    "one direction": info_nce,
+    "sum": lambda a, b, **o: info_nce(a, b, reduction="sum", **o),
+    "both directions": lambda a, b, **o: info_nce(a, b, symmetric=True, **o),
+    "rows": lambda a, b, **o: info_nce(a, b, symmetric=True, reduction="none", **o).square().sum(),
+    "decoupled": lambda a, b, **o: decoupled_info_nce(a, b, symmetric=True, **o),
+    "raw rows": lambda a, b, temperature, **o: clip_loss(a, b, 1 / temperature, **o),
+    "ids": lambda a, b, **o: info_nce(
+        a, b, symmetric=True, query_ids=a.detach()[:, 0].long(), key_ids=b.detach()[:, 0].long(), **o
+    ),
+    "views": nt_xent,
+}
+
+
+def over_ranks(
+    loss: Loss, counts: list[int], options: dict[str, Any], loopback: Loopback, d: int = 6
+) -> tuple[list[Any], list[Tensor]]:
+    """Return what every rank finds, its value and gradients, and the rows of all."""
+    torch.manual_seed(0)
+    rows = [2 * torch.randn(sum(counts), d, dtype=torch.float64) for _ in range(2)]
+
+    def one(communicator: LoopbackCommunicator) -> tuple[Tensor, ...]:
+        own = [x.split(counts)[communicator.rank].clone().requires_grad_() for x in rows]
+        t = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+        value = loss(*own, temperature=t, distributed=Distributed(communicator, **options))
+        value.backward()
+        return value.detach(), t.grad, *(x.grad for x in own)
+
+    found = loopback.run(one)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found, rows
+
+
+@pytest.mark.parametrize("counts", [[5], [3, 0, 9], [1, 2, 4, 20]], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_stream_equals_one_process(name: str, counts: list[int]) -> None:
+    found, rows = over_ranks(LOSSES[name], counts, {"exchange": "stream"}, Loopback(len(counts)))
+    a, b = (x.clone().requires_grad_() for x in rows)
+    t = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    value = LOSSES[name](a, b, temperature=t)
+    value.backward()
+    values = torch.stack([each[0] for each in found])
+    want = value.detach()
+    if name == "rows":  # a sum of squares of each rank's own rows
+        values, want = values.sum(), want
+    torch.testing.assert_close(values, want.expand_as(values), rtol=1e-12, atol=1e-12)
+    for each in found:
+        torch.testing.assert_close(each[1], t.grad, rtol=1e-10, atol=1e-12)
+    for place, x in ((2, a), (3, b)):
+        got = torch.cat([each[place] for each in found]) / len(counts)
+        torch.testing.assert_close(got, x.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_parts_take_every_row_once() -> None:
+    counts = [3, 0, 17, 9]
+    for rank, count in enumerate(counts):
+        found = exchange_of("stream", counts, rank, 8, 2, 4, 2**20, gradients=True)
+        assert len(found.parts) == FEWEST
+        assert [place for part in found.parts for place in range(count)[part.own]] == list(range(count))
+        assert [sum(part.counts[other] for part in found.parts) for other in range(4)] == counts
+
+
+def test_auto_streams_where_rows_take_more_than_their_room() -> None:
+    few, many = (exchange_of("auto", [n] * 4, 0, 64, 2, 4, 2**20, gradients=True) for n in (2**10, 2**18))
+    assert (few.name, len(few.parts)) == ("gather", 1)
+    assert many.name == "stream"
+    assert many.held <= 1.01 * 16 * 2**20  # parts differ by a row of each rank
+    assert "stream over 4 processes" in str(many)
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange", "gathered", "reduced"),
+    [
+        ("both directions", "gather", 1, 1), ("views", "gather", 1, 0), ("one direction", "gather", 1, 1),
+        ("both directions", "stream", 2, 1), ("views", "stream", 2, 0), ("one direction", "stream", 2, 1),
+    ],
+)  # fmt: skip
+def test_bytes_of_rows_and_of_gradients(name: str, exchange: str, gathered: int, reduced: int) -> None:
+    """Exactly the rows of others and their gradients, so many times; and of vectors a few numbers a row."""
+    world, n, d = 4, 16, 32
+    loopback = Loopback(world)
+    over_ranks(LOSSES[name], [n] * world, {"exchange": exchange, "check": "none"}, loopback, d)
+    views = 2 if name == "views" else 1
+    others = (world - 1) * n * views * 8  # float64
+    for communicator in loopback.ranks:
+        received = communicator.received
+        assert received.get("reduce_scatter", 0) == reduced * others * d
+        vectors = received["all_gather"] - gathered * others * d
+        shared = (world - 1) * 8 * 3  # the sum and the number of the losses, and the gradient of the temperature
+        columns = 0 if name == "one direction" else 2 * others  # a shift and a factor of each column
+        assert vectors == shared + columns
+        assert received.get("all_to_all", 0) == (3 * others if name == "both directions" else 0)
+
+
+@pytest.mark.serial
+def test_a_stream_holds_two_parts_whatever_the_number_of_ranks() -> None:
+    """What a rank allocates grows with the number of ranks where rows are gathered, and not where they stream.
+
+    Beside rows and gradients of all ranks, or of two parts, which `held` counts, the backend holds unit rows, the
+    simulated network a copy of what it carries, and a rank eight times its own rows: unit ones and gradients.
+    """
+    n, d, limit = 512, 256, 2**16
+
+    def peak(world: int, exchange: str) -> int:
+        loopback = Loopback(world)
+
+        def one(communicator: LoopbackCommunicator) -> int:
+            a, b = (torch.randn(n, d, requires_grad=True) for _ in range(2))
+            options = Distributed(communicator, exchange=exchange)
+
+            def step() -> None:
+                info_nce(a, b, temperature=0.1, symmetric=True, workspace_limit=limit, distributed=options).backward()
+
+            if communicator.rank:
+                step()
+                return 0
+            return peak_bytes(step, torch.device("cpu"))[0]  # which sees its own thread alone
+
+        found = loopback.run(one)[0]
+        assert isinstance(found, int)
+        return found
+
+    peaks = {}
+    for world in (8, 16):
+        for name in ("gather", "stream"):
+            exchange = exchange_of(name, [n] * world, 0, d, 4, 4, limit, gradients=True)
+            peaks[world, name] = peak(world, name)
+            times = 2 if name == "gather" else 3  # part before and part after, beside the one that is worked on
+            assert peaks[world, name] <= times * exchange.held + 8 * n * d * 4 + 2 * limit
+    assert peaks[16, "gather"] > 1.8 * peaks[8, "gather"]
+    assert peaks[16, "stream"] < 1.1 * peaks[8, "stream"]
+
+
+@pytest.mark.serial
+def test_exchanges_hide_behind_the_products() -> None:
+    """Of 50 ms for every exchange four fifths take no time, since what comes next is begun before it is needed."""
+    delay, world, n, d = 0.05, 2, 2048, 256
+
+    def seconds(loopback: Loopback) -> float:
+        started = time.perf_counter()
+        for each in loopback.run(one):
+            if isinstance(each, BaseException):
+                raise each
+        return time.perf_counter() - started
+
+    def one(communicator: LoopbackCommunicator) -> None:
+        a, b = rows[communicator.rank]
+        options = Distributed(communicator, exchange="stream")
+        info_nce(a, b, temperature=0.1, symmetric=True, distributed=options).backward()
+
+    rows = [[torch.randn(n, d, requires_grad=True) for _ in range(2)] for _ in range(world)]
+    least = min(seconds(Loopback(world)) for _ in range(2))
+    slow = [Loopback(world, delay=delay) for _ in range(2)]
+    added = min(seconds(loopback) for loopback in slow) - least
+    assert added <= 0.2 * delay * slow[0].ranks[0].begun
