@@ -127,7 +127,7 @@ def _poisoned(allocate):
     return wrapper
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session")
 def compiler_that_knows_torch():
     """Let `torch.compile` list PyTorch's functions, as its first use does, before any test replaces some of them."""
     torch.compile(torch.neg, backend="eager")(torch.ones(1))
@@ -142,6 +142,7 @@ def poisoned_allocations(request, monkeypatch):
     """
     if request.node.get_closest_marker("serial"):
         return
+    request.getfixturevalue("compiler_that_knows_torch")
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

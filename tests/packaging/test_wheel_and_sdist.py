@@ -215,7 +215,9 @@ def test_there_is_no_top_level_kernels_package(run_installed, installed):
 
 
 def test_the_import_takes_little_beyond_torch(run_installed):
-    seconds = [float(run_installed(SECONDS_BEYOND_TORCH)) for _ in range(3)]  # of the processor, not of the clock
+    seconds = [float(run_installed(SECONDS_BEYOND_TORCH)) for _ in range(2)]  # of the processor, not of the clock
+    if max(seconds) >= 0.3:  # else the median of three is known without the third
+        seconds.append(float(run_installed(SECONDS_BEYOND_TORCH)))
     assert statistics.median(seconds) < 0.3, seconds
 
 

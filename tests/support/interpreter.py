@@ -28,6 +28,26 @@ KNOWN = triton.__version__.startswith("3.7.")  # other releases are left as they
 Plain = tuple[int, ...]
 
 
+MISSING = object()
+Change = tuple[Any, str, Any, Any]  # of an attribute: its object, its name, what it becomes and what it was
+
+
+class Replay:
+    """What a launch before has changed in the language, changed again."""
+
+    def __init__(self, changes: list[Change]):
+        self.changes = changes
+        for obj, name, value, _ in changes:
+            setattr(obj, name, value)
+
+    def restore(self) -> None:
+        for obj, name, _, before in reversed(self.changes):
+            if before is MISSING:
+                delattr(obj, name)
+            else:
+                setattr(obj, name, before)
+
+
 class Scope:
     """What a launch has changed in the language, to be restored after it."""
 
@@ -43,27 +63,31 @@ def once_a_launch(prepare: Any) -> Any:
     """Return `prepare` of a function's language, doing nothing for modules that the running launch has prepared."""
     prepared: set[str] = set()
     names: dict[int, frozenset[str]] = {}  # of the modules that a file's functions see
-    changes: dict[frozenset[str], list[tuple[object, str, object]]] = {}  # of the first launch that saw them
+    known: dict[tuple[frozenset[str], frozenset[str]], list[Change]] = {}  # by those and what was prepared before
+
+    def scope_of(fn: Any, key: tuple[frozenset[str], frozenset[str]]) -> Any:
+        if key in known:
+            return Replay(known[key])
+        scope = prepare(fn)
+        absent = interpreter._MISSING
+        known[key] = [
+            (obj, name, getattr(obj, name), MISSING if before is absent else before)
+            for obj, name, before in scope._changes
+        ]
+        return scope
 
     def patch(fn: Any) -> Any:
         seen = fn.__globals__
-        if id(seen) not in names:
-            names[id(seen)] = frozenset(module.__name__ for module in seen.values() if module in (tl, core))
-        needed = names[id(seen)]
+        needed = names.get(id(seen))
+        if needed is None:
+            modules = [module for module in seen.values() if module is tl or module is core]
+            needed = names[id(seen)] = frozenset(module.__name__ for module in modules)
         if needed <= prepared:
             return None  # of a device function, which restores nothing
-        outermost = not prepared
+        before = frozenset(prepared)
         prepared.update(needed)
-        if not outermost:
-            return prepare(fn)
-        if needed in changes:
-            scope = interpreter._LangPatchScope()
-            for change in changes[needed]:
-                scope.set_attr(*change)
-        else:
-            scope = prepare(fn)
-            changes[needed] = [(obj, name, getattr(obj, name)) for obj, name, _ in scope._changes]
-        return Scope(scope, prepared)
+        scope = scope_of(fn, (needed, before))
+        return scope if before else Scope(scope, prepared)
 
     return patch
 
@@ -189,20 +213,51 @@ def scalar_constant(self: Any, value: Any, dtype: Any) -> Any:
     return tl.tensor(interpreter.TensorHandle(found.handle.data, found.handle.dtype), found.type)
 
 
-def check_operands(self: Any, lhs: Any, rhs: Any, *options: Any, **more: Any) -> Any:
-    """Return the operands of an operation, cast and broadcast: as they are where their types are one."""
-    alike = type(lhs) is tl.tensor and type(rhs) is tl.tensor and lhs.type is rhs.type
-    if alike and not options and not more and not lhs.dtype.is_ptr():
-        return lhs, rhs
-    return CHECK(self, lhs, rhs, *options, **more)
+def check_operands(
+    self: Any, lhs: Any, rhs: Any, left_pointer: bool = False, right_pointer: bool = False, arithmetic: bool = True,
+    division: bool = False,
+) -> Any:  # fmt: skip
+    """Return the operands of an operation, cast and broadcast: tensors of one type, or a number beside one, at once."""
+    if type(lhs) is tl.tensor:
+        if type(rhs) is tl.tensor:
+            if lhs.dtype is rhs.dtype and (lhs.dtype.name in PLAIN or not (division or lhs.dtype.is_ptr())):
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic and fits(rhs, lhs.dtype):
+            return lhs, filled(self, rhs, lhs)
+    elif type(rhs) is tl.tensor and arithmetic and fits(lhs, rhs.dtype):
+        return filled(self, lhs, rhs), rhs
+    return CHECK(self, lhs, rhs, left_pointer, right_pointer, arithmetic, division)
+
+
+FLOATS = frozenset({"fp32", "fp64"})
+INTEGERS = {name: range(-(2 ** (bits - 1)), 2 ** (bits - 1)) for name, bits in (("int32", 32), ("int64", 64))}
+PLAIN = FLOATS | INTEGERS.keys()  # types that a division keeps, as those of 16 bits are not
+
+
+def fits(number: Any, dtype: Any) -> bool:
+    """Return whether an operation of this number and a tensor is one of the tensor's type."""
+    if type(number) is int:
+        return dtype.name in FLOATS or (dtype.name in INTEGERS and number in INTEGERS[dtype.name])
+    return type(number) is float and dtype.name in FLOATS
+
+
+def filled(self: Any, number: Any, like: Any) -> Any:
+    constant = self.scalar_constant(number, like.dtype)
+    if not like.type.is_block():
+        return constant
+    return tl.tensor(self.builder.create_splat(like.type, constant.handle), like.type)
 
 
 def broadcast_operands(self: Any, lhs: Any, rhs: Any) -> Any:
     a, b = lhs.type, rhs.type
     if a is b:
         return lhs, rhs
-    if not (a.is_block() and b.is_block()):
-        return BROADCAST(self, lhs, rhs)
+    if not a.is_block() or not b.is_block():
+        if a.is_block():
+            rhs = tl.tensor(self.builder.create_splat(a, rhs.handle), a.with_element_ty(b))
+        elif b.is_block():
+            lhs = tl.tensor(self.builder.create_splat(b, lhs.handle), b.with_element_ty(a))
+        return lhs, rhs
     shapes = shape_of(a), shape_of(b)
     if shapes[0] == shapes[1]:
         return lhs, rhs
