@@ -99,7 +99,9 @@ class Tower:
     def __post_init__(self) -> None:
         self.inner = processes.without_replicas(self.model)
         module = processes.module_of(self.model)
-        self.frozen = module is not None and not any(x.requires_grad for x in module.parameters())
+        parameters = [] if module is None else list(module.parameters())
+        self.frozen = module is not None and not any(x.requires_grad for x in parameters)
+        self.dtypes = {x.dtype for x in parameters if x.is_floating_point()}
 
     def __call__(self, k: int) -> Tensor:
         """Return the embeddings of chunk k. Where other ranks have more chunks than this one, the first comes again."""
@@ -178,7 +180,7 @@ class _Passes:
         if self.recorded:
             for model in self.replicas:
                 processes.disarm(model)
-        torch.clear_autocast_cache()  # of copies of weights, made without a graph
+        torch.clear_autocast_cache()  # of casts of weights without a graph: see Autocast.again
         return [torch.cat(own) for own in parts]
 
     def replay(self, gradients: Sequence[Tensor | None], found: Sequence[Tensor]) -> None:
@@ -194,7 +196,8 @@ class _Passes:
                 with self.random[i][k if own else 0].fork(), self.autocast.again(), torch.enable_grad():
                     embedding = self.towers[i](k)
                 if own and self.check:
-                    differences.add(i, self.sizes[i], k, embedding.detach(), before[i][k])
+                    place = i, k, self.sizes[i]
+                    differences.add(place, embedding.detach(), before[i][k], self.towers[i].dtypes)
                 if self.sync == "mean":
                     reduce(n)
                 if embedding.requires_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,7 +48,10 @@ class Autocast:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Bring the state back, without the copies of weights that an autocast around this may have kept."""
+        """Bring the state back, without the casts of weights that an autocast around this may have kept.
+
+        In torch 2.9 and 2.10 those made without a graph are used with one too, and the weights get no gradient.
+        """
         with ExitStack() as stack:
             for kind, options in self.kinds.items():
                 stack.enter_context(torch.autocast(kind, *options))
@@ -73,13 +76,21 @@ class Differences:
         self.autocast = autocast
         self.found: list[tuple[str, float, Tensor]] = []
 
-    def add(self, tower: int, sizes: Sequence[int], k: int, now: Tensor, before: Tensor) -> None:
-        """Take chunk k of a tower, whose chunks have `sizes` rows. Nothing is read from a GPU yet."""
+    def add(
+        self, place: tuple[int, int, Sequence[int]], now: Tensor, before: Tensor, weights: Iterable[torch.dtype]
+    ) -> None:
+        """Take the embeddings of a chunk; nothing is read from a GPU yet.
+
+        Args:
+            place: the tower, its chunk, and the rows of each of its chunks.
+            weights: the dtypes of the tower's parameters.
+        """
+        tower, k, sizes = place
         start = sum(sizes[:k])
         where = f"tower {tower + 1}, chunk {k + 1} (rows {start} to {start + sizes[k] - 1})"
         if now.shape != before.shape:
             raise RuntimeError(_said(where, f"its embeddings are {tuple(now.shape)} and were {tuple(before.shape)}"))
-        dtypes = [now.dtype, *self.autocast.dtypes(now.device.type)]
+        dtypes = [now.dtype, *weights, *self.autocast.dtypes(now.device.type)]
         if now.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
             dtypes.append(torch.float16)  # as many digits as TF32
         bound = max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3)
