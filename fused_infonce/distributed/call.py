@@ -115,8 +115,11 @@ class Call:
 
     def failed(self, error: BaseException) -> None:
         """Tell the other ranks of an error before they wait for this one's rows in vain."""
-        if not self.met and self.options.check != "none":
-            preflight.report(self.communicator, self.begin(), error)
+        if self.met:
+            return
+        number = self.begin()
+        if self.options.check != "none":
+            preflight.report(self.communicator, number, error)
 
 
 _numbers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()  # of calls made so far
