@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 Pending = Callable[[], Tensor]  # waits for what was begun, and returns it
@@ -94,6 +95,29 @@ class GroupCommunicator:
                 ranks = dist.get_process_group_ranks(self.group)
                 self._host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         return self._host
+
+
+class RecordedCommunicator:
+    """The collectives of a process group as `torch.compile` records them, for ranks that have equally many rows."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        found = functional.all_gather_tensor(x.contiguous(), 0, self.group)
+        return lambda: found
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        found = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, self.group)
+        return lambda: found
+
+    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Pending:
+        found = functional.all_to_all_single(x.contiguous(), None, None, self.group)
+        return lambda: found.unflatten(0, (self.world, -1))
+
+    def all_gather_host(self, message: Tensor) -> Tensor:
+        raise RuntimeError("torch.compile records no messages of hosts: pass Distributed(check='none')")
 
 
 def _after(work: Any, found: Pending, *held: Tensor) -> Pending:
