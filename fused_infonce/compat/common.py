@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import user_level
+from ..distributed import DistributedLike, options_of, together
 
 Result = TypeVar("Result")
 # Between a user's line and a drop-in there may be lines of the library that it stands in for.
@@ -30,14 +31,22 @@ def said(why: Exception) -> str:
 
 
 def fused_or(
-    original: Callable[[], Result], what: str, fused: Callable[[], Result],
-    then: Callable[[Result], Result] | None = None,
+    original: Callable[[], Result], what: str, fused: Callable[..., Result],
+    then: Callable[[Result], Result] | None = None, distributed: DistributedLike = False,
 ) -> Result:  # fmt: skip
     """Return what `fused` returns; where it refuses the call, what the original does, or raise the original's error.
 
     The original's error shows that of `fused` as its context. then: applied to what `fused` returned; an error in it
-    is not taken for a refusal.
+    is not taken for a refusal. distributed: the processes whose rows make one batch, passed on to `fused`. What it
+    refuses is then an error on all of them, because the original's own loss is not that of all their rows.
     """
+    if options_of(distributed) is not None:
+
+        def over_processes(*, distributed: DistributedLike) -> Result:
+            return fused(distributed=distributed)
+
+        result = together(over_processes)(distributed=distributed)
+        return result if then is None else then(result)
     try:
         result = fused()
     except (TypeError, ValueError) as why:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..backends.precision import wide, without_autocast
 from ..compose.arguments import views
+from ..distributed import DistributedLike
 from ..functional import info_nce, nt_xent
 from .common import fused_or, loss_dtype, one_number
 
@@ -48,17 +49,30 @@ class NTXentLoss(original.NTXentLoss):
         >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
     """
 
+    distributed: DistributedLike = False
+    """The processes whose rows make one batch, exactly, in place of the original's gathering; see docs/distributed.md.
+
+    It is assigned, `loss.distributed = True`, since the constructor is the original's. Nothing is then passed to the
+    original: what the fused loss refuses is an error.
+    """
+
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Return the 0-d loss of two (N, D) views, in their dtype, float32 under autocast, and fill the memory bank.
 
         Where `out0` requires a gradient, the rows of `out1` take the place of the oldest in the bank after the loss.
         """
-        return fused_or(partial(super().forward, out0, out1), "NTXentLoss", partial(self._fused, out0, out1))
+        fused = partial(self._fused, out0, out1)
+        return fused_or(partial(super().forward, out0, out1), "NTXentLoss", fused, distributed=self.distributed)
 
-    def _fused(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def _fused(self, out0: Tensor, out1: Tensor, distributed: DistributedLike = False) -> Tensor:
         views(out0, out1, ())
         one_number("temperature", self.temperature)
-        loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
+        if distributed and self.memory_bank.size[0]:
+            raise ValueError("a memory bank is each process's own: distributed needs memory_bank_size=0")
+        if distributed:
+            loss = nt_xent(out0, out1, self.temperature, distributed=distributed)
+        else:
+            loss = self._against_bank(out0, out1) if self.memory_bank.size[0] else self._in_batch(out0, out1)
         return loss.to(loss_dtype(out0, self.temperature))
 
     def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from open_clip import loss as original
 from torch import Tensor, distributed
 
 from .. import checks
+from ..distributed import DistributedLike
 from ..functional import clip_loss, info_nce, siglip_loss
 from ..losses.clip import bias_of, check_features, temperature_of_scale, with_bias
 from .common import fused_or, loss_dtype, one_number
@@ -55,6 +56,13 @@ class ClipLoss(original.ClipLoss):
         >>> ClipLoss()(image, text, logit_scale=torch.tensor(14.3)).backward()
     """
 
+    distributed: DistributedLike = False
+    """The processes whose rows make one batch, exactly, in place of the original's gathering; see docs/distributed.md.
+
+    It is assigned, `loss.distributed = True`, since the constructor is the original's. Nothing is then passed to the
+    original: what the fused loss refuses is an error.
+    """
+
     def forward(
         self,
         image_features: Tensor,
@@ -70,18 +78,21 @@ class ClipLoss(original.ClipLoss):
         """
         arguments = (image_features, text_features, logit_scale, logit_bias)
 
-        def fused() -> Tensor | dict[str, Tensor]:
-            loss = self._fused(*arguments).to(loss_dtype(image_features))
+        def fused(distributed: DistributedLike = False) -> Tensor | dict[str, Tensor]:
+            loss = self._fused(*arguments, distributed).to(loss_dtype(image_features))
             return {"contrastive_loss": loss} if output_dict else loss
 
-        return fused_or(partial(super().forward, *arguments, output_dict), "ClipLoss", fused)
+        return fused_or(
+            partial(super().forward, *arguments, output_dict), "ClipLoss", fused, distributed=self.distributed
+        )
 
     def _fused(
-        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None
-    ) -> Tensor:
+        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None,
+        distributed: DistributedLike,
+    ) -> Tensor:  # fmt: skip
         one_number("logit_scale", logit_scale)
-        if self.world_size == 1:
-            return clip_loss(image, text, logit_scale, logit_bias)
+        if self.world_size == 1 or distributed:
+            return clip_loss(image, text, logit_scale, logit_bias, distributed=distributed)
         t, bias = temperature_of_scale(logit_scale, image), bias_of(logit_bias)
         all_image, all_text = original.gather_features(
             image, text, self.local_loss, self.gather_with_grad, self.rank, self.world_size,
@@ -171,6 +182,13 @@ class SigLipLoss(original.SigLipLoss):
         >>> SigLipLoss()(image, text, logit_scale=torch.tensor(10.0), logit_bias=torch.tensor(-10.0)).backward()
     """
 
+    distributed: DistributedLike = False
+    """The processes whose rows make one batch, exactly, in place of the original's gathering; see docs/distributed.md.
+
+    It is assigned, `loss.distributed = True`, since the constructor is the original's. Nothing is then passed to the
+    original: what the fused loss refuses is an error.
+    """
+
     def forward(
         self,
         image_features: Tensor,
@@ -186,23 +204,26 @@ class SigLipLoss(original.SigLipLoss):
         """
         arguments = (image_features, text_features, logit_scale, logit_bias)
 
-        def fused() -> Tensor | dict[str, Tensor]:
-            loss = self._fused(*arguments).to(_dtype(image_features, logit_scale))
+        def fused(distributed: DistributedLike = False) -> Tensor | dict[str, Tensor]:
+            loss = self._fused(*arguments, distributed).to(_dtype(image_features, logit_scale))
             return {"contrastive_loss": loss} if output_dict else loss
 
-        return fused_or(partial(super().forward, *arguments, output_dict), "SigLipLoss", fused)
+        return fused_or(
+            partial(super().forward, *arguments, output_dict), "SigLipLoss", fused, distributed=self.distributed
+        )
 
     def _fused(
-        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None
-    ) -> Tensor:
+        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None,
+        distributed: DistributedLike,
+    ) -> Tensor:  # fmt: skip
         one_number("logit_scale", logit_scale)
         others = None
-        if self.world_size > 1:  # what is refused is refused before anything is sent
+        if self.world_size > 1 and not distributed:  # what is refused is refused before anything is sent
             check_features(image, text)
             temperature_of_scale(logit_scale, image)
             checks.one_number("logit_bias", 0.0 if logit_bias is None else logit_bias)
             others = torch.cat(EXCHANGES[self.dist_impl](text, self.rank, self.world_size))
-        return siglip_loss(image, text, logit_scale, logit_bias, others)
+        return siglip_loss(image, text, logit_scale, logit_bias, others, distributed=distributed)
 
 
 def _dtype(features: Tensor, scale: object) -> torch.dtype:

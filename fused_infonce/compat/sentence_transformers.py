@@ -47,6 +47,7 @@ except ImportError as error:
     raise ImportError(f"this drop-in is for sentence-transformers 6.2, found {found}: {error}") from error
 
 from ..backends.precision import accumulator
+from ..distributed import DistributedLike
 from ..functional import guided_info_nce, multiple_negatives
 from .common import fused_or
 
@@ -74,13 +75,21 @@ class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
         >>> trainer = SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss)
     """
 
+    distributed: DistributedLike = False
+    """The processes whose rows make one batch, exactly, in place of the original's gathering; see docs/distributed.md.
+
+    It is assigned, `loss.distributed = True`, since the constructor is the original's. Nothing is then passed to the
+    original: what the fused loss refuses is an error.
+    """
+
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Return the 0-d loss of [anchors, positives, hard negatives...], (N, D) each.
 
         It is float32, or float64 for float64 embeddings; under autocast it has the original's dtype.
         """
         original = partial(super().compute_loss_from_embeddings, embeddings, labels)
-        return fused_or(original, "MultipleNegativesRankingLoss", lambda: _multiple_negatives(self, embeddings))
+        fused = partial(_multiple_negatives, self, embeddings)
+        return fused_or(original, "MultipleNegativesRankingLoss", fused, distributed=self.distributed)
 
 
 class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRankingLoss):
@@ -215,12 +224,12 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
     return value.to(dtype)
 
 
-def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
+def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor], distributed: DistributedLike = False) -> Tensor:
     """Return the value of `loss`, an original or a drop-in, for [anchors, positives, hard negatives...]."""
     normalize = _is_cosine(loss.similarity_fct)
     query, *documents = _alike(embeddings)
     offset, every = 0, None
-    if loss.gather_across_devices:
+    if loss.gather_across_devices and not distributed:
         if {"query_to_query", "doc_to_query"}.intersection(loss.directions):
             every = all_gather_with_grad(query)
         documents = [all_gather_with_grad(x) for x in documents]
@@ -236,6 +245,7 @@ def _multiple_negatives(loss: Any, embeddings: Sequence[Tensor]) -> Tensor:
         offset=offset,
         all_queries=every,
         normalize=normalize,
+        distributed=distributed,
     )
     return value.to(_loss_dtype(query, loss.scale))
 

@@ -211,3 +211,23 @@ def compare(rank: int) -> None:
 
 def test_two_processes_give_what_the_original_gives(tmp_path):
     in_two_processes(compare, tmp_path)
+
+
+def exact(rank):
+    """`distributed` is assigned: the value and gradients are those of one process, whatever the constructor was told."""
+    torch.manual_seed(0)
+    every = features(2 * N)
+    own = slice(rank * N, (rank + 1) * N)
+    whole, wanted = evaluate(drop_in.ClipLoss(), every, logit_scale=torch.tensor(20.0))
+    loss = drop_in.ClipLoss(rank=rank, world_size=WORLD)
+    loss.distributed = True
+    value, found = evaluate(loss, {name: x[own] for name, x in every.items()}, logit_scale=torch.tensor(20.0))
+    torch.testing.assert_close(value, whole, rtol=1e-5, atol=0)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name] / WORLD, gradient[own], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError if rank else RuntimeError, match="logit_scale"):
+        loss(**{name: x[own] for name, x in every.items()}, logit_scale=-1.0 if rank else 20.0)
+
+
+def test_distributed_is_exact_over_two_processes(tmp_path):
+    in_two_processes(exact, tmp_path)
