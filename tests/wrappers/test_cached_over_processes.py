@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_infonce import cached
+from fused_infonce.compat.grad_cache import GradCache
 from fused_infonce.wrappers import processes
 
 ROWS = (40, 72)  # 3 and 5 chunks of 16
@@ -117,6 +118,14 @@ def replicated(rank):
     model.zero_grad()
     step(parallel, query, key, sync="none").backward()
     assert_gradients(list(model.parameters()), own_gradients(plain, query, key))
+
+    # the drop-in for GradCache, whose own way is one reduction too
+    model.zero_grad()
+    torch.manual_seed(1)
+    cache = GradCache([parallel] * 2, CHUNK, softmax_loss)
+    _, during = collectives(lambda: cache(query, key, no_sync_except_last=True))
+    assert during == REDUCED_ONCE
+    assert_gradients(list(model.parameters()), mean(own_gradients(plain, query, key)))
 
     # two calls before one backward
     model.zero_grad()
