@@ -188,7 +188,7 @@ class _Passes:
         parts = [() if x is None else x.split(sizes) for x, sizes in zip(gradients, self.sizes, strict=True)]
         before = [x.split(sizes) for x, sizes in zip(found, self.sizes, strict=False)]  # none without check
         differences = Differences(self.autocast)
-        used = [i for i, x in enumerate(gradients) if x is not None and not self.towers[i].frozen]
+        used = [i for i, x in enumerate(gradients) if x is not None]  # those of frozen towers are None
         models = [self.towers[i].model for i in used for _ in range(self.counts[i])]
         with processes.unsynced(self.replicas), processes.held_back(models) as reduce:
             for n, (i, k) in enumerate(self._shown("gradients", used)):
