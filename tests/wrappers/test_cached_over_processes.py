@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def replicated(rank):
     model.uses_extra = plain.uses_extra = False
     frozen = same(Encoder).requires_grad_(False)
     torch.manual_seed(1)
-    cached(softmax_loss, (parallel, query), (frozen, key), chunk_size=CHUNK).backward()
+    cached(softmax_loss, (partial(parallel), query), (frozen, key), chunk_size=CHUNK).backward()
     wanted = by_hand(softmax_loss, (plain, query), (frozen, key), chunk_size=CHUNK)
     assert_gradients(list(model.parameters()), mean(gradients(wanted, list(plain.parameters()))))
     assert model.extra.weight.grad is None
