@@ -53,11 +53,12 @@ def cached(
             outputs that are tensors: the output itself.
         tokens: chunks by rows times their longest text, read from the inputs' `attention_mask` (N, L), in place of
             `chunk_size`. Padding that all rows of a chunk share is cut off, left and right, from tensors (N, L, ...).
-        check: compare the embeddings of both passes. A GPU synchronises for that once a tower, in the backward.
+        check: compare the embeddings of both passes. A GPU synchronises for that once, in the backward.
         progress: show a bar (tqdm) over the chunks of each pass; a string is its description.
         sync: "mean" averages the gradients of `DistributedDataParallel` models over their ranks, once and after all
             chunks, unless this call is in their `no_sync()`; FSDP2 (`fully_shard`) reduces once, with the last chunk.
-            "none" leaves gradients unreduced. A model must be given itself, not inside a function, to be recognised.
+            "none" leaves gradients unreduced. To be recognised a wrapped model must be given itself, or in a `partial`:
+            not in another function, and not by a method of what it wraps.
 
     Raises:
         RuntimeError, in the backward: a chunk's embeddings differ between the passes by more than rounding, a second
@@ -188,7 +189,7 @@ class _Passes:
         parts = [() if x is None else x.split(sizes) for x, sizes in zip(gradients, self.sizes, strict=True)]
         before = [x.split(sizes) for x, sizes in zip(found, self.sizes, strict=False)]  # none without check
         differences = Differences(self.autocast)
-        used = [i for i, x in enumerate(gradients) if x is not None and not self.towers[i].frozen]
+        used = [i for i, x in enumerate(gradients) if x is not None]  # those of frozen towers are None
         models = [self.towers[i].model for i in used for _ in range(self.counts[i])]
         with processes.unsynced(self.replicas), processes.held_back(models) as reduce:
             for n, (i, k) in enumerate(self._shown("gradients", used)):

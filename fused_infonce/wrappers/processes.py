@@ -34,6 +34,8 @@ def without_replicas(model: Callable[..., Any]) -> Callable[..., Any]:
 
     Its own forward broadcasts buffers, so that ranks with other numbers of chunks would wait for each other for ever.
     """
+    if isinstance(model, partial):
+        return partial(without_replicas(model.func), *model.args, **model.keywords)
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -61,7 +63,7 @@ def shards(model: Callable[..., Any]) -> list[Any]:
     for module in _modules(model):
         if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()
-            own = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 there was one a module
+            own = getattr(state, "_fsdp_param_groups", None)  # older releases have one a module
             groups += [state._fsdp_param_group] if own is None else own
     return [group for group in groups if group is not None]
 

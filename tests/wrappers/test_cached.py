@@ -7,6 +7,7 @@ import random
 from collections import UserDict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -226,6 +227,16 @@ def test_a_frozen_tower_runs_once_and_gets_no_gradient():
     assert len(towers[1][0].found) == 3
 
 
+def test_a_function_of_a_frozen_model_may_be_a_tower():
+    towers, parameters = pair()
+    (first, a), (second, b) = towers
+    second.requires_grad_(False)
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters[:4])
+    torch.manual_seed(1)
+    cached(softmax_loss, (first, a), (lambda x: second(x), b)).backward()
+    assert_gradients(parameters[:4], wanted)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_without_a_graph_there_is_no_second_pass(frozen):
     towers, _ = pair()
@@ -253,12 +264,13 @@ def test_models_given_as_methods_partials_and_compiled():
     towers, parameters = pair()
     wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), parameters)
     (first, a), (second, b) = towers
-    compiled = torch.compile(second, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(second, backend="eager", dynamic=True)
     torch.manual_seed(1)
     cached(softmax_loss, (first.forward, a), (compiled, b)).backward()
     assert_gradients(parameters, wanted)
     first.requires_grad_(False)
-    assert not cached(lambda x: x.sum(), (first.forward, a)).requires_grad
+    for model in (first.forward, partial(first.forward)):
+        assert not cached(lambda x: x.sum(), (model, a)).requires_grad
 
 
 def test_activation_checkpoints_inside_a_model_nest():
@@ -386,12 +398,13 @@ def test_a_shape_that_changes_between_the_passes_raises():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounding_does_not_raise(dtype):
     """The inference path of PyTorch's transformer layers rounds otherwise than their training path."""
-    layer = Outputs(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dtype=dtype).eval())
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dtype=dtype)
+    model = Outputs(nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval())
     rows = torch.randn(24, 5, 32, dtype=dtype)
-    cached(lambda x: x.float().square().sum(), (layer, rows), pick=lambda x: x[:, 0], chunk_size=8).backward()
-    assert next(layer.parameters()).grad.any()
-    first, again = (torch.cat(x) for x in (layer.found[:3], layer.found[3:]))
-    assert not first.equal(again)  # else the test could not fail
+    cached(lambda x: x.float().square().sum(), (model, rows), pick=lambda x: x[:, 0], chunk_size=8).backward()
+    assert next(model.parameters()).grad.any()
+    first, again = (torch.cat(x).float() for x in (model.found[:3], model.found[3:]))
+    assert (first - again).norm() > 0.5 * torch.finfo(dtype).eps * first.norm()  # else the test could not fail
 
 
 def test_nan_embeddings_reach_the_loss():

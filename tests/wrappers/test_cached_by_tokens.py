@@ -98,6 +98,11 @@ def test_another_mask_is_refused(shape):
         Batch("inputs", {"ids": torch.zeros(8, 5), "attention_mask": torch.ones(shape)}, 64, 10)
 
 
+def test_rows_without_a_token_keep_one_column():
+    batch = Batch("inputs", {"attention_mask": torch.zeros(10, 5)}, 64, 4)
+    assert [tuple(x["attention_mask"].shape) for x in batch] == [(4, 1), (4, 1), (2, 1)]
+
+
 def test_no_rows_and_no_columns():
     model = Text()
     for n, length in ((0, 5), (3, 0)):

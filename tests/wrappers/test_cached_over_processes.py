@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_infonce import cached
+from fused_infonce.compat.grad_cache import GradCache
 from fused_infonce.wrappers import processes
 
 ROWS = (40, 72)  # 3 and 5 chunks of 16
@@ -107,7 +109,7 @@ def replicated(rank):
     model.uses_extra = plain.uses_extra = False
     frozen = same(Encoder).requires_grad_(False)
     torch.manual_seed(1)
-    cached(softmax_loss, (parallel, query), (frozen, key), chunk_size=CHUNK).backward()
+    cached(softmax_loss, (partial(parallel), query), (frozen, key), chunk_size=CHUNK).backward()
     wanted = by_hand(softmax_loss, (plain, query), (frozen, key), chunk_size=CHUNK)
     assert_gradients(list(model.parameters()), mean(gradients(wanted, list(plain.parameters()))))
     assert model.extra.weight.grad is None
@@ -117,6 +119,14 @@ def replicated(rank):
     model.zero_grad()
     step(parallel, query, key, sync="none").backward()
     assert_gradients(list(model.parameters()), own_gradients(plain, query, key))
+
+    # the drop-in for GradCache, whose own way is one reduction too
+    model.zero_grad()
+    torch.manual_seed(1)
+    cache = GradCache([parallel] * 2, CHUNK, softmax_loss)
+    _, during = collectives(lambda: cache(query, key, no_sync_except_last=True))
+    assert during == REDUCED_ONCE
+    assert_gradients(list(model.parameters()), mean(own_gradients(plain, query, key)))
 
     # two calls before one backward
     model.zero_grad()
