@@ -15,7 +15,7 @@ from support.processes import WORLD, in_two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_infonce import cached
+from fused_infonce import Distributed, FusedInfoNCELoss, cached
 from fused_infonce.compat.grad_cache import GradCache
 from fused_infonce.wrappers import processes
 
@@ -171,27 +171,22 @@ def inside_a_forward(rank):
         assert "_post_forward" not in vars(parallel)
 
 
-def gathered(rank):
-    """Negatives of all ranks, gathered by the criterion, give the gradients of one process with all rows."""
-
-    def gather(x):
-        parts = [torch.empty_like(x) for _ in range(WORLD)]
-        dist.all_gather(parts, x.detach())
-        parts[rank] = own = x.view_as(x)
-        own.register_hook(lambda gradient: WORLD * gradient)  # the mean over ranks divides by it
-        return torch.cat(parts)
-
+def of_all_rows(rank):
+    """A loss of the rows of all ranks gives the gradients, its temperature's too, of one process with all of them."""
     model = same(Encoder, dropout=0.0)
     plain, parallel = copy.deepcopy(model), DistributedDataParallel(model)
-    rows = torch.stack([data(0), data(1)[:, : ROWS[0]]], 1)  # (query and key, rank, n, WIDTH)
-
-    def criterion(query, key):
-        return softmax_loss(gather(query), gather(key))
-
-    query, key = rows[:, rank]
-    cached(criterion, (parallel, query), (parallel, key), chunk_size=CHUNK).backward()
-    wanted = softmax_loss(*plain(rows.flatten(1, 2)))
-    assert_gradients(list(model.parameters()), gradients(wanted, list(plain.parameters())))
+    for exchange in ("gather", "stream"):
+        loss, alone = (FusedInfoNCELoss(0.2, symmetric=True, learnable_temperature=True) for _ in range(2))
+        loss.distributed = Distributed(exchange=exchange)
+        query, key = data(rank)
+        model.zero_grad()
+        value = cached(loss, (parallel, query), (parallel, key), chunk_size=CHUNK)
+        value.backward()
+        rows = torch.cat([data(0), data(1)], 1)
+        wanted = alone(*(plain(x) for x in rows))
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)  # the temperature is float32
+        parameters = [*plain.parameters(), *alone.parameters()]
+        assert_gradients([*model.parameters(), *loss.parameters()], gradients(wanted, parameters), 1e-6)
 
 
 def scaled(rank):
@@ -299,7 +294,7 @@ def sharded(rank):
 
 
 def worker(rank):
-    for check in (replicated, accumulated, inside_a_forward, gathered, scaled, in_16_bits, one_rank_differs, sharded):
+    for check in (replicated, accumulated, inside_a_forward, of_all_rows, scaled, in_16_bits, one_rank_differs, sharded):
         print(rank, check.__name__, flush=True)
         check(rank)
 
