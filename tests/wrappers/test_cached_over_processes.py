@@ -294,7 +294,16 @@ def sharded(rank):
 
 
 def worker(rank):
-    for check in (replicated, accumulated, inside_a_forward, of_all_rows, scaled, in_16_bits, one_rank_differs, sharded):
+    for check in (
+        replicated,
+        accumulated,
+        inside_a_forward,
+        of_all_rows,
+        scaled,
+        in_16_bits,
+        one_rank_differs,
+        sharded,
+    ):
         print(rank, check.__name__, flush=True)
         check(rank)
 
