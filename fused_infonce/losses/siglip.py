@@ -95,7 +95,7 @@ def _siglip(
     check_features(image, text, negatives)
     checks.flags(normalize=normalize)
     options = call_options(backend, workspace_limit, reduction, distributed)
-    temperature, bias = gather.shared(options.call, temperature), gather.shared(options.call, bias)
+    temperature, bias = gather.shared(options.call, temperature), gather.alike(options.call, bias)
     dtype = statistics_dtype(image)
     image_ids, text_ids, negative_ids = _checked_ids(*ids, image, negatives)
     keys = [KeySet(text, text_ids)] + ([] if negatives is None else [KeySet(negatives, negative_ids)])
