@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from support.calls_over_ranks import CASES
+from support.calls_over_ranks import CASES, D
 from support.ranks import Case, Outcome, apart, drawn, far, gathered, joined, of_ranks, one_after_another, outcome, same
 
 from fused_infonce import functional, statistics
@@ -16,6 +16,13 @@ WORLDS = (1, 2, 4, 8)
 REFUSED = {"sup_con": {"mask"}, "distilled_info_nce": {"teacher_scores"},
            "multiple_negatives": {"offset", "all_queries"}}  # fmt: skip  # over several ranks; see test_mistakes.py
 EVERYWHERE = {"temperature", "logit_scale", "reduction", "normalize", "backend", "workspace_limit", "distributed"}
+FIRST = list({title.split()[0]: title for title in reversed(CASES)}.values())  # a case of each function
+OF_16_BITS = (
+    "info_nce", "info_nce shared negatives and the batch's", "info_nce symmetric", "info_nce several targets, all",
+    "clip_loss", "siglip_loss negatives and ids", "nt_xent", "decoupled_nt_xent", "debiased_info_nce negatives",
+    "sup_con labels", "sup_con of three views", "grouped_info_nce", "multiple_negatives",
+    "multiple_negatives in all directions", "guided_info_nce in all directions",
+)  # fmt: skip
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -25,37 +32,36 @@ def counts_of(world: int, draw: random.Random) -> list[int]:
     return found if max(found) > 1 else [*found[:-1], 4]  # else a temperature a row cannot be told from one for all
 
 
-def prepared(name: str, draw: random.Random, world: int, reduction: str | None = None) -> tuple[Case, dict, list, list]:
-    """Return the case with a temperature, its options, the inputs of the ranks and the gradients of their values."""
+def prepared(
+    name: str, draw: random.Random, world: int, dtype: torch.dtype = torch.float64
+) -> tuple[Case, dict, list[dict[str, torch.Tensor]], list[int]]:
+    """Return the case with a temperature, options, the inputs of the ranks and their numbers of samples."""
     torch.manual_seed(draw.randrange(2**31))
     case = CASES[name].with_temperature(draw.choice(CASES[name].temperatures))
     counts = counts_of(world, draw)
-    options = {"reduction": reduction or draw.choice(case.reductions)}
+    options = {"reduction": draw.choice(case.reductions)}
     if "normalize" not in case.options:
         options["normalize"] = draw.choice([True, False])
-    return case, options, drawn(case, counts), counts
+    return case, options, drawn(case, counts, dtype), counts
 
 
-def upstream_of(case: Case, counts: list[int], values: torch.Tensor, reduction: str) -> list[torch.Tensor] | None:
-    """Return the gradients of the ranks' values: drawn for "none", else None; values: a process's value of all."""
-    if reduction != "none":
-        return None
-    return [torch.randn(case.views * n, *values.shape[1:], dtype=torch.float64) for n in counts]
-
-
-def both(
-    case: Case, options: dict, parts: list, counts: list[int], gradients: str, dtype: torch.dtype = torch.float64
-) -> tuple[Outcome, Outcome, list[Outcome]]:
-    """Return the outcome of the ranks as one, that of one process in float64, and those of the ranks."""
+def both(case: Case, options: dict, parts: list, counts: list[int], gradients: str) -> tuple[Outcome, Outcome, Outcome]:
+    """Return the outcome of the ranks as one, that of one process, and that of one process in float64."""
     given = joined(case, parts)
-    with torch.no_grad():
-        shape = case.function(**case.adapt(dict(given)), **case.options, **options)
-    upstream = upstream_of(case, counts, shape, options["reduction"])
-    want = outcome(case, given, None if upstream is None else one_after_another(upstream, views=case.views), **options)
-    rounded = [{k: x.to(dtype) if x.is_floating_point() else x for k, x in part.items()} for part in parts]
-    found = of_ranks(case, rounded, upstream, parameter_gradients=gradients, **options)
-    factor = len(parts) if gradients == "mean" else 1
-    return gathered(case, found, options["reduction"], factor), want, found
+    upstream = whole = None
+    if options["reduction"] == "none":
+        with torch.no_grad():
+            width = case.function(**case.adapt(dict(given)), **case.options, **options).shape[1:]
+        upstream = [torch.randn(case.views * n, *width, dtype=torch.float64) for n in counts]
+        whole = one_after_another(upstream, views=case.views)
+    alone = outcome(case, given, whole, **options)
+    true = alone
+    if alone.value.dtype != torch.float64:
+        true = outcome(
+            case, {k: x.double() if x.is_floating_point() else x for k, x in given.items()}, whole, **options
+        )
+    found = of_ranks(case, parts, upstream, parameter_gradients=gradients, **options)
+    return gathered(case, found, options["reduction"], len(parts) if gradients == "mean" else 1), alone, true
 
 
 @every_case
@@ -70,6 +76,60 @@ def test_ranks_equal_one_process(name: str, world: int) -> None:
     assert far(got.value, want.value) <= 1e-12, said
     errors = apart(got.gradients, want.gradients)
     assert max(errors.values()) <= 1e-10, f"{said} {errors}"
+
+
+@every_case
+def test_ranks_are_as_exact_in_float32_as_one_process(name: str) -> None:
+    draw = random.Random(name)
+    case, options, parts, counts = prepared(name, draw, 4, torch.float32)
+    got, alone, true = both(case, options | {"backend": "torch"}, parts, counts, "mean")
+    assert got.value.dtype == torch.float32
+    assert far(got.value, true.value) <= max(1e-5, 2 * far(alone.value, true.value)), f"{counts} {options}"
+    errors, known = (apart(x.gradients, true.gradients) for x in (got, alone))
+    for gradient, error in errors.items():  # where the true one nearly cancels, one process has such errors too
+        assert error <= max(1e-5, 2 * known[gradient]), f"{gradient} of {counts} {options}: {errors}, alone {known}"
+
+
+@pytest.mark.parametrize("name", OF_16_BITS)
+def test_gradients_of_16_bits_are_rounded_once(name: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[name].with_temperature("shared")
+    parts = [
+        {k: x.bfloat16() if x.shape[-1:] == (D,) else x for k, x in part.items()}
+        for part in drawn(case, [24] * 8, torch.float32)
+    ]
+    got, alone, true = both(case, {"reduction": "mean"}, parts, [24] * 8, "mean")
+    errors, known = (apart(x.gradients, true.gradients) for x in (got, alone))
+    halves = [k for k, x in got.gradients.items() if x.dtype == torch.bfloat16]
+    assert len(halves) >= 1
+    for gradient in halves:
+        assert known[gradient] > 1e-4
+        assert errors[gradient] <= 1.05 * known[gradient], f"{errors}, alone {known}"
+
+
+@pytest.mark.parametrize(("name", "times"), [*((name, 3) for name in FIRST), ("info_nce symmetric with negatives", 50)])
+def test_repeated_calls_are_bitwise_the_same(name: str, times: int) -> None:
+    case, options, parts, _ = prepared(name, random.Random(name), 3, torch.float32)
+    options["reduction"] = case.reductions[0]
+    upstream = None
+    if options["reduction"] == "none":
+        upstream = [x.value for x in of_ranks(case, parts, **options | {"reduction": "none"})]
+    first, *others = (of_ranks(case, parts, upstream, **options) for _ in range(times))
+    for again in others:
+        for one, other in zip(first, again, strict=True):
+            assert same(one.value, other.value)
+            assert all(same(one.gradients[k], other.gradients[k]) for k in one.gradients)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [2, 0, 1]])
+def test_a_mean_of_nothing_is_nan_on_all_ranks_and_a_sum_0(counts: list[int]) -> None:
+    case = CASES["info_nce symmetric"].with_temperature("number")
+    parts = drawn(case, counts)
+    for part in parts:
+        part["weight"].zero_()
+    for reduction, value in (("mean", torch.nan), ("sum", 0.0)):
+        for found in of_ranks(case, parts, reduction=reduction):
+            torch.testing.assert_close(found.value.item(), value, equal_nan=True)
 
 
 def test_every_loss_has_a_case_and_every_argument_is_in_one() -> None:
