@@ -19,6 +19,8 @@ Gradients = Literal["mean", "sum"]
 Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
 NONE, ONE, ROWS = 0, 1, 2  # what a gradient of the temperature is of: there is none, one for all rows, or one a row
+NOT_A_MEMBER = -100  # what `torch.distributed.new_group` returns to a process outside
+OUTSIDE = "distributed names a process group that this process is not in"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def options_of(value: Any) -> Distributed | None:
         return Distributed()
     if isinstance(value, Distributed):
         return value
-    if isinstance(value, str | int | float) or not _is_group(value):
+    if value != NOT_A_MEMBER and (isinstance(value, str | int | float) or not _is_group(value)):
         raise TypeError(
             "distributed must be True, False, a ProcessGroup, a one-dimensional DeviceMesh or a Distributed, got "
             f"{type(value).__name__}"
@@ -143,6 +145,8 @@ def communicator_of(group: Any) -> Communicator:
     Raises:
         RuntimeError: there is no process group. ValueError: a mesh of several dimensions, or this process is outside.
     """
+    if group == NOT_A_MEMBER:
+        raise ValueError(OUTSIDE)
     if hasattr(group, "all_gather_host"):
         return cast("Communicator", group)
     import torch.distributed as dist
@@ -157,7 +161,7 @@ def communicator_of(group: Any) -> Communicator:
         group = group.get_group()
     group = dist.group.WORLD if group is None else group
     if dist.get_rank(group) < 0:
-        raise ValueError("distributed names a process group that this process is not in")
+        raise ValueError(OUTSIDE)
     if group not in _communicators:
         from .communicator import GroupCommunicator
 
