@@ -102,8 +102,9 @@ class MoCoLoss(ContrastiveLoss):
     the embeddings' dtype (use `.to`) except under autocast. It gets no gradient, and the key is detached, as MoCo does.
 
     A batch need not divide the queue, as MoCo asserts: it wraps around, and of one larger than the queue the last
-    `queue_size` keys stay. With several processes each enqueues what it is given: gather the keys, and call
-    `loss(query, key, enqueue=False)` and `loss.enqueue(gathered)`.
+    `queue_size` keys stay. With `distributed` the keys of all ranks enter, in rank order, and the queue, whose first
+    values are then drawn from a fixed seed, is the same on all of them. Without it each process enqueues what it is
+    given.
 
     Args:
         dim: D, the components of an embedding.
@@ -157,7 +158,12 @@ class MoCoLoss(ContrastiveLoss):
     def reset_parameters(self) -> None:
         """Start again: the queue from random unit vectors, a learnable temperature from where it began."""
         super().reset_parameters()
-        self.queue.copy_(F.normalize(torch.randn_like(self.queue.T)).T)
+        rows = torch.empty_like(self.queue.T)
+        if self.distributed is False:
+            rows.normal_()
+        else:  # the same on all ranks
+            rows.copy_(torch.randn(rows.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu"))
+        self.queue.copy_(F.normalize(rows).T)
         self.queue_ptr.zero_()
 
     def forward(
@@ -184,14 +190,11 @@ class MoCoLoss(ContrastiveLoss):
     def enqueue(self, key: Tensor) -> None:
         """Overwrite the oldest columns of the queue with (B, D) keys, in place and without a synchronisation.
 
-        With `normalize` keys are stored as unit vectors, without it as they come.
+        With `normalize` keys are stored as unit vectors, without it as they come. With `distributed` every rank calls
+        it with keys of its own, of which there may be none, and those of all enter.
         """
-        checks.embeddings("key", key, 2, "(B, D)")
-        dim, size = self.queue.shape
-        if key.shape[1] != dim:
-            raise ValueError(f"key must have {dim} components, the dim of this loss, got {key.shape[1]}")
-        checks.on("key", key, self.queue.device, "queue")
-        count = len(key)
+        key = _of_all(key, self.queue, distributed=self.distributed)
+        size, count = self.queue.shape[1], len(key)
         kept = key[max(count - size, 0) :]
         if self.normalize:
             wide = torch.promote_types(key.dtype, torch.float32)  # squares of 16-bit components may exceed their range
@@ -204,6 +207,21 @@ class MoCoLoss(ContrastiveLoss):
     def extra_repr(self) -> str:
         dim, size = self.queue.shape
         return f"{dim}, queue_size={size}, {super().extra_repr()}"
+
+
+@together
+def _of_all(key: Tensor, queue: Tensor, *, distributed: DistributedLike) -> Tensor:
+    """Return keys that are to enter a queue, checked: with `distributed` those of all ranks."""
+    checks.embeddings("key", key, 2, "(B, D)")
+    dim = queue.shape[0]
+    if key.shape[1] != dim:
+        raise ValueError(f"key must have {dim} components, the dim of this loss, got {key.shape[1]}")
+    checks.on("key", key, queue.device, "queue")
+    call = call_options("auto", None, distributed=distributed).call
+    if call is None:
+        return key
+    (counts,) = call.counts(f"(N, {dim}) keys of a queue, {key.dtype}", "", [len(key)])
+    return gather.gather(call, [key.detach()], [counts])[0]
 
 
 def _columns_contiguous(loss: nn.Module, _: Any) -> None:
