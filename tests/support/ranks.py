@@ -115,7 +115,7 @@ def of_ranks(
     case: Case, parts: Sequence[dict[str, Tensor]], upstream: Sequence[Tensor] | None = None, *,
     parameter_gradients: str = "mean", timeout: float = 20, **options: Any,
 ) -> list[Outcome]:  # fmt: skip
-    """Return what every rank finds that calls with its own inputs."""
+    """Return what every simulated rank finds that calls with its own inputs."""
 
     def work(communicator: LoopbackCommunicator) -> Outcome:
         rank = communicator.rank

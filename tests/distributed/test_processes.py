@@ -1,0 +1,117 @@
+"""Processes over gloo: they find what simulated ranks do, in groups of some of them and in meshes too."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.calls_over_ranks import CASES
+from support.processes import in_processes
+from support.ranks import Outcome, apart, drawn, far, gathered, joined, outcome, same
+from torch.distributed.device_mesh import init_device_mesh
+
+from fused_infonce import ClipLoss, FusedInfoNCELoss, MatryoshkaLoss, MoCoLoss
+from fused_infonce.distributed import Distributed
+
+NAMES = ("info_nce symmetric with negatives", "info_nce several targets, all", "siglip_loss weights", "nt_xent",
+         "sup_con labels", "multiple_negatives in all directions", "distilled_info_nce symmetric",
+         "moco_loss biases")  # fmt: skip
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+
+
+def of_processes(name: str, seed: int, distributed: Any, group: Any = None, times: int = 1) -> None:
+    """Fail unless the calls of a group's processes are that of one process on all rows; their rows are uneven."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    draw = random.Random(seed)
+    torch.manual_seed(seed)  # all processes draw all rows
+    case = CASES[name].with_temperature(draw.choice(("shared", "number")))
+    counts = [draw.choice([0, 2, 3, 5]) for _ in range(world - 1)] + [4]
+    parts = drawn(case, counts)
+    reduction = draw.choice(["mean", "sum"])
+    want = outcome(case, joined(case, parts), None, reduction=reduction)
+    own = outcome(case, parts[rank], None, reduction=reduction, distributed=distributed)
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, tuple(own), group=group)
+    factor = 1 if getattr(distributed, "parameter_gradients", "mean") == "sum" else world
+    got = gathered(case, [Outcome(*each) for each in found], reduction, factor)
+    assert far(got.value, want.value) <= 1e-12, f"{name} {counts}"
+    errors = apart(got.gradients, want.gradients)
+    assert max(errors.values()) <= 1e-10, f"{name} {counts} {errors}"
+    for _ in range(times - 1):
+        again = outcome(case, parts[rank], None, reduction=reduction, distributed=distributed)
+        assert same(again.value, own.value)
+        assert all(same(again.gradients[k], x) for k, x in own.gradients.items()), name
+
+
+def equal_one(rank: int) -> None:
+    for seed, name in enumerate(NAMES):
+        of_processes(name, seed, Distributed(parameter_gradients="sum") if seed % 3 == 2 else True)
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_processes_equal_one(tmp_path: Path, world: int) -> None:
+    in_processes(equal_one, tmp_path, world, strict=True)
+
+
+def in_groups(rank: int) -> None:
+    equal_one(rank)
+    of_processes("info_nce symmetric with negatives", 3, True, times=50)
+    last = dist.new_group([2, 3])
+    if rank in (2, 3):
+        for given in (last, Distributed(last), Distributed(last, parameter_gradients="sum")):
+            of_processes("clip_loss biases", 1, given, last)
+    else:
+        loss = FusedInfoNCELoss(distributed=dist.group.WORLD)
+        for given in (last, Distributed(last)):  # PyTorch gives other processes a number in place of the group
+            with pytest.raises(ValueError, match="process group that this process is not in"):
+                loss.distributed = given
+                loss(torch.randn(2, 3), torch.randn(2, 3))
+    mesh = init_device_mesh("cpu", (4,))
+    of_processes("sup_con labels", 1, mesh)
+    of_processes("sup_con labels", 2, Distributed(mesh))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    of_processes("clip_loss", 1, square["shard"], square["shard"].get_group())
+    with pytest.raises(ValueError, match="a DeviceMesh must have one dimension, got 2"):
+        ClipLoss(distributed=square)(torch.randn(2, 3), torch.randn(2, 3), 10.0)
+
+
+def test_groups_of_some_processes_and_meshes(tmp_path: Path) -> None:
+    in_processes(in_groups, tmp_path, 4, strict=True)
+
+
+def modules(rank: int) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    for make in (
+        lambda given: FusedInfoNCELoss(0.2, symmetric=True, learnable_temperature=True, distributed=given),
+        lambda given: MatryoshkaLoss(FusedInfoNCELoss(0.2, learnable_temperature=True, distributed=given), [6, 3]),
+    ):
+        alone, shared = make(False), make(True)
+        whole = [x.flatten(0, 1).requires_grad_() for x in (query, key)]
+        own = [x[rank].clone().requires_grad_() for x in (query, key)]
+        want, got = alone(*whole), shared(*own)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        want.backward()
+        got.backward()
+        for x, y in zip(own, whole, strict=True):
+            torch.testing.assert_close(x.grad / 2, y.grad[5 * rank : 5 * rank + 5], rtol=1e-10, atol=1e-12)
+        for one, other in zip(shared.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)  # the scale is float32
+
+    torch.manual_seed(rank)  # from which a queue of its own would differ
+    loss = MoCoLoss(6, queue_size=7, distributed=True)
+    for step in range(3):
+        count = step + 2 * rank  # uneven, and none at first on one of them
+        value = loss(torch.randn(count, 6, requires_grad=True), torch.randn(count, 6))
+        found: list[Any] = [None] * 2
+        dist.all_gather_object(found, (value.detach(), loss.queue, loss.queue_ptr))
+        assert all(map(torch.equal, *found))
+    assert loss.queue_ptr.item() == (2 + 4 + 6) % 7
+
+
+def test_modules_and_a_queue_of_all_processes(tmp_path: Path) -> None:
+    in_processes(modules, tmp_path, 2, strict=True)
