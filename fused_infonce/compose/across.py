@@ -167,7 +167,11 @@ FLAGS = ("in_batch", "columns", "normalize", "self_similar", "two_views")
 
 def _described(keys: KeySet) -> str:
     rows = keys.rows
-    fields = [name for name, x in zip(KeySet._fields[1:], keys[1:], strict=True) if x is not None]
+    fields = [  # with the components of a guide, or the number of ids a row
+        "".join([name, *[f" {size}" for size in x.shape[rows.dim() - 1 :]]])
+        for name, x in zip(KeySet._fields[1:], keys[1:], strict=True)
+        if x is not None
+    ]
     grads = [name for name, x in zip(KeySet._fields, keys, strict=True) if x is not None and x.requires_grad]
     shape = ", ".join(["N", *["H"] * (rows.dim() - 2), str(rows.shape[-1])])
     needed = f" with gradients of {', '.join(grads)}" if grads and torch.is_grad_enabled() else ""
