@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Distributed:
             if getattr(self, name) not in get_args(kinds):
                 allowed = ", ".join(map(repr, get_args(kinds)))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        _check_group(self.group)
 
     def __repr__(self) -> str:
         shown = [f"{name}={getattr(self, name)!r}" for name in ("parameter_gradients", "exchange", "check")]
@@ -83,7 +85,7 @@ class Call:
         check = self.options.check
         if check == "none":
             return [[size] * self.world for size in sizes]
-        signature += f"{self.noted} {self.options}" + (f" {values}" if check == "values" else "")
+        signature = f"{self.noted}{signature} {self.options}" + (f" {values}" if check == "values" else "")
         said = preflight.agree(self.communicator, self.number, signature, [*sizes, self.learned])
         learned = [words[len(sizes)] for words in said]
         if ROWS in learned:  # where a temperature of one element is that of a rank's only row
@@ -127,12 +129,16 @@ def options_of(value: Any) -> Distributed | None:
         return Distributed()
     if isinstance(value, Distributed):
         return value
-    if value != NOT_A_MEMBER and (isinstance(value, str | int | float) or not _is_group(value)):
-        raise TypeError(
-            "distributed must be True, False, a ProcessGroup, a one-dimensional DeviceMesh or a Distributed, got "
-            f"{type(value).__name__}"
-        )
     return Distributed(value)
+
+
+def _check_group(value: Any) -> None:
+    if value is None or (isinstance(value, int) and value == NOT_A_MEMBER) or _is_group(value):
+        return
+    raise TypeError(
+        "distributed must be True, False, a ProcessGroup, a one-dimensional DeviceMesh or a Distributed, got "
+        f"{type(value).__name__}"
+    )
 
 
 def _is_group(value: Any) -> bool:
@@ -145,7 +151,7 @@ def communicator_of(group: Any) -> Communicator:
     Raises:
         RuntimeError: there is no process group. ValueError: a mesh of several dimensions, or this process is outside.
     """
-    if group == NOT_A_MEMBER:
+    if isinstance(group, int):  # NOT_A_MEMBER
         raise ValueError(OUTSIDE)
     if hasattr(group, "all_gather_host"):
         return cast("Communicator", group)
@@ -175,16 +181,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 def together(loss: F) -> F:
     """Make a loss's `distributed` argument a `Call`, or None, and an error on one rank an error on all."""
 
+    defaults = {name: parameter.default for name, parameter in inspect.signature(loss).parameters.items()}
+
     @functools.wraps(loss)
     def called(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("distributed", False) is False:
             return loss(*args, **kwargs)
-        return _called(loss, args, kwargs)
+        return _called(loss, defaults, args, kwargs)
 
     return cast(F, called)
 
 
-def _called(loss: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwargs: dict[str, Any]) -> Any:
     given = kwargs["distributed"]
     if isinstance(given, Call):  # of a loss that calls this one
         return loss(*args, **kwargs)
@@ -192,8 +200,29 @@ def _called(loss: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if options is None:
         return loss(*args, **kwargs | {"distributed": False})
     call = Call(communicator_of(options.group), options)
+    given = {**dict(zip(defaults, args, strict=False)), **kwargs}
     try:
+        call.noted = f"{loss.__name__}({_said(given, defaults, options.check == 'values')}); "
         return loss(*args, **kwargs | {"distributed": call})
     except Exception as error:
         call.failed(error)
         raise
+
+
+# What may be a number on one rank and a tensor on another, or differ between them for good reasons.
+ITS_OWN = {"temperature", "logit_scale", "logit_bias", "teacher_temperature", "tau_plus", "offset"}
+ITS_OWN |= {"backend", "workspace_limit", "distributed"}
+
+
+def _said(given: dict[str, Any], defaults: dict[str, Any], values: bool) -> str:
+    """Return the options that are not at their defaults; values: numbers with their values."""
+    said = []
+    for name in sorted(set(given) & set(defaults) - ITS_OWN):
+        value, default = given[name], defaults[name]
+        if isinstance(value, float):
+            value, default = (value, default) if values else (value != 0, default != 0)
+        if isinstance(value, str | int | float) and value != default:
+            said.append(f"{name}={value!r}")
+        elif isinstance(value, tuple | list | set | frozenset) and value and all(isinstance(x, str) for x in value):
+            said.append(f"{name}={sorted(value)}")
+    return ", ".join(said)
