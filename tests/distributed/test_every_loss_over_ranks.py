@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from support.calls_over_ranks import CASES, D
 from support.ranks import Case, Outcome, apart, drawn, far, gathered, joined, of_ranks, one_after_another, outcome, same
+from torch import Tensor
 
 from fused_infonce import functional, statistics
 
@@ -34,10 +37,13 @@ def counts_of(world: int, draw: random.Random) -> list[int]:
 
 def prepared(
     name: str, draw: random.Random, world: int, dtype: torch.dtype = torch.float64
-) -> tuple[Case, dict, list[dict[str, torch.Tensor]], list[int]]:
+) -> tuple[Case, dict, list[dict[str, Tensor]], list[int]]:
     """Return the case with a temperature, options, the inputs of the ranks and their numbers of samples."""
     torch.manual_seed(draw.randrange(2**31))
     case = CASES[name].with_temperature(draw.choice(CASES[name].temperatures))
+    first, *others = case.inputs.items()  # of the others, some are frozen on all ranks
+    inputs = {k: kind._replace(grad=kind.grad and draw.random() < 0.8) for k, kind in others}
+    case = replace(case, inputs={first[0]: first[1], **inputs})
     counts = counts_of(world, draw)
     options = {"reduction": draw.choice(case.reductions)}
     if "normalize" not in case.options:
@@ -130,6 +136,29 @@ def test_a_mean_of_nothing_is_nan_on_all_ranks_and_a_sum_0(counts: list[int]) ->
     for reduction, value in (("mean", torch.nan), ("sum", 0.0)):
         for found in of_ranks(case, parts, reduction=reduction):
             torch.testing.assert_close(found.value.item(), value, equal_nan=True)
+
+
+@pytest.mark.parametrize("counts", [[3, 2, 4], [2, 0, 5]])
+def test_two_losses_have_one_backward_that_may_be_repeated(counts: list[int]) -> None:
+    def both_losses(query: Tensor, positive_key: Tensor, temperature: Tensor, **options: Any) -> Tensor:
+        options["temperature"] = temperature
+        first = functional.info_nce(query, positive_key, symmetric=True, **options)
+        return first + 2 * functional.nt_xent(query, positive_key, **options)
+
+    def twice(**arguments: Any) -> Tensor:
+        loss = both_losses(**arguments)
+        loss.backward(torch.full_like(loss, 0.25), retain_graph=True)
+        return loss
+
+    case = replace(CASES["info_nce"], function=both_losses).with_temperature("shared")
+    parts = drawn(case, counts)
+    want = outcome(case, joined(case, parts), None)
+    got = gathered(case, of_ranks(case, parts), "mean", len(counts))
+    again = gathered(case, of_ranks(replace(case, function=twice), parts), "mean", len(counts))
+    for found, factor in ((got, 1), (again, (1.5 + 0.25) / 1.5)):
+        assert far(found.value, want.value) <= 1e-12
+        expected = {name: factor * x for name, x in want.gradients.items()}
+        assert max(apart(found.gradients, expected).values()) <= 1e-10
 
 
 def test_every_loss_has_a_case_and_every_argument_is_in_one() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,15 @@ def modules(rank: int) -> None:
 
 def test_modules_and_a_queue_of_all_processes(tmp_path: Path) -> None:
     in_processes(modules, tmp_path, 2, strict=True)
+
+
+def without_end(rank: int) -> None:
+    time.sleep(60 if rank else 0)
+
+
+def test_processes_that_do_not_end_are_killed(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(pytest.fail.Exception, match="without_end: 2 processes did not end within 1 seconds"):
+        in_processes(without_end, tmp_path, 2, limit=1)
+    assert time.monotonic() - start < 30
+    assert not [x for x in multiprocessing.active_children() if x.is_alive()]
