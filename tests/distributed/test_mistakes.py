@@ -180,15 +180,18 @@ def test_values_are_compared_where_that_is_asked_for() -> None:
         assert all(type(error) is ValueError and f"rank {GUILTY}" in str(error) for error in errors)
 
 
-def test_a_call_more_on_one_rank_is_an_error_of_the_next() -> None:
+def test_a_call_that_one_rank_alone_has_made_is_told_by_its_number() -> None:
     def call(communicator: LoopbackCommunicator) -> None:
         if communicator.rank == GUILTY:
-            info_nce(**arguments(GUILTY), distributed=Distributed(communicator))
-        else:
-            functional.nt_xent(*torch.randn(2, N, D), distributed=Distributed(communicator))
+            unchecked = Distributed(communicator, check="none")  # of which the others do not hear
+            with pytest.raises(ValueError, match="temperature"):
+                info_nce(**arguments(temperature=-1.0), distributed=unchecked)
+        info_nce(**arguments(communicator.rank), distributed=Distributed(communicator))
 
-    errors = of_all(call)
-    assert all(type(error) is ValueError and "rank 1" in str(error) for error in errors)
+    for error in of_all(call):
+        assert type(error) is ValueError
+        assert "rank 0: call 1 of this process" in str(error)
+        assert "rank 1: call 2 of this process" in str(error)
 
 
 def test_without_a_check_equal_calls_exchange_nothing_on_the_host() -> None:
