@@ -48,8 +48,9 @@ def by_target(target: Any, weight: Any, query: Tensor, keys: int, ignore_index: 
     there = (index >= 0).to(dtype)
     share = there if weight is None else there * checks.positive_weight(weight, (n, p), query).to(dtype)
     if not (keys and p):  # no row has any
-        nobody, none = index.new_full((n, 1), -1), index.new_zeros(0)
-        return Several(nobody[:, 0], none, none, share.flatten()[:0], (nobody, index.new_zeros(keys, 1)))
+        columns = max(p, 1)  # as on other ranks, which may have keys
+        nobody, none = index.new_full((n, columns), -1), index.new_zeros(0)
+        return Several(nobody[:, 0], none, none, share.flatten()[:0], (nobody, index.new_zeros(keys, columns)))
     share = share.masked_fill(index == keys, torch.nan)  # out of range, where values are not read
     counts = share != 0
     first = index.gather(1, counts.to(torch.int8).argmax(1, keepdim=True))[:, 0]
