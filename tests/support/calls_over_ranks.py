@@ -154,6 +154,12 @@ CASES = {
         {"positives": "any", "positive_bias": False}),
     "info_nce positives of ids of two sets": Case(info, {**WIDE, "of_queries": IDS, "of_keys": each(ids, more=2)},
         adapt=two_sets_of_ids),
+    "info_nce targets among no keys": Case(info, {**PAIR, "target": places("positive_key"), "key_ids": IDS}),
+    "info_nce several targets among no keys": Case(info, {**PAIR, "target": places("positive_key", 3)},
+        {"positives": "all"}),
+    "info_nce negatives of other ranks alone": Case(info, {**PAIR, "negative_keys": ROWS}),
+    "info_nce places in no table": Case(info, {**PAIR, "negative_keys": ROWS, "negative_index":
+        places("negative_keys", 2, absent=-1), "negative_ids": IDS, "key_ids": IDS}, {"in_batch_negatives": True}),
     "clip_loss": Case(F.clip_loss, {**IMAGES, "logit_bias": same(normal, 1)}, **BY_SCALE),
     "clip_loss biases": Case(F.clip_loss, {**IMAGES, "image_bias": VECTOR, "text_bias": VECTOR}, **BY_SCALE),
     "clip_loss biases but of pairs": Case(F.clip_loss, {**IMAGES, "image_bias": each(some_absent),
