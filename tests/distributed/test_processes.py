@@ -25,7 +25,9 @@ NAMES = ("info_nce symmetric with negatives", "info_nce several targets, all", "
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def of_processes(name: str, seed: int, distributed: Any, group: Any = None, times: int = 1) -> None:
+def of_processes(
+    name: str, seed: int, distributed: Any, group: Any = None, times: int = 1, backend: str = "torch"
+) -> None:
     """Fail unless the calls of a group's processes are that of one process on all rows; their rows are uneven."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     draw = random.Random(seed)
@@ -35,7 +37,7 @@ def of_processes(name: str, seed: int, distributed: Any, group: Any = None, time
     parts = drawn(case, counts)
     reduction = draw.choice(["mean", "sum"])
     want = outcome(case, joined(case, parts), None, reduction=reduction)
-    own = outcome(case, parts[rank], None, reduction=reduction, distributed=distributed)
+    own = outcome(case, parts[rank], None, reduction=reduction, distributed=distributed, backend=backend)
     found: list[Any] = [None] * world
     dist.all_gather_object(found, tuple(own), group=group)
     factor = 1 if getattr(distributed, "parameter_gradients", "mean") == "sum" else world
@@ -44,7 +46,7 @@ def of_processes(name: str, seed: int, distributed: Any, group: Any = None, time
     errors = apart(got.gradients, want.gradients)
     assert max(errors.values()) <= 1e-10, f"{name} {counts} {errors}"
     for _ in range(times - 1):
-        again = outcome(case, parts[rank], None, reduction=reduction, distributed=distributed)
+        again = outcome(case, parts[rank], None, reduction=reduction, distributed=distributed, backend=backend)
         assert same(again.value, own.value)
         assert all(same(again.gradients[k], x) for k, x in own.gradients.items()), name
 
@@ -57,6 +59,18 @@ def equal_one(rank: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 8])
 def test_processes_equal_one(tmp_path: Path, world: int) -> None:
     in_processes(equal_one, tmp_path, world, strict=True)
+
+
+def equal_one_in_kernels(rank: int) -> None:
+    import support.interpreter  # noqa: F401
+
+    for seed, name in enumerate(("info_nce symmetric with negatives", "siglip_loss weights", "sup_con labels")):
+        of_processes(name, seed, True, backend="triton")
+
+
+@pytest.mark.interpreter  # which threads cannot share, so that ranks are processes
+def test_kernels_of_processes_equal_one(tmp_path: Path) -> None:
+    in_processes(equal_one_in_kernels, tmp_path, 2, strict=True)
 
 
 def in_groups(rank: int) -> None:
