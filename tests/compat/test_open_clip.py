@@ -214,7 +214,7 @@ def test_two_processes_give_what_the_original_gives(tmp_path):
 
 
 def exact(rank):
-    """`distributed` is assigned: the value and gradients are those of one process, whatever the constructor was told."""
+    """`distributed` is assigned: value and gradients are those of one process, whatever the constructor was told."""
     torch.manual_seed(0)
     every = features(2 * N)
     own = slice(rank * N, (rank + 1) * N)

@@ -217,10 +217,6 @@ def test_a_training_of_processes_is_that_of_one_and_no_other_librarys_is(tmp_pat
     in_processes(theirs, tmp_path, 4, strict=True)
 
 
-def test_a_training_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    in_processes(ours, tmp_path, 2, strict=True)
-
-
 def ways(rank: int) -> None:
     world = dist.get_world_size()
     counts = [3, 5]
