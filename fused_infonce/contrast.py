@@ -129,7 +129,7 @@ def _without_graph(problem: Problem, run: Callable[[Problem], Any]) -> Any:
 def _apart(problem: Problem) -> Sequence[Tensor]:
     """Return the inputs and what is added to logits, each an object of its own where `torch.compile` records: it takes
     no tensor twice."""
-    inputs = (*problem.inputs, *problem.added)
+    inputs = (*problem.leaves, *problem.added)
     if not torch.compiler.is_compiling():
         return inputs
     return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
@@ -137,6 +137,8 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
 
 def bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
     """Return the problem over these tensors, which are its own, cast for the products; dtype: of these, if known."""
+    if problem.handles:
+        inputs = [x if h is None else s.rows for x, h, s in zip(inputs, problem.handles, problem.sets, strict=True)]
     dtype = dtype or product_dtype(inputs[0])
     if {x.dtype for x in inputs} == {dtype}:
         return problem

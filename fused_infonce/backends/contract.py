@@ -111,6 +111,9 @@ class Problem:
     # The problem of the keys against the queries, where `columns` asks for it and other products than those of the rows
     # give it: those of keys and queries of other processes
     opposite: Problem | None = None
+    # In place of rows that have no graph, what autograd is given, in the accumulator dtype and of their shape, so that
+    # it takes their gradients as they were added up; None where it is given the rows. Empty: nowhere
+    handles: tuple[Tensor | None, ...] = ()
 
     def __post_init__(self) -> None:
         # the queries and every set of keys, and their rows: with which gradients are aligned
@@ -124,6 +127,13 @@ class Problem:
     def biased(self) -> list[int]:
         """Return the places in `sets` of those that `biases` belong to."""
         return [i for i, s in enumerate(self.sets) if s.bias is not None and (i > 0 or self.columns)]
+
+    @property
+    def leaves(self) -> Sequence[Tensor]:
+        """Return what autograd is given for the inputs, of which gradients are asked for."""
+        if not self.handles:
+            return self.inputs
+        return [x if handle is None else handle for x, handle in zip(self.inputs, self.handles, strict=True)]
 
     @property
     def added(self) -> list[Tensor]:

@@ -128,7 +128,7 @@ def plan_of(
     """
     backend = resolve(options.backend, problem.query.rows)
     compiling = torch.compiler.is_compiling()
-    leaves = [*problem.inputs, *problem.added, *([] if bias is None else [bias])]
+    leaves = [*problem.leaves, *problem.added, *([] if bias is None else [bias])]
     if backend != "reference":
         if forward_ad._current_level >= 0:
             _refuse_tangents(*leaves, problem.temperature.values)

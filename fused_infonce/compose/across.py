@@ -17,7 +17,7 @@ from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.registry import resolve
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
-from ..distributed.gather import gather
+from ..distributed.gather import gather, handle
 from .rows import widened
 
 
@@ -48,7 +48,7 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
 
 
 def across(
-    problem: Problem, options: Options, alike: Collection[int] = (), met: Met | None = None
+    problem: Problem, options: Options, alike: Collection[int] = (), met: Met | None = None, lean: bool = False
 ) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return the problem of this rank's rows against those of all ranks, and the context of its products.
 
@@ -56,14 +56,17 @@ def across(
     own stay where they are. Without ranks the problem is returned as it is.
 
     alike: places among `problem.keys` of sets that are the same on all ranks, such as a queue. met: what `meet`
-        returned for this problem, if the ranks have met.
+        returned for this problem, if the ranks have met. lean: whether rows are only scored, so that 16-bit ones stay
+        so where they are gathered; else they come in float32, to have their gradients added before they are rounded.
     """
     call: Call | None = options.call
     if call is None:
         return problem, nullcontext()
     of_queries, of_keys, wanted, of_others = met or meet(problem, options, alike)
     wire = _wire(problem.query.rows)
-    problem, context = widened(problem) if wire is not None else (problem, nullcontext())
+    lean = lean and wire == problem.query.rows.dtype and not problem.columns and not problem.self_similar
+    lean = lean and not torch.compiler.is_compiling() and resolve(options.backend, problem.query.rows) != "reference"
+    problem, context = widened(problem) if wire is not None and not lean else (problem, nullcontext())
     first, meets_first = problem.keys[0], problem.in_batch
     gathered = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
     if meets_first:
@@ -73,7 +76,8 @@ def across(
     if contrast.is_explaining():
         for part, each in gathered:
             contrast.explain(_exchange(part.rows, each, options, gather=True))
-    found = gathered_sets(call, gathered, wire)
+    handles = _handles(problem, call, gathered) if lean else ()
+    found = gathered_sets(call, [(_detached(part), each) for part, each in gathered] if lean else gathered, wire)
     keys = list(problem.keys)
     for place in wanted:
         keys[place] = found.pop(0)
@@ -96,8 +100,9 @@ def across(
             target=torch.arange(start, start + len(own.query.rows), device=query.rows.device),
         )  # fmt: skip
     whole = replace(
-        problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite
-    )
+        problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite,
+        handles=handles,
+    )  # fmt: skip
     return whole, context
 
 
@@ -161,6 +166,22 @@ def _exchange(
         (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, options.limit(rows.device),
         gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
+
+
+def _detached(keys: KeySet) -> KeySet:
+    return keys._replace(rows=keys.rows.detach())
+
+
+def _handles(
+    problem: Problem, call: Call, gathered: Sequence[tuple[KeySet, Sequence[int]]]
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return what stands in the graph for the rows of sets that are gathered, by place in `Problem.sets`."""
+    counts = {id(keys): each for keys, each in gathered}
+    wanted = [id(x) in counts and x.rows.requires_grad and torch.is_grad_enabled() for x in problem.sets]
+    return tuple(
+        handle(call, x.rows, counts[id(x)], problem.acc_dtype) if want else None
+        for x, want in zip(problem.sets, wanted, strict=True)
+    )
 
 
 def gathered_sets(

@@ -35,7 +35,7 @@ def reduced(
         met = meet(problem, options, alike)
         if isinstance(loss, str) and block.fits(problem, options):
             return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
-        problem, context = across(problem, options, alike, met)
+        problem, context = across(problem, options, alike, met, lean=isinstance(loss, str))
         with context:
             return of_block(problem, options, loss, weight)
     if len(problem.keys) == 1 and problem.keys[0].rows.shape[0] == 1 + problem.self_similar and problem.in_batch:
@@ -68,7 +68,7 @@ def of_statistics(problem: Problem, found: Statistics, loss: Loss) -> Tensor:
 
 def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return the losses of sigmoids that `contract.Sigmoids` defines, with this (1,) bias, reduced as `options` say."""
-    problem, context = across(problem, options)
+    problem, context = across(problem, options, lean=True)
     with context:
         at_once = closed_form(problem, options, weight)
         plan = plan_of(problem, options, reduced=at_once, bias=bias)

@@ -32,6 +32,14 @@ def gather(
     return list(_Gather.apply(call, counts, wires or [None] * len(tensors), *tensors)) if tensors else []
 
 
+def handle(call: Call, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return what stands for the rows of all ranks in a graph, of their shape and without memory.
+
+    Its gradient, of this dtype, is added over the ranks and rounded once, to that of x.
+    """
+    return _Handle.apply(call, counts, dtype, x)
+
+
 def total(call: Call, values: Tensor) -> Tensor:
     """Return the sum over the ranks of a small vector, added in float64 in rank order: bitwise the same on all."""
     return _Total.apply(call, values)
@@ -94,6 +102,17 @@ class _Gather(torch.autograd.Function):
             begun.append(ctx.call.communicator.reduce_scatter(grad, counts) if needed else None)
         grads = [None if rows is None else rows().to(dtype) for rows, dtype in zip(begun, ctx.dtypes, strict=True)]
         return None, None, None, *grads
+
+
+class _Handle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, counts: Sequence[int], dtype: torch.dtype, x: Tensor) -> Tensor:
+        ctx.call, ctx.counts, ctx.dtype = call, counts, x.dtype
+        return x.new_zeros([1] * x.dim(), dtype=dtype).expand(sum(counts), *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, None, ctx.call.communicator.reduce_scatter(upstream, ctx.counts)().to(ctx.dtype)
 
 
 class _Total(torch.autograd.Function):

@@ -135,14 +135,15 @@ class Echo:
 
 
 @pytest.mark.serial
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one direction", "both directions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_stream_holds_two_parts_whatever_the_number_of_ranks(dtype: torch.dtype) -> None:
+def test_a_stream_holds_two_parts_whatever_the_number_of_ranks(dtype: torch.dtype, symmetric: bool) -> None:
     """What a rank allocates grows with the number of ranks where rows are gathered, and not where they stream.
 
     Beside the rows and gradients of all ranks, or of two parts, which `held` counts, are unit rows in float32, those of
     a part at a time, and eight times the rank's own rows: unit ones and gradients.
     """
-    n, d, limit = 512, 256, 2**16
+    n, d, limit = 128, 1024, 2**16
     peaks = {}
     for world in (8, 16):
         for name in ("gather", "stream"):
@@ -150,8 +151,10 @@ def test_a_stream_holds_two_parts_whatever_the_number_of_ranks(dtype: torch.dtyp
             a, b = (torch.randn(n, d, dtype=dtype, requires_grad=True) for _ in range(2))
             options = Distributed(Echo(world), exchange=name)
 
-            def step(a: Tensor = a, b: Tensor = b, options: Distributed = options) -> None:
-                info_nce(a, b, temperature=0.1, symmetric=True, workspace_limit=limit, distributed=options).backward()
+            given = {"temperature": 0.1, "symmetric": symmetric, "workspace_limit": limit}
+
+            def step(a: Tensor = a, b: Tensor = b, given: dict[str, Any] = given | {"distributed": options}) -> None:
+                info_nce(a, b, **given).backward()
 
             peaks[world, name], _ = peak_bytes(step, torch.device("cpu"))
             units = max(sum(part.counts) for part in exchange.parts) * d * 4
