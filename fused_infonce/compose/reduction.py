@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,38 +23,41 @@ Loss = str | Callable[[Problem, RowStatistics], Tensor]
 
 
 def reduced(
-    problem: Problem, options: Options, loss: Loss, weight: Tensor | None = None, alike: Collection[int] = ()
-) -> Tensor:
+    problem: Problem, options: Options, loss: Loss, weight: Tensor | None = None, alike: Collection[int] = (),
+    gathered: bool = False,
+) -> Tensor:  # fmt: skip
     """Return a loss of rows, or with `problem.columns` its mean with that of the columns, reduced as `options` say.
 
     "mean" divides by the sum of the weights, and is NaN where that is 0. Rows without a target are ignored. Over
-    several processes the problem is this rank's own; alike: as in `across`.
+    several processes the problem is this rank's own; alike: as in `across`. gathered: it is one that `across` has made.
     """
-    if options.call is not None:
-        met = meet(problem, options, alike)
-        if isinstance(loss, str) and block.fits(problem, options):
-            return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
-        problem, context = across(problem, options, alike, met, lean=isinstance(loss, str))
-        with context:
-            return of_block(problem, options, loss, weight)
+    if options.call is not None and not gathered:
+        return _over_ranks(problem, options, loss, weight, alike)
     if len(problem.keys) == 1 and problem.keys[0].rows.shape[0] == 1 + problem.self_similar and problem.in_batch:
         _say_lonely()
-    return of_block(problem, options, loss, weight)
-
-
-def of_block(problem: Problem, options: Options, loss: Loss, weight: Tensor | None = None) -> Tensor:
-    """Return what `reduced` does, of a problem that `across` has made where there are several processes."""
     plan = None
     if isinstance(loss, str) and closed_form(problem, options, weight):
         weighted_rows = weight is not None or not _every_row_counts(problem)
         plan = plan_of(problem, options, reduced=True, weighted=weighted_rows)
         if plan.one_pass and not contrast.is_explaining():
-            at_once = partial(contrast.onepass, problem, plan, loss)
-            return _weighted_sum(at_once, problem, options, weight)
+            w, aside = factors(problem, options, weight)
+            return whole(contrast.onepass(problem, plan, loss, w), aside, options)
     problem, context = widened(problem) if problem.apart else (problem, nullcontext())
     with context:
         losses = of_statistics(problem, contrast.statistics(problem, options, plan=plan), loss)
     return reduced_rows(losses, problem, options, weight)
+
+
+def _over_ranks(
+    problem: Problem, options: Options, loss: Loss, weight: Tensor | None, alike: Collection[int]
+) -> Tensor:  # fmt: skip
+    """Return what `reduced` does, of a problem of this rank's own among those of all."""
+    met = meet(problem, options, alike)
+    if isinstance(loss, str) and block.fits(problem, options):
+        return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
+    problem, context = across(problem, options, alike, met, lean=isinstance(loss, str))
+    with context:
+        return reduced(problem, options, loss, weight, gathered=True)
 
 
 def of_statistics(problem: Problem, found: Statistics, loss: Loss) -> Tensor:
@@ -74,7 +76,8 @@ def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: T
         plan = plan_of(problem, options, reduced=at_once, bias=bias)
         if not at_once:
             return reduced_rows(contrast.sigmoids(problem, plan, bias), problem, options, weight)
-        return _weighted_sum(partial(contrast.sigmoids, problem, plan, bias), problem, options, weight)
+        w, aside = factors(problem, options, weight)
+        return whole(contrast.sigmoids(problem, plan, bias, w), aside, options)
 
 
 def closed_form(problem: Problem, options: Options, weight: Tensor | None) -> bool:
@@ -91,37 +94,35 @@ def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tenso
     if options.reduction == "none":
         rows = _counted(rows if weight is None else _times(weight, rows), problem)
         return rows if options.call is None else gather.rows(options.call, rows)
-    return _weighted_sum(lambda w: _counted(_times(w, rows), problem).sum(), problem, options, weight)
+    w, aside = factors(problem, options, weight)
+    return whole(_counted(_times(w, rows), problem).sum(), aside, options)
 
 
-def _weighted_sum(
-    sum_of: Callable[[Tensor | float], Tensor], problem: Problem, options: Options, weight: Tensor | None
-) -> Tensor:
-    """Return the reduced loss of all rows, over all processes; sum_of: what adds rows up with the weights it is given.
+def factors(
+    problem: Problem, options: Options, weight: Tensor | None
+) -> tuple[Tensor | float, Tensor | None]:  # fmt: skip
+    """Return the factors of the rows' losses, (N,) or one for all, and what `whole` takes beside their sum.
 
     Over several processes a mean divides after the sum, since the other ranks' weights are not known before.
     """
     if options.call is None:
-        w, empty = row_weights(problem, options.reduction, weight)
-        return _unless(empty, sum_of(w))
+        return row_weights(problem, options.reduction, weight)
     w, _ = row_weights(problem, "sum", weight)
-    return over_ranks(options, sum_of(w), problem.query.rows.shape[0] if isinstance(w, float) else w.sum())
+    t = problem.temperature.values
+    return w, t.new_full((), problem.query.rows.shape[0]) if isinstance(w, float) else w.sum()
 
 
-def over_ranks(options: Options, total: Tensor, count: Tensor | int) -> Tensor:
-    """Return the loss of all ranks from each rank's sum of losses and its number of rows, or the sum of weights."""
-    count = count if isinstance(count, Tensor) else total.new_full((), count)
+def whole(total: Tensor, aside: Tensor | None, options: Options) -> Tensor:
+    """Return the reduced loss from a sum of losses times their `factors`: NaN of no rows, and that of all ranks."""
+    if options.call is None:
+        return total if aside is None else torch.where(aside, torch.nan, total)
+    assert aside is not None
     dtype = total.dtype
-    total, count = gather.total(options.call, torch.stack([total.double(), count.double()])).unbind()
+    total, count = gather.total(options.call, torch.stack([total.double(), aside.double()])).unbind()
     if options.reduction == "mean":
         empty = count == 0
-        total = _unless(empty, total / torch.where(empty, 1, count))
+        total = torch.where(empty, torch.nan, total / torch.where(empty, 1, count))
     return total.to(dtype)
-
-
-def _unless(empty: Tensor | None, total: Tensor) -> Tensor:
-    """Return a reduced loss, NaN where it is one of no rows."""
-    return total if empty is None else torch.where(empty, torch.nan, total)
 
 
 def _times(weight: Tensor | float, rows: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def reduced_mean(loss: Tensor, options: Options) -> Tensor:
     if options.call is not None:
         if options.reduction == "none":
             return gather.rows(options.call, loss)
-        return over_ranks(options, loss.sum(), loss.shape[0])
+        return whole(loss.sum(), loss.new_full((), loss.shape[0]), options)
     if options.reduction == "none":
         return loss
     return loss.sum() if options.reduction == "sum" else loss.mean()

@@ -15,7 +15,7 @@ from ..backends.indexing import take_rows
 from ..backends.precision import statistics_dtype, without_autocast
 from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
-from ..compose.reduction import of_block, reduced, reduced_rows
+from ..compose.reduction import reduced, reduced_rows
 from ..compose.rows import dots, negative_sums, one_id_a_row, unit
 from ..compose.several import (
     POSITIVES,
@@ -172,7 +172,7 @@ def info_nce(
     one_id_a_row(problem, "label_smoothing")
     problem, context = blocked(problem, options)
     with context:
-        loss = of_block(problem, options, "infonce", weight)
+        loss = reduced(problem, options, "infonce", weight, gathered=True)
         pull = _pull(problem)
     return loss + label_smoothing * reduced_rows(pull, problem, options, weight)
 
