@@ -41,8 +41,9 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
     places = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
     sets = [problem.query, problem.keys[0], *(problem.keys[place] for place in places)]
     queries, keys, *others = call.counts(
-        _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets]
-    )
+        _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets],
+        options.limit(problem.query.rows.device),
+    )  # fmt: skip
     call.keys = keys
     return Met(queries, keys, places, others)
 
@@ -158,7 +159,7 @@ def _exchange(
     call, dtype = options.call, product_dtype(rows)
     return exchange_of(
         "gather" if gather else call.options.exchange, counts, call.rank, rows.shape[1],
-        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, options.limit(rows.device),
+        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
         gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ Gradients = Literal["mean", "sum"]
 Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
 NUMBER, ONE, ROWS = 0, 1, 2  # what a temperature is: a number, a tensor for all rows, or one of a value a row
+KINDS = 3  # of these
 NOT_A_MEMBER = -100  # what `torch.distributed.new_group` returns to a process outside
 OUTSIDE = "distributed names a process group that this process is not in"
 
@@ -37,8 +38,8 @@ class Distributed:
             temperature its whole gradient on every rank. "sum": they are added, and each rank has its part.
         exchange: "auto", "gather" (all rows are gathered at once) or "stream" (in parts).
         check: what ranks compare before a call: "sizes" (shapes, dtypes and options), "values" (also the values of the
-            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, and a mistake on
-            one may make the others wait for it).
+            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, with the same workspace
+            limit, and a mistake on one may make the others wait for it).
     """
 
     group: Any = None
@@ -71,24 +72,28 @@ class Call:
         self.temperatures = NUMBER  # what the temperature is, on all ranks once they have met
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
+        self.limit = 0  # the least workspace limit of all ranks, in bytes, once they have met
 
     @property
     def factor(self) -> int:
         """By how much gradients of the global loss are multiplied, so that their mean over the ranks is their sum."""
         return self.world if self.options.parameter_gradients == "mean" else 1
 
-    def counts(self, signature: str, values: str, sizes: Sequence[int]) -> list[list[int]]:
+    def counts(self, signature: str, values: str, sizes: Sequence[int], limit: int = 0) -> list[list[int]]:
         """Return the numbers of rows of all ranks, in rank order, for each of this rank's `sizes`.
 
-        signature, values: what must be the same on every rank; see `Distributed.check`.
+        signature, values: what must be the same on every rank; see `Distributed.check`. limit: this rank's workspace
+        limit, of which `Call.limit` becomes the least: GPUs may differ, but not the parts of an exchange.
         """
-        number = self.begin()
+        number, self.limit = self.begin(), limit
         check = self.options.check
         if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
         signature = f"{self.noted}{signature} {self.options}" + (f" {values}" if check == "values" else "")
-        said = preflight.agree(self.communicator, number, signature, [*sizes, self.temperatures])
-        kinds = [words[len(sizes)] for words in said]
+        own = limit * KINDS + self.temperatures
+        said = preflight.agree(self.communicator, number, signature, [*sizes, own])
+        kinds = [words[len(sizes)] % KINDS for words in said]
+        self.limit = min(words[len(sizes)] // KINDS for words in said)
         if ROWS in kinds:  # where a temperature of one element is that of a rank's only row
             for rank, words in enumerate(said):
                 if kinds[rank] != ROWS and words[0] != 1:

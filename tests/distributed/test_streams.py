@@ -88,6 +88,24 @@ def test_auto_streams_where_rows_take_more_than_their_room() -> None:
     assert "stream over 4 processes" in str(many)
 
 
+def test_ranks_of_different_memory_agree_on_the_parts() -> None:
+    """Of two GPUs the smaller says how many parts there are, and whether there are any."""
+    n, d, limits = 2048, 64, [2**20, 2**16]
+    torch.manual_seed(0)
+    rows = [torch.randn(2 * n, d) for _ in range(2)]
+
+    def one(communicator: LoopbackCommunicator) -> int:
+        a, b = (x.chunk(2)[communicator.rank].clone().requires_grad_() for x in rows)
+        limit = limits[communicator.rank]
+        clip_loss(a, b, 5.0, workspace_limit=limit, distributed=Distributed(communicator)).backward()
+        return communicator.begun
+
+    streamed, also_streamed = Loopback(2, timeout=10).run(one)
+    assert streamed == also_streamed
+    assert isinstance(streamed, int)
+    assert streamed > 4 * FEWEST  # states, rows twice, gradients
+
+
 @pytest.mark.parametrize(
     ("name", "exchange", "gathered", "reduced"),
     [
