@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -93,7 +94,9 @@ class GroupCommunicator:
                 self._host = self.group
             else:
                 ranks = dist.get_process_group_ranks(self.group)
-                self._host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+                self._host = dist.new_group(
+                    ranks, backend="gloo", timeout=_timeout(self.group), use_local_synchronization=True
+                )
         return self._host
 
 
@@ -118,6 +121,13 @@ class RecordedCommunicator:
 
     def all_gather_host(self, message: Tensor) -> Tensor:
         raise RuntimeError("torch.compile records no messages of hosts: pass Distributed(check='none')")
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """Return how long a group's collectives wait, which a group that is made of its ranks would not know."""
+    device = dist.get_backend_config(group).partition(":")[0]
+    options = getattr(group._get_backend(torch.device(device)), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _after(work: Any, found: Pending, *held: Tensor) -> Pending:
