@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -45,9 +46,16 @@ class GroupCommunicator:
     """The collectives of a process group; what hosts say goes over gloo, whatever the engine of the group is."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+        self._group = weakref.ref(group)  # communicators are kept by their groups, which would never end
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._host: dist.ProcessGroup | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group of this loss has been destroyed")
+        return group
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
         most = max(counts)
@@ -89,14 +97,12 @@ class GroupCommunicator:
     @property
     def host(self) -> dist.ProcessGroup:
         """The group itself where it can carry tensors of a CPU, else one over gloo of the same ranks."""
+        group = self.group
+        if "cpu:gloo" in dist.get_backend_config(group):
+            return group
         if self._host is None:
-            if "cpu:gloo" in dist.get_backend_config(self.group):
-                self._host = self.group
-            else:
-                ranks = dist.get_process_group_ranks(self.group)
-                self._host = dist.new_group(
-                    ranks, backend="gloo", timeout=_timeout(self.group), use_local_synchronization=True
-                )
+            ranks = dist.get_process_group_ranks(group)
+            self._host = dist.new_group(ranks, backend="gloo", timeout=_timeout(group), use_local_synchronization=True)
         return self._host
 
 
