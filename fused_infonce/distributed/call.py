@@ -234,10 +234,13 @@ ITS_OWN |= {"backend", "workspace_limit", "distributed"}
 
 
 def _said(given: dict[str, Any], defaults: dict[str, Any], values: bool) -> str:
-    """Return the options that are not at their defaults; values: numbers with their values."""
+    """Return the options that are not at their defaults, and what tensors there are; values: numbers with their
+    values."""
     said = []
     for name in sorted(set(given) & set(defaults) - ITS_OWN):
         value, default = given[name], defaults[name]
+        if default is None and isinstance(value, Tensor):
+            said.append(name)
         if isinstance(value, float):
             value, default = (value, default) if values else (value != 0, default != 0)
         if isinstance(value, str | int | float) and value != default:

@@ -115,6 +115,10 @@ def test_two_guilty_ranks_are_both_named() -> None:
     assert [type(error) for error in errors] == [RuntimeError, ValueError, ValueError]
 
 
+def of_views(query: Tensor, positive_key: Tensor, temperature: float, **more: Any) -> Tensor:
+    return functional.sup_con(torch.stack([query, positive_key, query], 1), temperature=temperature, **more)
+
+
 # What is right on every rank, but not the same on one: the function, the arguments of all, and those of one.
 IDS = torch.arange(N)
 DIFFERENT: dict[str, tuple[dict[str, Any], Spoil]] = {
@@ -144,6 +148,11 @@ DIFFERENT: dict[str, tuple[dict[str, Any], Spoil]] = {
     "several positives": ({}, lambda a: a | {"positive_ids": IDS}),
     "kinds of several positives": ({"positive_ids": IDS}, lambda a: a | {"positives": "all"}),
     "gradients of parameters": ({}, lambda a: a | {"parameter_gradients": "sum"}),
+    "autocast": ({k: torch.ones(N, D) for k in ("query", "positive_key")}, lambda a: a | {"autocast": True}),
+    "a backend that is dense": ({"symmetric": True}, lambda a: a | {"backend": "reference"}),
+    "positives by target and by ids": ({"target": IDS[:, None], "positives": "all"},
+        lambda a: {k: x for k, x in a.items() if k != "target"} | {"positive_ids": (IDS, IDS)}),
+    "labels": ({"function": of_views}, lambda a: a | {"labels": IDS}),
     "another loss": ({}, lambda a: a | {"function": functional.decoupled_info_nce}),
     "a loss of other arguments": ({}, lambda a: {"function": lambda **k: functional.clip_loss(a["query"],
         a["positive_key"], 5.0, **k)}),
@@ -160,7 +169,8 @@ def test_calls_that_differ_are_an_error_on_all_ranks(name: str) -> None:
         given = spoil(given) if communicator.rank == GUILTY else given
         gradients = given.pop("parameter_gradients", "mean")
         function = given.pop("function", info_nce)
-        function(**given, distributed=Distributed(communicator, parameter_gradients=gradients))
+        with torch.autocast("cpu", enabled=given.pop("autocast", False)):
+            function(**given, distributed=Distributed(communicator, parameter_gradients=gradients))
 
     for error in then_right(call):
         assert type(error) is ValueError
