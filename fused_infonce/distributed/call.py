@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -23,6 +24,7 @@ Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
 NUMBER, ONE, ROWS = 0, 1, 2  # what a temperature is: a number, a tensor for all rows, or one of a value a row
 KINDS = 3  # of these
+TOLD = "_ranks_are_told"  # an attribute of an error
 NOT_A_MEMBER = -100  # what `torch.distributed.new_group` returns to a process outside
 OUTSIDE = "distributed names a process group that this process is not in"
 
@@ -122,8 +124,10 @@ class Call:
         return sum(counts[: self.rank])
 
     def failed(self, error: BaseException) -> None:
-        """Tell the other ranks of an error before they wait for this one's rows in vain."""
-        if self.met:
+        """Tell the other ranks of an error, once, before they wait for this one's rows in vain."""
+        told = getattr(error, TOLD, False)
+        setattr(error, TOLD, True)
+        if self.met or told:
             return
         number = self.begin()
         if self.options.check != "none":
@@ -226,6 +230,28 @@ def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwarg
     except Exception as error:
         call.failed(error)
         raise
+
+
+def of_module(forward: F) -> F:
+    """Make an error of the forward of a module with `distributed` one on all ranks, also before a loss is called."""
+
+    @functools.wraps(forward)
+    def called(module: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(module, *args, **kwargs)
+        except Exception as error:
+            _tell(module.distributed, error)
+            raise
+
+    return cast(F, called)
+
+
+def _tell(distributed: Any, error: Exception) -> None:
+    """Tell the other ranks of an error that they may not know of."""
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):  # where there are no other ranks
+        options = options_of(distributed)
+        if options is not None:
+            Call(communicator_of(options.group, options.check == "none"), options).failed(error)
 
 
 # What may be a number on one rank and a tensor on another, or differ between them for good reasons.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from support.processes import in_processes
 from torch import Tensor
 
-from fused_infonce import FusedInfoNCELoss, functional
+from fused_infonce import ClipLoss, DCLLoss, FusedInfoNCELoss, MatryoshkaLoss, SigLipLoss, functional
 from fused_infonce.distributed import Distributed
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
@@ -100,6 +100,42 @@ def test_the_guilty_rank_has_its_error_and_the_others_name_it(name: str) -> None
         if rank != GUILTY:
             assert type(error) is RuntimeError
             assert str(error) == f"rank {GUILTY}: {kind.__name__}: {own}"
+
+
+def warm() -> float:
+    raise ValueError("no temperature today")
+
+
+X, Y = torch.randn(2, N, D)
+# What a module refuses before its function is called: the module, and a call that is right and one that is not.
+OF_MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]] = {
+    "features": (SigLipLoss, (X, Y, 5.0), (X, Y[1:], 5.0)),
+    "no scale": (ClipLoss, (X, Y, 5.0), (X, Y)),
+    "no keys": (FusedInfoNCELoss, (X, Y), (X,)),
+    "views with negatives": (DCLLoss, (X, Y), (X, Y, Y)),
+    "a temperature": (FusedInfoNCELoss, (X, Y), (X, Y)),
+    "prefixes": (lambda **o: MatryoshkaLoss(FusedInfoNCELoss(**o), [D, 2]), (X, Y), (X, Y[:, :3])),
+}
+
+
+@pytest.mark.parametrize("name", OF_MODULES)
+def test_what_a_module_refuses_is_told(name: str) -> None:
+    make, right, wrong = OF_MODULES[name]
+
+    def call(communicator: LoopbackCommunicator) -> None:
+        loss = make(distributed=Distributed(communicator))
+        if communicator.rank != GUILTY:
+            loss(*right)
+        elif name == "a temperature":
+            loss.temperature = warm
+            loss(*right)
+        else:
+            loss(*wrong)
+
+    errors = then_right(call)
+    for rank, error in enumerate(errors):
+        if rank != GUILTY:
+            assert str(error) == f"rank {GUILTY}: {type(errors[GUILTY]).__name__}: {errors[GUILTY]}"
 
 
 def test_two_guilty_ranks_are_both_named() -> None:
