@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.contest import peak_bytes
 from fused_infonce import Distributed, clip_loss, decoupled_info_nce, info_nce, nt_xent
+from fused_infonce.backends.contract import KeySet, Problem, Temperature
+from fused_infonce.distributed import Call
+from fused_infonce.distributed.block import _Columns, _Gathered
 from fused_infonce.distributed.exchange import FEWEST, exchange_of
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
@@ -69,6 +73,29 @@ def test_a_stream_equals_one_process(name: str, counts: list[int]) -> None:
     for place, x in ((2, a), (3, b)):
         got = torch.cat([each[place] for each in found]) / len(counts)
         torch.testing.assert_close(got, x.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_makes_nothing_on_the_host() -> None:
+    """What is made there is copied to a GPU, for which the host would wait, and which no CUDA graph records."""
+    made = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **kwargs or {})
+            made.extend([func] if isinstance(found, Tensor) and found.device.type == "cpu" else [])
+            return found
+
+    communicator = Loopback(2).ranks[0]
+    rows = torch.empty(6, 4, device="meta")
+    t = Temperature(torch.empty(1, device="meta"), 0.1)
+    own = Problem(KeySet(rows), (KeySet(rows),), t, torch.empty(6, dtype=torch.int64, device="meta"), self_similar=True)
+    exchange = exchange_of("gather", [6, 6], 0, 4, 4, 4, 2**20, gradients=False)
+    with Watched():
+        call: Any = Call(communicator, Distributed(communicator))
+        block = _Columns(own, call, exchange).block(0, _Gathered(lambda: rows.repeat(2, 1), None, None))
+    assert block.keys[0].ids is not None
+    assert len(block.keys[0].ids) == 12
+    assert made == []
 
 
 def test_parts_take_every_row_once() -> None:
