@@ -40,8 +40,8 @@ class Distributed:
             temperature its whole gradient on every rank. "sum": they are added, and each rank has its part.
         exchange: "auto", "gather" (all rows are gathered at once) or "stream" (in parts).
         check: what ranks compare before a call: "sizes" (shapes, dtypes and options), "values" (also the values of the
-            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, with the same workspace
-            limit, and a mistake on one may make the others wait for it).
+            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, with
+            the same workspace limit, and a mistake on one may make the others wait for it).
     """
 
     group: Any = None

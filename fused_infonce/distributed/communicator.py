@@ -63,7 +63,7 @@ class GroupCommunicator:
         if not most:
             return lambda: found
         sent = _padded(x, most)
-        work = _gather(found, sent, group=self.group, async_op=True)
+        work = _gather(found, sent, group=self._carrier(x), async_op=True)
 
         def rows() -> Tensor:
             if min(counts) == most:
@@ -93,6 +93,11 @@ class GroupCommunicator:
         found = message.new_empty(self.world * message.shape[0])
         _gather(found, message, group=self.host)
         return found.view(self.world, -1)
+
+    def _carrier(self, x: Tensor) -> dist.ProcessGroup:
+        """Return the group that can carry a tensor: a temperature may be on the CPU, beside the rows of a GPU."""
+        outside = x.device.type == "cpu" and "cpu:" not in dist.get_backend_config(self.group)
+        return self.host if outside else self.group
 
     @property
     def host(self) -> dist.ProcessGroup:
