@@ -37,12 +37,12 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
     alike: as in `across`.
     """
     call: Call = options.call
-    resolve(options.backend, problem.query.rows)  # an error while the other ranks can still hear of it
     places = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
     sets = [problem.query, problem.keys[0], *(problem.keys[place] for place in places)]
     queries, keys, *others = call.counts(
-        _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets]
-    )
+        _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets],
+        options.limit(problem.query.rows.device),
+    )  # fmt: skip
     call.keys = keys
     return Met(queries, keys, places, others)
 
@@ -163,7 +163,7 @@ def _exchange(
     call, dtype = options.call, product_dtype(rows)
     return exchange_of(
         "gather" if gather else call.options.exchange, counts, call.rank, rows.shape[1],
-        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, options.limit(rows.device),
+        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
         gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
 
@@ -225,7 +225,8 @@ def _signature(problem: Problem, options: Options) -> str:
     given = [name for name in ("target", "ceiling", "offset") if getattr(problem, name) is not None]
     t = problem.temperature.values
     graph = f"gradient of the temperature {t.requires_grad and torch.is_grad_enabled()}"
-    return f"query and keys {sets}; {', '.join([*flags, *given])}; {graph}; reduction={options.reduction!r}"
+    dense = ", in the reference" if resolve(options.backend, problem.query.rows) == "reference" else ""
+    return f"query and keys {sets}; {', '.join([*flags, *given])}; {graph}; reduction={options.reduction!r}{dense}"
 
 
 FLAGS = ("in_batch", "columns", "normalize", "self_similar", "two_views")
@@ -240,8 +241,9 @@ def _described(keys: KeySet) -> str:
     ]
     grads = [name for name, x in zip(KeySet._fields, keys, strict=True) if x is not None and x.requires_grad]
     shape = ", ".join(["N", *["H"] * (rows.dim() - 2), str(rows.shape[-1])])
+    products = "" if product_dtype(rows) == rows.dtype else f" under autocast to {product_dtype(rows)}"
     needed = f" with gradients of {', '.join(grads)}" if grads and torch.is_grad_enabled() else ""
-    return f"({shape}) {str(rows.dtype).removeprefix('torch.')} {' '.join(fields)}{needed}"
+    return f"({shape}) {str(rows.dtype).removeprefix('torch.')}{products} {' '.join(fields)}{needed}"
 
 
 def _value(temperature: Temperature) -> str:

@@ -118,6 +118,8 @@ class Ranking:
         if len(self.documents[0]) != len(self.query):
             raise ValueError(f"documents must have {len(self.query)} rows as query has, got {len(self.documents[0])}")
         queries = KeySet(self.query)
+        if key_bias is not None:
+            key_bias = key_bias.to(self.t.values.dtype)  # in which gradients are added
         columns = [KeySet(x, bias=None if key_bias is None else key_bias[i]) for i, x in enumerate(self.documents)]
         (query, every, *sets), context = all_rows([queries, queries, *columns], self.t, options, repr(self.flags))
         biases = self.biases

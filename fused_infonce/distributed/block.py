@@ -108,8 +108,7 @@ class _Columns:
         if own.self_similar:  # a row has the id of its place, so that it is not its own negative
             starts = [sum(self.exchange.counts[:rank]) + first for rank, first in enumerate(part.firsts)]
             spans = zip(starts, part.counts, strict=True)
-            device = self.place.device
-            ids = torch.cat([torch.arange(start, start + count, device=device) for start, count in spans])
+            ids = torch.cat([torch.arange(start, start + n, device=self.place.device) for start, n in spans])
         scale = None if gathered.scale is None else gathered.scale()
         keys = KeySet(gathered.rows(), ids, scale=scale)
         row = torch.arange(len(self.place), device=self.place.device) if own.target is None else own.target

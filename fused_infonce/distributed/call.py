@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -22,6 +23,8 @@ Gradients = Literal["mean", "sum"]
 Exchange = Literal["auto", "gather", "stream"]
 Check = Literal["sizes", "values", "none"]
 NUMBER, ONE, ROWS = 0, 1, 2  # what a temperature is: a number, a tensor for all rows, or one of a value a row
+KINDS = 3  # of these
+TOLD = "_ranks_are_told"  # an attribute of an error
 NOT_A_MEMBER = -100  # what `torch.distributed.new_group` returns to a process outside
 OUTSIDE = "distributed names a process group that this process is not in"
 
@@ -37,8 +40,8 @@ class Distributed:
             temperature its whole gradient on every rank. "sum": they are added, and each rank has its part.
         exchange: "auto", "gather" (all rows are gathered at once) or "stream" (in parts).
         check: what ranks compare before a call: "sizes" (shapes, dtypes and options), "values" (also the values of the
-            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, and a mistake on
-            one may make the others wait for it).
+            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, with
+            the same workspace limit, and a mistake on one may make the others wait for it).
     """
 
     group: Any = None
@@ -71,24 +74,28 @@ class Call:
         self.temperatures = NUMBER  # what the temperature is, on all ranks once they have met
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
+        self.limit = 0  # the least workspace limit of all ranks, in bytes, once they have met
 
     @property
     def factor(self) -> int:
         """By how much gradients of the global loss are multiplied, so that their mean over the ranks is their sum."""
         return self.world if self.options.parameter_gradients == "mean" else 1
 
-    def counts(self, signature: str, values: str, sizes: Sequence[int]) -> list[list[int]]:
+    def counts(self, signature: str, values: str, sizes: Sequence[int], limit: int = 0) -> list[list[int]]:
         """Return the numbers of rows of all ranks, in rank order, for each of this rank's `sizes`.
 
-        signature, values: what must be the same on every rank; see `Distributed.check`.
+        signature, values: what must be the same on every rank; see `Distributed.check`. limit: this rank's workspace
+        limit, of which `Call.limit` becomes the least: GPUs may differ, but not the parts of an exchange.
         """
-        number = self.begin()
+        number, self.limit = self.begin(), limit
         check = self.options.check
         if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
         signature = f"{self.noted}{signature} {self.options}" + (f" {values}" if check == "values" else "")
-        said = preflight.agree(self.communicator, number, signature, [*sizes, self.temperatures])
-        kinds = [words[len(sizes)] for words in said]
+        own = limit * KINDS + self.temperatures
+        said = preflight.agree(self.communicator, number, signature, [*sizes, own])
+        kinds = [words[len(sizes)] % KINDS for words in said]
+        self.limit = min(words[len(sizes)] // KINDS for words in said)
         if ROWS in kinds:  # where a temperature of one element is that of a rank's only row
             for rank, words in enumerate(said):
                 if kinds[rank] != ROWS and words[0] != 1:
@@ -117,8 +124,10 @@ class Call:
         return sum(counts[: self.rank])
 
     def failed(self, error: BaseException) -> None:
-        """Tell the other ranks of an error before they wait for this one's rows in vain."""
-        if self.met:
+        """Tell the other ranks of an error, once, before they wait for this one's rows in vain."""
+        told = getattr(error, TOLD, False)
+        setattr(error, TOLD, True)
+        if self.met or told:
             return
         number = self.begin()
         if self.options.check != "none":
@@ -223,16 +232,41 @@ def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwarg
         raise
 
 
+def of_module(forward: F) -> F:
+    """Make an error of the forward of a module with `distributed` one on all ranks, also before a loss is called."""
+
+    @functools.wraps(forward)
+    def called(module: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(module, *args, **kwargs)
+        except Exception as error:
+            _tell(module.distributed, error)
+            raise
+
+    return cast(F, called)
+
+
+def _tell(distributed: Any, error: Exception) -> None:
+    """Tell the other ranks of an error that they may not know of."""
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):  # where there are no other ranks
+        options = options_of(distributed)
+        if options is not None:
+            Call(communicator_of(options.group, options.check == "none"), options).failed(error)
+
+
 # What may be a number on one rank and a tensor on another, or differ between them for good reasons.
 ITS_OWN = {"temperature", "logit_scale", "logit_bias", "teacher_temperature", "tau_plus", "offset"}
 ITS_OWN |= {"backend", "workspace_limit", "distributed"}
 
 
 def _said(given: dict[str, Any], defaults: dict[str, Any], values: bool) -> str:
-    """Return the options that are not at their defaults; values: numbers with their values."""
+    """Return the options that are not at their defaults, and what tensors there are; values: numbers with their
+    values."""
     said = []
     for name in sorted(set(given) & set(defaults) - ITS_OWN):
         value, default = given[name], defaults[name]
+        if default is None and isinstance(value, Tensor):
+            said.append(name)
         if isinstance(value, float):
             value, default = (value, default) if values else (value != 0, default != 0)
         if isinstance(value, str | int | float) and value != default:

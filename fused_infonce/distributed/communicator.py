@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -44,9 +46,16 @@ class GroupCommunicator:
     """The collectives of a process group; what hosts say goes over gloo, whatever the engine of the group is."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+        self._group = weakref.ref(group)  # communicators are kept by their groups, which would never end
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._host: dist.ProcessGroup | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group of this loss has been destroyed")
+        return group
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
         most = max(counts)
@@ -54,7 +63,7 @@ class GroupCommunicator:
         if not most:
             return lambda: found
         sent = _padded(x, most)
-        work = _gather(found, sent, group=self.group, async_op=True)
+        work = _gather(found, sent, group=self._carrier(x), async_op=True)
 
         def rows() -> Tensor:
             if min(counts) == most:
@@ -85,15 +94,20 @@ class GroupCommunicator:
         _gather(found, message, group=self.host)
         return found.view(self.world, -1)
 
+    def _carrier(self, x: Tensor) -> dist.ProcessGroup:
+        """Return the group that can carry a tensor: a temperature may be on the CPU, beside the rows of a GPU."""
+        outside = x.device.type == "cpu" and "cpu:" not in dist.get_backend_config(self.group)
+        return self.host if outside else self.group
+
     @property
     def host(self) -> dist.ProcessGroup:
         """The group itself where it can carry tensors of a CPU, else one over gloo of the same ranks."""
+        group = self.group
+        if "cpu:gloo" in dist.get_backend_config(group):
+            return group
         if self._host is None:
-            if "cpu:gloo" in dist.get_backend_config(self.group):
-                self._host = self.group
-            else:
-                ranks = dist.get_process_group_ranks(self.group)
-                self._host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            ranks = dist.get_process_group_ranks(group)
+            self._host = dist.new_group(ranks, backend="gloo", timeout=_timeout(group), use_local_synchronization=True)
         return self._host
 
 
@@ -118,6 +132,13 @@ class RecordedCommunicator:
 
     def all_gather_host(self, message: Tensor) -> Tensor:
         raise RuntimeError("torch.compile records no messages of hosts: pass Distributed(check='none')")
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """Return how long a group's collectives wait, which a group that is made of its ranks would not know."""
+    device = dist.get_backend_config(group).partition(":")[0]
+    options = getattr(group._get_backend(torch.device(device)), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _after(work: Any, found: Pending, *held: Tensor) -> Pending:

@@ -11,7 +11,7 @@ from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.plan import Plan
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode
-from ..distributed import DistributedLike, options_of
+from ..distributed import DistributedLike, of_module, options_of
 from ..distributed.exchange import Exchange
 from ..temperature.scale import HasTemperature, TemperatureLike
 
@@ -78,6 +78,11 @@ class ContrastiveLoss(HasTemperature, Explained):
     """
 
     own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            cls.forward = of_module(cls.forward)
 
     def __init__(
         self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,

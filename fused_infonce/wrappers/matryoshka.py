@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed import of_module
 from ..losses.base import Explained
 from ..losses.moco import MoCoLoss
 
@@ -90,6 +91,12 @@ class MatryoshkaLoss(Explained):
         self.kept = KEPT | set(keep)
         self.names = _positional_names(loss)
 
+    @property
+    def distributed(self) -> Any:
+        """The option of the loss whose rows are cut."""
+        return getattr(self.loss, "distributed", False)
+
+    @of_module
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the weighted sum of `loss` over the prefixes; the arguments are those of `loss`."""
         lengths: list[int] = []

@@ -13,7 +13,8 @@ from support.calls_over_ranks import CASES, D
 from support.ranks import Case, Outcome, apart, drawn, far, gathered, joined, of_ranks, one_after_another, outcome, same
 from torch import Tensor
 
-from fused_infonce import functional, statistics
+from fused_infonce import Distributed, functional, multiple_negatives, statistics
+from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
 WORLDS = (1, 2, 4, 8)
 REFUSED = {"sup_con": {"mask"}, "distilled_info_nce": {"teacher_scores"},
@@ -159,6 +160,28 @@ def test_two_losses_have_one_backward_that_may_be_repeated(counts: list[int]) ->
         assert far(found.value, want.value) <= 1e-12
         expected = {name: factor * x for name, x in want.gradients.items()}
         assert max(apart(found.gradients, expected).values()) <= 1e-10
+
+
+def test_gradients_of_biases_of_16_bits_are_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+    begin = LoopbackCommunicator.reduce_scatter
+
+    def watched(self: LoopbackCommunicator, x: Tensor, counts: Any) -> Any:
+        added.append(x.dtype)
+        return begin(self, x, counts)
+
+    monkeypatch.setattr(LoopbackCommunicator, "reduce_scatter", watched)
+
+    def one(communicator: LoopbackCommunicator) -> torch.dtype:
+        query, key, hard = torch.randn(3, 4, 8, dtype=torch.bfloat16).requires_grad_()
+        biases = torch.randn(2, 4, dtype=torch.bfloat16, requires_grad=True)
+        options = Distributed(communicator)
+        multiple_negatives(query, [key, hard], key_bias=biases, distributed=options).backward()
+        assert biases.grad is not None
+        return biases.grad.dtype
+
+    assert Loopback(2, 10).run(one) == [torch.bfloat16] * 2
+    assert set(added) == {torch.float32}
 
 
 def test_every_loss_has_a_case_and_every_argument_is_in_one() -> None:

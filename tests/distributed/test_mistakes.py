@@ -14,7 +14,7 @@ import torch.distributed as dist
 from support.processes import in_processes
 from torch import Tensor
 
-from fused_infonce import FusedInfoNCELoss, functional
+from fused_infonce import ClipLoss, DCLLoss, FusedInfoNCELoss, MatryoshkaLoss, SigLipLoss, functional
 from fused_infonce.distributed import Distributed
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
@@ -102,6 +102,42 @@ def test_the_guilty_rank_has_its_error_and_the_others_name_it(name: str) -> None
             assert str(error) == f"rank {GUILTY}: {kind.__name__}: {own}"
 
 
+def warm() -> float:
+    raise ValueError("no temperature today")
+
+
+X, Y = torch.randn(2, N, D)
+# What a module refuses before its function is called: the module, and a call that is right and one that is not.
+OF_MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]] = {
+    "features": (SigLipLoss, (X, Y, 5.0), (X, Y[1:], 5.0)),
+    "no scale": (ClipLoss, (X, Y, 5.0), (X, Y)),
+    "no keys": (FusedInfoNCELoss, (X, Y), (X,)),
+    "views with negatives": (DCLLoss, (X, Y), (X, Y, Y)),
+    "a temperature": (FusedInfoNCELoss, (X, Y), (X, Y)),
+    "prefixes": (lambda **o: MatryoshkaLoss(FusedInfoNCELoss(**o), [D, 2]), (X, Y), (X, Y[:, :3])),
+}
+
+
+@pytest.mark.parametrize("name", OF_MODULES)
+def test_what_a_module_refuses_is_told(name: str) -> None:
+    make, right, wrong = OF_MODULES[name]
+
+    def call(communicator: LoopbackCommunicator) -> None:
+        loss = make(distributed=Distributed(communicator))
+        if communicator.rank != GUILTY:
+            loss(*right)
+        elif name == "a temperature":
+            loss.temperature = warm
+            loss(*right)
+        else:
+            loss(*wrong)
+
+    errors = then_right(call)
+    for rank, error in enumerate(errors):
+        if rank != GUILTY:
+            assert str(error) == f"rank {GUILTY}: {type(errors[GUILTY]).__name__}: {errors[GUILTY]}"
+
+
 def test_two_guilty_ranks_are_both_named() -> None:
     def call(communicator: LoopbackCommunicator) -> None:
         given = arguments(communicator.rank)
@@ -113,6 +149,10 @@ def test_two_guilty_ranks_are_both_named() -> None:
     assert "rank 1: ValueError: " in str(errors[0])
     assert "; rank 2: ValueError: " in str(errors[0])
     assert [type(error) for error in errors] == [RuntimeError, ValueError, ValueError]
+
+
+def of_views(query: Tensor, positive_key: Tensor, temperature: float, **more: Any) -> Tensor:
+    return functional.sup_con(torch.stack([query, positive_key, query], 1), temperature=temperature, **more)
 
 
 # What is right on every rank, but not the same on one: the function, the arguments of all, and those of one.
@@ -144,6 +184,11 @@ DIFFERENT: dict[str, tuple[dict[str, Any], Spoil]] = {
     "several positives": ({}, lambda a: a | {"positive_ids": IDS}),
     "kinds of several positives": ({"positive_ids": IDS}, lambda a: a | {"positives": "all"}),
     "gradients of parameters": ({}, lambda a: a | {"parameter_gradients": "sum"}),
+    "autocast": ({k: torch.ones(N, D) for k in ("query", "positive_key")}, lambda a: a | {"autocast": True}),
+    "a backend that is dense": ({"symmetric": True}, lambda a: a | {"backend": "reference"}),
+    "positives by target and by ids": ({"target": IDS[:, None], "positives": "all"},
+        lambda a: {k: x for k, x in a.items() if k != "target"} | {"positive_ids": (IDS, IDS)}),
+    "labels": ({"function": of_views}, lambda a: a | {"labels": IDS}),
     "another loss": ({}, lambda a: a | {"function": functional.decoupled_info_nce}),
     "a loss of other arguments": ({}, lambda a: {"function": lambda **k: functional.clip_loss(a["query"],
         a["positive_key"], 5.0, **k)}),
@@ -160,7 +205,8 @@ def test_calls_that_differ_are_an_error_on_all_ranks(name: str) -> None:
         given = spoil(given) if communicator.rank == GUILTY else given
         gradients = given.pop("parameter_gradients", "mean")
         function = given.pop("function", info_nce)
-        function(**given, distributed=Distributed(communicator, parameter_gradients=gradients))
+        with torch.autocast("cpu", enabled=given.pop("autocast", False)):
+            function(**given, distributed=Distributed(communicator, parameter_gradients=gradients))
 
     for error in then_right(call):
         assert type(error) is ValueError
@@ -282,8 +328,15 @@ def one_away(rank: int) -> None:
     assert time.monotonic() - start < 7
 
 
+def one_away_from_a_side_group(rank: int) -> None:
+    """As of NCCL, whose group carries nothing of a CPU: hosts talk over a group of their own."""
+    dist.get_backend_config = lambda group=None: "cpu:other"
+    info_nce(**arguments(rank), distributed=True)
+    one_away(rank)
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
-@pytest.mark.parametrize("worker", [of_processes, one_killed, one_away])
+@pytest.mark.parametrize("worker", [of_processes, one_killed, one_away, one_away_from_a_side_group])
 def test_processes_raise_within_their_time(tmp_path: Path, worker: Callable[[int], None]) -> None:
-    timeout = {of_processes: 20, one_killed: 5, one_away: 3}[worker]
+    timeout = {of_processes: 20, one_killed: 5, one_away: 3, one_away_from_a_side_group: 3}[worker]
     in_processes(worker, tmp_path, WORLD, limit=60, timeout=timeout, leave=worker is not of_processes)

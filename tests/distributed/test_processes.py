@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import random
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from support.processes import in_processes
 from support.ranks import Outcome, apart, drawn, far, gathered, joined, outcome, same
 from torch.distributed.device_mesh import init_device_mesh
 
-from fused_infonce import ClipLoss, FusedInfoNCELoss, MatryoshkaLoss, MoCoLoss
-from fused_infonce.distributed import Distributed
+from fused_infonce import ClipLoss, FusedInfoNCELoss, MatryoshkaLoss, MoCoLoss, functional, info_nce
+from fused_infonce.distributed import Distributed, communicator
 
 NAMES = ("info_nce symmetric with negatives", "info_nce several targets, all", "siglip_loss weights", "nt_xent",
          "sup_con labels", "multiple_negatives in all directions", "distilled_info_nce symmetric",
@@ -130,6 +132,46 @@ def modules(rank: int) -> None:
 
 def test_modules_and_a_queue_of_all_processes(tmp_path: Path) -> None:
     in_processes(modules, tmp_path, 2, strict=True)
+
+
+def beside_a_gpu(rank: int) -> None:
+    """As over NCCL, whose group carries nothing of a CPU."""
+    dist.get_backend_config = lambda group=None: "cuda:other"
+    gather, groups = communicator._gather, []
+
+    def watched(*args: Any, group: Any, **options: Any) -> Any:
+        groups.append(group)
+        return gather(*args, group=group, **options)
+
+    communicator._gather = watched
+    t = torch.tensor([0.5], requires_grad=True)
+    loss = functional.info_nce(*torch.randn(2, 4, 8), temperature=t, distributed=Distributed(check="none"))
+    groups.clear()
+    loss.backward()
+    assert t.grad is not None
+    assert len(groups) == 1
+    assert groups[0] is not dist.group.WORLD
+
+
+def test_a_temperature_of_the_cpu_travels_between_hosts(tmp_path: Path) -> None:
+    in_processes(beside_a_gpu, tmp_path)
+
+
+def ended(rank: int) -> None:
+    query, key = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    value = info_nce(query, key, distributed=True)
+    group = weakref.ref(dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
+    gc.collect()
+    assert group() is None
+    with pytest.raises(RuntimeError, match="has been destroyed"):
+        value.backward()
+
+
+def test_a_process_group_that_is_destroyed_ends(tmp_path: Path) -> None:
+    """A process that went on with its connections open would be waited for."""
+    in_processes(ended, tmp_path, leave=True)
 
 
 def without_end(rank: int) -> None:

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.contest import peak_bytes
 from fused_infonce import Distributed, clip_loss, decoupled_info_nce, info_nce, nt_xent
+from fused_infonce.backends.contract import KeySet, Problem, Temperature
+from fused_infonce.distributed import Call
+from fused_infonce.distributed.block import _Columns, _Gathered
 from fused_infonce.distributed.exchange import FEWEST, exchange_of
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
@@ -71,6 +75,29 @@ def test_a_stream_equals_one_process(name: str, counts: list[int]) -> None:
         torch.testing.assert_close(got, x.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_block_makes_nothing_on_the_host() -> None:
+    """What is made there is copied to a GPU, for which the host would wait, and which no CUDA graph records."""
+    made = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **kwargs or {})
+            made.extend([func] if isinstance(found, Tensor) and found.device.type == "cpu" else [])
+            return found
+
+    communicator = Loopback(2).ranks[0]
+    rows = torch.empty(6, 4, device="meta")
+    t = Temperature(torch.empty(1, device="meta"), 0.1)
+    own = Problem(KeySet(rows), (KeySet(rows),), t, torch.empty(6, dtype=torch.int64, device="meta"), self_similar=True)
+    exchange = exchange_of("gather", [6, 6], 0, 4, 4, 4, 2**20, gradients=False)
+    with Watched():
+        call: Any = Call(communicator, Distributed(communicator))
+        block = _Columns(own, call, exchange).block(0, _Gathered(lambda: rows.repeat(2, 1), None, None))
+    assert block.keys[0].ids is not None
+    assert len(block.keys[0].ids) == 12
+    assert made == []
+
+
 def test_parts_take_every_row_once() -> None:
     counts = [3, 0, 17, 9]
     for rank, count in enumerate(counts):
@@ -86,6 +113,24 @@ def test_auto_streams_where_rows_take_more_than_their_room() -> None:
     assert many.name == "stream"
     assert many.held <= 1.01 * 16 * 2**20  # parts differ by a row of each rank
     assert "stream over 4 processes" in str(many)
+
+
+def test_ranks_of_different_memory_agree_on_the_parts() -> None:
+    """Of two GPUs the smaller says how many parts there are, and whether there are any."""
+    n, d, limits = 2048, 64, [2**20, 2**16]
+    torch.manual_seed(0)
+    rows = [torch.randn(2 * n, d) for _ in range(2)]
+
+    def one(communicator: LoopbackCommunicator) -> int:
+        a, b = (x.chunk(2)[communicator.rank].clone().requires_grad_() for x in rows)
+        limit = limits[communicator.rank]
+        clip_loss(a, b, 5.0, workspace_limit=limit, distributed=Distributed(communicator)).backward()
+        return communicator.begun
+
+    streamed, also_streamed = Loopback(2, timeout=10).run(one)
+    assert streamed == also_streamed
+    assert isinstance(streamed, int)
+    assert streamed > 4 * FEWEST  # states, rows twice, gradients
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The memory that a call takes, measured by the storages of its operators' results."""
 
+import gc
 import weakref
 
 import torch
@@ -10,11 +11,23 @@ MIB = 2**20
 
 
 class PeakMemory(TorchDispatchMode):
-    """A count of the bytes of storages made inside: those alive now, their peak, and the largest storage."""
+    """A count of the bytes of storages made inside: those alive now, their peak, and the largest storage.
+
+    What nothing but a cycle of objects holds, such as the frames of Triton's interpreter, does not count.
+    """
 
     def __init__(self):
         super().__init__()
         self.alive, self.now, self.peak, self.largest = {}, 0, 0, 0
+
+    def __enter__(self):
+        gc.collect()
+        gc.freeze()  # what was there before takes no time at each new peak
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        gc.unfreeze()
+        return super().__exit__(*error)
 
     def forget(self, key):
         self.now -= self.alive.pop(key)
@@ -32,5 +45,7 @@ class PeakMemory(TorchDispatchMode):
                 self.now += storage.nbytes()
                 self.largest = max(self.largest, storage.nbytes())
                 weakref.finalize(storage, self.forget, key)
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            gc.collect()
+            self.peak = max(self.peak, self.now)
         return out
