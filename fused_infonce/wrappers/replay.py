@@ -97,7 +97,9 @@ class Differences:
         bound = max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3)
         wide = accumulator(now.dtype)
         error, norm = (torch.linalg.vector_norm(x, dtype=wide) for x in (now - before, before))
-        self.found.append((where, bound, error / norm))
+        tiny = torch.finfo(wide).tiny
+        # A chunk that was NaN says nothing; one that is NaN now has a difference of NaN.
+        self.found.append((where, bound, torch.where(norm.isfinite(), error / norm.clamp(min=tiny), 0.0)))
 
     def failure(self) -> str | None:
         """Return what is wrong with the first chunk that differs by more than rounding, or None; it synchronises."""
@@ -106,7 +108,7 @@ class Differences:
         device = self.found[0][2].device
         errors = torch.stack([error.to(device, torch.float64) for *_, error in self.found])
         for (where, bound, _), error in zip(self.found, errors.tolist(), strict=True):
-            if error > bound:  # not where NaN was NaN before
+            if not error <= bound:
                 return _said(where, f"its embeddings differ by {error:.1e} of their norm, more than {bound:.1e}")
         return None
 

@@ -388,6 +388,14 @@ def test_an_encoder_that_changes_between_the_passes_raises():
     value.backward()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_finite_in_the_first_pass_alone_raise(value):
+    model, factors = nn.Linear(WIDTH, D), [0.0, 1.0, 0.0, value]
+    given = (lambda x: model(x) * factors.pop(0), torch.randn(6, WIDTH))
+    with pytest.raises(RuntimeError, match=r"chunk 2 \(rows 3 to 5\).*differ by (nan|inf)"):
+        cached(torch.sum, given, chunk_size=3).backward()
+
+
 def test_a_shape_that_changes_between_the_passes_raises():
     model, lengths = nn.Linear(WIDTH, D), [4, 3]
     value = cached(torch.sum, (lambda x: model(x)[:, : lengths.pop(0)], torch.randn(5, WIDTH)))
