@@ -180,7 +180,7 @@ class _Passes:
                 self.random[i].append(random)
         if self.recorded:
             for model in self.replicas:
-                processes.disarm(model)
+                processes.disarm(model, model in self.averaged)
         torch.clear_autocast_cache()  # of casts of weights without a graph: see Autocast.again
         return [torch.cat(own) for own in parts]
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .chunks import tensors
+
 BUCKET = 25 * 2**20  # bytes that one collective reduces, as DistributedDataParallel's default
 
 
@@ -98,22 +100,35 @@ def unsynced(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
         yield
 
 
-def disarm(model: DistributedDataParallel) -> None:
+def disarm(model: DistributedDataParallel, averaged: bool) -> None:
     """Keep the DistributedDataParallel in whose forward this is called from reducing in the backward that follows.
 
     It would take a parameter's first chunk for its whole gradient. Its flag is read when its forward ends.
+
+    averaged: whether a backward through what that forward returns averages the gradients instead, as it must also where
+    it does not come by the embeddings.
     """
     if model is not DistributedDataParallel._active_ddp_module or "_post_forward" in vars(model):
         return
 
+    def restore() -> None:
+        del model._pre_forward, model._post_forward
+
+    def pre_forward(*inputs: Any, **options: Any) -> Any:
+        restore()  # the forward before this one raised, and has not come to its end
+        return model._pre_forward(*inputs, **options)
+
     def post_forward(output: Any) -> Any:
-        del model._post_forward
+        restore()
         with model.no_sync():
             output = model._post_forward(output)
         model.require_forward_param_sync = True  # buffers are broadcast before the next forward, as ever
+        for x in tensors(output) if averaged else ():
+            if x.grad_fn is not None:
+                x.register_hook(lambda _: average_later([model], None))
         return output
 
-    model._post_forward = post_forward  # type: ignore[method-assign]
+    model._pre_forward, model._post_forward = pre_forward, post_forward  # type: ignore[method-assign]
 
 
 @contextmanager
