@@ -101,7 +101,8 @@ class Tower:
         self.inner = processes.without_replicas(self.model)
         module = processes.module_of(self.model)
         parameters = [] if module is None else list(module.parameters())
-        self.frozen = module is not None and not any(x.requires_grad for x in parameters)
+        trained = any(x.requires_grad for x in [*parameters, *processes.given(self.model)])
+        self.frozen = module is not None and not trained
         self.dtypes = {x.dtype for x in parameters if x.is_floating_point()}
 
     def __call__(self, k: int) -> Tensor:

@@ -31,6 +31,14 @@ def module_of(model: Callable[..., Any]) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def given(model: Callable[..., Any]) -> Iterator[Tensor]:
+    """Yield the tensors that a partial gives to a model, such as a prompt that is learned for a frozen one."""
+    while isinstance(model, partial):
+        for x in (*model.args, *model.keywords.values()):
+            yield from x.parameters() if isinstance(x, nn.Module) else tensors(x)
+        model = model.func
+
+
 def without_replicas(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return what a DistributedDataParallel wraps.
 

@@ -227,6 +227,22 @@ def test_a_frozen_tower_runs_once_and_gets_no_gradient():
     assert len(towers[1][0].found) == 3
 
 
+@pytest.mark.parametrize("of", [list, nn.ParameterList])
+def test_a_prompt_in_a_partial_of_a_frozen_model_gets_gradients(of):
+    prompt = nn.Parameter(torch.ones(WIDTH, dtype=torch.float64))
+
+    class Prompted(Encoder):
+        def forward(self, rows, prompt):
+            return super().forward(rows + prompt[0])
+
+    model = partial(Prompted().requires_grad_(False), prompt=of([prompt]))
+    towers = [(model, rows) for _, rows in pair()[0]]
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), [prompt])
+    torch.manual_seed(1)
+    cached(softmax_loss, *towers).backward()
+    assert_gradients([prompt], wanted)
+
+
 def test_a_function_of_a_frozen_model_may_be_a_tower():
     towers, parameters = pair()
     (first, a), (second, b) = towers
