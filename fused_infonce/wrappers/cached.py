@@ -189,8 +189,21 @@ class _Passes:
         """Run every chunk again with a graph, and backpropagate its part of the gradients into the parameters."""
         parts = [() if x is None else x.split(sizes) for x, sizes in zip(gradients, self.sizes, strict=True)]
         before = [x.split(sizes) for x, sizes in zip(found, self.sizes, strict=False)]  # none without check
-        differences = Differences(self.autocast)
         used = [i for i, x in enumerate(gradients) if x is not None]  # those of frozen towers are None
+        failure: Exception | None = None
+        try:
+            self._replay_all(used, parts, before)
+        except Exception as error:
+            if not self.averaged:
+                raise
+            failure = error  # raised where the other ranks hear of it
+        if self.averaged:
+            processes.average_later(self.averaged, failure)
+
+    def _replay_all(
+        self, used: Sequence[int], parts: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]
+    ) -> None:
+        differences = Differences(self.autocast)
         models = [self.towers[i].model for i in used for _ in range(self.counts[i])]
         with processes.unsynced(self.replicas), processes.held_back(models) as reduce:
             for n, (i, k) in enumerate(self._shown("gradients", used)):
@@ -204,11 +217,7 @@ class _Passes:
                     reduce(n)
                 if embedding.requires_grad:
                     embedding.backward(parts[i][k] if own else torch.zeros_like(embedding))
-        failure = differences.failure()
-        if self.averaged:
-            processes.average_later(self.averaged, failure)
-        elif failure:
-            raise RuntimeError(failure)
+        differences.check()
 
     def _shown(self, what: str, towers: Sequence[int]) -> Iterable[tuple[int, int]]:
         """Return (tower, chunk) of every chunk of some towers, with a bar where one is wanted."""

@@ -163,10 +163,10 @@ def held_back(models: Sequence[Callable[..., Any]]) -> Iterator[Callable[[int], 
         restore(None)
 
 
-_due: dict[DistributedDataParallel, str | None] = {}  # of the backward that runs, with what went wrong on this rank
+_due: dict[DistributedDataParallel, Exception | None] = {}  # of the backward that runs, with what went wrong here
 
 
-def average_later(models: Sequence[DistributedDataParallel], failure: str | None) -> None:
+def average_later(models: Sequence[DistributedDataParallel], failure: Exception | None) -> None:
     """Average the gradients of models when the backward that runs has accumulated all of them; then raise `failure`."""
     for model in models:
         _due[model] = _due.get(model) or failure
@@ -180,14 +180,14 @@ def _average_due() -> None:
         average(model, failure)
 
 
-def average(model: DistributedDataParallel, failure: str | None = None) -> None:
+def average(model: DistributedDataParallel, failure: Exception | None = None) -> None:
     """Replace the gradients of a DistributedDataParallel by their means over its process group.
 
     A gradient that only some ranks have counts as zero on the others. As in its own reduction, what earlier backward
     passes have accumulated is averaged too: where they have reduced it already, it is the same on all ranks and stays.
 
     Raises:
-        RuntimeError: a rank has a `failure`. All ranks raise, so that none waits for one that has gone.
+        A rank's `failure` there, and RuntimeError on the others, so that none waits for one that has gone.
     """
     named = model.module.named_parameters()
     own = [x for name, x in named if x.requires_grad and name not in model.parameters_to_ignore]
@@ -196,7 +196,7 @@ def average(model: DistributedDataParallel, failure: str | None = None) -> None:
     torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MAX, group)
     *used, failed = known.tolist()
     if failed:
-        raise RuntimeError(failure or "on another rank a replay differed from its first pass: see that rank's error")
+        raise failure or RuntimeError("on another rank a replay failed: see that rank's error")
     for bucket in _buckets([x for x, there in zip(own, used, strict=True) if there]):
         _average(bucket, group)
 

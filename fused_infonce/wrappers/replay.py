@@ -101,16 +101,17 @@ class Differences:
         # A chunk that was NaN says nothing; one that is NaN now has a difference of NaN.
         self.found.append((where, bound, torch.where(norm.isfinite(), error / norm.clamp(min=tiny), 0.0)))
 
-    def failure(self) -> str | None:
-        """Return what is wrong with the first chunk that differs by more than rounding, or None; it synchronises."""
+    def check(self) -> None:
+        """Raise RuntimeError for the first chunk that differs by more than rounding; it synchronises."""
         if not self.found:
-            return None
+            return
         device = self.found[0][2].device
         errors = torch.stack([error.to(device, torch.float64) for *_, error in self.found])
         for (where, bound, _), error in zip(self.found, errors.tolist(), strict=True):
             if not error <= bound:
-                return _said(where, f"its embeddings differ by {error:.1e} of their norm, more than {bound:.1e}")
-        return None
+                raise RuntimeError(
+                    _said(where, f"its embeddings differ by {error:.1e} of their norm, more than {bound:.1e}")
+                )
 
 
 def _said(where: str, what: str) -> str:

@@ -263,9 +263,15 @@ def one_rank_differs(rank):
     value = step(parallel, query, key)
     if rank == 1:
         key[20] += 1
-    said = r"tower 2, chunk 2 \(rows 16 to 31\)" if rank == 1 else "on another rank a replay differed"
+    said = r"tower 2, chunk 2 \(rows 16 to 31\)" if rank == 1 else "on another rank a replay failed"
     with pytest.raises(RuntimeError, match=said):
         value.backward()
+    value = step(parallel, query, key)
+    broken = model.register_forward_pre_hook(lambda *_: 1 // (1 - rank) and None)
+    error = ZeroDivisionError if rank == 1 else RuntimeError
+    with pytest.raises(error, match="by zero" if rank == 1 else said):
+        value.backward()
+    broken.remove()
     model.zero_grad()
     step(parallel, query, key).backward()  # and training could go on
     assert model.up.weight.grad.any()
