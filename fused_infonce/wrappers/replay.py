@@ -26,7 +26,8 @@ class Random:
     @contextmanager
     def fork(self) -> Iterator[None]:
         """Draw from these states inside, and leave the generators as they were."""
-        with torch.random.fork_rng(range(len(self.states)), device_type=self.kind):
+        kind = self.kind or "cuda"  # which without states is not asked; torch 2.9 wants a name
+        with torch.random.fork_rng(range(len(self.states)), device_type=kind):
             torch.set_rng_state(self.cpu)
             for i, state in enumerate(self.states):
                 torch.get_device_module(self.kind).set_rng_state(state, i)

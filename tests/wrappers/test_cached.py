@@ -83,6 +83,15 @@ def test_this_packages_losses_in_float32(make, bound):
     assert_gradients(parameters, wanted, bound)
 
 
+def test_generators_are_restored_by_a_fork_rng_that_wants_a_name(monkeypatch):
+    """As that of torch 2.9, also where no accelerator is in use."""
+    fork = torch.random.fork_rng
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices, device_type: fork(devices, device_type=torch.device(device_type).type)
+    )
+    cached(softmax_loss, *pair()[0]).backward()
+
+
 def test_tensors_among_the_arguments_of_the_criterion_get_gradients():
     towers, parameters = pair()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
