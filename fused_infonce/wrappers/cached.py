@@ -61,8 +61,9 @@ def cached(
             not in another function, and not by a method of what it wraps.
 
     Raises:
-        RuntimeError, in the backward: a chunk's embeddings differ between the passes by more than rounding, a second
-            backward, or `create_graph=True`. TypeError, ValueError: arguments, or outputs without an embedding.
+        RuntimeError, in the backward: a chunk's embeddings differ between the passes by more than rounding, no
+            embedding has a graph, a second backward, or `create_graph=True`. TypeError, ValueError: arguments, or
+            outputs without an embedding.
 
     References: GradCache, Gao et al. 2021, arXiv:2101.06983.
     """
@@ -203,7 +204,7 @@ class _Passes:
     def _replay_all(
         self, used: Sequence[int], parts: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]
     ) -> None:
-        differences = Differences(self.autocast)
+        differences, trained = Differences(self.autocast), False
         models = [self.towers[i].model for i in used for _ in range(self.counts[i])]
         with processes.unsynced(self.replicas), processes.held_back(models) as reduce:
             for n, (i, k) in enumerate(self._shown("gradients", used)):
@@ -216,8 +217,14 @@ class _Passes:
                 if self.sync == "mean":
                     reduce(n)
                 if embedding.requires_grad:
+                    trained = True
                     embedding.backward(parts[i][k] if own else torch.zeros_like(embedding))
         differences.check()
+        if self.check and used and not trained:
+            raise RuntimeError(
+                "the embeddings of no tower depend on a parameter that requires a gradient: does a model run under "
+                "torch.no_grad()? Give a frozen model itself, not a function of it. check=False ignores it"
+            )
 
     def _shown(self, what: str, towers: Sequence[int]) -> Iterable[tuple[int, int]]:
         """Return (tower, chunk) of every chunk of some towers, with a bar where one is wanted."""

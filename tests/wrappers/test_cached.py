@@ -413,6 +413,16 @@ def test_an_encoder_that_changes_between_the_passes_raises():
     value.backward()
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_encoders_without_a_graph_raise(context):
+    """As the backward does without caching, instead of training nothing."""
+    towers = [(context()(model.forward), rows) for model, rows in pair()[0]]
+    value = cached(softmax_loss, *towers)
+    with pytest.raises(RuntimeError, match=r"no tower depend .* torch.no_grad\(\).* check=False"):
+        value.backward()
+    cached(softmax_loss, *towers, check=False).backward()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_embeddings_that_are_finite_in_the_first_pass_alone_raise(value):
     model, factors = nn.Linear(WIDTH, D), [0.0, 1.0, 0.0, value]
