@@ -61,8 +61,9 @@ def cached(
             not in another function, and not by a method of what it wraps.
 
     Raises:
-        RuntimeError, in the backward: a chunk's embeddings differ between the passes by more than rounding, a second
-            backward, or `create_graph=True`. TypeError, ValueError: arguments, or outputs without an embedding.
+        RuntimeError, in the backward: a chunk's embeddings differ between the passes by more than rounding, no
+            embedding has a graph, a second backward, or `create_graph=True`. TypeError, ValueError: arguments, or
+            outputs without an embedding.
 
     References: GradCache, Gao et al. 2021, arXiv:2101.06983.
     """
@@ -101,7 +102,8 @@ class Tower:
         self.inner = processes.without_replicas(self.model)
         module = processes.module_of(self.model)
         parameters = [] if module is None else list(module.parameters())
-        self.frozen = module is not None and not any(x.requires_grad for x in parameters)
+        trained = any(x.requires_grad for x in [*parameters, *processes.given(self.model)])
+        self.frozen = module is not None and not trained
         self.dtypes = {x.dtype for x in parameters if x.is_floating_point()}
 
     def __call__(self, k: int) -> Tensor:
@@ -180,7 +182,7 @@ class _Passes:
                 self.random[i].append(random)
         if self.recorded:
             for model in self.replicas:
-                processes.disarm(model)
+                processes.disarm(model, model in self.averaged)
         torch.clear_autocast_cache()  # of casts of weights without a graph: see Autocast.again
         return [torch.cat(own) for own in parts]
 
@@ -188,8 +190,21 @@ class _Passes:
         """Run every chunk again with a graph, and backpropagate its part of the gradients into the parameters."""
         parts = [() if x is None else x.split(sizes) for x, sizes in zip(gradients, self.sizes, strict=True)]
         before = [x.split(sizes) for x, sizes in zip(found, self.sizes, strict=False)]  # none without check
-        differences = Differences(self.autocast)
         used = [i for i, x in enumerate(gradients) if x is not None]  # those of frozen towers are None
+        failure: Exception | None = None
+        try:
+            self._replay_all(used, parts, before)
+        except Exception as error:
+            if not self.averaged:
+                raise
+            failure = error  # raised where the other ranks hear of it
+        if self.averaged:
+            processes.average_later(self.averaged, failure)
+
+    def _replay_all(
+        self, used: Sequence[int], parts: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]
+    ) -> None:
+        differences, trained = Differences(self.autocast), False
         models = [self.towers[i].model for i in used for _ in range(self.counts[i])]
         with processes.unsynced(self.replicas), processes.held_back(models) as reduce:
             for n, (i, k) in enumerate(self._shown("gradients", used)):
@@ -202,12 +217,14 @@ class _Passes:
                 if self.sync == "mean":
                     reduce(n)
                 if embedding.requires_grad:
+                    trained = True
                     embedding.backward(parts[i][k] if own else torch.zeros_like(embedding))
-        failure = differences.failure()
-        if self.averaged:
-            processes.average_later(self.averaged, failure)
-        elif failure:
-            raise RuntimeError(failure)
+        differences.check()
+        if self.check and used and not trained:
+            raise RuntimeError(
+                "the embeddings of no tower depend on a parameter that requires a gradient: does a model run under "
+                "torch.no_grad()? Give a frozen model itself, not a function of it. check=False ignores it"
+            )
 
     def _shown(self, what: str, towers: Sequence[int]) -> Iterable[tuple[int, int]]:
         """Return (tower, chunk) of every chunk of some towers, with a bar where one is wanted."""

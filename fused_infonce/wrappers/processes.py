@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .chunks import tensors
+
 BUCKET = 25 * 2**20  # bytes that one collective reduces, as DistributedDataParallel's default
 
 
@@ -27,6 +29,14 @@ def module_of(model: Callable[..., Any]) -> nn.Module | None:
         model = model.func
     owner = getattr(model, "__self__", model)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def given(model: Callable[..., Any]) -> Iterator[Tensor]:
+    """Yield the tensors that a partial gives to a model, such as a prompt that is learned for a frozen one."""
+    while isinstance(model, partial):
+        for x in (*model.args, *model.keywords.values()):
+            yield from x.parameters() if isinstance(x, nn.Module) else tensors(x)
+        model = model.func
 
 
 def without_replicas(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,22 +108,35 @@ def unsynced(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
         yield
 
 
-def disarm(model: DistributedDataParallel) -> None:
+def disarm(model: DistributedDataParallel, averaged: bool) -> None:
     """Keep the DistributedDataParallel in whose forward this is called from reducing in the backward that follows.
 
     It would take a parameter's first chunk for its whole gradient. Its flag is read when its forward ends.
+
+    averaged: whether a backward through what that forward returns averages the gradients instead, as it must also where
+    it does not come by the embeddings.
     """
     if model is not DistributedDataParallel._active_ddp_module or "_post_forward" in vars(model):
         return
 
+    def restore() -> None:
+        del model._pre_forward, model._post_forward
+
+    def pre_forward(*inputs: Any, **options: Any) -> Any:
+        restore()  # the forward before this one raised, and has not come to its end
+        return model._pre_forward(*inputs, **options)
+
     def post_forward(output: Any) -> Any:
-        del model._post_forward
+        restore()
         with model.no_sync():
             output = model._post_forward(output)
         model.require_forward_param_sync = True  # buffers are broadcast before the next forward, as ever
+        for x in tensors(output) if averaged else ():
+            if x.grad_fn is not None:
+                x.register_hook(lambda _: average_later([model], None))
         return output
 
-    model._post_forward = post_forward  # type: ignore[method-assign]
+    model._pre_forward, model._post_forward = pre_forward, post_forward  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -140,10 +163,10 @@ def held_back(models: Sequence[Callable[..., Any]]) -> Iterator[Callable[[int], 
         restore(None)
 
 
-_due: dict[DistributedDataParallel, str | None] = {}  # of the backward that runs, with what went wrong on this rank
+_due: dict[DistributedDataParallel, Exception | None] = {}  # of the backward that runs, with what went wrong here
 
 
-def average_later(models: Sequence[DistributedDataParallel], failure: str | None) -> None:
+def average_later(models: Sequence[DistributedDataParallel], failure: Exception | None) -> None:
     """Average the gradients of models when the backward that runs has accumulated all of them; then raise `failure`."""
     for model in models:
         _due[model] = _due.get(model) or failure
@@ -157,14 +180,14 @@ def _average_due() -> None:
         average(model, failure)
 
 
-def average(model: DistributedDataParallel, failure: str | None = None) -> None:
+def average(model: DistributedDataParallel, failure: Exception | None = None) -> None:
     """Replace the gradients of a DistributedDataParallel by their means over its process group.
 
     A gradient that only some ranks have counts as zero on the others. As in its own reduction, what earlier backward
     passes have accumulated is averaged too: where they have reduced it already, it is the same on all ranks and stays.
 
     Raises:
-        RuntimeError: a rank has a `failure`. All ranks raise, so that none waits for one that has gone.
+        A rank's `failure` there, and RuntimeError on the others, so that none waits for one that has gone.
     """
     named = model.module.named_parameters()
     own = [x for name, x in named if x.requires_grad and name not in model.parameters_to_ignore]
@@ -173,7 +196,7 @@ def average(model: DistributedDataParallel, failure: str | None = None) -> None:
     torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MAX, group)
     *used, failed = known.tolist()
     if failed:
-        raise RuntimeError(failure or "on another rank a replay differed from its first pass: see that rank's error")
+        raise failure or RuntimeError("on another rank a replay failed: see that rank's error")
     for bucket in _buckets([x for x, there in zip(own, used, strict=True) if there]):
         _average(bucket, group)
 

@@ -26,7 +26,8 @@ class Random:
     @contextmanager
     def fork(self) -> Iterator[None]:
         """Draw from these states inside, and leave the generators as they were."""
-        with torch.random.fork_rng(range(len(self.states)), device_type=self.kind):
+        kind = self.kind or "cuda"  # which without states is not asked; torch 2.9 wants a name
+        with torch.random.fork_rng(range(len(self.states)), device_type=kind):
             torch.set_rng_state(self.cpu)
             for i, state in enumerate(self.states):
                 torch.get_device_module(self.kind).set_rng_state(state, i)
@@ -97,18 +98,21 @@ class Differences:
         bound = max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3)
         wide = accumulator(now.dtype)
         error, norm = (torch.linalg.vector_norm(x, dtype=wide) for x in (now - before, before))
-        self.found.append((where, bound, error / norm))
+        tiny = torch.finfo(wide).tiny
+        # A chunk that was NaN says nothing; one that is NaN now has a difference of NaN.
+        self.found.append((where, bound, torch.where(norm.isfinite(), error / norm.clamp(min=tiny), 0.0)))
 
-    def failure(self) -> str | None:
-        """Return what is wrong with the first chunk that differs by more than rounding, or None; it synchronises."""
+    def check(self) -> None:
+        """Raise RuntimeError for the first chunk that differs by more than rounding; it synchronises."""
         if not self.found:
-            return None
+            return
         device = self.found[0][2].device
         errors = torch.stack([error.to(device, torch.float64) for *_, error in self.found])
         for (where, bound, _), error in zip(self.found, errors.tolist(), strict=True):
-            if error > bound:  # not where NaN was NaN before
-                return _said(where, f"its embeddings differ by {error:.1e} of their norm, more than {bound:.1e}")
-        return None
+            if not error <= bound:
+                raise RuntimeError(
+                    _said(where, f"its embeddings differ by {error:.1e} of their norm, more than {bound:.1e}")
+                )
 
 
 def _said(where: str, what: str) -> str:

@@ -83,6 +83,15 @@ def test_this_packages_losses_in_float32(make, bound):
     assert_gradients(parameters, wanted, bound)
 
 
+def test_generators_are_restored_by_a_fork_rng_that_wants_a_name(monkeypatch):
+    """As that of torch 2.9, also where no accelerator is in use."""
+    fork = torch.random.fork_rng
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices, device_type: fork(devices, device_type=torch.device(device_type).type)
+    )
+    cached(softmax_loss, *pair()[0]).backward()
+
+
 def test_tensors_among_the_arguments_of_the_criterion_get_gradients():
     towers, parameters = pair()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -225,6 +234,22 @@ def test_a_frozen_tower_runs_once_and_gets_no_gradient():
     assert_gradients(parameters, wanted)
     assert needed == [(True, False)]
     assert len(towers[1][0].found) == 3
+
+
+@pytest.mark.parametrize("of", [list, nn.ParameterList])
+def test_a_prompt_in_a_partial_of_a_frozen_model_gets_gradients(of):
+    prompt = nn.Parameter(torch.ones(WIDTH, dtype=torch.float64))
+
+    class Prompted(Encoder):
+        def forward(self, rows, prompt):
+            return super().forward(rows + prompt[0])
+
+    model = partial(Prompted().requires_grad_(False), prompt=of([prompt]))
+    towers = [(model, rows) for _, rows in pair()[0]]
+    wanted = gradients(by_hand(softmax_loss, *towers, chunk_size=64), [prompt])
+    torch.manual_seed(1)
+    cached(softmax_loss, *towers).backward()
+    assert_gradients([prompt], wanted)
 
 
 def test_a_function_of_a_frozen_model_may_be_a_tower():
@@ -386,6 +411,24 @@ def test_an_encoder_that_changes_between_the_passes_raises():
     value = cached(softmax_loss, *towers, check=False)
     drift(towers[0])
     value.backward()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_encoders_without_a_graph_raise(context):
+    """As the backward does without caching, instead of training nothing."""
+    towers = [(context()(model.forward), rows) for model, rows in pair()[0]]
+    value = cached(softmax_loss, *towers)
+    with pytest.raises(RuntimeError, match=r"no tower depend .* torch.no_grad\(\).* check=False"):
+        value.backward()
+    cached(softmax_loss, *towers, check=False).backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_finite_in_the_first_pass_alone_raise(value):
+    model, factors = nn.Linear(WIDTH, D), [0.0, 1.0, 0.0, value]
+    given = (lambda x: model(x) * factors.pop(0), torch.randn(6, WIDTH))
+    with pytest.raises(RuntimeError, match=r"chunk 2 \(rows 3 to 5\).*differ by (nan|inf)"):
+        cached(torch.sum, given, chunk_size=3).backward()
 
 
 def test_a_shape_that_changes_between_the_passes_raises():

@@ -171,6 +171,42 @@ def inside_a_forward(rank):
         assert "_post_forward" not in vars(parallel)
 
 
+class Logged(Whole):
+    """A model that returns a loss of its own beside a cached one that it shows."""
+
+    def forward(self, query, key):
+        value = super().forward(query, key)
+        return {"loss": self.tower(query).square().mean(), "shown": value.detach()}
+
+
+class Sometimes(Whole):
+    """A model that breaks after a cached loss, or that has none."""
+
+    def forward(self, query, key):
+        if key is not None:
+            super().forward(query, key)
+            raise ValueError("broken")
+        return self.tower(query).square().mean()
+
+
+def beside_another_loss(rank):
+    """DistributedDataParallel's gradients are averaged too where a forward does not return the cached loss."""
+    query, key = data(rank)
+    for make in (Logged, Sometimes):
+        tower = same(Model)
+        tower.dropout = 0.0
+        plain, parallel = copy.deepcopy(tower), DistributedDataParallel(make(tower), find_unused_parameters=True)
+        wanted = mean(gradients(plain(query).square().mean(), list(plain.parameters())))
+        if make is Logged:
+            parallel(query, key)["loss"].backward()
+        else:
+            with pytest.raises(ValueError, match="broken"):
+                parallel(query, key)
+            parallel(query, None).backward()
+        assert_gradients(list(tower.parameters()), wanted)
+        assert not {"_pre_forward", "_post_forward"} & set(vars(parallel))
+
+
 def of_all_rows(rank):
     """A loss of the rows of all ranks gives the gradients, its temperature's too, of one process with all of them."""
     model = same(Encoder, dropout=0.0)
@@ -227,9 +263,15 @@ def one_rank_differs(rank):
     value = step(parallel, query, key)
     if rank == 1:
         key[20] += 1
-    said = r"tower 2, chunk 2 \(rows 16 to 31\)" if rank == 1 else "on another rank a replay differed"
+    said = r"tower 2, chunk 2 \(rows 16 to 31\)" if rank == 1 else "on another rank a replay failed"
     with pytest.raises(RuntimeError, match=said):
         value.backward()
+    value = step(parallel, query, key)
+    broken = model.register_forward_pre_hook(lambda *_: 1 // (1 - rank) and None)
+    error = ZeroDivisionError if rank == 1 else RuntimeError
+    with pytest.raises(error, match="by zero" if rank == 1 else said):
+        value.backward()
+    broken.remove()
     model.zero_grad()
     step(parallel, query, key).backward()  # and training could go on
     assert model.up.weight.grad.any()
@@ -298,6 +340,7 @@ def worker(rank):
         replicated,
         accumulated,
         inside_a_forward,
+        beside_another_loss,
         of_all_rows,
         scaled,
         in_16_bits,
