@@ -161,8 +161,10 @@ def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -
 
 
 def reduced_mean(loss: Tensor, options: Options) -> Tensor:
-    """Return (N,) losses reduced, of rows that all count."""
+    """Return (N,) losses reduced, of rows that all count; ranks that have not met, for want of common keys, do."""
     if options.call is not None:
+        if not options.call.met:
+            options.call.counts(f"rows by themselves, reduction={options.reduction!r}", "", [loss.shape[0]])
         if options.reduction == "none":
             return gather.rows(options.call, loss)
         return whole(loss.sum(), loss.new_full((), loss.shape[0]), options)

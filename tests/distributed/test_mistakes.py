@@ -138,6 +138,21 @@ def test_what_a_module_refuses_is_told(name: str) -> None:
             assert str(error) == f"rank {GUILTY}: {type(errors[GUILTY]).__name__}: {errors[GUILTY]}"
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ranks_whose_rows_share_no_keys_meet_too(reduction: Any) -> None:
+    teacher = torch.rand(N, 2)
+
+    def call(communicator: LoopbackCommunicator) -> None:
+        wrong = communicator.rank == GUILTY
+        functional.grouped_info_nce(
+            X, Y.repeat(2, 1), 2, temperature=0.1, reduction=reduction, distillation="kl_div",
+            teacher_scores=teacher[:3] if wrong else teacher, distributed=Distributed(communicator),
+        )  # fmt: skip
+
+    errors = then_right(call)
+    assert [type(error) for error in errors] == [RuntimeError, ValueError, RuntimeError]
+
+
 def test_two_guilty_ranks_are_both_named() -> None:
     def call(communicator: LoopbackCommunicator) -> None:
         given = arguments(communicator.rank)
