@@ -39,6 +39,7 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
     call: Call = options.call
     places = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
     sets = [problem.query, problem.keys[0], *(problem.keys[place] for place in places)]
+    call.noted += "".join(f" {len(problem.keys[place].rows)} rows that all ranks have;" for place in alike)
     queries, keys, *others = call.counts(
         _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets],
         options.limit(problem.query.rows.device),

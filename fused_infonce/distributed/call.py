@@ -39,8 +39,8 @@ class Distributed:
             ranks, as DDP and FSDP do, so that embeddings get W times the gradient of the global loss, and a learnable
             temperature its whole gradient on every rank. "sum": they are added, and each rank has its part.
         exchange: "auto", "gather" (all rows are gathered at once) or "stream" (in parts).
-        check: what ranks compare before a call: "sizes" (shapes, dtypes and options), "values" (also the values of the
-            temperature and other numbers), or "none" (nothing: all ranks must pass equally many rows, with
+        check: what ranks compare before a call: "sizes" (shapes, dtypes and options), "values" (also the value of a
+            temperature that all rows share), or "none" (nothing: all ranks must pass equally many rows, with
             the same workspace limit, and a mistake on one may make the others wait for it).
     """
 
@@ -225,7 +225,7 @@ def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwarg
     call = Call(communicator_of(options.group, options.check == "none"), options)
     given = {**dict(zip(defaults, args, strict=False)), **kwargs}
     try:
-        call.noted = f"{loss.__name__}({_said(given, defaults, options.check == 'values')}); "
+        call.noted = f"{loss.__name__}({_said(given, defaults)}); "
         return loss(*args, **kwargs | {"distributed": call})
     except Exception as error:
         call.failed(error)
@@ -259,18 +259,15 @@ ITS_OWN = {"temperature", "logit_scale", "logit_bias", "teacher_temperature", "t
 ITS_OWN |= {"backend", "workspace_limit", "distributed"}
 
 
-def _said(given: dict[str, Any], defaults: dict[str, Any], values: bool) -> str:
-    """Return the options that are not at their defaults, and what tensors there are; values: numbers with their
-    values."""
+def _said(given: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Return the options that are not at their defaults, and what tensors there are."""
     said = []
     for name in sorted(set(given) & set(defaults) - ITS_OWN):
         value, default = given[name], defaults[name]
         if default is None and isinstance(value, Tensor):
             said.append(name)
-        if isinstance(value, float):
-            value, default = (value, default) if values else (value != 0, default != 0)
         if isinstance(value, str | int | float) and value != default:
-            said.append(f"{name}={value!r}")
+            said.append(f"{name}={float(value) if isinstance(value, int) else value!r}")  # 1 is 1.0 and True
         elif isinstance(value, tuple | list | set | frozenset) and value and all(isinstance(x, str) for x in value):
             said.append(f"{name}={sorted(value)}")
     return ", ".join(said)

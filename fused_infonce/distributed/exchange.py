@@ -49,16 +49,15 @@ class Exchange:
 
 def exchange_of(
     name: str, counts: Sequence[int], rank: int, dim: int, itemsize: int, acc_itemsize: int, limit: int,
-    gradients: bool, streamable: bool = True,
+    gradients: bool,
 ) -> Exchange:  # fmt: skip
     """Return the exchange of rows of `dim` components; name: what the user asked for.
 
     limit: bytes of workspace, which "auto" measures gathered rows by. gradients: whether those of keys come back.
-    streamable: whether the call can do with parts.
     """
     every, others = sum(counts) * dim, (sum(counts) - counts[rank]) * dim
     each = itemsize + acc_itemsize * gradients
-    stream = streamable and (name == "stream" or (name == "auto" and every * each > ROOM * limit))
+    stream = name == "stream" or (name == "auto" and every * each > ROOM * limit)
     most = max(counts, default=0)
     number = 1
     if stream:

@@ -79,11 +79,6 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):
-            cls.forward = of_module(cls.forward)
-
     def __init__(
         self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,
         reduction: Reduction, normalize: bool, backend: BackendName, workspace_limit: int | None,
@@ -97,8 +92,31 @@ class ContrastiveLoss(HasTemperature, Explained):
         self.normalize = normalize
         self.backend = backend
         self.workspace_limit = checks.workspace_limit(workspace_limit)
-        options_of(distributed)  # which refuses what is none
         self.distributed = distributed
+
+    @property
+    def distributed(self) -> DistributedLike:
+        """The processes whose rows make one batch, which may be assigned."""
+        return self._distributed
+
+    @distributed.setter
+    def distributed(self, value: DistributedLike) -> None:
+        over_processes = options_of(value) is not None  # or it refuses the value
+        self._distributed = value
+        vars(self).pop("forward", None)
+        if over_processes:  # in place of the class's, which alone pays nothing for it
+            vars(self)["forward"] = self._told_forward
+
+    @of_module
+    def _told_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return type(self).forward(self, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.distributed = vars(self).get("_distributed", False)  # whose forward is bound to this copy
 
     @property
     def options(self) -> dict[str, Any]:

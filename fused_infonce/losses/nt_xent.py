@@ -69,6 +69,8 @@ def nt_xent(
     if more_views == ():
         return reduced(of_views(view_a, view_b, temperature, normalize), options, "infonce")
     every = views(view_a, view_b, more_views)
+    if options.call is not None:
+        options.call.noted += f" {len(every)} views;"
     rows, samples = stacked(every), len(view_a)
     t = temperature_of(temperature, rows)
     ids = unique(torch.arange(samples, device=rows.device).repeat(len(every)), options)

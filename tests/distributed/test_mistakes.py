@@ -207,6 +207,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], Spoil]] = {
     "another loss": ({}, lambda a: a | {"function": functional.decoupled_info_nce}),
     "a loss of other arguments": ({}, lambda a: {"function": lambda **k: functional.clip_loss(a["query"],
         a["positive_key"], 5.0, **k)}),
+    "a queue of another size": ({"function": lambda query, positive_key, queue=4, **k: functional.moco_loss(
+        query, positive_key, torch.ones(query.shape[1], queue, dtype=query.dtype), **k)}, lambda a: a | {"queue": 5}),
+    "another number of views": ({"function": lambda query, positive_key, views=1, **k: functional.nt_xent(
+        query, positive_key, more_views=[query] * views, **k)}, lambda a: a | {"views": 2}),
     "a loss of views": ({}, lambda a: {"function": lambda **k: functional.nt_xent(a["query"], a["positive_key"], **k)}),
 }  # fmt: skip
 
@@ -235,9 +239,9 @@ def test_values_are_compared_where_that_is_asked_for() -> None:
         given = arguments(communicator.rank) | {name: value}
         info_nce(**given, distributed=Distributed(communicator, check=check))
 
-    for name in ("temperature", "margin"):
-        assert of_all(lambda communicator, name=name: call(communicator, name, "sizes")) == [None] * WORLD
-        errors = then_right(lambda communicator, name=name: call(communicator, name, "values"))
+    assert of_all(lambda communicator: call(communicator, "temperature", "sizes")) == [None] * WORLD
+    for name, check in (("temperature", "values"), ("margin", "sizes")):  # an option is always compared
+        errors = then_right(lambda communicator, name=name, check=check: call(communicator, name, check))
         assert all(type(error) is ValueError and f"rank {GUILTY}" in str(error) for error in errors)
 
 
