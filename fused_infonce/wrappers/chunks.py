@@ -30,20 +30,26 @@ class Batch(Sequence[Any]):
     Args:
         name: what errors call the inputs.
         inputs: tensors, alone or in mappings, tuples, lists and dataclasses. N is the first dimension of the first
-            tensor that has one. Tensors of N rows are split; everything else is in every chunk whole.
+            tensor that has one, or where that is 1 of `attention_mask`. Tensors of N rows are split; everything else is
+            in every chunk whole.
         chunk_size: rows of a chunk.
         tokens: rows times columns of a chunk in place of `chunk_size`; a row longer than that is a chunk of its own.
             Tensors that have the shape (N, L) of `attention_mask` first are cut to the columns that hold a token.
 
     Raises:
-        ValueError: no tensor has rows, one requires a gradient, or `tokens` without an `attention_mask` (N, L).
+        ValueError: no tensor has rows, the first has one row and others have more, one requires a gradient, or `tokens`
+        without an `attention_mask` (N, L).
     """
 
     def __init__(self, name: str, inputs: Any, chunk_size: int, tokens: int | None):
         found = list(tensors(inputs))
-        count = next((len(x) for x in found if x.dim() > 0), None)
-        if count is None:
+        mask, sizes = _named(inputs, MASK), [len(x) for x in found if x.dim() > 0]
+        if not sizes:
             raise ValueError(f"{name} must hold a tensor whose first dimension is the rows, got {described(inputs)}")
+        marked = isinstance(mask, Tensor) and mask.dim() > 0
+        count = len(mask) if marked and sizes[0] == 1 else sizes[0]
+        if not marked and count == 1 < max(sizes):
+            raise ValueError(f"{name} must begin with a tensor that has all rows, got {described(inputs)}")
         if any(x.requires_grad for x in found):
             raise ValueError(f"{name} must not require gradients, which the parameters alone get: detach them")
         self.inputs, self.rows = inputs, count
@@ -52,7 +58,6 @@ class Batch(Sequence[Any]):
             starts = range(0, max(count, 1), chunk_size)
             self.chunks = [Chunk(slice(start, min(start + chunk_size, count)), slice(None)) for start in starts]
             return
-        mask = _named(inputs, MASK)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != count:
             came = described(mask) if mask is not None else described(inputs)
             raise ValueError(f"tokens needs an {MASK} of shape ({count}, L) in {name}, got {came}")

@@ -128,6 +128,27 @@ def test_inputs(kind):
     assert_gradients(parameters, wanted)
 
 
+def test_rows_are_those_of_the_mask_or_of_the_first_tensor():
+    """A tensor that all rows share, given first, is not taken for the one row of a chunk without end."""
+    towers, _ = pair(n=10)
+    widest = []
+
+    def model_of(model):
+        def encode(position, rows, attention_mask=None):
+            widest.append(len(rows))
+            return model(rows) + position.sum()
+
+        return encode
+
+    def given(**more):
+        return [(model_of(m), {"position": torch.ones(1, 3, dtype=x.dtype), "rows": x, **more}) for m, x in towers]
+
+    cached(softmax_loss, *given(attention_mask=torch.ones(10, 3)), chunk_size=2, check=False)
+    assert max(widest) == 2
+    with pytest.raises(ValueError, match="must begin with a tensor that has all rows"):
+        cached(softmax_loss, *given(), chunk_size=2)
+
+
 @pytest.mark.parametrize(
     ("output", "pick"),
     [
