@@ -46,8 +46,9 @@ def cached(
         towers: (model, inputs), one for each embedding that `criterion` takes. A model may be any callable and come
             twice. It is called as `model(**inputs)` for a mapping, `model(*inputs)` for a tuple or list, and otherwise
             `model(inputs)`. N is the first dimension of the first tensor, or where that is 1 of `attention_mask`;
-            tensors with N rows are split, at any depth, and everything else is passed whole. A model of sentence-transformers takes its dictionary by
-            position: `(model, (features,))`, or a lambda. Models without trainable parameters run once.
+            tensors with N rows are split, at any depth, and everything else is passed whole. A model of
+            sentence-transformers takes its dictionary by position: `(model, (features,))`, or a lambda. Models without
+            trainable parameters run once.
         chunk_size: rows of a chunk; a sequence has one number a tower, as for `pick` and `tokens`.
         pick: the embedding in a model's output: a key or attribute, an index, or a function of the output. None, and
             outputs that are tensors: the output itself.

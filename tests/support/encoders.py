@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,3 +67,30 @@ def assert_gradients(parameters: Sequence[Tensor], wanted: Sequence[Tensor], bou
         found = torch.zeros_like(x) if x.grad is None else x.grad
         error = (found - w).norm().item()
         assert error <= bound * largest, (tuple(x.shape), error, largest)
+
+
+@dataclass
+class Images:
+    pixels: Tensor
+    kind: str
+
+
+class Outputs(nn.Module):
+    """A model whose embeddings are kept as they come."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.found = model, []
+
+    def forward(self, rows):
+        y = self.model(rows)
+        self.found.append(y.detach().clone())
+        return y
+
+
+def pair(dtype=torch.float64, n=150):
+    """Return two towers, of n rows each, and their parameters."""
+    torch.manual_seed(0)
+    models = Encoder(dtype), Encoder(dtype)
+    rows = torch.randn(2, n, WIDTH, dtype=dtype)
+    return list(zip(models, rows, strict=True)), [x for model in models for x in model.parameters()]
