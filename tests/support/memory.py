@@ -21,7 +21,6 @@ class PeakMemory(TorchDispatchMode):
         self.alive, self.now, self.peak, self.largest = {}, 0, 0, 0
 
     def __enter__(self):
-        gc.collect()
         gc.freeze()  # what was there before takes no time at each new peak
         return super().__enter__()
 
@@ -46,6 +45,6 @@ class PeakMemory(TorchDispatchMode):
                 self.largest = max(self.largest, storage.nbytes())
                 weakref.finalize(storage, self.forget, key)
         if self.now > self.peak:
-            gc.collect()
+            gc.collect(1)  # of what is young, which is where cycles of a call are
             self.peak = max(self.peak, self.now)
         return out
