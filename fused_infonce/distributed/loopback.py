@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,8 +20,8 @@ class Loopback:
     Args:
         world: W.
         timeout: the seconds that a rank waits for the others before it raises a TimeoutError.
-        delay: the seconds that every collective of tensors takes after the last rank has begun it, while the ranks may
-            work.
+        delay: the seconds that a collective of tensors takes after the last rank has begun it, on the ranks' clocks.
+            A rank's `clock` is simulated: it stands still but for what a rank waits, and what its work adds to it.
     """
 
     def __init__(self, world: int, timeout: float = 60.0, delay: float = 0.0):
@@ -54,11 +53,11 @@ class Loopback:
     def post(self, rank: int, number: int, value: Any) -> None:
         """Pass a rank's part of its collective of this number."""
         with self._changed:
-            self._posted.setdefault(number, {})[rank] = value, time.monotonic()
+            self._posted.setdefault(number, {})[rank] = value, self.ranks[rank].clock
             self._changed.notify_all()
 
-    def take(self, number: int, delay: float) -> list[Any]:
-        """Return the parts of all ranks once every rank has passed its own, and the delay is over."""
+    def take(self, rank: int, number: int, delay: float) -> list[Any]:
+        """Return the parts of all ranks once every rank has passed its own, with the rank's clock after the delay."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._posted[number]) == self.world, self.timeout):
                 missing = [rank for rank in range(self.world) if rank not in self._posted[number]]
@@ -67,19 +66,20 @@ class Loopback:
             self._taken[number] = self._taken.get(number, 0) + 1
             if self._taken[number] == self.world:
                 del self._posted[number], self._taken[number]
-        if delay:
-            time.sleep(max(0.0, max(when for _, when in parts.values()) + delay - time.monotonic()))
-        return [parts[rank][0] for rank in range(self.world)]
+        begun = max(when for _, when in parts.values())
+        self.ranks[rank].clock = max(self.ranks[rank].clock, begun + delay)
+        return [parts[other][0] for other in range(self.world)]
 
 
 class LoopbackCommunicator:
-    """A simulated rank. `received` counts the bytes that a real one would have received, by the collective's name, and
-    `begun` the collectives of tensors."""
+    """A simulated rank. `received` counts the bytes that a real one would have received, by the collective's name,
+    `begun` the collectives of tensors, and `clock` simulated seconds."""
 
     def __init__(self, loopback: Loopback, rank: int):
         self.loopback, self.rank, self.world = loopback, rank, loopback.world
         self.received: dict[str, int] = {}
         self.begun = 0
+        self.clock = 0.0
         self._number = 0
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
@@ -122,7 +122,7 @@ class LoopbackCommunicator:
         number, self._number = self._number, self._number + 1
         self.begun += not host
         self.loopback.post(self.rank, number, value)
-        return lambda: self.loopback.take(number, 0.0 if host else self.loopback.delay)
+        return lambda: self.loopback.take(self.rank, number, 0.0 if host else self.loopback.delay)
 
     def _own(self, counts: Sequence[int]) -> slice:
         start = sum(counts[: self.rank])
