@@ -64,6 +64,24 @@ def _moved(sums: Sums, m: Tensor, inverse: Tensor) -> Tensor:
     return moved.mul_(torch.exp(inverse[:, None] * d))
 
 
+def added(a: Counts | None, b: Counts) -> Counts:
+    """Return the counts over the columns of two."""
+    return b if a is None else Counts(a.above + b.above, a.ties + b.ties)
+
+
+def sums_of(d: Tensor, out: Tensor, inverse: Tensor, low: Tensor, high: Tensor) -> tuple[Sums, Counts]:
+    """Return the sums and counts of few products (N, H), with an exponential each and rung; out: those that are none.
+
+    low, high: (N,), between which a product is tied with the positive.
+    """
+    under = d <= high[:, None]
+    counts = Counts((~under & ~out).sum(1), (under & (d >= low[:, None]) & ~out).sum(1))
+    m = d.masked_fill(out, -math.inf).amax(1) if d.shape[1] else torch.full_like(low, -math.inf)
+    x = (d - m[:, None]).masked_fill(out, 0)
+    rungs = [torch.exp(x * beta).masked_fill(out, 0) for beta in inverse]
+    return Sums(m, torch.stack([torch.stack([(e * x**power).sum(1) for e in rungs]) for power in range(3)])), counts
+
+
 def profile_of(sums: Sums | None, counts: Counts | None, pos: Tensor, inverse: Tensor) -> Profile:
     """Return the profile of rows with these positives."""
     if sums is None or counts is None:  # no columns at all

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import DEVICE
+from support.helpers import DEVICE, TRITON
 from torch import Tensor
 
 from fused_infonce.temperature import Fit, fit, sweep
@@ -58,7 +58,7 @@ def test_it_is_the_minimum_that_scipy_finds():
     assert minimum(query, key) == pytest.approx(math.exp(best.x), rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["reference", TRITON])
 def test_on_every_backend_and_in_both_directions(backend):
     query, key = pairs(40)
     want = minimum(query, key, symmetric=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import LOG2E, Problem, Profile
-from ..ladder import Counts, Ladder, Sums, merge, profile_of, rounding
+from ..ladder import Counts, Ladder, Sums, added, merge, profile_of, rounding
 from ..plan import Plan
 from .work import Chunk, Tile, Work, finite
 
@@ -49,8 +49,7 @@ def _of_chunk(work: Work, chunk: Chunk, blocks: _Blocks, inverse: Tensor) -> Pro
     sums, counts = None, None
     for tile in work.tiles(chunk):
         tile_sums, tile_counts = blocks.of_tile(tile, pos - apart, high)
-        sums = merge(sums, tile_sums, inverse)
-        counts = tile_counts if counts is None else Counts(*(a + b for a, b in zip(counts, tile_counts, strict=True)))
+        sums, counts = merge(sums, tile_sums, inverse), added(counts, tile_counts)
     return profile_of(sums, counts, pos, inverse)
 
 
