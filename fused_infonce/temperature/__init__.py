@@ -2,7 +2,8 @@
 
 from .calibration import Calibration, calibration
 from .fitting import Fit, Verdict, fit
+from .held_out import HeldOutTemperature
 from .ranking import Bounds
 from .sweep import Sweep, sweep
 
-__all__ = ["Bounds", "Calibration", "Fit", "Sweep", "Verdict", "calibration", "fit", "sweep"]
+__all__ = ["Bounds", "Calibration", "Fit", "HeldOutTemperature", "Sweep", "Verdict", "calibration", "fit", "sweep"]

@@ -112,7 +112,7 @@ def fit(
 
     Reference: Guo et al. 2017, arXiv:1706.04599 (temperature scaling), for the softmax over keys in place of classes.
     """
-    low, high = _bounds(bounds)
+    low, high = bounds_of(bounds)
     if init is not None and not low <= checks.positive_float("init", init) <= high:
         raise ValueError(f"init must be within bounds ({low:g}, {high:g}), got {init:g}")
     checks.positive_float("tolerance", tolerance)
@@ -125,7 +125,7 @@ def fit(
     return _Search(problem, options, (low, high), tolerance, max_passes).run(window)
 
 
-def _bounds(bounds: Any) -> tuple[float, float]:
+def bounds_of(bounds: Any) -> tuple[float, float]:
     """Return bounds of a temperature, checked."""
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise ValueError(f"bounds must be two numbers, the least and the greatest temperature, got {bounds!r}")

@@ -153,7 +153,7 @@ def sweep(
     Raises:
         ValueError: shapes, devices, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
-    Reference: the log-sum as a cumulant generating function; squaring exponentials and the quintic are this library's.
+    Source: this library. log_z is a cumulant generating function in 1 / t, whose derivatives are the cumulants.
     """
     ladder = ladder_of(temperatures)
     options = call_options(backend, workspace_limit)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from support.helpers import DEVICE, TRITON
 from torch import Tensor
 
-from fused_infonce.temperature import Fit, fit, sweep
+from fused_infonce import FusedInfoNCELoss
+from fused_infonce.temperature import Fit, HeldOutTemperature, fit, sweep
 
 
 def pairs(n: int = 200, d: int = 12, noise: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -137,3 +138,45 @@ def test_the_fitted_temperature_is_better_than_any_other_of_a_sweep():
     found, every = fit(query, key), sweep(query, key)
     assert found.nll <= min(every.nll(t).item() for t in every.temperatures.tolist())
     assert found.nll == pytest.approx(every.nll(found.temperature).item(), rel=1e-5)
+
+
+def test_a_temperature_that_follows_held_out_pairs():
+    query, key = pairs()
+    loss, t = FusedInfoNCELoss(temperature=1.0), fit(query, key).temperature
+    follow = HeldOutTemperature(loss, every=3, smoothing=0.5)
+    found = follow.step(query, key)
+    assert found is follow.last is not None
+    assert loss.temperature == pytest.approx(t)  # the start is not kept
+    assert [follow.step(query, key) for _ in range(2)] == [None, None]
+    loss.temperature = 4 * t
+    follow.step(query, key)
+    assert loss.temperature == pytest.approx(2 * t)
+    state = follow.state_dict()
+    assert state == {"steps": 4, "temperature": loss.temperature}
+    again = HeldOutTemperature(FusedInfoNCELoss(temperature=1.0), every=3, smoothing=0.5)
+    again.load_state_dict(state)
+    assert again.loss.temperature == loss.temperature
+    assert [again.step(query, key) is None for _ in range(3)] == [True, True, False]
+    assert again.loss.temperature == pytest.approx(math.sqrt(2) * t)
+
+
+def test_a_temperature_stays_where_a_fit_has_no_minimum():
+    loss = FusedInfoNCELoss(temperature=0.07)
+    found = HeldOutTemperature(loss, symmetric=True).step(*pairs(noise=0.1))
+    assert found is not None
+    assert not found.converged
+    assert loss.temperature == 0.07
+
+
+def test_what_cannot_follow_is_refused():
+    loss = FusedInfoNCELoss(temperature=0.1)
+    with pytest.raises(TypeError, match="loss must be a loss of fused_infonce that holds a temperature, got Linear"):
+        HeldOutTemperature(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss learns its temperature"):
+        HeldOutTemperature(FusedInfoNCELoss(temperature=0.1, learnable_temperature=True))
+    with pytest.raises(ValueError, match="smoothing must be less than 1"):
+        HeldOutTemperature(loss, smoothing=1.0)
+    with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
+        HeldOutTemperature(loss, every=0)
+    with pytest.raises(ValueError, match="the state must hold steps and temperature, got "):
+        HeldOutTemperature(loss).load_state_dict({"steps": 1})

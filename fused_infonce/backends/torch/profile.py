@@ -16,7 +16,7 @@ from ..ladder import Counts, Ladder, Sums, added, merge, profile_of, rounding
 from ..plan import Plan
 from .work import Chunk, Tile, Work
 
-CPU_COLUMNS = 4096  # of a tile: wide enough for a library product
+CPU_ROWS, CPU_COLUMNS = 512, 4096  # of a tile: a library product that a third cache holds
 CPU_SCORES = 2**14  # of a block, a thread: their exponentials on every rung lie in a second cache
 FAR = 1e18  # stands for -d of what is left out: its exponential is 0, and its square times 0 is 0
 SMALL = 1e-18  # a smaller exponential is 0 before it is squared: its square would be slow to compute with, or lost
@@ -27,8 +27,8 @@ def profile(problem: Problem, plan: Plan, ladder: Ladder) -> Profile:
     on_cpu = problem.query.rows.device.type == "cpu"
     room = max(1, plan.limit // (2 * problem.acc_dtype.itemsize * (ladder.rungs + 1 + EXTRA)))
     most = min(room, CPU_SCORES * torch.get_num_threads()) if on_cpu else room
-    cols = min(plan.cols, room, CPU_COLUMNS if on_cpu else room)
-    rows = min(plan.rows, max(1, plan.limit // (4 * problem.acc_dtype.itemsize * cols)))
+    cols = min(room, CPU_COLUMNS if on_cpu else plan.cols)
+    rows = min(CPU_ROWS if on_cpu else plan.rows, max(1, plan.limit // (4 * problem.acc_dtype.itemsize * cols)))
     plan = replace(plan, name="forward", rows=rows, cols=cols, full=True)
     work = Work(problem, plan, [None] * (len(problem.inputs) + len(problem.biases)))
     inverse = ladder.inverse(problem.temperature.values)
