@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import Options
-from .backends.contract import KeySet, Problem, RowStatistics, Sigmoids, Statistics, Temperature, Upstream
+from .backends.contract import KeySet, Problem, Profile, RowStatistics, Sigmoids, Statistics, Temperature, Upstream
+from .backends.ladder import Ladder
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
 from .backends.row_losses import temperature_gradient, weighted
@@ -110,6 +111,13 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float 
     else:
         losses = _without_graph(problem, lambda p: backend.sigmoids(p, plan, bias, factor, nothing).losses)
     return losses if weight is None else weighted(losses, weight).sum()
+
+
+def profile(problem: Problem, options: Options, ladder: Ladder) -> Profile:
+    """Return the profile of the rows over a ladder of temperatures, of which nothing has a gradient."""
+    with torch.no_grad():
+        plan = backends.plan_of(problem, options, reduced=False, full=True)
+        return _without_graph(problem, lambda p: backends.get(plan.backend).profile(p, plan, ladder))
 
 
 def zeros(problem: Problem) -> Statistics:

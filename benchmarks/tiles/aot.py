@@ -35,9 +35,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import ROOT
 from fused_infonce.backends.contract import KeySet, Problem, Temperature, Upstream
+from fused_infonce.backends.ladder import Ladder
 from fused_infonce.backends.plan import Plan
 from fused_infonce.backends.precision import accumulator
 from fused_infonce.backends.triton import backend, dense, sigmoid, tiles
+from fused_infonce.backends.triton.profile import profile
 
 SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce/backends/triton/tiles.py"]
 TARGETS = {
@@ -67,6 +69,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.int16: "*i16",
 }
 
@@ -82,7 +85,8 @@ class Case:
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
     # "biased ...": columns and general where keys, and with columns queries, have biases with gradients;
-    # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without
+    # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without;
+    # "profile", "profile of general": a ladder of 17 temperatures
     variant: str
     kernels: tuple[str, ...] = ()  # names; empty: all
     tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
@@ -184,6 +188,9 @@ def launches(case: Case) -> list[Launch]:
         if "sigmoids" in case.variant:
             wanted = ["forward" not in case.variant] * 4
             sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, wanted)
+            return found
+        if "profile" in case.variant:
+            profile(problem, Plan("forward", n, n, 1 << 28, 0, ""), Ladder.over(1 / 256, 1.0))
             return found
         of_rows = [dtype, None if indexed else dtype, *[dtype] * (len(keys) - 1)]
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
@@ -294,6 +301,7 @@ def compile_case(case: Case) -> list[Result]:
     return list(results.values())
 
 
+PROFILE = ("profile_kernel",)
 PAIRED = ("paired_dots_kernel", "paired_statistics_kernel", "paired_gradient_kernel")
 
 
@@ -306,6 +314,7 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
             yield Case(target, dtype, 256, "guided", TILED)
+            yield Case(target, dtype, 256, "profile of general", PROFILE)
         yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",))
         if target == "sm_90":
             yield Case(target, "bfloat16", 256, "indexed", (*PAIRED, "finish_kernel", "parts_kernel"))
@@ -341,6 +350,10 @@ def all_cases() -> Iterator[Case]:
     for target in DESCRIPTORS:
         for variant in ("bounded", "bounded columns"):
             yield Case(target, "bfloat16", 256, variant, TILED, tma=True)
+    for target in TARGETS:
+        for dtype in ("bfloat16", "float32", *([] if target.startswith("gfx") else ["tf32"]), "float64"):
+            for variant in ("profile", "profile of general"):
+                yield Case(target, dtype, 256, variant, PROFILE)
 
 
 def compile_all(cases: list[Case]) -> list[Result]:

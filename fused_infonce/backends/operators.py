@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .contract import OnePass, Problem, RowStatistics, Sigmoids, Statistics, Upstream
+from .contract import OnePass, Problem, Profile, RowStatistics, Sigmoids, Statistics, Upstream
+from .ladder import Ladder
 from .plan import Plan
 from .precision import accumulator
 from .registry import load
@@ -61,6 +62,9 @@ class Recorded:
     ) -> list[Tensor | None]:  # fmt: skip
         codes = [DTYPES.index(dtype) for dtype in dtypes]
         return _none_if_empty(finished(*flatten(problem, plan), sums, kept, upstream, codes), codes)
+
+    def profile(self, problem: Problem, plan: Plan, ladder: Ladder) -> Profile:
+        raise RuntimeError("torch.compile cannot record a sweep or a fit: call it outside of compiled functions")
 
     def sigmoids(
         self, problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]

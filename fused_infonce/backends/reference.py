@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import EPS, LN2, KeySet, Problem, RowStatistics, Sigmoids, Statistics
+from .contract import EPS, LN2, KeySet, Problem, Profile, RowStatistics, Sigmoids, Statistics
+from .ladder import Ladder, rounding
 from .plan import Plan
 
 differentiable = True
@@ -47,6 +48,31 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
     each = F.softplus(logits + bias.to(logits.dtype), threshold=80).masked_fill(out, 0).to(pos.dtype)
     losses = F.softplus(-(pos + bias), threshold=80) + each.sum(1)
     return Sigmoids(losses.masked_fill(bad, math.nan), [], None, None)
+
+
+def profile(problem: Problem, plan: Plan, ladder: Ladder) -> Profile:
+    scores, left_out, pos, t = _scored(problem)
+    own = slice(0 if problem.in_batch else 1, None)
+    d, out = torch.cat(scores[own] or [scores[0][:, :0]], 1), _cat(left_out[own], scores[0]).bool()
+    out = out | (_cat([_biases(k, x) for k, x in zip(problem.keys[own], scores[own], strict=True)], scores[0]) < 0)
+    d = torch.where(out | d.isfinite(), d, math.nan).to(pos.dtype)
+    pos = pos * t[:, 0]
+    query, key = (_seen(s, problem.normalize) for s in problem.sets[:2])
+    target = torch.arange(len(query), device=query.device) if problem.target is None else problem.target
+    own_key = key[target.clamp(0, max(len(key) - 1, 0))] if len(key) else torch.zeros_like(query)
+    apart = rounding(query.dtype, query.shape[1]) * (query.norm(dim=-1) * own_key.norm(dim=-1)).to(pos.dtype)
+    above = (~(d <= (pos + apart)[:, None]) & ~out).sum(1)
+    ties = ((d <= (pos + apart)[:, None]) & (d >= (pos - apart)[:, None]) & ~out).sum(1)
+    kept = d.masked_fill(out, -math.inf)
+    hardest = kept.amax(1) if d.shape[1] else torch.full_like(pos, -math.inf)
+    found = []
+    for beta in ladder.inverse(pos).tolist():
+        log_z = torch.logsumexp(kept * beta, 1) if d.shape[1] else torch.full_like(pos, -math.inf)
+        p = torch.softmax(kept * beta, 1).masked_fill(out, 0)
+        mean = (p * d.masked_fill(out, 0)).sum(1)
+        variance = (p * (d - mean[:, None]).masked_fill(out, 0) ** 2).sum(1)
+        found.append((log_z, mean, variance))
+    return Profile(pos, hardest, above, ties, *map(torch.stack, zip(*found, strict=True)))
 
 
 def _scored(problem: Problem) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:

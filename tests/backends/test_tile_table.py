@@ -5,6 +5,8 @@ import torch
 
 backend = pytest.importorskip("fused_infonce.backends.triton.backend", reason="triton is not installed")
 
+KERNELS = ("statistics", "columns", "coefficients", "gradient", "profile", "dense", "dense_gradient")
+
 
 def test_every_architecture_has_a_tile():
     from fused_infonce.backends.triton import tiles
@@ -12,7 +14,15 @@ def test_every_architecture_has_a_tile():
     for arch in (*tiles.TABLE, *tiles.PARENT):
         for dtype in tiles.CLASSES:
             for d in (1, 16, 17, 128, 200, 512, 513, 4096):
-                for kernel in ("statistics", "columns", "coefficients", "gradient", "dense", "dense_gradient"):
+                for kernel in (
+                    "statistics",
+                    "columns",
+                    "coefficients",
+                    "gradient",
+                    "profile",
+                    "dense",
+                    "dense_gradient",
+                ):
                     if kernel == "gradient" and d > tiles.STREAMING_MAX_D[dtype] and arch != tiles.INTERPRETER:
                         with pytest.raises(ValueError, match="no tile for gradient"):
                             tiles.tile(arch, kernel, dtype, d)

@@ -15,6 +15,7 @@ AOT = [sys.executable, "-m", "benchmarks.tiles.aot"]
 RECORD = ROOT / "benchmarks" / "results" / "tiles.csv"
 DESCRIBED = {"statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel"}
 TILED = DESCRIBED | {"dense_scores_kernel", "dense_gradient_kernel"}
+FORWARD = {"profile_kernel"}  # tiled too, but for no loss
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.serial, pytest.mark.timeout(600)]  # compiles on all cores
@@ -56,7 +57,7 @@ class TestDefaults:
     def test_tensor_cores(self, compiled, target, dtype):
         """Of 16-bit tiles; float32 ones are multiplied in IEEE arithmetic, for which only AMD's matrix cores do."""
         for result in self.results(compiled, target, dtype):
-            if result["kernel"] in TILED:
+            if result["kernel"] in TILED | FORWARD:
                 assert bool(result["tensor_core"]) == (dtype == "bfloat16" or target == "gfx942"), result
 
     def test_tensor_descriptors(self, compiled, target, dtype):
@@ -105,12 +106,12 @@ def test_the_recorded_table_fits_its_targets():
     """
     with RECORD.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["kernel"] for row in rows} == TILED
+    assert {row["kernel"] for row in rows} == TILED | FORWARD
     assert {row["target"] for row in rows if row["tma"] == "True"} == {"sm_90", "sm_100"}
     for row in rows:
         assert float(row["shared_kib"]) <= float(row["shared_limit_kib"]), row
         if row["dtype"] == "bfloat16":
             assert row["tensor_core"], row
             most = 8 if (row["target"], row["d"], row["tma"]) == ("sm_90", "512", "True") else 0
-            assert row["variant"] != "plain" or int(row["spilled_bytes"]) <= most, row
+            assert row["variant"] not in ("plain", "profile") or int(row["spilled_bytes"]) <= most, row
         assert (int(row["tma_loads"]) > 0) == (row["tma"] == "True"), row

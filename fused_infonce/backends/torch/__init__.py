@@ -5,9 +5,10 @@ from torch import Tensor
 from ..contract import Problem
 from ..plan import Plan
 from .chunked import gradients, onepass, statistics
+from .profile import profile
 from .sigmoid import sigmoids
 
-__all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "sigmoids", "statistics", "unavailable"]
+__all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "profile", "sigmoids", "statistics", "unavailable"]
 
 differentiable = False
 

@@ -25,7 +25,8 @@ class Tile(NamedTuple):
 # arch -> kernel -> dtype class -> rows of (up to this D, tile); None: any D.
 # "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
 # "columns" are statistics of both directions, "both" those that one exponential serves, and "coefficients_columns"
-# coefficients of two exponentials; "sigmoids" make three sums, whose registers a wider tile lacks. "dense" is small, so
+# coefficients of two exponentials; "sigmoids" make three sums, whose registers a wider tile lacks, and "profile"
+# three on every rung. "dense" is small, so
 # that few rows fill a device. A bound on registers is for tiles without masks.
 Rows = tuple[tuple[int | None, Tile], ...]
 TABLE: dict[str, dict[str, dict[str, Rows]]] = {
@@ -34,6 +35,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "columns": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
         "gradient": {"half": ((None, Tile(32, 32, 16, 4, 1)),)},
         "coefficients": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
+        "profile": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
         "dense": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
         "dense_gradient": {"half": ((None, Tile(32, 32, 32, 4, 1)),)},
     },
@@ -65,6 +67,12 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "sigmoids": {
             "half": ((None, Tile(128, 64, 64, 8, 3)),),
             "tf32": ((None, Tile(128, 64, 32, 8, 3)),),
+            "single": ((None, Tile(64, 64, 32, 8, 2)),),
+            "double": ((None, Tile(32, 32, 32, 4, 2)),),
+        },
+        "profile": {
+            "half": ((None, Tile(64, 64, 64, 8, 3)),),
+            "tf32": ((None, Tile(64, 64, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
         },

@@ -1,0 +1,82 @@
+"""A loss's temperature that follows held-out pairs through a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks
+from .fitting import Fit, bounds_of, fit
+from .scale import HasTemperature
+
+
+class HeldOutTemperature:
+    """A loss's temperature set every few steps to that which `fit` finds on held-out pairs.
+
+        log t <- smoothing log t + (1 - smoothing) log t*
+
+    A temperature that learns with the embeddings fits the pairs they are trained on, and ends too cold for others.
+    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays.
+
+    Args:
+        loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
+        every: steps from one fit to the next; the first step fits. bounds: as of `fit`.
+        smoothing: in [0, 1), how much of the old temperature is kept.
+        options: further arguments of `fit`, such as `symmetric` or `backend`.
+
+    Raises:
+        TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
+
+    Source: this library; docs/choosing-a-temperature.md says when to use it.
+
+    Example:
+        >>> follow = HeldOutTemperature(loss, every=100)
+        >>> for batch in batches:
+        ...     train(batch)
+        ...     follow.step(held_out_query, held_out_key)
+    """
+
+    def __init__(
+        self,
+        loss: HasTemperature,
+        every: int = 100,
+        bounds: tuple[float, float] = (0.003, 3.0),
+        smoothing: float = 0.0,
+        **options: Any,
+    ):
+        if not isinstance(loss, HasTemperature):
+            raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
+        if loss.logit_scale is not None:
+            raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
+        if checks.fraction("smoothing", smoothing) == 1:
+            raise ValueError("smoothing must be less than 1, which would keep the temperature for ever")
+        self.loss, self.every, self.bounds = loss, checks.whole("every", every, 1), bounds_of(bounds)
+        self.smoothing, self.options = smoothing, options
+        self.steps = 0  # that have been made
+        self.last: Fit | None = None  # what the last fit found
+
+    def step(self, query: Tensor, key: Tensor) -> Fit | None:
+        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None."""
+        due = self.steps % self.every == 0
+        self.steps += 1
+        if not due:
+            return None
+        self.last = fit(query, key, bounds=self.bounds, **self.options)
+        if self.last.converged:
+            old = self.loss.temperature
+            new = self.last.temperature
+            if self.steps > 1 and isinstance(old, float):  # the first fit replaces a start that nobody fitted
+                new = old**self.smoothing * new ** (1 - self.smoothing)
+            self.loss.temperature = new
+        return self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training needs to go on: the steps made, and the temperature."""
+        return {"steps": self.steps, "temperature": self.loss.temperature}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken; the loss gets its temperature."""
+        if set(state) != {"steps", "temperature"}:
+            raise ValueError(f"the state must hold steps and temperature, got {sorted(state)}")
+        self.steps, self.loss.temperature = checks.whole("steps", state["steps"], 0), state["temperature"]

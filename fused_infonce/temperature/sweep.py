@@ -1,0 +1,210 @@
+"""Every temperature at once: likelihood, entropy, confidence and ranks of pairs from one pass over their scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks, contrast
+from ..backends import BackendName, Options
+from ..backends.contract import Problem, Profile
+from ..backends.ladder import Ladder
+from ..compose.arguments import call_options, of_keys
+from .calibration import Calibration, calibration
+from .interpolation import AtOne, between
+from .ranking import Bounds, Ranks
+
+DEFAULT_RANGE = (1 / 256, 1.0)  # 17 temperatures
+WIDEST = 4096.0  # ratio of a range: every factor of 2 doubles what rounding does to an exponential that is squared
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Pairs of queries and keys at a ladder of temperatures, and at any between its ends.
+
+        log_z_i(t) = log sum_j exp(d_ij / t)    over the negatives j of row i, which its positive y is not among
+        d_ij = cos(q_i, k_j), or q_i . k_j with normalize=False
+
+    With `symmetric` there are 2 N rows, the N queries against the keys and after them the N keys against the queries.
+
+    Attributes:
+        temperatures: (K,) in ratio sqrt(2), the warmest first. pos, hardest: d_iy and max_j d_ij, (N,); hardest is -inf
+            in a row without negatives. above, ties: (N,) int64, how many negatives score above the positive, and how
+            many are tied with it within the rounding of the products. log_z: (K, N). mean, variance: (K, N), of d_ij
+            under softmax_j(d_ij / t): the first two derivatives of log_z in 1 / t.
+
+    Between the temperatures log_z is the quintic in 1 / t with these derivatives at both ends. A method's temperature
+    must be in the range, else it is a ValueError.
+    """
+
+    temperatures: Tensor
+    pos: Tensor
+    hardest: Tensor
+    above: Tensor
+    ties: Tensor
+    log_z: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def at(self, t: float) -> AtOne:
+        """Return log_z, mean and variance (N,) at a temperature of the range."""
+        low, high = self.temperatures[-1].item(), self.temperatures[0].item()
+        checks.positive_float("t", t)
+        if not low * (1 - 1e-6) <= t <= high * (1 + 1e-6):
+            raise ValueError(f"t must be in [{low:.6g}, {high:.6g}], the range of this sweep, got {t}")
+        return between(1 / self.temperatures, self.log_z, self.mean, self.variance, 1 / t)
+
+    def losses(self, t: float) -> Tensor:
+        """Return InfoNCE of every row, log(1 + exp(log_z_i - pos_i / t)), (N,)."""
+        return F.softplus(self.at(t).log_z - self.pos / t)
+
+    def nll(self, t: float) -> Tensor:
+        """Return the mean of the rows' losses, of no dimensions."""
+        return self.losses(t).mean()
+
+    def effective_negatives(self, t: float) -> Tensor:
+        """Return exp of the entropy of softmax_j(d_ij / t) over the negatives, (N,): over how many it spreads.
+
+        0 in a row without negatives.
+        """
+        log_z, mean, _ = self.at(t)
+        return torch.exp(log_z - mean / t)
+
+    def hardest_share(self, t: float) -> Tensor:
+        """Return the softmax over the negatives at the hardest of them, (N,); 0 in a row without negatives."""
+        log_z = self.at(t).log_z
+        return torch.exp(self.hardest / t - log_z).masked_fill(log_z == -math.inf, 0)
+
+    def probability(self, t: float) -> Tensor:
+        """Return the softmax over the positive and the negatives at the positive, (N,): exp of minus the loss."""
+        return torch.exp(-self.losses(t))
+
+    def confidence(self, t: float) -> Tensor:
+        """Return the softmax over the positive and the negatives at whichever scores highest, (N,)."""
+        best = torch.maximum(self.pos, self.hardest) / t
+        return torch.exp(best - torch.logaddexp(self.at(t).log_z, self.pos / t)).clamp(max=1)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of the positives, with both bounds that ties leave."""
+        return Ranks(self.above, self.ties)
+
+    def recall(self, k: int) -> Bounds:
+        """Return the share of rows whose positive is among the k highest scores, (pessimistic, optimistic) on ties."""
+        return self.ranks.recall(k)
+
+    def mrr(self, k: int | None = None) -> Bounds:
+        """Return the mean of 1 / rank of the positives, with k 0 beyond it, (pessimistic, optimistic) on ties."""
+        return self.ranks.mrr(k)
+
+    def median_rank(self) -> Bounds:
+        """Return the median rank of the positives, from 1, (pessimistic, optimistic) on ties."""
+        return self.ranks.median_rank()
+
+    def calibration(self, t: float, bins: int = 15) -> Calibration:
+        """Return how well the confidences agree with how often the positive scores highest, ties counting against it.
+
+        `nll` is that of the positives, as of the method, and `brier` that of the highest score being right.
+        """
+        first = self.above + self.ties == 0
+        return calibration(self.confidence(t), first, bins, self.nll(t).item())
+
+
+@torch.no_grad()
+def sweep(
+    query: Tensor,
+    key: Tensor,
+    temperatures: Sequence[float] | Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negatives: Tensor | None = None,
+    symmetric: bool = False,
+    normalize: bool = True,
+    backend: BackendName = "auto",
+    workspace_limit: int | None = None,
+) -> Sweep:
+    """Compute what every temperature of a range makes of pairs, in one pass over the scores and without holding them.
+
+    Args:
+        query: (N, D). key: (M, D), with M = N without `target`.
+        temperatures: numbers whose least and greatest are the range, at most 4096 apart in ratio; by default 1/256 and
+            1. The ladder starts at the greatest and goes down by factors of sqrt(2) until it has passed the least.
+        target: (N,) integers, the key of every query; by default key i of query i.
+        query_ids, key_ids: (N,) and (M,) integers; a key with its query's id is no negative of it.
+        key_bias: (M,) floating, 0 or -inf; -inf leaves a key out, such as padding. Others are refused: under a bias the
+            hardest negative and the ranks would depend on the temperature.
+        negatives: further keys, (H, D) of all queries or (N, H, D) of one each, beside the other rows' keys.
+        symmetric: also score the keys against the queries; see `Sweep`. Not with `target`.
+        normalize: divide rows by their norms.
+        backend, workspace_limit: as of every loss. A sweep has no gradient and is of one process.
+
+    Returns:
+        A `Sweep`: float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes, devices, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
+
+    Source: this library. log_z is a cumulant generating function in 1 / t, whose derivatives are the cumulants.
+    """
+    ladder = ladder_of(temperatures)
+    options = call_options(backend, workspace_limit)
+    problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
+    return swept(problem, options, ladder)
+
+
+def ladder_of(temperatures: Any, name: str = "temperatures") -> Ladder:
+    """Return the ladder over the range of these temperatures, checked."""
+    if temperatures is None:
+        return Ladder.over(*DEFAULT_RANGE)
+    if isinstance(temperatures, Tensor):
+        temperatures = temperatures.flatten().tolist()
+    if not isinstance(temperatures, Sequence) or isinstance(temperatures, str):
+        raise TypeError(f"{name} must be a sequence of numbers or a tensor, got {type(temperatures).__name__}")
+    if not temperatures:
+        raise ValueError(f"{name} must hold a number, got none")
+    numbers = [checks.positive_float(name, t) for t in temperatures]
+    low, high = min(numbers), max(numbers)
+    if high > WIDEST * low:
+        raise ValueError(f"{name} must be within a factor of {WIDEST:g}, got {low:g} and {high:g}")
+    return Ladder.over(low, high)
+
+
+def problem_of(
+    query: Tensor, key: Tensor, target: Any = None, query_ids: Any = None, key_ids: Any = None, key_bias: Any = None,
+    negatives: Any = None, symmetric: bool = False, normalize: bool = True,
+) -> Problem:  # fmt: skip
+    """Return the problem of `sweep`'s arguments, checked, at a temperature of 1."""
+    checks.flags(symmetric=symmetric, normalize=normalize)
+    paired = isinstance(negatives, Tensor) and negatives.dim() == 3
+    problem = of_keys(
+        query, key, negatives, 1.0, "paired" if paired else "unpaired", symmetric=symmetric, normalize=normalize,
+        in_batch_negatives=True, ignore_index=-1, target=target, query_ids=query_ids, key_ids=key_ids,
+        key_bias=key_bias, names=("key", "symmetric"),
+    )  # fmt: skip
+    if not len(query):
+        raise ValueError(f"query must have a row, got shape {tuple(query.shape)}")
+    if problem.target is not None and (problem.target < 0).any():
+        row = (problem.target < 0).nonzero()[0].item()
+        raise ValueError(f"target must name a key for every row, got -1 for row {row}: leave such rows out")
+    for bias in problem.biases:
+        if ((bias != 0) & (bias != -math.inf)).any():
+            bad = bias[(bias != 0) & (bias != -math.inf)][0].item()
+            raise ValueError(f"key_bias must be 0, or -inf to leave a key out, got {bad:g}")
+    return problem
+
+
+def swept(problem: Problem, options: Options, ladder: Ladder) -> Sweep:
+    """Return the sweep of a problem over a ladder, of both directions where it has both."""
+    directions = [problem.of_rows(), *([problem.swapped()] if problem.columns else [])]
+    found = [contrast.profile(each, options, ladder) for each in directions]
+    whole = Profile(*(torch.cat(parts, -1) for parts in zip(*found, strict=True)))
+    return Sweep(1 / ladder.inverse(whole.pos), *whole)
