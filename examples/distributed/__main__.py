@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from fused_infonce import FusedInfoNCELoss
 
-from .retrieval.evaluate import encoder_scores
-from .retrieval.mining import mine
-from .retrieval.model import Bags, Encoder
-from .retrieval.picture import DENSE, OURS, PLAIN
-from .retrieval.report import environment, print_table, write_json
-from .retrieval.split import Split, drop_repeats, split_pairs
-from .retrieval.train import TrainingData
+from ..retrieval.evaluate import encoder_scores
+from ..retrieval.mining import mine
+from ..retrieval.model import Bags, Encoder
+from ..retrieval.picture import DENSE, OURS, PLAIN
+from ..retrieval.report import environment, print_table, write_json
+from ..retrieval.split import Split, drop_repeats, split_pairs
+from ..retrieval.train import TrainingData
 
 TOGETHER, APART, ALONE = "two processes, distributed=True", "two processes, own negatives", "one process"
 TOLERANCE = 2e-3  # of the loss at any step: the sums of two ranks are rounded in another order than those of one

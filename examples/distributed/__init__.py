@@ -1,0 +1,1 @@
+"""A training over two processes beside one process: `make demo-distributed`."""
