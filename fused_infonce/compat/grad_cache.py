@@ -92,7 +92,11 @@ class GradCache:
         return loss.detach()
 
     def split_inputs(self, model_input: Any, chunk_size: int) -> Sequence[Any]:
-        """Return the chunks of a model's input, which is as `model_call` takes it and of tensors alone."""
+        """Return the chunks of a model's input, which is as `model_call` takes it and of tensors alone.
+
+        Any other input is a NotImplementedError, as in the original: it is for `split_input_fn`, or a method of one's
+        own, to split.
+        """
         if self.split_input_fn is not None:
             return list(self.split_input_fn(model_input, chunk_size))
         parts = model_input if _is_args_and_kwargs(model_input) else [model_input]
@@ -103,7 +107,10 @@ class GradCache:
         return Batch("the model's inputs", model_input, chunk_size, None)
 
     def model_call(self, model: Callable[..., Any], model_input: Any) -> Any:
-        """Return a model's output for a tensor, a list, a dictionary of arguments, or a pair (list, dictionary)."""
+        """Return a model's output for a tensor, a list, a dictionary of arguments, or a pair (list, dictionary).
+
+        Any other input is a NotImplementedError, as in the original: a subclass overrides this method to take it.
+        """
         with self._autocast():
             if isinstance(model_input, Tensor):
                 return model(model_input)

@@ -266,7 +266,9 @@ def ways(rank: int) -> None:
     for p, q in zip(
         (*encoder.parameters(), *loss.parameters()), (*alone.parameters(), *of_alone.parameters()), strict=True
     ):
-        torch.testing.assert_close(p.grad, q.grad, rtol=2e-2, atol=1e-2 * q.grad.abs().max().item())
+        error = (p.grad - q.grad).norm() / q.grad.norm()
+        # the loss gives the scale its gradient in float32; the encoder's products round those of each rank to bfloat16
+        assert error <= (1e-5 if p.numel() == 1 else 5e-3)
 
 
 def test_accumulation_a_scaled_loss_and_autocast(tmp_path: Path) -> None:
