@@ -109,14 +109,17 @@ class Ranking:
         (query, every, *documents), context = all_wide([self.query, self.every, *self.documents])
         return replace(self, query=query, every=every, documents=documents), context
 
-    def of_all(
-        self, options: Options, key_bias: Tensor | None, positive_bias: bool
-    ) -> tuple[Ranking, AbstractContextManager[Any]]:
-        """Return this rank's call over the documents and queries of all ranks, and the context of its products."""
+    def check_own(self) -> None:
+        """Check that the documents are this rank's own."""
         if self.offset or self.every is not self.query:
             raise ValueError("offset and all_queries are of gathered documents: distributed=True gathers them itself")
         if len(self.documents[0]) != len(self.query):
             raise ValueError(f"documents must have {len(self.query)} rows as query has, got {len(self.documents[0])}")
+
+    def of_all(
+        self, options: Options, key_bias: Tensor | None, positive_bias: bool
+    ) -> tuple[Ranking, AbstractContextManager[Any]]:
+        """Return this rank's call over the documents and queries of all ranks, and the context of its products."""
         queries = KeySet(self.query)
         if key_bias is not None:
             key_bias = key_bias.to(self.t.values.dtype)  # in which gradients are added

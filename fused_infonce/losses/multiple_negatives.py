@@ -123,7 +123,9 @@ def multiple_negatives(
         of_columns(key_bias, positive_bias, query, documents, slice(offset, offset + len(query))),
     )  # fmt: skip
     both = ranking.columns and partition == "per_direction"
-    if not ranking.strength and (ranking.directions == {"query_to_doc"} or both) and options.call is None:
+    if options.call is not None:
+        ranking.check_own()
+    if not ranking.strength and (ranking.directions == {"query_to_doc"} or both):
         return reduced(ranking.first, options, "infonce")
     ranking, products = ranking.widened() if options.call is None else ranking.of_all(options, key_bias, positive_bias)
     with products:
