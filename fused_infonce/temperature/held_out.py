@@ -28,7 +28,7 @@ class HeldOutTemperature:
     Raises:
         TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
 
-    Source: this library; docs/choosing-a-temperature.md says when to use it.
+    Source: this library; docs/temperature.md says when to use it.
 
     Example:
         >>> follow = HeldOutTemperature(loss, every=100)
