@@ -282,6 +282,7 @@ class OnePass(NamedTuple):
     kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished
     biases, offset: the gradients of `Problem.biases`, None where not wanted, and that of `Problem.offset`, if there is
         one; always finished
+    rows: pos, neg and mean, as in `RowStatistics`, of the rows and of the columns, for a plan that is to `record`
     """
 
     loss: Tensor
@@ -290,6 +291,7 @@ class OnePass(NamedTuple):
     kept: Sequence[Tensor] = ()
     biases: Sequence[Tensor | None] = ()
     offset: Tensor | None = None
+    rows: Sequence[Sequence[Tensor]] = ()
 
 
 class Sigmoids(NamedTuple):
