@@ -198,3 +198,8 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
         if problem.self_similar:
             total, count = total - first, count - 1
     return total, count
+
+
+def negative_counts(problem: Problem) -> Tensor:
+    """Return the number of each row's negatives, (N,) int64; those of a guided problem are not known."""
+    return negative_sums(problem, [rows.detach()[..., :0] for rows in problem.inputs[1:]])[1]
