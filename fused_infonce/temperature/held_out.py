@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from .fitting import Fit, bounds_of, fit
-from .scale import HasTemperature
+from .scale import HasTemperature, assignable
 
 
 class HeldOutTemperature:
@@ -46,13 +46,9 @@ class HeldOutTemperature:
         smoothing: float = 0.0,
         **options: Any,
     ):
-        if not isinstance(loss, HasTemperature):
-            raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
-        if loss.logit_scale is not None:
-            raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
         if checks.fraction("smoothing", smoothing) == 1:
             raise ValueError("smoothing must be less than 1, which would keep the temperature for ever")
-        self.loss, self.every, self.bounds = loss, checks.whole("every", every, 1), bounds_of(bounds)
+        self.loss, self.every, self.bounds = assignable(loss), checks.whole("every", every, 1), bounds_of(bounds)
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
         self.last: Fit | None = None  # what the last fit found
