@@ -23,7 +23,8 @@ class HeldOutTemperature:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
         every: steps from one fit to the next; the first step fits. bounds: as of `fit`.
         smoothing: in [0, 1), how much of the old temperature is kept.
-        options: further arguments of `fit`, such as `symmetric` or `backend`.
+        options: further arguments of `fit`, such as `symmetric` or `backend`. `distributed` is the loss's where it is
+            not given: each process passes held-out pairs of its own, and all get the same temperature.
 
     Raises:
         TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
@@ -58,7 +59,8 @@ class HeldOutTemperature:
         self.steps += 1
         if not due:
             return None
-        self.last = fit(query, key, bounds=self.bounds, **self.options)
+        options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
+        self.last = fit(query, key, bounds=self.bounds, **options)
         if self.last.converged:
             old = self.loss.temperature
             new = self.last.temperature
