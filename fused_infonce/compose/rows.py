@@ -94,6 +94,12 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
 
 
+def last_of_each(index: Tensor) -> Tensor:
+    """Return for every row the place of the last row that has its index, (N,), without a synchronisation."""
+    ordered, place = torch.sort(index, stable=True)
+    return place[torch.searchsorted(ordered, index, right=True) - 1]
+
+
 def widened(problem: Problem) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return a problem whose 16-bit gradients are added in float32 and rounded once, and the context; see `wide`."""
     (query, *keys), context = all_wide(problem.inputs)

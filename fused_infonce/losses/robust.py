@@ -94,7 +94,8 @@ def _losses(problem: Problem, rows: RowStatistics, rho: float) -> Tensor:
 class RobustInfoNCELoss(ContrastiveLoss):
     """The robust contrastive loss of iSogCLR as a module: a learned temperature finds its minimum.
 
-    The function `robust_info_nce` has the formula, and the shapes of what a call takes.
+    The function `robust_info_nce` has the formula, and the shapes of what a call takes. With a table of one temperature
+    a sample, `IndividualTemperature`, it is iSogCLR's loss of a batch.
 
     Args:
         temperature: t, a positive number, a tensor of one element or of one value per row, or a callable of no
