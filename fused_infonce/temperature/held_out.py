@@ -19,7 +19,8 @@ class HeldOutTemperature:
         log t <- smoothing log t + (1 - smoothing) log t*
 
     A temperature that learns with the embeddings fits the pairs they are trained on, and ends too cold for others.
-    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays.
+    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays. Step before the first
+    training step, which would otherwise be at a temperature that nobody has fitted.
 
     Args:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
@@ -36,8 +37,8 @@ class HeldOutTemperature:
     Example:
         >>> follow = HeldOutTemperature(loss, every=100)
         >>> for batch in batches:
-        ...     train(batch)
         ...     follow.step(lambda: (encoder(held_out_query), encoder(held_out_key)))
+        ...     train(batch)
     """
 
     def __init__(
