@@ -3,6 +3,7 @@
 from .calibration import Calibration, calibration
 from .fitting import Fit, Verdict, fit
 from .held_out import HeldOutTemperature
+from .individual import IndividualTemperature
 from .ranking import Bounds
 from .schedules import CosineTemperature, TemperatureSchedule
 from .sweep import Sweep, sweep
@@ -13,6 +14,7 @@ __all__ = [
     "CosineTemperature",
     "Fit",
     "HeldOutTemperature",
+    "IndividualTemperature",
     "Sweep",
     "TemperatureSchedule",
     "Verdict",
