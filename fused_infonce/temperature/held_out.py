@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -17,7 +19,8 @@ class HeldOutTemperature:
         log t <- smoothing log t + (1 - smoothing) log t*
 
     A temperature that learns with the embeddings fits the pairs they are trained on, and ends too cold for others.
-    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays.
+    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays. Step before the first
+    training step, which would otherwise be at a temperature that nobody has fitted.
 
     Args:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
@@ -34,8 +37,8 @@ class HeldOutTemperature:
     Example:
         >>> follow = HeldOutTemperature(loss, every=100)
         >>> for batch in batches:
+        ...     follow.step(lambda: (encoder(held_out_query), encoder(held_out_key)))
         ...     train(batch)
-        ...     follow.step(held_out_query, held_out_key)
     """
 
     def __init__(
@@ -53,13 +56,23 @@ class HeldOutTemperature:
         self.steps = 0  # that have been made
         self.last: Fit | None = None  # what the last fit found
 
-    def step(self, query: Tensor, key: Tensor) -> Fit | None:
-        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None."""
+    def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Tensor | None = None) -> Fit | None:
+        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None.
+
+        query, key: the embeddings (N, D) of held-out pairs; or in place of both a function of no arguments that returns
+            them, which is called, without gradients, only where a fit is due.
+        """
+        if callable(query) == (key is not None):
+            raise TypeError("step takes query and key, or one function of no arguments that returns both")
         due = self.steps % self.every == 0
         self.steps += 1
         if not due:
             return None
+        if callable(query):
+            with torch.no_grad():
+                query, key = query()
         options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
+        assert key is not None
         self.last = fit(query, key, bounds=self.bounds, **options)
         if self.last.converged:
             old = self.loss.temperature
