@@ -9,12 +9,14 @@ from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
 from .losses.decoupled import DCLLoss
 from .losses.distilled import DistillationLoss
+from .losses.global_contrastive import GlobalContrastiveLoss
 from .losses.grouped import GroupedInfoNCELoss
 from .losses.guided import GuidedInfoNCELoss
 from .losses.info_nce import FusedInfoNCELoss
 from .losses.moco import MoCoLoss
 from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
+from .losses.robust import RobustInfoNCELoss
 from .losses.siglip import SigLipLoss
 from .losses.sup_con import SupConLoss
 from .wrappers.cached import cached
@@ -27,12 +29,14 @@ __all__ = [
     "DistillationLoss",
     "Distributed",
     "FusedInfoNCELoss",
+    "GlobalContrastiveLoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
     "MatryoshkaLoss",
     "MoCoLoss",
     "MultipleNegativesLoss",
     "NTXentLoss",
+    "RobustInfoNCELoss",
     "RowStatistics",
     "SigLipLoss",
     "Statistics",

@@ -19,14 +19,13 @@ from .backends.contract import (
     KeySet,
     OnePass,
     Problem,
-    Profile,
     RowStatistics,
     Sigmoids,
     Statistics,
     Temperature,
     Upstream,
 )
-from .backends.ladder import Ladder
+from .backends.ladder import Ladder, Profile
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
 from .backends.recording import Notes, Parts, record, recordings

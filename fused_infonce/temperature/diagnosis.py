@@ -14,13 +14,11 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..backends import BackendName
-from ..backends.ladder import Ladder
-from ..compose.arguments import call_options
 from ..compose.rows import unit
 from .fitting import fit
 from .rules import Warned, judged
 from .scale import HasTemperature
-from .sweep import Sweep, problem_of, swept
+from .sweep import Sweep, sweep
 
 TWIN = 0.05  # a squared distance of a key to another, in means of all pairs': they differ by a fourteenth of a key
 ROUNDED = 2.0**-9  # half of the spacing of bfloat16 below 1: a probability nearer to 1 is 1
@@ -98,31 +96,28 @@ def diagnose(
     References: the rank is that of Roy & Vetterli 2007; the gap, Liang et al. 2022, arXiv:2203.02053.
     """
     t = _number(temperature)
-    options = call_options(backend, workspace_limit)
     given: dict[str, Any] = {
         "target": target, "query_ids": query_ids, "key_ids": key_ids, "key_bias": key_bias, "negatives": negatives,
+        "backend": backend, "workspace_limit": workspace_limit,
     }  # fmt: skip
-    problem = problem_of(query, key, **given, symmetric=symmetric, normalize=normalize)
-    found = swept(problem, options, Ladder.over(t, t))
+    found = sweep(query, key, [t], **given, symmetric=symmetric, normalize=normalize)
     if not found.nll(t).isfinite():
         raise ValueError(f"query and key must be finite, got a loss of {found.nll(t).item()}")
-    counted = sum(keys.columns for keys in problem.keys) - 1
+    counted = len(key) - 1 + (0 if negatives is None else negatives.shape[-2])
     gauges = {
         "temperature": t, "nll": found.nll(t).item(), "recall_at_1": found.recall(1).pessimistic,
         "negatives": float(counted), "hardest_share": found.hardest_share(t).median().item(),
     }  # fmt: skip
     gauges |= _of_losses(found.losses(t), found.effective_negatives(t), counted)
-    best = fit(
-        query, key, **given, symmetric=symmetric, normalize=normalize, backend=backend, workspace_limit=workspace_limit
-    )
+    best = fit(query, key, **given, symmetric=symmetric, normalize=normalize)
     if best.converged:
         verdict = best.versus(t)
         gauges |= {
             "fitted_temperature": best.temperature, "fitted_ratio": verdict.ratio, "fitted_sigmas": verdict.sigmas,
         }  # fmt: skip
     sides = [_Side(rows) for rows in (query, key)]
-    own = problem_of(key if target is None else key[target], key, **given)  # the positives against the other keys
-    gauges |= _of_sides(*sides) | _of_twins(swept(own, options, Ladder.over(1.0, 1.0)), found.above, sides[1])
+    twins = sweep(key if target is None else key[target], key, [1.0], **given)  # the positives against the other keys
+    gauges |= _of_sides(*sides) | _of_twins(twins, found.above, sides[1])
     gauges |= _of_learned(loss, optimizer, history)
     return Diagnosis(gauges, judged(gauges))
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BackendName, Options
-from ..backends.contract import Problem
+from ..backends import BackendName
 from ..backends.ladder import Ladder
 from ..compose.arguments import call_options
-from .sweep import WIDEST, Sweep, problem_of, swept
+from ..distributed import DistributedLike, together
+from .sweep import WIDEST, Sweep, of_ranks, problem_of
 
 NEAR = 4.0  # a first range around `init`: this factor on both sides
 STEPS = 50  # of a bisection, each of O(N): as many bits
@@ -69,6 +70,7 @@ class Fit(NamedTuple):
         return Verdict("too cold" if ratio > 1 else "too warm", ratio, sigmas)
 
 
+@together
 @torch.no_grad()
 def fit(
     query: Tensor,
@@ -87,6 +89,7 @@ def fit(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Fit:
     """Compute the temperature with the least negative log-likelihood on pairs that the model was not trained on.
 
@@ -100,7 +103,7 @@ def fit(
         init: where to start, with a sweep of the temperatures within a factor of 4; by default one of all the bounds.
         bounds: the least and the greatest temperature, at most 4096 apart in ratio.
         tolerance: of the last step, relative to t. max_passes: over the scores.
-        The other arguments are those of `sweep`.
+        The other arguments are those of `sweep`; over several processes all find the same.
 
     Returns:
         A `Fit`. Where every pair is ranked first, or the NLL still falls at an end of the bounds, it has not converged,
@@ -117,12 +120,11 @@ def fit(
         raise ValueError(f"init must be within bounds ({low:g}, {high:g}), got {init:g}")
     checks.positive_float("tolerance", tolerance)
     checks.whole("max_passes", max_passes, 1)
-    options = call_options(backend, workspace_limit)
+    options = call_options(backend, workspace_limit, distributed=distributed)
     problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
-    if len(query) < 2:
-        raise ValueError("a temperature is fitted to 2 pairs or more, got 1")
     window = (low, high) if init is None else (max(low, init / NEAR), min(high, init * NEAR))
-    return _Search(problem, options, (low, high), tolerance, max_passes).run(window)
+    with of_ranks(problem, options, f"temperatures in {low}, {high} from {window}", least=2) as swept:
+        return _Search(swept, symmetric, (low, high), tolerance, max_passes).run(window)
 
 
 def bounds_of(bounds: Any) -> tuple[float, float]:
@@ -154,9 +156,10 @@ class _Search:
     """A search for the minimum, of one call of `fit`."""
 
     def __init__(
-        self, problem: Problem, options: Options, bounds: tuple[float, float], tolerance: float, max_passes: int
-    ):
-        self.problem, self.options, self.bounds = problem, options, bounds
+        self, swept: Callable[[Ladder], Sweep], symmetric: bool, bounds: tuple[float, float], tolerance: float,
+        max_passes: int,
+    ):  # fmt: skip
+        self.swept, self.symmetric, self.bounds = swept, symmetric, bounds
         self.tolerance, self.max_passes, self.passes = tolerance, max_passes, 0
 
     def run(self, window: tuple[float, float]) -> Fit:
@@ -176,7 +179,7 @@ class _Search:
 
     def _pass(self, low: float, high: float) -> Sweep:
         self.passes += 1
-        return swept(self.problem, self.options, Ladder.over(low, high))
+        return self.swept(Ladder.over(low, high))
 
     def _least(self, found: Sweep, window: tuple[float, float]) -> float:
         """Return the temperature of the window with the least NLL, by bisection of its slope in 1 / t."""
@@ -215,7 +218,7 @@ class _Search:
 
     def _stderr(self, found: Sweep, t: float) -> float:
         first, second = (x.double() for x in slopes(found, t))
-        if self.problem.columns:  # both losses of a pair are one observation
+        if self.symmetric:  # both losses of a pair are one observation
             first, second = (x.view(2, -1).mean(0) for x in (first, second))
         return (first.norm() / second.sum()).item() * t * t
 

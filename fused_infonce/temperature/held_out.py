@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks
 from .fitting import Fit, bounds_of, fit
-from .scale import HasTemperature
+from .scale import HasTemperature, assignable
 
 
 class HeldOutTemperature:
@@ -17,13 +19,15 @@ class HeldOutTemperature:
         log t <- smoothing log t + (1 - smoothing) log t*
 
     A temperature that learns with the embeddings fits the pairs they are trained on, and ends too cold for others.
-    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays.
+    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays. Step before the first
+    training step, which would otherwise be at a temperature that nobody has fitted.
 
     Args:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
         every: steps from one fit to the next; the first step fits. bounds: as of `fit`.
         smoothing: in [0, 1), how much of the old temperature is kept.
-        options: further arguments of `fit`, such as `symmetric` or `backend`.
+        options: further arguments of `fit`, such as `symmetric` or `backend`. `distributed` is the loss's where it is
+            not given: each process passes held-out pairs of its own, and all get the same temperature.
 
     Raises:
         TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
@@ -33,8 +37,8 @@ class HeldOutTemperature:
     Example:
         >>> follow = HeldOutTemperature(loss, every=100)
         >>> for batch in batches:
+        ...     follow.step(lambda: (encoder(held_out_query), encoder(held_out_key)))
         ...     train(batch)
-        ...     follow.step(held_out_query, held_out_key)
     """
 
     def __init__(
@@ -45,24 +49,31 @@ class HeldOutTemperature:
         smoothing: float = 0.0,
         **options: Any,
     ):
-        if not isinstance(loss, HasTemperature):
-            raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
-        if loss.logit_scale is not None:
-            raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
         if checks.fraction("smoothing", smoothing) == 1:
             raise ValueError("smoothing must be less than 1, which would keep the temperature for ever")
-        self.loss, self.every, self.bounds = loss, checks.whole("every", every, 1), bounds_of(bounds)
+        self.loss, self.every, self.bounds = assignable(loss), checks.whole("every", every, 1), bounds_of(bounds)
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
         self.last: Fit | None = None  # what the last fit found
 
-    def step(self, query: Tensor, key: Tensor) -> Fit | None:
-        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None."""
+    def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Tensor | None = None) -> Fit | None:
+        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None.
+
+        query, key: the embeddings (N, D) of held-out pairs; or in place of both a function of no arguments that returns
+            them, which is called, without gradients, only where a fit is due.
+        """
+        if callable(query) == (key is not None):
+            raise TypeError("step takes query and key, or one function of no arguments that returns both")
         due = self.steps % self.every == 0
         self.steps += 1
         if not due:
             return None
-        self.last = fit(query, key, bounds=self.bounds, **self.options)
+        if callable(query):
+            with torch.no_grad():
+                query, key = query()
+        options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
+        assert key is not None
+        self.last = fit(query, key, bounds=self.bounds, **options)
         if self.last.converged:
             old = self.loss.temperature
             new = self.last.temperature

@@ -22,12 +22,14 @@ from fused_infonce import (
     DebiasedLoss,
     DistillationLoss,
     FusedInfoNCELoss,
+    GlobalContrastiveLoss,
     GroupedInfoNCELoss,
     GuidedInfoNCELoss,
     MatryoshkaLoss,
     MoCoLoss,
     MultipleNegativesLoss,
     NTXentLoss,
+    RobustInfoNCELoss,
     SigLipLoss,
     SupConLoss,
 )
@@ -49,6 +51,10 @@ CALLS = {
         lambda: (rows(N), rows(N), torch.randn(N, 5), torch.randn(N, 5)),
     ),
     "FusedInfoNCELoss": (lambda **o: FusedInfoNCELoss(learnable_temperature=True, **o), lambda: (rows(N), rows(N))),
+    "GlobalContrastiveLoss": (
+        lambda **o: GlobalContrastiveLoss(N, negatives="keys", **o),
+        lambda: (rows(N), rows(N), torch.arange(N)),
+    ),
     "GroupedInfoNCELoss": (
         lambda **o: GroupedInfoNCELoss(3, distillation="m3_kd_loss", **o),
         lambda: (rows(N), rows(3 * N), torch.randn(N, 3)),
@@ -72,6 +78,7 @@ CALLS = {
         lambda: (rows(N), rows(2, N)),
     ),
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
+    "RobustInfoNCELoss": (lambda **o: RobustInfoNCELoss(symmetric=True, **o), lambda: (rows(N), rows(N))),
     "SigLipLoss": (
         lambda **o: SigLipLoss(normalize=True, **o),
         lambda: (rows(N), rows(N), torch.tensor(10.0), torch.tensor(-3.0, requires_grad=True), rows(5)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import DEVICE, TRITON, both_backends
+from support.losses import EXPORTED, LOSSES
 from support.ranks import succeeded
 
 import fused_infonce
@@ -16,16 +18,19 @@ from fused_infonce import (
     ClipLoss,
     DCLLoss,
     FusedInfoNCELoss,
+    GlobalContrastiveLoss,
     GroupedInfoNCELoss,
     GuidedInfoNCELoss,
     MoCoLoss,
     MultipleNegativesLoss,
     NTXentLoss,
+    RobustInfoNCELoss,
     SigLipLoss,
     SupConLoss,
 )
 from fused_infonce.distributed import Distributed
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
+from fused_infonce.temperature import IndividualTemperature
 
 T = 0.2
 every_backend = pytest.mark.parametrize("backend", ["torch", TRITON, "reference"])
@@ -194,6 +199,22 @@ def test_negatives_of_several_products_are_one_softmax():
     joint(query, [key])
     agrees(joint.recorded, together(dense(query, key), dense(query, query, left_out=diagonal)), 1e-6)
     assert joint.recorded.keys == 12
+
+
+def test_of_losses_with_temperatures_to_find():
+    query, key = drawn(6)
+    robust = RobustInfoNCELoss(T, symmetric=True, record=True)
+    robust(query, key)
+    agrees(robust.recorded, both(query, key))
+    table = IndividualTemperature(9, T, lr=0.1)
+    towers = GlobalContrastiveLoss(9, temperature=table, key_temperature=table, negatives="keys", record=True)
+    towers(query, key, torch.arange(6))
+    agrees(towers.recorded, both(query, key), 1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_the_option(name):
+    assert ("record" in inspect.signature(EXPORTED[name]).parameters) == (name != "SigLipLoss")
 
 
 def test_what_is_no_softmax_is_refused():
