@@ -301,7 +301,7 @@ def test_rows_that_are_all_one_are_collapsed():
     [
         (lambda q, k: diagnose(q, k, torch.ones(3)), ValueError, "temperature must be one number for all rows"),
         (lambda q, k: diagnose(q, k, -1.0), ValueError, "temperature must be"),
-        (lambda q, k: diagnose(q[:1], k[:1], 0.1), ValueError, "2 pairs or more"),
+        (lambda q, k: diagnose(q[:1], k[:1], 0.1), ValueError, "2 rows or more"),
         (lambda q, k: diagnose(q * math.nan, k, 0.1), ValueError, "must be finite"),
         (lambda q, k: diagnose(q, k, 0.1, history=[0.1]), ValueError, "pass loss too"),
         (lambda q, k: diagnose(q, k, 0.1, loss=nn.Linear(1, 1)), TypeError, "a loss of fused_infonce that holds"),
