@@ -81,7 +81,8 @@ class ContrastiveLoss(HasTemperature, Explained):
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 1/128 of a GPU's memory, or what the environment says.
         distributed: whose rows make one batch: False, True, a process group, a mesh, or a `Distributed`.
-        record: keep in `recorded` what the rows of the last call were made of; see there.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
     """
 
     recorded: Recorded | None = None  # of the last call, where `record` asks for it
@@ -119,9 +120,11 @@ class ContrastiveLoss(HasTemperature, Explained):
     def record(self) -> bool:
         """Whether a call keeps `recorded`, which may be assigned.
 
-        `recorded`, a `Recorded`, has the logit of each row's positive and the logsumexp and the mean logit of its
-        negatives, which the loss has made anyway: no scores are made again, and nothing waits for a GPU. It is that of
-        the last call, and None before the first. Under `torch.compile` a call is a RuntimeError.
+        `recorded` is a named tuple (pos, neg, mean, temperature, keys) of detached (R,) tensors, but for the last: the
+        logit of each row's positive, the logsumexp and the mean logit of its negatives, its temperature, and the number
+        of keys that it was scored against. R is N, and 2 N where both directions of N pairs are scored, the queries
+        against the keys first. They are what the loss makes anyway: no scores are made again, and nothing waits for a
+        GPU. They are of the last call, and None before the first. Under `torch.compile` a call is a RuntimeError.
         """
         return self._record
 

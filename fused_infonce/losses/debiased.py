@@ -199,7 +199,8 @@ class DebiasedLoss(PairLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
-        record: keep in `recorded` what the rows of the last call were made of; see there.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = DebiasedLoss(temperature=0.5, tau_plus=0.1)

@@ -20,7 +20,7 @@ from .rules import Warned, judged
 from .scale import HasTemperature
 from .sweep import Sweep, sweep
 
-TWIN = 0.05  # a squared distance of a key to another, in means of all pairs': they differ by a fourteenth of a key
+TWIN = 0.1  # of the squared distance of nearest keys: in 6 dimensions or more chance has one in a thousand so near
 ROUNDED = 2.0**-9  # half of the spacing of bfloat16 below 1: a probability nearer to 1 is 1
 LEAST_HISTORY = 50  # temperatures, of which fewer may stand still by chance
 
@@ -84,9 +84,9 @@ def diagnose(
             mean_cosine, rank_share: of different rows of a side, and exp of the entropy of the eigenvalues of its
                 covariance over min(D, N - 1), where sides differ the one that is further from good
             modality_gap: the distance of the means of both sides in root mean squares of a row's from its own side's
-            equal_keys, near_positive: the shares of rows whose positive has an equal among their negatives; and of
-                those that rank a negative above a positive which has another key within 0.05 of the keys' mean squared
-                distance
+            equal_keys: the share of rows whose positive has an equal among their negatives. near_positive: of rows that
+                rank a negative above a positive whose nearest other key is closer than a tenth of the squared distance
+                that nearest keys have among so many, of their effective rank
             scale_of_max, weight_decay, movement: of a learned temperature, as of `diagnose_step`
 
     Raises:
@@ -189,7 +189,7 @@ def _of_sides(query: _Side, key: _Side) -> dict[str, float]:
 def _of_twins(twins: Sweep, above: Tensor, keys: _Side) -> dict[str, float]:
     """Return the gauges of other keys that are near a row's positive; above: of the rows, how many keys score so."""
     equal, distance = twins.ties > 0, 2 - 2 * twins.hardest
-    near = (distance < TWIN * 2 * keys.variance) & ~equal  # the mean squared distance of two directions
+    near = (distance < TWIN * keys.nearest) & ~equal
     return {
         "equal_keys": equal.double().mean().item(),
         "near_positive": (near & (above[: len(near)] > 0)).double().mean().item(),
@@ -209,7 +209,10 @@ class _Side:
         product = x.T @ x if d <= n else x @ x.T  # of the same eigenvalues but for zeros
         p = torch.linalg.eigvalsh(product.double()).clamp_min(0)
         p = p / p.sum()
-        self.rank_share = torch.exp(-torch.special.xlogy(p, p).sum()).item() / max(min(d, n - 1), 1)
+        rank = torch.exp(-torch.special.xlogy(p, p).sum()).item()
+        self.rank_share = rank / max(min(d, n - 1), 1)
+        # about the squared distance of the nearest of n in so many dimensions, whose mean is twice the variance
+        self.nearest = 2 * self.variance * n ** (-2 / rank)
 
 
 def _of_learned(

@@ -15,9 +15,9 @@ ALONE = 1.4  # effective negatives: exp of the entropy of two, of which one has 
 NEARLY_EQUAL = 0.9  # mean cosine of different rows: nine tenths of every row are one direction that they all share
 FLAT = 0.1  # effective rank, of the dimensions that there are: nine tenths of them hold next to nothing
 EQUAL = 0.01  # of the keys: each has a loss of log 2 or more, which no training removes
-TWINS = 0.02  # of the rows: such rows push away what is all but their positive, and at worst cost so much recall
+TWINS = 0.05  # of the rows: such rows push away what is all but their positive, and at worst cost so much recall
 APART = 1.0  # distance of the means of two sides, in lengths of a row from its mean: a plane parts them
-LOST = 0.1  # of the gradient: more than two runs of one training differ by
+LOST = 0.1  # of the gradient: a tenth of what the pairs would teach
 AT_MOST = 0.999  # of `max_logit_scale`: the clamp is reached but for rounding
 STILL = 1e-4  # relative change of a temperature over a history: less than one step of Adam at a rate of 1e-4
 
