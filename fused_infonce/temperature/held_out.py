@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import checks
 from .fitting import Fit, bounds_of, fit
 from .scale import HasTemperature
+
+
+class Followed(NamedTuple):
+    """One fit of a training: after how many steps, what it found, and the temperature from then on."""
+
+    step: int
+    fit: Fit
+    temperature: float
 
 
 class HeldOutTemperature:
@@ -34,7 +44,7 @@ class HeldOutTemperature:
         >>> follow = HeldOutTemperature(loss, every=100)
         >>> for batch in batches:
         ...     train(batch)
-        ...     follow.step(held_out_query, held_out_key)
+        ...     follow.step(lambda: (encode(held_out_queries), encode(held_out_keys)))
     """
 
     def __init__(
@@ -54,22 +64,43 @@ class HeldOutTemperature:
         self.loss, self.every, self.bounds = loss, checks.whole("every", every, 1), bounds_of(bounds)
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
-        self.last: Fit | None = None  # what the last fit found
+        self.history: list[Followed] = []  # the fits, which `state_dict` leaves out
 
-    def step(self, query: Tensor, key: Tensor) -> Fit | None:
-        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None."""
+    @property
+    def last(self) -> Fit | None:
+        """What the last fit found."""
+        return self.history[-1].fit if self.history else None
+
+    def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Any = None) -> Fit | None:
+        """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None.
+
+        query, key: embeddings of held-out pairs, (N, D); or one function of no arguments that returns both, which is
+        called where a fit is due alone.
+        """
         due = self.steps % self.every == 0
         self.steps += 1
         if not due:
             return None
-        self.last = fit(query, key, bounds=self.bounds, **self.options)
-        if self.last.converged:
+        pairs = query() if callable(query) else (query, key)
+        found = fit(*pairs, bounds=self.bounds, **self.options)
+        if found.converged:
             old = self.loss.temperature
-            new = self.last.temperature
+            new = found.temperature
             if self.steps > 1 and isinstance(old, float):  # the first fit replaces a start that nobody fitted
                 new = old**self.smoothing * new ** (1 - self.smoothing)
             self.loss.temperature = new
-        return self.last
+        self.history.append(Followed(self.steps - 1, found, float(self.loss.temperature)))
+        return found
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the temperature through the training, the fits and the recall at 1; needs the extra "plot".
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: no fit yet, a format that matplotlib lacks.
+        """
+        from .plots import draw_history
+
+        draw_history(path, self.history)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training needs to go on: the steps made, and the temperature."""
