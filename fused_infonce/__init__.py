@@ -15,6 +15,7 @@ from .losses.info_nce import FusedInfoNCELoss
 from .losses.moco import MoCoLoss
 from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
+from .losses.robust import RobustInfoNCELoss
 from .losses.siglip import SigLipLoss
 from .losses.sup_con import SupConLoss
 from .wrappers.cached import cached
@@ -33,6 +34,7 @@ __all__ = [
     "MoCoLoss",
     "MultipleNegativesLoss",
     "NTXentLoss",
+    "RobustInfoNCELoss",
     "RowStatistics",
     "SigLipLoss",
     "Statistics",

@@ -328,6 +328,23 @@ def target(value: object, like: Tensor, columns: int, ignore_index: int, several
     return _below(columns, "target", index, ignore_index, f"ignore_index ({ignore_index})")
 
 
+def places(name: str, value: object, size: int, device: torch.device, like: str = "the table") -> Tensor:
+    """Return (N,) indices below `size` as int64.
+
+    Out of range is an error where values are free; elsewhere PyTorch's own look-up stops.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an integer tensor of shape (N,), got {type(value).__name__}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have 1 dimension (N,), got shape {tuple(value.shape)}")
+    index = ids(name, value, tuple(value.shape), device, like)
+    if values_are_free(index):
+        bad = (index < 0) | (index >= size)
+        if bad.any():
+            raise ValueError(f"{name} must be in [0, {size}), got {index[bad][0].item()}")
+    return index
+
+
 def negative_index(value: object, like: Tensor, table: Tensor) -> Tensor:
     """Return (N, H) indices of rows of a table, or -1, which is no negative. Out of range is what it is of a target."""
     expected = f"({len(like)}, H)"

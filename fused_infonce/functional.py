@@ -10,6 +10,7 @@ from .losses.info_nce import explain, info_nce
 from .losses.moco import moco_loss
 from .losses.multiple_negatives import multiple_negatives
 from .losses.nt_xent import nt_xent
+from .losses.robust import robust_info_nce
 from .losses.siglip import siglip_loss
 from .losses.sup_con import sup_con
 
@@ -27,6 +28,7 @@ __all__ = [
     "moco_loss",
     "multiple_negatives",
     "nt_xent",
+    "robust_info_nce",
     "siglip_loss",
     "sup_con",
     "von_mises_fisher_weight",

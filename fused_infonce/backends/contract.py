@@ -191,7 +191,9 @@ class Problem:
         )  # fmt: skip
 
     def of_rows(self) -> Problem:
-        """Return the problem without the direction that `columns` asks for."""
+        """Return the problem without the direction that `columns` asks for, itself where there is none."""
+        if not self.columns:
+            return self
         return replace(self, columns=False, opposite=None, offset=None if self.offset is None else self.offset[0])
 
     def tensors(self) -> list[Tensor | None]:

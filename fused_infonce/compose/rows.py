@@ -94,6 +94,12 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
 
 
+def last_of_each(index: Tensor) -> Tensor:
+    """Return for every row the place of the last row that has its index, (N,), without a synchronisation."""
+    ordered, place = torch.sort(index, stable=True)
+    return place[torch.searchsorted(ordered, index, right=True) - 1]
+
+
 def widened(problem: Problem) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return a problem whose 16-bit gradients are added in float32 and rounded once, and the context; see `wide`."""
     (query, *keys), context = all_wide(problem.inputs)
@@ -198,3 +204,8 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
         if problem.self_similar:
             total, count = total - first, count - 1
     return total, count
+
+
+def negative_counts(problem: Problem) -> Tensor:
+    """Return the number of each row's negatives, (N,) int64; those of a guided problem are not known."""
+    return negative_sums(problem, [rows.detach()[..., :0] for rows in problem.inputs[1:]])[1]

@@ -14,7 +14,7 @@ from ..backends.contract import Problem, RowStatistics
 from ..backends.row_losses import infonce
 from ..compose.arguments import NegativeMode, call_options, of_keys, of_views
 from ..compose.reduction import Loss, reduced
-from ..compose.rows import negative_sums, one_id_a_row
+from ..compose.rows import negative_counts, one_id_a_row
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import Negatives, PairLoss
@@ -147,7 +147,7 @@ def _losses(problem: Problem, rows: RowStatistics, tau: Tensor) -> Tensor:
     t, x = problem.temperature.values, rows.neg - rows.pos
     none = x == -torch.inf  # the row has no negatives
     x = x.masked_fill(none, 0)
-    n = negative_sums(problem, [rows.detach()[..., :0] for rows in problem.inputs[1:]])[1].clamp(min=1).to(x.dtype)
+    n = negative_counts(problem).clamp(min=1).to(x.dtype)
     y = torch.log(n * tau) - x
     over = y > -torch.finfo(y.dtype).tiny  # NaN is not over, and stays; below this -y the slope 1 / y is infinite
     log1mexp = torch.log(-torch.expm1(y.masked_fill(over, -1)))

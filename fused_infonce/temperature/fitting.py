@@ -13,8 +13,9 @@ from .. import checks
 from ..backends import BackendName
 from ..backends.ladder import Ladder
 from ..compose.arguments import call_options
+from ..distributed import DistributedLike, together
 from .ranking import Bounds
-from .sweep import WIDEST, Sweep, problem_of, swept
+from .sweep import WIDEST, Sweep, of_ranks, problem_of
 
 NEAR = 4.0  # a first range around `init`: this factor on both sides
 STEPS = 50  # of a bisection, each of O(N): as many bits
@@ -72,6 +73,7 @@ class Fit(NamedTuple):
         return Verdict("too cold" if ratio > 1 else "too warm", ratio, sigmas)
 
 
+@together
 @torch.no_grad()
 def fit(
     query: Tensor,
@@ -90,6 +92,7 @@ def fit(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Fit:
     """Compute the temperature with the least negative log-likelihood on pairs that the model was not trained on.
 
@@ -103,7 +106,7 @@ def fit(
         init: where to start, with a sweep of the temperatures within a factor of 4; by default one of all the bounds.
         bounds: the least and the greatest temperature, at most 4096 apart in ratio.
         tolerance: of the last step, relative to t. max_passes: over the scores.
-        The other arguments are those of `sweep`.
+        The other arguments are those of `sweep`; over several processes all find the same.
 
     Returns:
         A `Fit`. Where every pair is ranked first, or the NLL still falls at an end of the bounds, it has not converged,
@@ -120,16 +123,15 @@ def fit(
         raise ValueError(f"init must be within bounds ({low:g}, {high:g}), got {init:g}")
     checks.positive_float("tolerance", tolerance)
     checks.whole("max_passes", max_passes, 1)
-    options = call_options(backend, workspace_limit)
+    options = call_options(backend, workspace_limit, distributed=distributed)
     problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
-    if len(query) < 2:
-        raise ValueError("a temperature is fitted to 2 pairs or more, got 1")
     window = (low, high) if init is None else (max(low, init / NEAR), min(high, init * NEAR))
+    with of_ranks(problem, options, f"temperatures in {low}, {high} from {window}", least=2) as swept:
 
-    def sweep_of(coldest: float, warmest: float) -> Sweep:
-        return swept(problem, options, Ladder.over(coldest, warmest))
+        def sweep_of(coldest: float, warmest: float) -> Sweep:
+            return swept(Ladder.over(coldest, warmest))
 
-    return Search(sweep_of, problem.columns, (low, high), tolerance, max_passes).run(window)
+        return Search(sweep_of, symmetric, (low, high), tolerance, max_passes).run(window)
 
 
 def bounds_of(bounds: Any) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from .fitting import Fit, bounds_of, fit
-from .scale import HasTemperature
+from .scale import HasTemperature, assignable
 
 
 class Followed(NamedTuple):
@@ -33,7 +33,8 @@ class HeldOutTemperature:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
         every: steps from one fit to the next; the first step fits. bounds: as of `fit`.
         smoothing: in [0, 1), how much of the old temperature is kept.
-        options: further arguments of `fit`, such as `symmetric` or `backend`.
+        options: further arguments of `fit`, such as `symmetric` or `backend`. `distributed` is the loss's where it is
+            not given: each process passes held-out pairs of its own, and all get the same temperature.
 
     Raises:
         TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
@@ -55,13 +56,9 @@ class HeldOutTemperature:
         smoothing: float = 0.0,
         **options: Any,
     ):
-        if not isinstance(loss, HasTemperature):
-            raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
-        if loss.logit_scale is not None:
-            raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
         if checks.fraction("smoothing", smoothing) == 1:
             raise ValueError("smoothing must be less than 1, which would keep the temperature for ever")
-        self.loss, self.every, self.bounds = loss, checks.whole("every", every, 1), bounds_of(bounds)
+        self.loss, self.every, self.bounds = assignable(loss), checks.whole("every", every, 1), bounds_of(bounds)
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
         self.history: list[Followed] = []  # the fits, which `state_dict` leaves out
@@ -82,7 +79,8 @@ class HeldOutTemperature:
         if not due:
             return None
         pairs = query() if callable(query) else (query, key)
-        found = fit(*pairs, bounds=self.bounds, **self.options)
+        options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
+        found = fit(*pairs, bounds=self.bounds, **options)
         if found.converged:
             old = self.loss.temperature
             new = found.temperature

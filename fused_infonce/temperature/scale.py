@@ -181,3 +181,12 @@ class HasTemperature(nn.Module):
         if type(self.logit_scale) in (Tensor, nn.Parameter) and not self.logit_scale.is_meta:  # its value is here
             shown = {NAME: float(f"{torch.exp(-self.logit_scale.detach()).item():.6g}")} | shown
         return shown if self.max_logit_scale is None else shown | {"max_logit_scale": self.max_logit_scale}
+
+
+def assignable(loss: Any) -> HasTemperature:
+    """Return a loss whose temperature may be assigned at every step: one that does not learn it."""
+    if not isinstance(loss, HasTemperature):
+        raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
+    if loss.logit_scale is not None:
+        raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
+    return loss

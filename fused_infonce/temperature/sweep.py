@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from .. import checks, contrast
 from ..backends import BackendName, Options
 from ..backends.contract import Problem, Profile
 from ..backends.ladder import Ladder
+from ..compose.across import Met, across, meet
 from ..compose.arguments import call_options, of_keys
+from ..distributed import Call, DistributedLike, together
 from .calibration import Calibration, calibration
 from .interpolation import AtOne, between
 from .ranking import Bounds, Ranks
@@ -137,6 +140,7 @@ class Sweep:
         draw(path, self, fit, temperature, random)
 
 
+@together
 @torch.no_grad()
 def sweep(
     query: Tensor,
@@ -152,6 +156,7 @@ def sweep(
     normalize: bool = True,
     backend: BackendName = "auto",
     workspace_limit: int | None = None,
+    distributed: DistributedLike = False,
 ) -> Sweep:
     """Compute what every temperature of a range makes of pairs, in one pass over the scores and without holding them.
 
@@ -166,10 +171,12 @@ def sweep(
         negatives: further keys, (H, D) of all queries or (N, H, D) of one each, beside the other rows' keys.
         symmetric: also score the keys against the queries; see `Sweep`. Not with `target`.
         normalize: divide rows by their norms.
-        backend, workspace_limit: as of every loss. A sweep has no gradient and is of one process.
+        backend, workspace_limit: as of every loss. A sweep has no gradient.
+        distributed: as of every loss. Each process passes pairs of its own, which are ranked among the keys of all.
 
     Returns:
-        A `Sweep`: float64 for float64 inputs, else float32.
+        A `Sweep`: float64 for float64 inputs, else float32. Over several processes it is that of all their pairs, in
+        the order of the processes, and bitwise the same on all.
 
     Raises:
         ValueError: shapes, devices, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
@@ -177,9 +184,10 @@ def sweep(
     Source: this library. log_z is a cumulant generating function in 1 / t, whose derivatives are the cumulants.
     """
     ladder = ladder_of(temperatures)
-    options = call_options(backend, workspace_limit)
+    options = call_options(backend, workspace_limit, distributed=distributed)
     problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
-    return swept(problem, options, ladder)
+    with of_ranks(problem, options, f"temperatures {ladder}") as swept:
+        return swept(ladder)
 
 
 def ladder_of(temperatures: Any, name: str = "temperatures") -> Ladder:
@@ -211,8 +219,6 @@ def problem_of(
         in_batch_negatives=True, ignore_index=-1, target=target, query_ids=query_ids, key_ids=key_ids,
         key_bias=key_bias, names=("key", "symmetric"),
     )  # fmt: skip
-    if not len(query):
-        raise ValueError(f"query must have a row, got shape {tuple(query.shape)}")
     if problem.target is not None and (problem.target < 0).any():
         row = (problem.target < 0).nonzero()[0].item()
         raise ValueError(f"target must name a key for every row, got -1 for row {row}: leave such rows out")
@@ -223,9 +229,38 @@ def problem_of(
     return problem
 
 
-def swept(problem: Problem, options: Options, ladder: Ladder) -> Sweep:
-    """Return the sweep of a problem over a ladder, of both directions where it has both."""
+@contextmanager
+def of_ranks(
+    problem: Problem, options: Options, alike: str = "", least: int = 1
+) -> Iterator[Callable[[Ladder], Sweep]]:  # fmt: skip
+    """Give a function that sweeps a problem over a ladder, or the problem of all ranks, of which this one is a part.
+
+    alike: what else must be the same on every rank. least: the number of pairs that is needed.
+    """
+    call: Call | None = options.call
+    met = None
+    if call is not None:
+        call.noted += f"{alike}; "
+        met = meet(problem, options)
+    rows = len(problem.query.rows) if met is None else sum(met.queries)
+    if rows < least:
+        raise ValueError(f"query must have {least} {'row' if least == 1 else 'rows'} or more, got {rows}")
+    whole, products = across(problem, options, met=met, lean=True)
+    with products:
+        yield lambda ladder: _swept(whole, options, met, ladder)
+
+
+def _swept(problem: Problem, options: Options, met: Met | None, ladder: Ladder) -> Sweep:
+    """Return the sweep of a problem over a ladder, of both directions where it has both, of the rows of all ranks."""
     directions = [problem.of_rows(), *([problem.swapped()] if problem.columns else [])]
     found = [contrast.profile(each, options, ladder) for each in directions]
+    if met is not None:
+        found = [_gathered(options.call, each, met.queries) for each in found]
     whole = Profile(*(torch.cat(parts, -1) for parts in zip(*found, strict=True)))
     return Sweep(1 / ladder.inverse(whole.pos), *whole)
+
+
+def _gathered(call: Call, found: Profile, counts: Sequence[int]) -> Profile:
+    """Return the profile of the rows of all ranks from that of this one's."""
+    begun = [call.communicator.all_gather(x.movedim(-1, 0).contiguous(), counts) for x in found]
+    return Profile(*(rows().movedim(0, -1).contiguous() for rows in begun))

@@ -19,6 +19,7 @@ from oracles import (
     info_nce,
     moco,
     multiple_negatives,
+    robust,
     siglip,
     views,
 )
@@ -40,6 +41,7 @@ PAIRS: dict[str, tuple[Loss, dict[str, list[Any]]]] = {
         debiased.debiased_info_nce,
         {"weight": [None, "rows"], "tau_plus": [0.0, 0.1, "rows"], "normalize": [True]},
     ),
+    "robust_info_nce": (robust.robust_info_nce, {"weight": [None, "rows"], "rho": [0.0, 0.3]}),
 }
 
 
@@ -342,6 +344,7 @@ SECOND = {
     "decoupled_nt_xent": lambda q, k, t: functional.decoupled_nt_xent(q, k, t, backend="reference"),
     "debiased_info_nce": lambda q, k, t: functional.debiased_info_nce(q, k, temperature=t, backend="reference"),
     "debiased_nt_xent": lambda q, k, t: functional.debiased_nt_xent(q, k, t, backend="reference"),
+    "robust_info_nce": lambda q, k, t: functional.robust_info_nce(q, k, temperature=t, backend="reference"),
     "grouped_info_nce": lambda q, k, t: functional.grouped_info_nce(
         q, torch.cat([k, k.flip(1)]), 2, temperature=t, distillation="kl_div", teacher_scores=rows(4, d=2).detach(),
         backend="reference",

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fused_infonce import ClipLoss, FusedInfoNCELoss, MatryoshkaLoss, MoCoLoss, functional, info_nce
 from fused_infonce.distributed import Distributed, communicator
+from fused_infonce.temperature import fit
 
 NAMES = ("info_nce symmetric with negatives", "info_nce several targets, all", "siglip_loss weights", "nt_xent",
          "sup_con labels", "multiple_negatives in all directions", "distilled_info_nce symmetric",
@@ -68,6 +69,12 @@ def equal_one_in_kernels(rank: int) -> None:
 
     for seed, name in enumerate(("info_nce symmetric with negatives", "siglip_loss weights", "sup_con labels")):
         of_processes(name, seed, True, backend="triton")
+    query, key = torch.randn(2, 2, 9, 6, dtype=torch.float64)  # all processes draw all rows
+    key += query
+    want = fit(query.flatten(0, 1), key.flatten(0, 1), bounds=(0.1, 1.0), symmetric=True)
+    got = fit(query[rank], key[rank], bounds=(0.1, 1.0), symmetric=True, backend="triton", distributed=True)
+    assert got.converged
+    assert abs(got.temperature / want.temperature - 1) <= 1e-9
 
 
 @pytest.mark.interpreter  # which threads cannot share, so that ranks are processes

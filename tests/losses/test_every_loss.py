@@ -28,6 +28,7 @@ from fused_infonce import (
     MoCoLoss,
     MultipleNegativesLoss,
     NTXentLoss,
+    RobustInfoNCELoss,
     SigLipLoss,
     SupConLoss,
 )
@@ -72,6 +73,7 @@ CALLS = {
         lambda: (rows(N), rows(2, N)),
     ),
     "NTXentLoss": (NTXentLoss, lambda: (rows(N), rows(N), rows(N))),
+    "RobustInfoNCELoss": (lambda **o: RobustInfoNCELoss(symmetric=True, **o), lambda: (rows(N), rows(N))),
     "SigLipLoss": (
         lambda **o: SigLipLoss(normalize=True, **o),
         lambda: (rows(N), rows(N), torch.tensor(10.0), torch.tensor(-3.0, requires_grad=True), rows(5)),

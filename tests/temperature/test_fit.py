@@ -106,7 +106,7 @@ def test_where_there_is_no_minimum_it_says_why():
 
 def test_mistakes_are_refused():
     query, key = pairs(4)
-    with pytest.raises(ValueError, match="fitted to 2 pairs or more, got 1"):
+    with pytest.raises(ValueError, match="query must have 2 rows or more, got 1"):
         fit(query[:1], key[:1])
     with pytest.raises(ValueError, match=r"^no pair has a negative"):
         fit(query, key, key_ids=torch.zeros(4, dtype=torch.int64))

@@ -241,7 +241,7 @@ def test_mistakes_are_refused():
         sweep(query, query, 0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^temperatures must be positive"):
         sweep(query, query, [-1.0])
-    with pytest.raises(ValueError, match=r"^query must have a row"):
+    with pytest.raises(ValueError, match=r"^query must have 1 row or more, got 0"):
         sweep(query[:0], query[:0])
     with pytest.raises(ValueError, match=r"^t must be in \[0.1, 0.2\], the range of this sweep, got 0.3"):
         sweep(query, query, torch.tensor([0.1, 0.2])).nll(0.3)
