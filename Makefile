@@ -32,8 +32,8 @@ help: ## this list
 demo: $(VENV)/.installed-demo ## train a text retriever and show what it finds; ASK="..." then asks the saved model
 	$(BIN)/python -m examples.retrieval $(DEMO_ARGS)
 
-demo-temperature: $(VENV)/.installed-demo ## train the text retriever at several temperatures
-	$(BIN)/python -m examples.retrieval --temperatures $(DEMO_ARGS)
+demo-temperature: $(VENV)/.installed-demo ## train at fixed, learned and fitted temperatures, side by side
+	$(BIN)/python -m examples.temperature $(DEMO_ARGS)
 
 demo-recommender: $(VENV)/.recommender ## train a recommender with and without the correction of in-batch negatives
 	$(BIN)/python -m examples.recommender $(DEMO_ARGS)

@@ -9,6 +9,7 @@ from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
 from .losses.decoupled import DCLLoss
 from .losses.distilled import DistillationLoss
+from .losses.global_contrastive import GlobalContrastiveLoss
 from .losses.grouped import GroupedInfoNCELoss
 from .losses.guided import GuidedInfoNCELoss
 from .losses.info_nce import FusedInfoNCELoss
@@ -28,6 +29,7 @@ __all__ = [
     "DistillationLoss",
     "Distributed",
     "FusedInfoNCELoss",
+    "GlobalContrastiveLoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
     "MatryoshkaLoss",

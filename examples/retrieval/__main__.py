@@ -15,9 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line as it comes
     # Worker processes import this module and need no torch, so it is imported here.
-    if settings.temperatures is not None:
-        from .temperature import run
-    elif settings.questions:
+    if settings.questions:
         from .answers import run
     else:
         from .show import run

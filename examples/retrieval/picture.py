@@ -106,41 +106,6 @@ def _draw_cost(axes: Axes, report: dict[str, Any], field: str, label: str, title
     _finish(axes, title, legend="upper left")
 
 
-def draw_temperatures(path: Path, report: dict[str, Any]) -> None:
-    """Draws scores and gradient errors against the temperature."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    runs = report["temperatures"]
-    temperatures = [run["temperature"] for run in runs]
-    for form, colour, title in (("strict", OURS, "name's words removed"), ("plain", PLAIN, "name removed")):
-        for metric, style, label in (("recall_at_1", "-o", "R@1"), ("mrr_at_10", ":o", "MRR@10")):
-            values = [run["retrieval"][form][metric] for run in runs]
-            left.plot(temperatures, values, style, color=colour, label=f"{label}, {title}")
-    left.set_ylabel("score")
-    left.set_ylim(0, 1.05)
-    _finish(left, f"Retrieval among {report['training']['held_out']} held-out objects", legend="upper left")
-    for name, colour, label in (
-        ("dense", DENSE, "dense loss in bfloat16"),
-        ("fused", OURS, "FusedInfoNCELoss"),
-        ("rounding", "black", "exact gradient, rounded to bfloat16"),
-    ):
-        errors = [run["gradient_error"]["training batch"][name] for run in runs]
-        right.plot(temperatures, errors, "--" if name == "rounding" else "-o", color=colour, label=label)
-    right.set_yscale("log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    right.yaxis.set_minor_formatter(NullFormatter())
-    right.set_ylabel("relative error of the gradient (Frobenius)")
-    _finish(right, "bfloat16 gradient on the trained embeddings, against float64", legend="upper right")
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
-        axes.minorticks_off()
-        axes.set_xlabel("temperature")
-    figure.suptitle(report["device"], fontsize=10)
-    _save(figure, path)
-
-
 def _finish(axes: Axes, title: str, legend: str | None) -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(True, axis="y", color="#e6e8eb", linewidth=0.8)

@@ -28,7 +28,6 @@ class Settings:
     source: Path | None = None
     strict: bool = False
     questions: tuple[str, ...] = ()
-    temperatures: tuple[float, ...] | None = None
     next_command: str = 'make demo ASK="..."'
 
 
@@ -45,12 +44,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
         default=os.environ.get("ASK"),
         help='only answer these questions, separated by ";" (also the environment variable ASK), from the saved model '
         "where one was made with the same settings",
-    )
-    parser.add_argument(
-        "--temperatures",
-        nargs="*",
-        type=float,
-        help="compare these temperatures instead (0.5, 0.1, 0.05 and 0.02 where none is named)",
     )
     parser.add_argument("--source", type=Path, help="mine the sources below this folder, not the installed packages")
     parser.add_argument("--output", type=Path, default=default.output, help="folder for picture, report and model")
@@ -69,8 +62,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(parser.parse_args(given))
     asked = tuple(question.strip() for question in (options.pop("ask") or "").split(";") if question.strip())
-    if options["temperatures"] is not None:
-        options["temperatures"] = tuple(options["temperatures"]) or (0.5, 0.1, 0.05, 0.02)
     options["cost_batches"] = tuple(options["cost_batches"])
     # The same options again, or the saved model would not be the one that they ask for.
     next_command = default.next_command + (f" DEMO_ARGS={shlex.quote(shlex.join(given))}" if given else "")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -27,7 +28,8 @@ class HeldOutTemperature:
         log t <- smoothing log t + (1 - smoothing) log t*
 
     A temperature that learns with the embeddings fits the pairs they are trained on, and ends too cold for others.
-    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays.
+    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays. Step before the first
+    training step, which would otherwise be at a temperature that nobody has fitted.
 
     Args:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
@@ -44,8 +46,8 @@ class HeldOutTemperature:
     Example:
         >>> follow = HeldOutTemperature(loss, every=100)
         >>> for batch in batches:
+        ...     follow.step(lambda: (encoder(held_out_query), encoder(held_out_key)))
         ...     train(batch)
-        ...     follow.step(lambda: (encode(held_out_queries), encode(held_out_keys)))
     """
 
     def __init__(
@@ -68,19 +70,24 @@ class HeldOutTemperature:
         """What the last fit found."""
         return self.history[-1].fit if self.history else None
 
-    def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Any = None) -> Fit | None:
+    def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Tensor | None = None) -> Fit | None:
         """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None.
 
-        query, key: embeddings of held-out pairs, (N, D); or one function of no arguments that returns both, which is
-        called where a fit is due alone.
+        query, key: the embeddings (N, D) of held-out pairs; or in place of both a function of no arguments that returns
+            them, which is called, without gradients, only where a fit is due.
         """
+        if callable(query) == (key is not None):
+            raise TypeError("step takes query and key, or one function of no arguments that returns both")
         due = self.steps % self.every == 0
         self.steps += 1
         if not due:
             return None
-        pairs = query() if callable(query) else (query, key)
+        if callable(query):
+            with torch.no_grad():
+                query, key = query()
         options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
-        found = fit(*pairs, bounds=self.bounds, **options)
+        assert key is not None
+        found = fit(query, key, bounds=self.bounds, **options)
         if found.converged:
             old = self.loss.temperature
             new = found.temperature

@@ -50,8 +50,6 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASK", "one thing; another;")
     assert parse_arguments([]).questions == ("one thing", "another")
     assert parse_arguments(["--ask", "mine"]).questions == ("mine",)
-    assert parse_arguments([]).temperatures is None
-    assert parse_arguments(["--temperatures"]).temperatures == (0.5, 0.1, 0.05, 0.02)
     monkeypatch.delenv("ASK")
     assert parse_arguments([]).questions == ()
     assert parse_arguments([]).next_command == 'make demo ASK="..."'
@@ -178,14 +176,3 @@ def test_shown_held_out_pairs_are_evenly_spaced() -> None:
     pairs = [make(f"m.f{number}", "an object that is described by six words") for number in range(1000)]
     assert answers.evenly(split.Split([], pairs)).held_out == pairs[::100]
     assert answers.evenly(split.Split([], pairs[:7])).held_out == pairs[:7]
-
-
-def test_a_tiny_run_at_two_temperatures(synthetic_source: Path, tmp_path: Path) -> None:
-    tiny_run(synthetic_source, tmp_path / "out", "--temperatures", "0.5", "0.05")
-    report = json.loads((tmp_path / "out" / "temperature.json").read_text())
-    assert [one["temperature"] for one in report["temperatures"]] == [0.5, 0.05]
-    for one in report["temperatures"]:
-        errors = one["gradient_error"]["training batch"]
-        assert 0 < errors["rounding"] <= 1.01 * errors["fused"] < 5e-3
-        assert errors["fused"] < errors["dense"]
-    assert (tmp_path / "out" / "temperature.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,7 @@ from fused_infonce import (
     DebiasedLoss,
     DistillationLoss,
     FusedInfoNCELoss,
+    GlobalContrastiveLoss,
     GroupedInfoNCELoss,
     GuidedInfoNCELoss,
     MatryoshkaLoss,
@@ -50,6 +51,10 @@ CALLS = {
         lambda: (rows(N), rows(N), torch.randn(N, 5), torch.randn(N, 5)),
     ),
     "FusedInfoNCELoss": (lambda **o: FusedInfoNCELoss(learnable_temperature=True, **o), lambda: (rows(N), rows(N))),
+    "GlobalContrastiveLoss": (
+        lambda **o: GlobalContrastiveLoss(N, negatives="keys", **o),
+        lambda: (rows(N), rows(N), torch.arange(N)),
+    ),
     "GroupedInfoNCELoss": (
         lambda **o: GroupedInfoNCELoss(3, distillation="m3_kd_loss", **o),
         lambda: (rows(N), rows(3 * N), torch.randn(N, 3)),

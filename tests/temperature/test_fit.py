@@ -160,6 +160,24 @@ def test_a_temperature_that_follows_held_out_pairs():
     assert again.loss.temperature == pytest.approx(math.sqrt(2) * t)
 
 
+def test_held_out_pairs_are_embedded_where_a_fit_is_due():
+    encoder, (query, key) = torch.nn.Linear(12, 12).double(), pairs()
+    calls = []
+
+    def embedded() -> tuple[Tensor, Tensor]:
+        calls.append(torch.is_grad_enabled())
+        return encoder(query), encoder(key)
+
+    follow = HeldOutTemperature(FusedInfoNCELoss(temperature=1.0), every=3)
+    found = [follow.step(embedded) for _ in range(4)]
+    assert [x is None for x in found] == [False, True, True, False]
+    assert calls == [False, False]
+    assert found[0] == fit(encoder(query).detach(), encoder(key).detach())
+    for wrong in ((query,), (embedded, key)):
+        with pytest.raises(TypeError, match="step takes query and key, or one function of no arguments"):
+            follow.step(*wrong)
+
+
 def test_a_temperature_stays_where_a_fit_has_no_minimum():
     loss = FusedInfoNCELoss(temperature=0.07)
     found = HeldOutTemperature(loss, symmetric=True).step(*pairs(noise=0.1))
