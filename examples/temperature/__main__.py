@@ -1,4 +1,4 @@
-"""Train at fixed temperatures, at a learned one, and at one that is fitted to held-out pairs, on two tasks.
+"""Train at fixed temperatures, at a learned one, at one that is fitted to held-out pairs, and by rules, on two tasks.
 
     python -m examples.temperature            (or: make demo-temperature)
 
@@ -11,6 +11,7 @@ training; and draws a picture.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -145,6 +146,8 @@ def print_runs(task: Task, runs: Runs, seeds: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, prints, draws and writes; returns 1 where `--strict` found something claimed not shown, else 0."""
     given = parsed(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line as it comes
     started = time.perf_counter()
     claims, report = [], {}
     for name, splits in tasks(given).items():

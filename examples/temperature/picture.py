@@ -12,8 +12,9 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from ..retrieval.picture import DENSE, OURS, PLAIN
 
-COLOURS = {"held out": OURS, "fixed": PLAIN, "learned": DENSE}
-MARKERS = {"held out": "o", "fixed": "s", "learned": "D"}
+COLOURS = {"held out": OURS, "fixed": PLAIN, "learned": DENSE, "rule": "#7a5195"}
+MARKERS = {"held out": "o", "fixed": "s", "learned": "D", "rule": "^"}
+LABELS = {"held out": "fitted to held-out pairs", "rule": "rules on the training batch"}
 FIGURES = (("recall_at_1", "R@1"), ("nll", "NLL at the final temperature"), ("ece", "ECE at the final temperature"))
 
 
@@ -43,7 +44,7 @@ def _draw_histories(axes: Axes, task: dict[str, Any]) -> None:
         kind = _kind(policy)
         for run in runs if kind != "fixed" else runs[:1]:
             style: dict[str, Any] = {"color": COLOURS[kind], "linewidth": 0.8 if kind == "fixed" else 1.3, "alpha": 0.8}
-            label = None if kind in shown else {"held out": "fitted to held-out pairs"}.get(kind, kind)
+            label = None if kind in shown else LABELS.get(kind, kind)
             axes.plot(range(1, len(run["history"]) + 1), run["history"], label=label, **style)
             shown.add(kind)
     _logarithmic(axes)
