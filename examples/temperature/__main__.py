@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from ..retrieval.report import Claim, environment, print_claims, print_table, wr
 from ..retrieval.split import drop_repeats
 from .picture import draw
 from .task import Task, digits, docstrings
-from .train import DEFAULTS, POLICIES, Policy, Run, train
+from .train import DEFAULTS, EVERY, POLICIES, Policy, Run, train
 
 Runs = dict[Policy, list[Run]]  # of a task, by seed
 
@@ -134,6 +135,13 @@ COLUMNS = {
 }  # fmt: skip
 
 
+def reported(run: Run) -> dict[str, Any]:
+    """Returns a run as it is written, to six digits and with one temperature of several steps."""
+    found = asdict(run) | {"history": run.history[::EVERY]}
+    rounded: dict[str, Any] = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.6g}"))
+    return rounded
+
+
 def print_runs(task: Task, runs: Runs, seeds: int) -> None:
     print(f"\n{task.title}: {len(task.train)} pairs to train on, {len(task.fitting)} to fit with, {len(task.test)} to")
     print(f"test with; {task.steps} steps of {task.batch}; means of {seeds} seeds:\n")
@@ -157,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report[name] = {
             "title": task.title, "pairs": [len(x) for x in (task.train, task.fitting, task.test)],
             "batch": task.batch, "steps": task.steps,
-            "runs": {str(policy): [asdict(run) for run in found] for policy, found in runs.items()},
+            "every": EVERY, "runs": {str(policy): list(map(reported, found)) for policy, found in runs.items()},
         }  # fmt: skip
     status = print_claims(claims, given.strict)
     seconds = time.perf_counter() - started
