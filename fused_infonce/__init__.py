@@ -9,10 +9,12 @@ from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
 from .losses.decoupled import DCLLoss
 from .losses.distilled import DistillationLoss
+from .losses.global_contrastive import GlobalContrastiveLoss
 from .losses.grouped import GroupedInfoNCELoss
 from .losses.guided import GuidedInfoNCELoss
 from .losses.info_nce import FusedInfoNCELoss
 from .losses.moco import MoCoLoss
+from .losses.model_aware import MACLLoss
 from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.robust import RobustInfoNCELoss
@@ -28,8 +30,10 @@ __all__ = [
     "DistillationLoss",
     "Distributed",
     "FusedInfoNCELoss",
+    "GlobalContrastiveLoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
+    "MACLLoss",
     "MatryoshkaLoss",
     "MoCoLoss",
     "MultipleNegativesLoss",

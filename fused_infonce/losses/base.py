@@ -127,8 +127,8 @@ class ContrastiveLoss(HasTemperature, Explained):
         """Show the temperature, the reduction, and every other option that is not at its default."""
         shown = self.shown_temperature() | {"reduction": self.reduction}
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name, parameter.default)
-            if name not in TEMPERATURE and value is not parameter.default and value != parameter.default:
+            value = parameter.default if name in TEMPERATURE else getattr(self, name, parameter.default)
+            if value is not parameter.default and value != parameter.default:
                 shown[name] = value
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..backends.indexing import take_rows
-from ..compose.rows import last_of_each
+from ..compose.moving_average import put_last
 from .fitting import bounds_of
 
 
@@ -38,7 +38,7 @@ class IndividualTemperature(nn.Module):
     Raises:
         ValueError: values, indices out of range. TypeError: types.
 
-    References: Qiu et al. 2023, arXiv:2305.11965 (algorithm 1); https://github.com/zhqiu/contrastive-learning-iSogCLR;
+    References: Qiu et al. 2023, arXiv:2305.11965; https://github.com/zhqiu/contrastive-learning-iSogCLR;
     https://github.com/Optimization-AI/LibAUC.
 
     Example:
@@ -113,13 +113,12 @@ class IndividualTemperature(nn.Module):
             raise ValueError("a table is stepped with lr=...: without it give its parameters() to an optimizer")
         place = self._places(index)
         checks.per_row("gradient", gradient, place)
-        new = gradient[last_of_each(place)].to(self.values.dtype)
+        new = gradient.to(self.values.dtype)
         new = new if self.clip is None else new.clamp(-self.clip, self.clip)
-        old, t = self.gradient[place], self.values[place]
-        average = torch.where(new.isfinite(), torch.lerp(old, new, self.beta), old)
-        moved = torch.where(new.isfinite(), (t - self.lr * average).clamp(*self.bounds), t)
-        self.gradient.index_copy_(0, place, average)
-        self.values.index_copy_(0, place, moved)
+        average = torch.lerp(self.gradient[place], new, self.beta)
+        average = torch.where(average.isfinite(), average, torch.nan)
+        put_last(self.gradient, place, average)
+        put_last(self.values, place, (self.values[place] - self.lr * average).clamp(*self.bounds))
 
     @torch.no_grad()
     def clamp_(self) -> None:

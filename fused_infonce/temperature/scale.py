@@ -106,7 +106,9 @@ class HasTemperature(nn.Module):
 
     @property
     def held_temperature(self) -> TemperatureLike:
-        """The temperature as it was assigned, a callable not called."""
+        """The temperature as it was assigned, a callable not called; a learnable one's value."""
+        if self.logit_scale is not None:
+            return self.temperature
         for held in (self._parameters, self._modules):
             if NAME in held:
                 return held[NAME]  # type: ignore[return-value]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..distributed import of_module
 from ..losses.base import Explained
+from ..losses.global_contrastive import GlobalContrastiveLoss
 from ..losses.moco import MoCoLoss
 
 # Arguments of this package's losses that are not embeddings, or not those of the model in training.
@@ -45,7 +46,7 @@ class MatryoshkaLoss(Explained):
         loss: l, a module, whose parameters are then this one's too, or a function; it returns a tensor of any shape.
             Not `MoCoLoss`: its queue takes each batch once, and whole. For MoCo's loss let l be
             `lambda query, key, negatives: moco_loss(query, key, negatives.T)`, call it with `moco.queue.T`, and then
-            `moco.enqueue(key)`.
+            `moco.enqueue(key)`. Nor `GlobalContrastiveLoss`, whose estimates are of embeddings of one length.
         dims: the d_k, none above D. They are used from the largest to the smallest. With D among them the whole
             embeddings are trained too.
         weights: the w_k, one for each of `dims`; None: all 1.
@@ -79,6 +80,8 @@ class MatryoshkaLoss(Explained):
             raise TypeError(f"loss must be a module or a function, got {type(loss).__name__}")
         if isinstance(loss, nn.Module) and any(isinstance(module, MoCoLoss) for module in loss.modules()):
             raise TypeError("loss must not be a MoCoLoss, whose queue holds whole keys: see MatryoshkaLoss")
+        if isinstance(loss, nn.Module) and any(isinstance(module, GlobalContrastiveLoss) for module in loss.modules()):
+            raise TypeError("loss must not be a GlobalContrastiveLoss, whose estimates are of embeddings of one length")
         if isinstance(keep, str) or not isinstance(keep, Sequence):
             raise TypeError(f"keep must be a sequence of names, got {type(keep).__name__}")
         pairs = sorted(zip(_dims(dims), _weights(weights, dims), strict=True), key=lambda pair: -pair[0])

@@ -22,8 +22,10 @@ from fused_infonce import (
     DebiasedLoss,
     DistillationLoss,
     FusedInfoNCELoss,
+    GlobalContrastiveLoss,
     GroupedInfoNCELoss,
     GuidedInfoNCELoss,
+    MACLLoss,
     MatryoshkaLoss,
     MoCoLoss,
     MultipleNegativesLoss,
@@ -50,6 +52,10 @@ CALLS = {
         lambda: (rows(N), rows(N), torch.randn(N, 5), torch.randn(N, 5)),
     ),
     "FusedInfoNCELoss": (lambda **o: FusedInfoNCELoss(learnable_temperature=True, **o), lambda: (rows(N), rows(N))),
+    "GlobalContrastiveLoss": (
+        lambda **o: GlobalContrastiveLoss(N, negatives="keys", **o),
+        lambda: (rows(N), rows(N), torch.arange(N)),
+    ),
     "GroupedInfoNCELoss": (
         lambda **o: GroupedInfoNCELoss(3, distillation="m3_kd_loss", **o),
         lambda: (rows(N), rows(3 * N), torch.randn(N, 3)),
@@ -58,6 +64,7 @@ CALLS = {
         lambda **o: GuidedInfoNCELoss(0.1, contrast_queries=True, contrast_keys=True, **o),
         lambda: (rows(N), rows(N), rows(5)),
     ),
+    "MACLLoss": (lambda **o: MACLLoss(negatives="keys", symmetric=True, **o), lambda: (rows(N), rows(N))),
     "MatryoshkaLoss": (
         lambda **o: MatryoshkaLoss(FusedInfoNCELoss(learnable_temperature=True, **o), [D, D // 2], [1, 0.5]),
         lambda: (rows(N), rows(N)),

@@ -17,6 +17,7 @@ CLASSES = [
 POSITIONAL = {
     "ClipLoss": [],
     "FusedInfoNCELoss": ["temperature", "reduction", "negative_mode"],  # of info-nce-pytorch
+    "GlobalContrastiveLoss": ["samples"],
     "GroupedInfoNCELoss": ["group_size"],
     "MatryoshkaLoss": ["loss", "dims", "weights", "n_dims_per_step"],  # of sentence-transformers
     "MoCoLoss": ["dim"],

@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 
 def own_keys(module):
-    return [name for name in module.state_dict() if "queue" not in name]
+    return [name for name in module.state_dict() if "queue" not in name and name != "log_u"]
 
 
 @every_loss
