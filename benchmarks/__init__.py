@@ -6,6 +6,7 @@ Run from the repository root against an installed fused_infonce; a RESULTS path 
     python -m benchmarks.suites.gpu             the suite on a GPU
     python -m benchmarks.suites.drop_ins        every drop-in against its library
     python -m benchmarks.suites.cached          gradient caching against the step without it
+    python -m benchmarks.suites.command         the temperature of two files, in seconds and memory
     python -m benchmarks.suites.accuracy        errors at low temperatures
     python -m benchmarks.tiles.tune             tile sizes on a GPU, compiled beforehand by ahead.py
     python -m benchmarks.tiles.host_time        what a call costs the host of a GPU

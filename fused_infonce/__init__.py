@@ -9,11 +9,13 @@ from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
 from .losses.decoupled import DCLLoss
 from .losses.distilled import DistillationLoss
+from .losses.dual_temperature import DualTemperatureLoss
 from .losses.global_contrastive import GlobalContrastiveLoss
 from .losses.grouped import GroupedInfoNCELoss
 from .losses.guided import GuidedInfoNCELoss
 from .losses.info_nce import FusedInfoNCELoss
 from .losses.moco import MoCoLoss
+from .losses.model_aware import MACLLoss
 from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.robust import RobustInfoNCELoss
@@ -28,10 +30,12 @@ __all__ = [
     "DebiasedLoss",
     "DistillationLoss",
     "Distributed",
+    "DualTemperatureLoss",
     "FusedInfoNCELoss",
     "GlobalContrastiveLoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
+    "MACLLoss",
     "MatryoshkaLoss",
     "MoCoLoss",
     "MultipleNegativesLoss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,11 @@ def record(problem: Problem, parts: Parts, keys: Sequence[int] = ()) -> None:
     for part, count in zip(parts, keys, strict=False):
         pos, neg, mean = (x.detach() for x in part)
         recordings.here.append(Recorded(pos, neg, mean, t.detach().expand(len(neg)), count))
+
+
+def unrecorded() -> AbstractContextManager[Any]:
+    """Return a context in which no rows are noted: of statistics that are weights of a loss, and not its softmax."""
+    return recordings.taken() if recordings.wanted else nullcontext()
 
 
 def record_positives(pos: Tensor) -> None:

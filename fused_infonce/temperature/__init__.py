@@ -1,5 +1,6 @@
 """The temperature of a loss: held, learned and scheduled; swept over a range, fitted to held-out pairs, calibrated."""
 
+from .alignment import alignment_temperature
 from .calibration import Calibration, calibration
 from .diagnosis import Diagnosis, diagnose, diagnose_step
 from .fitting import Fit, Verdict, fit
@@ -23,6 +24,7 @@ __all__ = [
     "TemperatureSchedule",
     "Verdict",
     "Warned",
+    "alignment_temperature",
     "calibration",
     "diagnose",
     "diagnose_step",

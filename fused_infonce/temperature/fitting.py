@@ -14,6 +14,7 @@ from ..backends import BackendName
 from ..backends.ladder import Ladder
 from ..compose.arguments import call_options
 from ..distributed import DistributedLike, together
+from .ranking import Bounds
 from .sweep import WIDEST, Sweep, of_ranks, problem_of
 
 NEAR = 4.0  # a first range around `init`: this factor on both sides
@@ -44,6 +45,7 @@ class Fit(NamedTuple):
         first two derivatives of row losses in 1 / t (the sandwich, White 1982); NaN where there is no minimum
     nll: at `temperature`. converged: whether the last step was within the tolerance. reason: why it ended. passes: over
         the scores
+    recall: the share of rows whose positive scores highest, (pessimistic, optimistic) on ties, from the same passes
     """
 
     temperature: float
@@ -52,6 +54,7 @@ class Fit(NamedTuple):
     converged: bool
     reason: str
     passes: int
+    recall: Bounds
 
     def versus(self, temperature: float, within: float = 0.1) -> Verdict:
         """Return whether a training temperature is too cold, right or too warm for these pairs.
@@ -124,7 +127,11 @@ def fit(
     problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
     window = (low, high) if init is None else (max(low, init / NEAR), min(high, init * NEAR))
     with of_ranks(problem, options, f"temperatures in {low}, {high} from {window}", least=2) as swept:
-        return _Search(swept, symmetric, (low, high), tolerance, max_passes).run(window)
+
+        def sweep_of(coldest: float, warmest: float) -> Sweep:
+            return swept(Ladder.over(coldest, warmest))
+
+        return Search(sweep_of, symmetric, (low, high), tolerance, max_passes).run(window)
 
 
 def bounds_of(bounds: Any) -> tuple[float, float]:
@@ -152,49 +159,58 @@ def slopes(found: Sweep, t: float) -> Slopes:
     return Slopes(share * slope, share * at.variance + share * torch.sigmoid(-x) * slope**2)
 
 
-class _Search:
-    """A search for the minimum, of one call of `fit`."""
+def least(found: Sweep, low: float, high: float) -> float:
+    """Return the temperature of [low, high] with the least NLL, by bisection of its slope in 1 / t."""
+    if slopes(found, low).first.mean() <= 0:
+        return low
+    if slopes(found, high).first.mean() >= 0:
+        return high
+    for _ in range(STEPS):
+        middle = math.sqrt(low * high)
+        if slopes(found, middle).first.mean() > 0:  # the NLL falls as 1 / t does
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
+
+
+class Search:
+    """A search for the minimum, of one call of `fit`.
+
+    Args:
+        sweep_of: makes the sweep of the pairs over a range, given its coldest and its warmest temperature.
+        symmetric: whether a sweep has both directions. bounds, tolerance, max_passes: as of `fit`.
+    """
 
     def __init__(
-        self, swept: Callable[[Ladder], Sweep], symmetric: bool, bounds: tuple[float, float], tolerance: float,
-        max_passes: int,
+        self, sweep_of: Callable[[float, float], Sweep], symmetric: bool, bounds: tuple[float, float],
+        tolerance: float = 1e-4, max_passes: int = 12,
     ):  # fmt: skip
-        self.swept, self.symmetric, self.bounds = swept, symmetric, bounds
+        self.sweep_of, self.symmetric, self.bounds = sweep_of, symmetric, bounds
         self.tolerance, self.max_passes, self.passes = tolerance, max_passes, 0
 
     def run(self, window: tuple[float, float]) -> Fit:
-        found = self._pass(*window)
+        """Search from a sweep of this range."""
+        return self.run_from(self._pass(*window), window)
+
+    def run_from(self, found: Sweep, window: tuple[float, float]) -> Fit:
+        """Search from a sweep that was made, of a range of which `window` is a part."""
         if (found.log_z[0] == -math.inf).all():
             raise ValueError("no pair has a negative: ids or biases leave all other keys out")
         if not found.above.any():
             return self._without_minimum(self.bounds[0], SEPARABLE)
-        t = self._least(found, window)
+        t = least(found, *window)
         while t in window and t not in self.bounds and self.passes < self.max_passes:  # it lies outside of the window
             window = max(self.bounds[0], t / NEAR**2), min(self.bounds[1], t * NEAR**2)
             found = self._pass(*window)
-            t = self._least(found, window)
+            t = least(found, *window)
         if t in self.bounds and t in window:
             return self._without_minimum(t, TOO_LOW if t == self.bounds[0] else TOO_HIGH)
         return self._newton(t, found)
 
     def _pass(self, low: float, high: float) -> Sweep:
         self.passes += 1
-        return self.swept(Ladder.over(low, high))
-
-    def _least(self, found: Sweep, window: tuple[float, float]) -> float:
-        """Return the temperature of the window with the least NLL, by bisection of its slope in 1 / t."""
-        low, high = window
-        if slopes(found, low).first.mean() <= 0:
-            return low
-        if slopes(found, high).first.mean() >= 0:
-            return high
-        for _ in range(STEPS):
-            middle = math.sqrt(low * high)
-            if slopes(found, middle).first.mean() > 0:  # the NLL falls as 1 / t does
-                low = middle
-            else:
-                high = middle
-        return math.sqrt(low * high)
+        return self.sweep_of(low, high)
 
     def _newton(self, t: float, found: Sweep) -> Fit:
         """Return the minimum near t by steps in 1 / t, each from a pass at that temperature alone."""
@@ -204,7 +220,8 @@ class _Search:
             g, h = (x.double().mean().item() for x in slopes(found, t))
             beta = 1 / t - g / h if h > 0 else math.nan
             if not math.isfinite(beta):  # NaN in the embeddings
-                return Fit(math.nan, math.nan, found.nll(here).item(), False, "the NLL is not finite", self.passes)
+                nll, recall = found.nll(here).item(), found.recall(1)
+                return Fit(math.nan, math.nan, nll, False, "the NLL is not finite", self.passes, recall)
             t = 1 / min(max(beta, 0.5 / here), 2 / here)
             step = abs(t / here - 1)
         return self._at(t, found, step)
@@ -214,7 +231,8 @@ class _Search:
         here = found.temperatures[-1].item() if len(found.temperatures) == 1 else t
         converged = step <= self.tolerance
         reason = "converged" if converged else f"max_passes={self.max_passes} passes were not enough"
-        return Fit(t, self._stderr(found, here), found.nll(here).item(), converged, reason, self.passes)
+        stderr = self._stderr(found, here)
+        return Fit(t, stderr, found.nll(here).item(), converged, reason, self.passes, found.recall(1))
 
     def _stderr(self, found: Sweep, t: float) -> float:
         first, second = (x.double() for x in slopes(found, t))
@@ -224,4 +242,4 @@ class _Search:
 
     def _without_minimum(self, t: float, reason: str) -> Fit:
         found = self._pass(t, t)
-        return Fit(t, math.nan, found.nll(t).item(), False, reason, self.passes)
+        return Fit(t, math.nan, found.nll(t).item(), False, reason, self.passes, found.recall(1))

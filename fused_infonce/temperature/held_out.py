@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from .. import checks
 from .fitting import Fit, bounds_of, fit
 from .scale import HasTemperature, assignable
+
+
+class Followed(NamedTuple):
+    """One fit of a training: after how many steps, what it found, and the temperature from then on."""
+
+    step: int
+    fit: Fit
+    temperature: float
 
 
 class HeldOutTemperature:
@@ -54,7 +63,12 @@ class HeldOutTemperature:
         self.loss, self.every, self.bounds = assignable(loss), checks.whole("every", every, 1), bounds_of(bounds)
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
-        self.last: Fit | None = None  # what the last fit found
+        self.history: list[Followed] = []  # the fits, which `state_dict` leaves out
+
+    @property
+    def last(self) -> Fit | None:
+        """What the last fit found."""
+        return self.history[-1].fit if self.history else None
 
     def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Tensor | None = None) -> Fit | None:
         """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None.
@@ -73,14 +87,25 @@ class HeldOutTemperature:
                 query, key = query()
         options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
         assert key is not None
-        self.last = fit(query, key, bounds=self.bounds, **options)
-        if self.last.converged:
+        found = fit(query, key, bounds=self.bounds, **options)
+        if found.converged:
             old = self.loss.temperature
-            new = self.last.temperature
+            new = found.temperature
             if self.steps > 1 and isinstance(old, float):  # the first fit replaces a start that nobody fitted
                 new = old**self.smoothing * new ** (1 - self.smoothing)
             self.loss.temperature = new
-        return self.last
+        self.history.append(Followed(self.steps - 1, found, float(self.loss.temperature)))
+        return found
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the temperature through the training, the fits and the recall at 1; needs the extra "plot".
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: no fit yet, a format that matplotlib lacks.
+        """
+        from .plots import draw_history
+
+        draw_history(path, self.history)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training needs to go on: the steps made, and the temperature."""

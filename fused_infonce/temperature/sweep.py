@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from ..distributed import Call, DistributedLike, together
 from .calibration import Calibration, calibration
 from .interpolation import AtOne, between
 from .ranking import Bounds, Ranks
+
+if TYPE_CHECKING:
+    from .fitting import Fit
 
 DEFAULT_RANGE = (1 / 256, 1.0)  # 17 temperatures
 WIDEST = 4096.0  # ratio of a range: every factor of 2 doubles what rounding does to an exponential that is squared
@@ -117,6 +121,23 @@ class Sweep:
         """
         first = self.above + self.ties == 0
         return calibration(self.confidence(t), first, bins, self.nll(t).item())
+
+    def plot(
+        self, path: str | Path, fit: Fit | None = None, temperature: float | None = None, random: Tensor | None = None
+    ) -> None:
+        """Draw NLL and calibration error, negatives, reliability, and densities of the scores; needs the extra "plot".
+
+        Args:
+            path: of the picture, in any format of matplotlib; folders are made.
+            fit: to the same pairs, whose temperature is marked with its interval; by default the minimum of the sweep.
+            temperature: that of the training, to be marked. random: (R,), scores of random negatives, to be drawn too.
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: a format that it lacks, a temperature out of the range.
+        """
+        from .plots import draw
+
+        draw(path, self, fit, temperature, random)
 
 
 @together

@@ -14,10 +14,12 @@ from oracles import (
     debiased,
     decoupled,
     distilled,
+    dual_temperature,
     grouped,
     guided,
     info_nce,
     moco,
+    model_aware,
     multiple_negatives,
     robust,
     siglip,
@@ -40,6 +42,14 @@ PAIRS: dict[str, tuple[Loss, dict[str, list[Any]]]] = {
     "debiased_info_nce": (
         debiased.debiased_info_nce,
         {"weight": [None, "rows"], "tau_plus": [0.0, 0.1, "rows"], "normalize": [True]},
+    ),
+    "model_aware_info_nce": (
+        model_aware.model_aware_info_nce,
+        {"weight": [None, "rows"], "alpha": [0.0, 0.3], "normalize": [True]},
+    ),
+    "dual_temperature_info_nce": (
+        dual_temperature.dual_temperature_info_nce,
+        {"weight": [None, "rows"], "inter_temperature": [0.2, 1.0]},
     ),
     "robust_info_nce": (robust.robust_info_nce, {"weight": [None, "rows"], "rho": [0.0, 0.3]}),
 }
@@ -137,6 +147,14 @@ CALLS: dict[str, Calls] = {
         [
             lambda: (two_views(scalar, view_c=rows(N)), {"reduction": "none"}),
             lambda: (two_views(lambda: per_row(3 * N), view_c=rows(N)), {"reduction": "sum", "normalize": False}),
+        ],
+    ),
+    "model_aware_nt_xent": (
+        functional.model_aware_nt_xent,
+        model_aware.model_aware_nt_xent,
+        [
+            lambda: (two_views(scalar), {"reduction": "none", "alpha": 0.4}),
+            lambda: (two_views(lambda: per_row(2 * N)), {"threshold": 0.2}),
         ],
     ),
     "decoupled_nt_xent": (

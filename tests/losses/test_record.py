@@ -17,6 +17,7 @@ import fused_infonce
 from fused_infonce import (
     ClipLoss,
     DCLLoss,
+    DualTemperatureLoss,
     FusedInfoNCELoss,
     GlobalContrastiveLoss,
     GroupedInfoNCELoss,
@@ -210,6 +211,9 @@ def test_of_losses_with_temperatures_to_find():
     towers = GlobalContrastiveLoss(9, temperature=table, key_temperature=table, negatives="keys", record=True)
     towers(query, key, torch.arange(6))
     agrees(towers.recorded, both(query, key), 1e-6)
+    dual = DualTemperatureLoss(T, symmetric=True, record=True)
+    dual(query, key)
+    agrees(dual.recorded, both(query, key))
 
 
 @pytest.mark.parametrize("name", LOSSES)

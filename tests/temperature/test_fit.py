@@ -11,7 +11,7 @@ from support.helpers import DEVICE, TRITON
 from torch import Tensor
 
 from fused_infonce import FusedInfoNCELoss
-from fused_infonce.temperature import Fit, HeldOutTemperature, fit, sweep
+from fused_infonce.temperature import Bounds, Fit, HeldOutTemperature, fit, sweep
 
 
 def pairs(n: int = 200, d: int = 12, noise: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def test_mistakes_are_refused():
 
 
 def test_a_training_temperature_is_too_cold_right_or_too_warm():
-    found = Fit(0.06, 0.003, 1.0, True, "converged", 2)
+    found = Fit(0.06, 0.003, 1.0, True, "converged", 2, Bounds(0.5, 0.5))
     verdicts = {0.03: "too cold", 0.056: "right", 0.064: "right", 0.2: "too warm"}
     assert {t: found.versus(t).verdict for t in verdicts} == verdicts
     assert found.versus(0.03).ratio == pytest.approx(2)

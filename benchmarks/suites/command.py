@@ -1,0 +1,116 @@
+"""What `python -m fused_infonce.temperature` takes on two files, and what it says of halves of images.
+
+    python -m benchmarks.suites.command                                20,000 pairs of width 256, verdict and picture
+    python -m benchmarks.suites.command --record results/command.csv   the same, appended to a CSV file
+    python -m benchmarks.suites.command --digits docs/temperature.png  embeddings of digits: the picture of the guide
+
+Seconds are those of the whole process. Memory is the most that it held at once, as the operating system says, less
+that of a process that imports torch alone. Pages of the files count, since they are mapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import HERE, ROOT, record
+from fused_infonce import FusedInfoNCELoss
+
+FIELDS = ("date", "commit", "device", "torch", "n", "d", "dtype", "seconds", "peak_mib", "torch_mib", "peak_extra_mib")
+COMMAND = ("-m", "fused_infonce.temperature")
+TRAINED_AT = 0.07
+HELD_OUT = 597  # of 1797 images
+
+
+def of_process(folder: str, *arguments: str) -> tuple[float, float, str]:
+    """Run Python in a folder; return how many seconds it took, the MiB that it held at most, and what it printed."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        said = process.stdout.read() if process.stdout else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"python {' '.join(arguments)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**10, said
+
+
+def measured(n: int, d: int, dtype: str) -> dict[str, Any]:
+    """Return a row of what the command takes on random pairs."""
+    generator = np.random.default_rng(0)
+    query = generator.standard_normal((n, d), dtype=np.float32)
+    key = query + 4 * generator.standard_normal((n, d), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("query", query), ("key", key)):
+            np.save(os.path.join(folder, f"{name}.npy"), rows.astype(dtype))
+        _, alone, _ = of_process(folder, "-c", "import torch")
+        call = (*COMMAND, "query.npy", "key.npy", "--temperature", "0.05", "--plot", "report.png")
+        seconds, peak, said = of_process(folder, *call)
+    print(said)
+    known = {k: v for k, v in record.provenance(torch.device("cpu")).items() if k in FIELDS}
+    return {
+        **known, "n": n, "d": d, "dtype": dtype, "seconds": f"{seconds:.1f}", "peak_mib": f"{peak:.0f}",
+        "torch_mib": f"{alone:.0f}", "peak_extra_mib": f"{peak - alone:.0f}",
+    }  # fmt: skip
+
+
+def halves() -> tuple[Tensor, Tensor]:
+    """Return embeddings of the even and of the odd columns of held-out images of digits, from two linear encoders."""
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).float()[torch.randperm(1797)] / 16
+    even, odd = images[:, :, ::2].flatten(1), images[:, :, 1::2].flatten(1)
+    encoders = nn.Linear(32, 32), nn.Linear(32, 32)
+    loss = FusedInfoNCELoss(temperature=TRAINED_AT)
+    optimizer = torch.optim.Adam([p for encoder in encoders for p in encoder.parameters()], lr=0.01)
+    for _ in range(300):
+        batch = HELD_OUT + torch.randperm(len(images) - HELD_OUT)[:256]
+        optimizer.zero_grad()
+        loss(encoders[0](even[batch]), encoders[1](odd[batch])).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return encoders[0](even[:HELD_OUT]), encoders[1](odd[:HELD_OUT])
+
+
+def draw_digits(picture: Path) -> None:
+    """Draw the picture of the guide, print what the command says, and keep that in results/command.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in zip(("even", "odd"), halves(), strict=True):
+            np.save(os.path.join(folder, f"{name}.npy"), rows.numpy())
+        call = (*COMMAND, "even.npy", "odd.npy", "--temperature", str(TRAINED_AT))
+        print(of_process(folder, *call, "--plot", str(picture))[2])
+        said = of_process(folder, *call, "--json")[2]
+    known = {k: v for k, v in record.provenance(torch.device("cpu")).items() if k in ("date", "commit", "torch")}
+    (HERE / "results" / "command.json").write_text(json.dumps({**known, **json.loads(said)}, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", help="append the results to this CSV file, absolute or relative to benchmarks/")
+    parser.add_argument("--n", type=int, default=20_000)
+    parser.add_argument("--d", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32")
+    parser.add_argument("--digits", type=Path, metavar="PICTURE", help="draw this instead, relative to the repository")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.digits:
+        draw_digits(ROOT / options.digits)
+        return
+    row = measured(options.n, options.d, options.dtype)
+    print(*(f"{name}: {row[name]}" for name in ("seconds", "peak_mib", "torch_mib", "peak_extra_mib")))
+    if options.record:
+        record.append(options.record, [row], FIELDS)
+
+
+if __name__ == "__main__":
+    main()

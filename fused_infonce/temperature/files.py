@@ -1,0 +1,89 @@
+"""Embeddings and integers in .npy files, mapped into memory, with errors that say what to save in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = ("float16", "float32", "float64")
+MAGIC = b"\x93NUMPY"
+HEADS = {  # what other files begin with
+    b"PK": "an archive, as of np.savez or torch.save: save each array by itself, np.save(path, x)",
+    b"\x80": "a pickle, as of pickle.dump or an old torch.save: save the array itself, np.save(path, x)",
+    b"\x89HDF": "an HDF5 file: save the array itself, np.save(path, x[:])",
+}
+SAVE = "np.save(path, x.float().cpu().numpy())"
+ROWS = 4096  # that are looked at in one go
+
+
+def mapped(path: Path) -> Any:
+    """Return the array of a .npy file, mapped into memory and read where it is used.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: another kind of file, a damaged one, one of Python objects.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a .npy file, got a folder")
+    with path.open("rb") as file:
+        head = file.read(len(MAGIC))
+    if head != MAGIC:
+        kinds = [kind for start, kind in HEADS.items() if head.startswith(start)]
+        kind = kinds[0] if kinds else f"something else: save an array, {SAVE}" if head else "an empty file"
+        raise ValueError(f"{path}: expected a .npy file, got {kind}")
+    try:
+        return np.load(path, mmap_mode="c")  # like "r", with which torch warns that it could not write
+    except ValueError as why:
+        raise ValueError(f"{path}: cannot be mapped as an array, is it whole? {why}") from None
+
+
+def embeddings(path: Path) -> Tensor:
+    """Return the embeddings of a .npy file, (N, D) of float16, float32 or float64, finite and none of them zeros.
+
+    Raises:
+        FileNotFoundError: no such file. TypeError: another dtype. ValueError: another shape, no rows, or rows that
+        cannot be compared with others, which the message counts and names.
+    """
+    array = mapped(path)
+    if array.dtype.name not in FLOATS or not array.dtype.isnative:
+        raw = " (numpy has no bfloat16: such rows may be saved as float32)" if array.dtype.kind == "V" else ""
+        raise TypeError(
+            f"{path}: embeddings must be {', '.join(FLOATS)} in this machine's byte order, got {array.dtype}{raw}"
+        )
+    if array.ndim != 2 or not all(array.shape):
+        raise ValueError(f"{path}: embeddings must be one row each, (N, D), got shape {array.shape}")
+    rows = torch.from_numpy(array)
+    nonfinite, zeros = [], []
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        nonfinite += (start + (~part.isfinite().all(1)).nonzero().flatten()).tolist()
+        zeros += (start + (part == 0).all(1).nonzero().flatten()).tolist()
+    for bad, what in ((nonfinite, "NaN or infinity"), (zeros, "nothing but zeros")):
+        if bad:
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(f"{path}: {len(bad)} of {len(rows)} rows hold {what}: rows {shown}")
+    return rows
+
+
+def integers(path: Path, each: str, count: int, other: str, other_count: int) -> Tensor:
+    """Return the integers of a .npy file, one for `each` of `count`, (count,) int64.
+
+    other, other_count: what there might be one for by mistake.
+
+    Raises:
+        FileNotFoundError: no such file. TypeError: another dtype. ValueError: another shape.
+    """
+    array = mapped(path)
+    if array.dtype.kind not in "iu" or not array.dtype.isnative:
+        raise TypeError(f"{path}: expected integers, got {array.dtype}: save x.astype(np.int64)")
+    if array.shape != (count,):
+        hint = f", one for each {other}: are files the wrong way round?" if array.shape == (other_count,) else ""
+        raise ValueError(
+            f"{path}: expected one integer for each {each}, shape ({count},), got shape {array.shape}{hint}"
+        )
+    return torch.from_numpy(array.astype(np.int64))

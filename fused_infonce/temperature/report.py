@@ -1,0 +1,273 @@
+"""What a file of pairs says about its temperature, as a table for people and as an object for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import BackendName
+from .fitting import Fit, Search, Verdict
+from .ranking import Bounds
+from .sweep import Sweep, sweep
+from .thresholds import Threshold, threshold
+
+BOUNDS = (0.003, 3.0)  # of the fit
+CHUNK = 1024  # rows of one sweep, after which a progress bar moves
+RANDOM = 100_000  # pairs of a query and a key that is no positive of it
+# the defaults of widely used libraries
+FAMOUS = {
+    0.02: "FlagEmbedding",
+    0.05: "sentence-transformers (scale=20), SimCSE",
+    0.07: "MoCo, the start of CLIP",
+    0.1: "info-nce-pytorch, SimCLR",
+    0.5: "lightly's NTXentLoss",
+}
+RANKS = (1, 5, 10)
+
+
+def nothing(amount: int) -> None:
+    """Take note of progress by doing nothing."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Queries with their positive keys, swept a chunk of rows at a time.
+
+    query: (N, D). key: (M, D). target: (N,) int64, the key of each query; None: key i of query i, M = N. ids: (M,)
+    int64; a key with the id of a query's positive is no negative of it. symmetric: keys against queries too.
+    """
+
+    query: Tensor
+    key: Tensor
+    target: Tensor | None = None
+    ids: Tensor | None = None
+    symmetric: bool = False
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        shapes = f"{tuple(self.query.shape)} and {tuple(self.key.shape)}"
+        if self.query.shape[1] != self.key.shape[1]:
+            raise ValueError(f"query and key must be of one width D, got shapes {shapes}: are they of one model?")
+        if self.query.dtype != self.key.dtype:
+            raise TypeError(f"query and key must have one dtype, got {self.query.dtype} and {self.key.dtype}")
+        if self.target is None and len(self.query) != len(self.key):
+            raise ValueError(f"without a target, row i of key is the positive of row i of query; got shapes {shapes}")
+        if self.symmetric and self.target is not None:
+            raise ValueError("symmetric needs row i of key to be the positive of row i of query: leave target out")
+        if self.target is not None and not ((self.target >= 0) & (self.target < len(self.key))).all():
+            row = int(((self.target < 0) | (self.target >= len(self.key))).nonzero()[0])
+            raise ValueError(
+                f"target must be rows of key, 0 to {len(self.key) - 1}, got {self.target[row].item()} for query {row}: "
+                "are query and key the wrong way round?"
+            )
+        if len(self.query) < 2:
+            raise ValueError(f"a temperature is fitted to 2 pairs or more, got {len(self.query)}")
+
+    @property
+    def positives(self) -> Tensor:
+        """The row of every query's positive key, (N,) int64."""
+        return torch.arange(len(self.query)) if self.target is None else self.target
+
+    @property
+    def rows(self) -> int:
+        """How many rows a sweep has."""
+        return len(self.query) * (2 if self.symmetric else 1)
+
+    def sweep(self, coldest: float, warmest: float, advance: Callable[[int], None] = nothing) -> Sweep:
+        """Return the sweep of the pairs over a range, calling `advance` with how many rows more are done."""
+        positives = self.positives
+        ids = None if self.ids is None else self.ids[positives]
+        directions = [(self.query, self.key, ids, self.ids)]
+        if self.symmetric:
+            directions.append((self.key, self.query, self.ids, ids))
+        parts = []
+        for query, key, query_ids, key_ids in directions:
+            for start in range(0, len(query), CHUNK):
+                some = slice(start, start + CHUNK)
+                part = sweep(
+                    query[some], key, (coldest, warmest), target=positives[some], key_ids=key_ids,
+                    query_ids=None if query_ids is None else query_ids[some], backend=self.backend,
+                )  # fmt: skip
+                parts.append(part)
+                advance(len(part.pos))
+        return joined(parts)
+
+    def random(self, count: int = RANDOM) -> Tensor:
+        """Return the cosines of random pairs of a query and a key that is no positive of it, at most `count` of them.
+
+        The same pairs are drawn each time.
+        """
+        generator = torch.Generator().manual_seed(0)
+        i, j = (torch.randint(len(x), (count,), generator=generator) for x in (self.query, self.key))
+        positive = self.positives[i]
+        other = j != positive if self.ids is None else self.ids[j] != self.ids[positive]
+        i, j = i[other], j[other]
+        parts = [
+            torch.cosine_similarity(self.query[a].float(), self.key[b].float(), dim=1)
+            for a, b in zip(i.split(CHUNK), j.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def joined(parts: Sequence[Sweep]) -> Sweep:
+    """Return the sweep of the rows of several, over one ladder."""
+    rest = (torch.cat(x, -1) for x in zip(*(list(vars(part).values())[1:] for part in parts), strict=True))
+    return Sweep(parts[0].temperatures, *rest)
+
+
+class Line(NamedTuple):
+    """What one temperature makes of the pairs: the NLL, the calibration error, and medians over the rows."""
+
+    temperature: float
+    nll: float
+    ece: float
+    effective_negatives: float
+    hardest_share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The sweep of some pairs, the temperature fitted to them, the scores of random negatives, and the temperature of
+    the training where it is known."""
+
+    pairs: Pairs
+    sweep: Sweep
+    fit: Fit
+    random: Tensor
+    temperature: float | None = None
+
+    @staticmethod
+    def of(pairs: Pairs, temperature: float | None = None, advance: Callable[[int], None] = nothing) -> Report:
+        """Sweep the pairs and fit a temperature to them.
+
+        Args:
+            temperature: that of their training, to compare with. advance: as of `Pairs.sweep`.
+        """
+        if temperature is not None:
+            checked_temperature(temperature)
+
+        def sweep_of(coldest: float, warmest: float) -> Sweep:
+            return pairs.sweep(coldest, warmest, advance)
+
+        found = sweep_of(*BOUNDS)
+        search = Search(sweep_of, pairs.symmetric, BOUNDS)
+        return Report(pairs, found, search.run_from(found, BOUNDS), pairs.random(), temperature)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """How the temperature of the training compares with the fitted one, where there are both."""
+        return self.fit.versus(self.temperature) if self.temperature is not None and self.fit.converged else None
+
+    def lines(self) -> list[Line]:
+        """Return what the defaults, the training's and the fitted temperature make of the pairs, coldest first."""
+        own = [] if self.temperature is None else [self.temperature]
+        fitted = [self.fit.temperature] if self.fit.converged else []
+        return [self.line(t) for t in sorted({*FAMOUS, *own, *fitted})]
+
+    def line(self, t: float) -> Line:
+        """Return what a temperature makes of the pairs."""
+        of_rows = (self.sweep.effective_negatives(t), self.sweep.hardest_share(t))
+        return Line(t, self.sweep.nll(t).item(), self.sweep.calibration(t).ece, *(x.median().item() for x in of_rows))
+
+    def use(self) -> dict[str, float] | None:
+        """Return the fitted temperature under the names that libraries give it, or None where there is none."""
+        if not self.fit.converged:
+            return None
+        t = self.fit.temperature
+        return {"temperature": t, "scale": 1 / t, "logit_scale": -math.log(t)}
+
+    def plot(self, path: Path) -> None:
+        """Draw the report; see `Sweep.plot`."""
+        self.sweep.plot(path, self.fit, self.temperature, self.random)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything that the report says, of numbers, strings, lists and None alone."""
+        verdict = self.verdict
+        return {
+            "pairs": len(self.pairs.query),
+            "keys": len(self.pairs.key),
+            "dimensions": self.pairs.query.shape[1],
+            "symmetric": self.pairs.symmetric,
+            "retrieval": {name: list(bounds) for name, bounds in self.retrieval().items()},
+            "thresholds": {name: without_nan(x._asdict()) for name, x in self.thresholds().items()},
+            "temperatures": [line._asdict() for line in self.lines()],
+            "fit": without_nan(self.fit._asdict()),
+            "trained_at": self.temperature,
+            "verdict": None if verdict is None else verdict._asdict(),
+            "use": self.use(),
+        }
+
+    def thresholds(self) -> dict[str, Threshold]:
+        """Return the cosines that tell positives from the hardest and from random negatives with equal errors."""
+        found = {"hardest": self.sweep.hardest, "random": self.random}
+        return {name: threshold(self.sweep.pos, scores) for name, scores in found.items()}
+
+    def retrieval(self) -> dict[str, Bounds]:
+        """Return retrieval metrics by name, with both bounds that ties leave."""
+        recalls = {f"recall_at_{k}": self.sweep.recall(k) for k in RANKS}
+        return {**recalls, "mrr": self.sweep.mrr(), "median_rank": self.sweep.median_rank()}
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            "\n".join(part) for part in (self._retrieval(), self._thresholds(), self._table(), self._verdict())
+        )
+
+    def _retrieval(self) -> list[str]:
+        """Return the metrics with ties counted against the positives, and beside them for them where that differs."""
+        shown = {name.replace("_at_", "@").replace("_", " "): b for name, b in self.retrieval().items()}
+        cells = {name: [f"{x:.4g}" for x in bounds] for name, bounds in shown.items()}
+        if all(low == high for low, high in cells.values()):
+            return ["retrieval", *(f"{name:<13}{low:>9}" for name, (low, _) in cells.items())]
+        head = f"{'retrieval':<13}{'ties last':>11}{'ties first':>11}"
+        return [head, *(f"{name:<13}{high:>11}{low:>11}" for name, (high, low) in cells.items())]
+
+    def _thresholds(self) -> list[str]:
+        names = {"hardest": "each query's hardest negative", "random": "random negatives"}
+        rows = [f"{'':<13}{x.score:>9.4f}{x.error:>9.4f}  {names[k]}" for k, x in self.thresholds().items()]
+        return [f"{'cosine':<13}{'at least':>9}{'errors':>9}  tells positives from", *rows]
+
+    def _table(self) -> list[str]:
+        head = f"{'temperature':<13}{'NLL':>9}{'ECE':>9}{'negatives':>11}{'hardest':>9}  default of"
+        notes = dict(FAMOUS)
+        for t, note in ((self.temperature, "yours"), (self.fit.temperature, "fitted")):
+            if t is not None:
+                notes[t] = f"{note}; {FAMOUS[t]}" if t in FAMOUS else note
+        rows = [
+            f"{x.temperature:<13.4g}{x.nll:>9.4f}{x.ece:>9.4f}{x.effective_negatives:>11.1f}{x.hardest_share:>9.3g}"
+            f"  {notes.get(x.temperature, '')}"
+            for x in self.lines()
+        ]
+        return [head, *(row.rstrip() for row in rows)]
+
+    def _verdict(self) -> list[str]:
+        use, verdict = self.use(), self.verdict
+        if use is None:
+            return [f"No temperature fits best: {self.fit.reason}."]
+        lines = [f"The temperature that fits these pairs best is {self.fit.temperature:.4g} +- {self.fit.stderr:.2g}."]
+        if verdict is not None:
+            lines.append(
+                f"A training at {self.temperature:g} is {verdict.verdict} for them: the best is {verdict.ratio:.3g} "
+                f"times that, {abs(verdict.sigmas):.1f} standard errors away."
+            )
+        return [*lines, "Use " + ", or ".join(f"{name}={value:.4g}" for name, value in use.items()) + "."]
+
+
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with None for NaN, which JSON lacks."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def checked_temperature(t: float) -> None:
+    """Check a temperature of a training, and say so where it looks like its inverse."""
+    checks.positive_float("temperature", t)
+    low, high = BOUNDS
+    if not low <= t <= high:
+        hint = f": is it a scale, of the temperature {1 / t:.4g}?" if low <= 1 / t <= high else ""
+        raise ValueError(f"temperature must be in [{low:g}, {high:g}], got {t:g}{hint}")
