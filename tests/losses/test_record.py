@@ -89,6 +89,26 @@ def test_a_pass_in_blocks_keeps_it_whatever_gradients_are_wanted(symmetric, grad
     agrees(loss.recorded, (both if symmetric else dense)(query, key))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("given", ["bias", "ids", "paired", "shared", "table", "rows"])
+def test_a_pass_in_blocks_with_all_that_a_call_may_be_given(given, symmetric):
+    n = 700
+    query, key = drawn(n, 8)
+    options = {
+        "bias": {"key_bias": torch.randn(n, dtype=torch.float64)}, "ids": {"key_ids": torch.arange(n) // 2},
+        "paired": {"negative_keys": torch.randn(n, 3, 8, dtype=torch.float64)},
+        "shared": {"negative_keys": torch.randn(50, 8, dtype=torch.float64)},
+        "table": {"negative_keys": torch.randn(9, 8).double(), "negative_index": torch.randint(-1, 9, (n, 4))},
+        "rows": {"temperature": 0.1 + 0.2 * torch.rand(n, dtype=torch.float64)},
+    }[given]  # fmt: skip
+    mode = {"negative_mode": "paired" if given == "paired" else "unpaired", "in_batch_negatives": True}
+    loss = FusedInfoNCELoss(T, symmetric=symmetric, record=True, **mode)
+    loss(query, key, **options)
+    expected = fused_infonce.statistics(query, key, columns=symmetric, **mode, **{"temperature": T} | options)
+    parts = list(expected) if symmetric else [expected]
+    agrees(loss.recorded, [torch.cat([part[i].detach() for part in parts]) for i in range(3)])
+
+
 @both_backends
 def test_one_pass_in_chunks_of_a_few_rows(backend, monkeypatch):
     query, key = drawn(1100, 16, backend, torch.float32)
