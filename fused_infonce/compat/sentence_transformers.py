@@ -59,7 +59,22 @@ __all__ = [
 ]
 
 
-class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
+class AssignableTemperature:
+    """A `temperature` that is 1 / `scale`, as the originals have it, and may be assigned at any time."""
+
+    scale: Any
+
+    @property
+    def temperature(self) -> Any:
+        """The inverse of `scale`."""
+        return 1 / self.scale
+
+    @temperature.setter
+    def temperature(self, value: Any) -> None:
+        self.scale = 1 / value
+
+
+class MultipleNegativesRankingLoss(AssignableTemperature, original.MultipleNegativesRankingLoss):
     """InfoNCE of anchors against the candidates of the batch; see `functional.multiple_negatives` for the formulas.
 
     Args:
@@ -92,7 +107,7 @@ class MultipleNegativesRankingLoss(original.MultipleNegativesRankingLoss):
         return fused_or(original, "MultipleNegativesRankingLoss", fused, distributed=self.distributed)
 
 
-class CachedMultipleNegativesRankingLoss(original.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(AssignableTemperature, original.CachedMultipleNegativesRankingLoss):
     """`MultipleNegativesRankingLoss` by GradCache, which embeds a batch twice in mini-batches to save memory.
 
     The second pass takes the gradients of the loss over the whole batch.
