@@ -14,6 +14,7 @@ from .losses.grouped import GroupedInfoNCELoss
 from .losses.guided import GuidedInfoNCELoss
 from .losses.info_nce import FusedInfoNCELoss
 from .losses.moco import MoCoLoss
+from .losses.model_aware import MACLLoss
 from .losses.multiple_negatives import MultipleNegativesLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.robust import RobustInfoNCELoss
@@ -32,6 +33,7 @@ __all__ = [
     "GlobalContrastiveLoss",
     "GroupedInfoNCELoss",
     "GuidedInfoNCELoss",
+    "MACLLoss",
     "MatryoshkaLoss",
     "MoCoLoss",
     "MultipleNegativesLoss",

@@ -8,6 +8,7 @@ from .losses.grouped import grouped_info_nce
 from .losses.guided import guided_info_nce
 from .losses.info_nce import explain, info_nce
 from .losses.moco import moco_loss
+from .losses.model_aware import model_aware_info_nce, model_aware_nt_xent
 from .losses.multiple_negatives import multiple_negatives
 from .losses.nt_xent import nt_xent
 from .losses.robust import robust_info_nce
@@ -26,6 +27,8 @@ __all__ = [
     "guided_info_nce",
     "info_nce",
     "moco_loss",
+    "model_aware_info_nce",
+    "model_aware_nt_xent",
     "multiple_negatives",
     "nt_xent",
     "robust_info_nce",

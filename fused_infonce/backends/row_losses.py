@@ -37,6 +37,21 @@ def decoupled_slope(x: Tensor) -> Tensor:
     return (x != -torch.inf).to(x.dtype)
 
 
+def balanced(x: Tensor) -> Tensor:
+    """Compute `log(1 + exp(x)) / sigmoid(x)`, InfoNCE over its own slope, where the divisor gets no gradient.
+
+    The slope is 1 for every x, and the value at least 1. From e = exp(-|x|) it is (1 + e) (x + log(1 + e)) above 0 and
+    (1 + e) log(1 + e) / e below. 0 for a row without negatives, where x is -inf.
+    """
+    with torch.no_grad():
+        e = torch.exp(-x.abs())
+        log = torch.log1p(e)
+        value = (1 + e) * torch.where(x > 0, x + log, torch.where(e < torch.finfo(x.dtype).eps, 1, log / e))
+    none = x == -torch.inf
+    x = x.masked_fill(none, 0)
+    return (value + (x - x.detach())).masked_fill(none, 0)
+
+
 ROW_LOSSES = {"infonce": RowLoss(infonce, torch.sigmoid), "decoupled": RowLoss(decoupled, decoupled_slope)}
 
 

@@ -1,12 +1,14 @@
-"""`NTXentLoss` of lightly 1.6.0 without the logits.
+"""`NTXentLoss` and `MACLLoss` of lightly 1.6.0 without the logits.
 
-It is a subclass: arguments, memory bank, state and gathering are lightly's. A call that the fused loss refuses, such as
-one with views of different shapes, is passed to lightly, whose value or error is returned. Known differences:
+They are subclasses: arguments, memory bank, state and gathering are lightly's. A call that the fused loss refuses, such
+as one with views of different shapes, is passed to lightly, whose value or error is returned. Known differences:
 
 - The loss is differentiable once: `create_graph=True` in the backward raises RuntimeError.
 - The logits are never rounded to 16 bits, so losses of 16-bit views are nearer to the exact value than there.
 - Without a memory bank a row of zeros gets no gradient; the original's is 1e12 times that of a unit row.
 - Both views are gathered at once, as they come and never in 16 bits; the original gathers normalised ones.
+- `MACLLoss` weighs a row by 1 / (1 - P), as the paper does; the original adds 1e-8 to 1 - P, which in float32 is itself
+  a multiple of 6e-8, and so departs for rows that are told apart nearly for sure.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from lightly.loss import macl_loss
 from lightly.loss import ntx_ent_loss as original
 from lightly.utils import dist
 from torch import Tensor
@@ -23,10 +26,10 @@ from torch import Tensor
 from ..backends.precision import wide, without_autocast
 from ..compose.arguments import views
 from ..distributed import DistributedLike
-from ..functional import info_nce, nt_xent
+from ..functional import info_nce, model_aware_nt_xent, nt_xent
 from .common import fused_or, loss_dtype, one_number
 
-__all__ = ["NTXentLoss"]
+__all__ = ["MACLLoss", "NTXentLoss"]
 
 
 class NTXentLoss(original.NTXentLoss):
@@ -109,3 +112,40 @@ class NTXentLoss(original.NTXentLoss):
         t = self.temperature
         sign = torch.sign(t.detach()).to(rows) if isinstance(t, Tensor) else math.copysign(1, t)
         return sign * rows, abs(t)
+
+
+class MACLLoss(macl_loss.MACLLoss):
+    """MACL, the model-aware contrastive loss, of two views of a batch.
+
+        loss_i = -log(P_i) / (1 - P_i),    P_i = exp(s_ip) / sum_{j != i} exp(s_ij),    s_ij = cos(z_i, z_j) / t
+        t = temperature (1 + alpha (A - A_0)),    A = mean_i cos(z_i, z_p)
+
+    over the rows z of both views, p being i's row in the other view. Neither 1 - P_i nor A has a gradient.
+
+    Args:
+        temperature: a number of at least 1e-8, the temperature at an alignment of `A_0`.
+        alpha: in [0, 1], how far the temperature follows the alignment A.
+        A_0: in [0, 1], the alignment that leaves it as it is.
+
+    Example:
+        >>> loss = MACLLoss(temperature=0.1, alpha=0.5)
+        >>> loss(torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)).backward()
+    """
+
+    distributed: DistributedLike = False
+    """The processes whose rows make one batch, which is assigned; the original has none. See docs/distributed.md."""
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Return the 0-d loss of two (N, D) views, in their dtype, float32 under autocast."""
+        fused = partial(self._fused, z0, z1)
+        return fused_or(partial(super().forward, z0, z1), "MACLLoss", fused, distributed=self.distributed)
+
+    def _fused(self, z0: Tensor, z1: Tensor, distributed: DistributedLike = False) -> Tensor:
+        views(z0, z1, ())
+        one_number("temperature", self.temperature)
+        if not len(z0):
+            raise ValueError("z0 must have rows, got none")
+        loss = model_aware_nt_xent(
+            z0, z1, self.temperature, alpha=self.alpha, threshold=self.A_0, distributed=distributed
+        )
+        return loss.to(loss_dtype(z0, self.temperature))

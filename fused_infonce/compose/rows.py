@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.contract import EPS, KeySet, Problem
+from ..backends.contract import EPS, KeySet, Problem, Temperature
 from ..backends.indexing import add_rows, add_uses, take_rows
 from ..backends.precision import all_wide
 from ..backends.reference import unit_rows
@@ -92,6 +92,12 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
         return take_rows(sums, place), torch.searchsorted(ordered, classes, right=True) - place
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
+
+
+def at_temperature(problem: Problem, t: Temperature) -> Problem:
+    """Return the problem at another temperature, in both directions."""
+    opposite = None if problem.opposite is None else replace(problem.opposite, temperature=t)
+    return replace(problem, temperature=t, opposite=opposite)
 
 
 def last_of_each(index: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def robust_info_nce(
     Raises:
         ValueError: shapes, devices, modes, values. TypeError: types, dtypes. RuntimeError: a backend that cannot run.
 
-    References: Qiu et al. 2023, arXiv:2305.11965 (equation 5); https://github.com/zhqiu/contrastive-learning-iSogCLR.
+    References: Qiu et al. 2023, arXiv:2305.11965; https://github.com/zhqiu/contrastive-learning-iSogCLR.
     """
     options = call_options(backend, workspace_limit, reduction, distributed)
     rho = checks.not_negative("rho", rho)

@@ -1,5 +1,6 @@
 """The temperature of a loss: held, learned and scheduled; swept over a range, fitted to held-out pairs, calibrated."""
 
+from .alignment import alignment_temperature
 from .calibration import Calibration, calibration
 from .fitting import Fit, Verdict, fit
 from .held_out import HeldOutTemperature
@@ -18,6 +19,7 @@ __all__ = [
     "Sweep",
     "TemperatureSchedule",
     "Verdict",
+    "alignment_temperature",
     "calibration",
     "fit",
     "sweep",

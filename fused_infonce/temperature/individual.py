@@ -38,7 +38,7 @@ class IndividualTemperature(nn.Module):
     Raises:
         ValueError: values, indices out of range. TypeError: types.
 
-    References: Qiu et al. 2023, arXiv:2305.11965 (algorithm 1); https://github.com/zhqiu/contrastive-learning-iSogCLR;
+    References: Qiu et al. 2023, arXiv:2305.11965; https://github.com/zhqiu/contrastive-learning-iSogCLR;
     https://github.com/Optimization-AI/LibAUC.
 
     Example:

@@ -18,6 +18,7 @@ from oracles import (
     guided,
     info_nce,
     moco,
+    model_aware,
     multiple_negatives,
     robust,
     siglip,
@@ -40,6 +41,10 @@ PAIRS: dict[str, tuple[Loss, dict[str, list[Any]]]] = {
     "debiased_info_nce": (
         debiased.debiased_info_nce,
         {"weight": [None, "rows"], "tau_plus": [0.0, 0.1, "rows"], "normalize": [True]},
+    ),
+    "model_aware_info_nce": (
+        model_aware.model_aware_info_nce,
+        {"weight": [None, "rows"], "alpha": [0.0, 0.3], "normalize": [True]},
     ),
     "robust_info_nce": (robust.robust_info_nce, {"weight": [None, "rows"], "rho": [0.0, 0.3]}),
 }
@@ -137,6 +142,14 @@ CALLS: dict[str, Calls] = {
         [
             lambda: (two_views(scalar, view_c=rows(N)), {"reduction": "none"}),
             lambda: (two_views(lambda: per_row(3 * N), view_c=rows(N)), {"reduction": "sum", "normalize": False}),
+        ],
+    ),
+    "model_aware_nt_xent": (
+        functional.model_aware_nt_xent,
+        model_aware.model_aware_nt_xent,
+        [
+            lambda: (two_views(scalar), {"reduction": "none", "alpha": 0.4}),
+            lambda: (two_views(lambda: per_row(2 * N)), {"threshold": 0.2}),
         ],
     ),
     "decoupled_nt_xent": (

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import random
-import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -14,28 +12,11 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import DEVICE, both_backends, error, evaluate
-from support.libraries import library, seeds, without_package
+from support.libraries import library, of_lightly, seeds
 from support.processes import in_two_processes
 from support.side_by_side import assert_same, error_of, refuse_fallback
 
-
-def load(name: str) -> ModuleType:
-    """What gathers the bank's rows is in a module that imports a class of torchvision, for models: where that is not
-    installed another class stands in while the module loads."""
-    names = [] if importlib.util.find_spec("torchvision") else ["torchvision", "torchvision.ops"]
-    stubs: dict[str, Any] = {x: ModuleType(x) for x in names}
-    for stub in stubs.values():
-        stub.StochasticDepth = torch.nn.Identity
-    sys.modules.update(stubs)
-    try:
-        without_package("lightly.models.utils")
-        return without_package(name)
-    finally:
-        for stub in stubs:
-            del sys.modules[stub]
-
-
-original = library("lightly.loss.ntx_ent_loss", load)
+original = library("lightly.loss.ntx_ent_loss", of_lightly)
 
 from fused_infonce.backends import registry  # noqa: E402
 from fused_infonce.compat import common  # noqa: E402

@@ -25,6 +25,7 @@ from fused_infonce import (
     GlobalContrastiveLoss,
     GroupedInfoNCELoss,
     GuidedInfoNCELoss,
+    MACLLoss,
     MatryoshkaLoss,
     MoCoLoss,
     MultipleNegativesLoss,
@@ -63,6 +64,7 @@ CALLS = {
         lambda **o: GuidedInfoNCELoss(0.1, contrast_queries=True, contrast_keys=True, **o),
         lambda: (rows(N), rows(N), rows(5)),
     ),
+    "MACLLoss": (lambda **o: MACLLoss(negatives="keys", symmetric=True, **o), lambda: (rows(N), rows(N))),
     "MatryoshkaLoss": (
         lambda **o: MatryoshkaLoss(FusedInfoNCELoss(learnable_temperature=True, **o), [D, D // 2], [1, 0.5]),
         lambda: (rows(N), rows(N)),

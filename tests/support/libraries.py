@@ -5,8 +5,10 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 REQUIRED = os.environ.get("FUSED_INFONCE_COMPAT") == "1"  # then what is missing fails, where else it skips
 
@@ -43,3 +45,22 @@ def without_package(name: str) -> ModuleType:
     module = importlib.import_module(name)
     setattr(sys.modules[".".join(parts[:-1])], parts[-1], module)
     return module
+
+
+def of_lightly(name: str) -> ModuleType:
+    """Return a module of lightly.
+
+    What gathers a bank's rows is in a module that imports a class of torchvision, for models: where that is not
+    installed another class stands in while the module loads.
+    """
+    names = [] if importlib.util.find_spec("torchvision") else ["torchvision", "torchvision.ops"]
+    stubs: dict[str, Any] = {x: ModuleType(x) for x in names}
+    for stub in stubs.values():
+        stub.StochasticDepth = torch.nn.Identity
+    sys.modules.update(stubs)
+    try:
+        without_package("lightly.models.utils")
+        return without_package(name)
+    finally:
+        for stub in stubs:
+            del sys.modules[stub]
