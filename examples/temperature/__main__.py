@@ -1,4 +1,4 @@
-"""Train at fixed temperatures, at a learned one, and at one that is fitted to held-out pairs, on two tasks.
+"""Train at fixed temperatures, at a learned one, at one that is fitted to held-out pairs, and by rules, on two tasks.
 
     python -m examples.temperature            (or: make demo-temperature)
 
@@ -11,6 +11,8 @@ training; and draws a picture.
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ from ..retrieval.report import Claim, environment, print_claims, print_table, wr
 from ..retrieval.split import drop_repeats
 from .picture import draw
 from .task import Task, digits, docstrings
-from .train import DEFAULTS, POLICIES, Policy, Run, train
+from .train import DEFAULTS, EVERY, POLICIES, Policy, Run, train
 
 Runs = dict[Policy, list[Run]]  # of a task, by seed
 
@@ -133,6 +135,13 @@ COLUMNS = {
 }  # fmt: skip
 
 
+def reported(run: Run) -> dict[str, Any]:
+    """Returns a run as it is written, to six digits and with one temperature of several steps."""
+    found = asdict(run) | {"history": run.history[::EVERY]}
+    rounded: dict[str, Any] = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.6g}"))
+    return rounded
+
+
 def print_runs(task: Task, runs: Runs, seeds: int) -> None:
     print(f"\n{task.title}: {len(task.train)} pairs to train on, {len(task.fitting)} to fit with, {len(task.test)} to")
     print(f"test with; {task.steps} steps of {task.batch}; means of {seeds} seeds:\n")
@@ -145,6 +154,8 @@ def print_runs(task: Task, runs: Runs, seeds: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, prints, draws and writes; returns 1 where `--strict` found something claimed not shown, else 0."""
     given = parsed(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line as it comes
     started = time.perf_counter()
     claims, report = [], {}
     for name, splits in tasks(given).items():
@@ -154,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report[name] = {
             "title": task.title, "pairs": [len(x) for x in (task.train, task.fitting, task.test)],
             "batch": task.batch, "steps": task.steps,
-            "runs": {str(policy): [asdict(run) for run in found] for policy, found in runs.items()},
+            "every": EVERY, "runs": {str(policy): list(map(reported, found)) for policy, found in runs.items()},
         }  # fmt: skip
     status = print_claims(claims, given.strict)
     seconds = time.perf_counter() - started

@@ -12,9 +12,10 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from ..retrieval.picture import DENSE, OURS, PLAIN
 
-COLOURS = {"held out": OURS, "fixed": PLAIN, "learned": DENSE}
-MARKERS = {"held out": "o", "fixed": "s", "learned": "D"}
-FIGURES = (("recall_at_1", "R@1"), ("nll", "NLL at the final temperature"), ("ece", "ECE at the final temperature"))
+COLOURS = {"held out": OURS, "fixed": PLAIN, "learned": DENSE, "rule": "#7a5195"}
+MARKERS = {"held out": "o", "fixed": "s", "learned": "D", "rule": "^"}
+LABELS = {"held out": "fitted to held-out pairs", "rule": "rules on the training batch"}
+FIGURES = (("recall_at_1", "R@1"), ("nll", "final NLL"), ("ece", "final ECE"))
 
 
 def draw(path: Path, report: dict[str, Any]) -> None:
@@ -26,8 +27,11 @@ def draw(path: Path, report: dict[str, Any]) -> None:
         _draw_histories(histories, task)
         for axes, (field, label) in zip(others, FIGURES, strict=True):
             _draw_figures(axes, task, field, label)
+        for axes in others[1:]:
+            axes.tick_params(labelleft=False)
+    seeds = len(report["seeds"])
     figure.suptitle(
-        f"Fixed, learned, and fitted to held-out pairs: dots are {len(report['seeds'])} seeds, bars their mean"
+        f"Temperatures fitted to held-out pairs, fixed, learned and by a rule: dots are {seeds} seeds, bars means"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -43,8 +47,9 @@ def _draw_histories(axes: Axes, task: dict[str, Any]) -> None:
         kind = _kind(policy)
         for run in runs if kind != "fixed" else runs[:1]:
             style: dict[str, Any] = {"color": COLOURS[kind], "linewidth": 0.8 if kind == "fixed" else 1.3, "alpha": 0.8}
-            label = None if kind in shown else {"held out": "fitted to held-out pairs"}.get(kind, kind)
-            axes.plot(range(1, len(run["history"]) + 1), run["history"], label=label, **style)
+            label = None if kind in shown else LABELS.get(kind, kind)
+            steps = range(1, task["steps"] + 1, task["every"])
+            axes.plot(steps, run["history"], label=label, **style)
             shown.add(kind)
     _logarithmic(axes)
     axes.set(xlabel="step", ylabel="temperature", title=task["title"])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fused_infonce import FusedInfoNCELoss
 from fused_infonce.temperature import HeldOutTemperature, fit, sweep
 
+from .rules import RULES
 from .task import Task, embedded
 
-Kind = Literal["fixed", "held out", "learned"]
+Kind = Literal["fixed", "held out", "learned", "rule"]
 DEFAULTS = (0.5, 0.1, 0.07, 0.05, 0.02)
 LEARNED_FROM = 0.07  # as CLIP
 MAX_LOGIT_SCALE = 100.0
@@ -25,12 +26,15 @@ EVERY = 5  # steps from one fit to the next
 
 @dataclass(frozen=True)
 class Policy:
-    """What a training's temperature does, from where; None: from a fit before the first step."""
+    """What a training's temperature does, from where; None: from a fit before the first step. rule: one of RULES."""
 
     kind: Kind
     start: float | None
+    rule: str = ""
 
     def __str__(self) -> str:
+        if self.rule:
+            return f"rule: {self.rule}"
         if self.start is None:
             return f"{self.kind}, fitted first"
         return f"{self.kind} from {self.start:g}" if self.kind != "fixed" else f"fixed at {self.start:g}"
@@ -40,6 +44,7 @@ POLICIES = (
     *(Policy("held out", start) for start in (None, 1.0, 0.1, 0.02)),
     *(Policy("fixed", start) for start in DEFAULTS),
     Policy("learned", LEARNED_FROM),
+    *(Policy("rule", LEARNED_FROM, rule) for rule in RULES),
 )
 
 
@@ -79,13 +84,16 @@ def train(task: Task, policy: Policy, seed: int, tick: Callable[[], object]) -> 
     optimizer = torch.optim.AdamW(groups, lr=task.learning_rate, weight_decay=0.0)
     total = task.steps + 3  # of fewer than two steps up, or fewer than one down, the schedule would divide by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=max(0.1, 2 / total))
-    history = []
+    history: list[float] = []
     for _ in range(task.epochs):
         order = task.train[torch.randperm(len(task.train))]
         for chosen in order[: len(order) // task.batch * task.batch].split(task.batch):
             if follow is not None and policy.start is None:
                 follow.step(lambda: embedded(task, model, task.fitting))
-            value = loss(*task.embed(model, chosen))
+            query, key = task.embed(model, chosen)
+            if policy.rule:
+                loss.temperature = RULES[policy.rule](query.detach(), key.detach(), history[-1] if history else start)
+            value = loss(query, key)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

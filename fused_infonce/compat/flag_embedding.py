@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..backends.precision import accumulator, without_autocast
+from ..distributed import DistributedLike, options_of
 from ..functional import grouped_info_nce
-from .common import say_once
+from .common import fused_or, say_once
 
 if TYPE_CHECKING:
     from FlagEmbedding.abc.finetune.embedder import AbsEmbedderModel as Embedder
@@ -44,7 +46,15 @@ Score = Callable[..., Tensor]
 
 
 class FusedEmbedderMixin(Embedder):
-    """A base class to name ahead of FlagEmbedding's model, which keeps its arguments, `forward` and losses."""
+    """A base class to name ahead of FlagEmbedding's model, which keeps its arguments, `forward` and losses.
+
+    Attributes:
+        distributed: with `negatives_cross_device`, the processes whose rows make one batch, exactly, in place of
+            FlagEmbedding's gathering; see docs/distributed.md. It is assigned, `model.distributed = True`. Nothing is
+            then passed to the original: what the fused loss refuses is an error.
+    """
+
+    distributed: DistributedLike = False
 
     def compute_local_score(
         self, q_reps: Tensor, p_reps: Tensor, compute_score_func: Score | None = None, **kwargs: Any
@@ -67,7 +77,28 @@ class FusedEmbedderMixin(Embedder):
         compute_score_func: Score | None = None, **kwargs: Any,
     ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         original, gather = super()._compute_cross_device_neg_loss, self._dist_gather_tensor
-        return self._loss(original, gather, q_reps, p_reps, teacher_targets, compute_score_func, kwargs)
+        arguments = (q_reps, p_reps, teacher_targets, compute_score_func, kwargs)
+        if options_of(self.distributed) is None:
+            return self._loss(original, gather, *arguments)
+        fused = partial(self._loss_of_all, *arguments)
+        return None, fused_or(fused, type(self).__name__, fused, distributed=self.distributed)
+
+    def _loss_of_all(
+        self, q_reps: Tensor, p_reps: Tensor, teacher_targets: Tensor | None, compute_score_func: Score | None,
+        kwargs: dict[str, Any], distributed: DistributedLike,
+    ) -> Tensor:  # fmt: skip
+        """Return the loss of the rows of all processes, of which these are this one's."""
+        if why := _obstacle(self, q_reps, p_reps, teacher_targets, compute_score_func, kwargs):
+            raise ValueError(f"{type(self).__name__} cannot be distributed: {why}")
+        dtype = _loss_dtype(q_reps, teacher_targets)
+        options = self._options(q_reps, p_reps) | {"distributed": distributed}
+        if teacher_targets is not None:  # probabilities, one a passage
+            scores = teacher_targets.to(torch.promote_types(accumulator(q_reps.dtype), dtype)).log()
+            options |= {"teacher_scores": scores, "distillation": self.kd_loss_type}
+        return grouped_info_nce(q_reps, p_reps, **options).to(dtype)
+
+    def _options(self, q_reps: Tensor, p_reps: Tensor) -> dict[str, Any]:
+        return {"group_size": len(p_reps) // len(q_reps), "temperature": self.temperature, "normalize": False}
 
     def _loss(
         self, original: Callable[..., Any], gather: Callable[[Tensor], Tensor], q_reps: Tensor, p_reps: Tensor,
@@ -86,12 +117,7 @@ class FusedEmbedderMixin(Embedder):
     ) -> Tensor:  # fmt: skip
         """Return the loss of the queries and passages of all processes, equal in every process."""
         device, acc = q_reps.device.type, accumulator(q_reps.dtype)
-        dtype = acc if torch.is_autocast_enabled(device) else q_reps.dtype  # the dtype of the original's cross-entropy
-        if teacher_targets is not None:
-            dtype = torch.promote_types(dtype, teacher_targets.dtype)
-        options: dict[str, Any] = {
-            "group_size": len(p_reps) // len(q_reps), "temperature": self.temperature, "normalize": False,
-        }  # fmt: skip
+        dtype, options = _loss_dtype(q_reps, teacher_targets), self._options(q_reps, p_reps)
         queries, passages = gather(q_reps), gather(p_reps)
         if teacher_targets is None:
             return grouped_info_nce(queries, passages, **options).to(dtype)
@@ -103,6 +129,13 @@ class FusedEmbedderMixin(Embedder):
         with without_autocast(device):
             scores = self.compute_local_score(q_reps.to(acc), p_reps.to(acc), compute_score_func)
             return (loss + self.distill_loss("kl_div", teacher_targets, scores, options["group_size"])).to(dtype)
+
+
+def _loss_dtype(q_reps: Tensor, teacher_targets: Tensor | None) -> torch.dtype:
+    """Return the dtype of the original's cross-entropy."""
+    autocast = torch.is_autocast_enabled(q_reps.device.type)
+    dtype = accumulator(q_reps.dtype) if autocast else q_reps.dtype
+    return dtype if teacher_targets is None else torch.promote_types(dtype, teacher_targets.dtype)
 
 
 def _obstacle(

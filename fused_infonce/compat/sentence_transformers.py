@@ -59,6 +59,18 @@ __all__ = [
 ]
 
 
+class OverProcesses:
+    """What all of these losses have beside the originals' arguments.
+
+    Attributes:
+        distributed: the processes whose rows make one batch, exactly, in place of the original's gathering; see
+            docs/distributed.md. It is assigned, `loss.distributed = True`, since the constructors are the originals'.
+            Nothing is then passed to the original: what the fused loss refuses is an error.
+    """
+
+    distributed: DistributedLike = False
+
+
 class AssignableTemperature:
     """A `temperature` that is 1 / `scale`, as the originals have it, and may be assigned at any time."""
 
@@ -74,7 +86,7 @@ class AssignableTemperature:
         self.scale = 1 / value
 
 
-class MultipleNegativesRankingLoss(AssignableTemperature, original.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(AssignableTemperature, OverProcesses, original.MultipleNegativesRankingLoss):
     """InfoNCE of anchors against the candidates of the batch; see `functional.multiple_negatives` for the formulas.
 
     Args:
@@ -90,13 +102,6 @@ class MultipleNegativesRankingLoss(AssignableTemperature, original.MultipleNegat
         >>> trainer = SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss)
     """
 
-    distributed: DistributedLike = False
-    """The processes whose rows make one batch, exactly, in place of the original's gathering; see docs/distributed.md.
-
-    It is assigned, `loss.distributed = True`, since the constructor is the original's. Nothing is then passed to the
-    original: what the fused loss refuses is an error.
-    """
-
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Return the 0-d loss of [anchors, positives, hard negatives...], (N, D) each.
 
@@ -107,7 +112,9 @@ class MultipleNegativesRankingLoss(AssignableTemperature, original.MultipleNegat
         return fused_or(original, "MultipleNegativesRankingLoss", fused, distributed=self.distributed)
 
 
-class CachedMultipleNegativesRankingLoss(AssignableTemperature, original.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(
+    AssignableTemperature, OverProcesses, original.CachedMultipleNegativesRankingLoss
+):  # fmt: skip
     """`MultipleNegativesRankingLoss` by GradCache, which embeds a batch twice in mini-batches to save memory.
 
     The second pass takes the gradients of the loss over the whole batch.
@@ -129,12 +136,13 @@ class CachedMultipleNegativesRankingLoss(AssignableTemperature, original.CachedM
         return fused_or(
             partial(super().calculate_loss, reps, labels, with_backward=with_backward),
             "CachedMultipleNegativesRankingLoss",
-            lambda: _multiple_negatives(self.loss, [torch.cat(parts) for parts in reps]),
+            lambda **given: _multiple_negatives(self.loss, [torch.cat(parts) for parts in reps], **given),
             _backward if with_backward else None,
+            self.distributed,
         )
 
 
-class GISTEmbedLoss(original.GISTEmbedLoss):
+class GISTEmbedLoss(OverProcesses, original.GISTEmbedLoss):
     """InfoNCE without the negatives that a guide model takes for positives, and without (B, B, D) tensors of cosines.
 
     The formula is that of `functional.guided_info_nce`.
@@ -158,10 +166,11 @@ class GISTEmbedLoss(original.GISTEmbedLoss):
         with torch.no_grad():
             guides = embed_columns(self.guide, _features_of_guide(self, untouched))
         original = partial(super().forward, untouched, labels)
-        return fused_or(original, "GISTEmbedLoss", lambda: _guided(self, rows, guides))
+        fused = partial(_guided, self, rows, guides)
+        return fused_or(original, "GISTEmbedLoss", fused, distributed=self.distributed)
 
 
-class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
+class CachedGISTEmbedLoss(OverProcesses, original.CachedGISTEmbedLoss):
     """`GISTEmbedLoss` by GradCache, with any number of columns of negatives."""
 
     def calculate_loss(
@@ -172,11 +181,12 @@ class CachedGISTEmbedLoss(original.CachedGISTEmbedLoss):
         `with_backward` gives the embeddings their gradients and detaches the loss.
         """
 
-        def fused() -> Tensor:
-            return _guided(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)))
+        def fused(**given: Any) -> Tensor:
+            return _guided(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)), **given)
 
         original = partial(super().calculate_loss, reps, reps_guided, with_backward=with_backward)
-        return fused_or(original, "CachedGISTEmbedLoss", fused, _backward if with_backward else None)
+        then = _backward if with_backward else None
+        return fused_or(original, "CachedGISTEmbedLoss", fused, then, self.distributed)
 
 
 def _backward(loss: Tensor) -> Tensor:
@@ -199,7 +209,9 @@ def _features_of_guide(loss: Any, columns: Sequence[dict[str, Any]]) -> list[dic
     return features
 
 
-def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
+def _guided(
+    loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor], distributed: DistributedLike = False
+) -> Tensor:  # fmt: skip
     """Return the value of `loss` for [anchors, positives, negatives...] and the guide's embeddings of their texts."""
     if len(rows) != len(guides) or len(rows) < 2:
         raise ValueError(f"as many columns must be embedded by the guide for the fused loss, got {len(guides)}")
@@ -213,7 +225,7 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
     if any(len(x) != len(query) for x in documents):
         raise ValueError("columns must be of one size for the fused loss")
     offset = 0
-    if loss.gather_across_devices:
+    if loss.gather_across_devices and not distributed:
         documents, views = ([all_gather_with_grad(x) for x in columns] for columns in (documents, views))
         offset = get_rank() * len(query)
     more: dict[str, Any] = {}
@@ -230,6 +242,7 @@ def _guided(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tens
         contrast_queries=loss.contrast_anchors,
         contrast_keys=loss.contrast_positives,
         offset=offset,
+        distributed=distributed,
         **more,
     )
     with torch.no_grad():

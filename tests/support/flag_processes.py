@@ -5,6 +5,7 @@ import random
 import warnings
 from unittest import mock
 
+import pytest
 import torch
 
 from support.flag_models import ORIGINALS, features, gradient, make, table
@@ -83,7 +84,36 @@ def compare_with_one_process(rank):
     torch.testing.assert_close(got, whole(queries, passages).loss, rtol=1e-12, atol=0)
 
 
+def exact(rank):
+    """Assert that with `distributed` a loss and its gradients are those of all batches in one, with a teacher too."""
+    n, g, d = 5, 3, 8
+    for kind in (None, "kl_div", "m3_kd_loss"):
+        torch.manual_seed(0)
+        weights = [table(n, n * g, d) for _ in range(WORLD)]
+        teachers = [None if kind is None else torch.randn(n * g).tolist() for _ in range(WORLD)]
+        options = {"temperature": 0.1, "normalize_embeddings": True, "kd_loss_type": kind or "kl_div"}
+        model = make("encoder", weights[rank], "fused", **options, negatives_cross_device=True)
+        model.distributed = True
+        value = model(features(0, n), features(n, n * g), teachers[rank]).loss
+        value.backward()
+        whole = make("encoder", torch.cat(weights), "plain", **options)
+        size = n * (g + 1)
+        queries, passages = (
+            {name: torch.cat([features(first + r * size, rows)[name] for r in range(WORLD)]) for name in features(0, 1)}
+            for first, rows in ((0, n), (n, n * g))
+        )
+        want = whole(queries, passages, None if kind is None else [*teachers[0], *teachers[1]]).loss
+        want.backward()
+        torch.testing.assert_close(value, want, rtol=1e-6, atol=0)
+        own = gradient(whole).chunk(WORLD)[rank]
+        torch.testing.assert_close(gradient(model) / WORLD, own, rtol=1e-5, atol=1e-8)
+    model.temperature = -1.0 if rank else 0.1
+    with pytest.raises(ValueError if rank else RuntimeError, match=r"the temperature -1.0 is not a positive number"):
+        model(features(0, n), features(n, n * g))
+
+
 def in_one_of_two_processes(rank):
     for seed in range(60):
         compare(rank, seed)
     compare_with_one_process(rank)
+    exact(rank)
