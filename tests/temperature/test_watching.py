@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,13 @@ def test_a_loss_alone_is_told_and_left_alone():
     several = Watch(FusedInfoNCELoss(temperature=torch.tensor([0.1, 0.5])))
     assert several.figures()["temperature"].item() == pytest.approx(0.3)
     assert several.figures()["temperature/scale"].item() == pytest.approx(6)
+
+
+def test_effective_negatives_are_told_of_a_loss_that_keeps_its_rows():
+    loss = FusedInfoNCELoss(temperature=0.25)
+    neg, mean = torch.tensor([3.0, 4.0, 5.0, -math.inf]), torch.tensor([1.0, 3.5, math.nan, 0.0])
+    loss.recorded = SimpleNamespace(neg=neg, mean=mean)  # a row that was not kept is left out, one without negatives 0
+    assert Watch(loss).figures()["temperature/effective_negatives"].item() == pytest.approx(math.exp(0.5))
 
 
 def test_it_goes_on_from_its_state():
