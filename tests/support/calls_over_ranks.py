@@ -97,6 +97,19 @@ def weighted_by_likeness(query: Tensor, positive_key: Tensor, **options: Any) ->
     return DCLLoss(**options)(query, positive_key)
 
 
+def standardized(
+    query: Tensor, key: Tensor, teacher_query: Tensor, teacher_key: Tensor, temperature: Any, correction: int,
+    normalize: bool, distributed: Any = False, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Return the distillation of standardised logits, whose temperatures have gradients of keys of all ranks."""
+    own = {"distributed": distributed, "correction": correction, "normalize": normalize}
+    return F.distilled_info_nce(
+        query, key, teacher_query, teacher_key, temperature * F.score_std(query, key, **own),
+        teacher_temperature=F.score_std(teacher_query, teacher_key, **own).detach(), normalize=normalize,
+        distributed=distributed, **options,
+    )  # fmt: skip
+
+
 def two_sets_of_ids(given: dict[str, Any]) -> dict[str, Any]:
     of_queries, of_keys = given.pop("of_queries"), given.pop("of_keys")
     return given | {"positive_ids": (of_queries, of_keys)}
@@ -271,6 +284,8 @@ CASES = {
         "normalize_teacher": False}),
     "distilled_info_nce targets ignored": Case(F.distilled_info_nce, {**WIDELY_TAUGHT, "target": places("key", more=2,
         absent=-7)}, {"ignore_index": -7}),
+    "score_std": Case(standardized, {**TAUGHT, "key": each(normal, D, more=2), "teacher_key": each(normal, WIDTH,
+        more=2, grad=False)}, {"correction": 1}, temperatures=("number",)),
     "moco_loss": Case(F.moco_loss, {"query": ROWS, "key": each(normal, D, grad=False), "queue": same(normal, D, QUEUE,
         grad=False)}),
     "moco_loss biases": Case(F.moco_loss, {"query": ROWS, "key": each(normal, D, grad=False), "queue": same(normal, D,
