@@ -17,7 +17,7 @@ from ..backends import BackendName
 from ..compose.rows import unit
 from .fitting import fit
 from .rules import Warned, judged
-from .scale import HasTemperature
+from .scale import HasTemperature, held_by
 from .sweep import Sweep, sweep
 
 TWIN = 0.1  # of the squared distance of nearest keys: in 6 dimensions or more chance has one in a thousand so near
@@ -223,14 +223,13 @@ def _of_learned(
         if optimizer is not None or history is not None:
             raise ValueError("optimizer and history are about the temperature that a loss holds: pass loss too")
         return {}
-    if not isinstance(loss, HasTemperature):
-        raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
-    held = loss.logit_scale if loss.logit_scale is not None else loss.held_temperature
+    scale, most = (getattr(held_by(loss), name, None) for name in ("logit_scale", "max_logit_scale"))
+    held = getattr(loss, "held_temperature", None) if scale is None else scale
     if not isinstance(held, nn.Parameter):
         return {}
     gauges: dict[str, float] = {}
-    if loss.logit_scale is not None and loss.max_logit_scale is not None:
-        gauges["scale_of_max"] = math.exp(held.item()) / loss.max_logit_scale
+    if scale is not None and most is not None:
+        gauges["scale_of_max"] = math.exp(scale.item()) / most
     groups = [g for g in optimizer.param_groups if any(held is x for x in g["params"])] if optimizer else []
     if groups:
         gauges["weight_decay"] = float(groups[0].get("weight_decay", 0.0))
