@@ -22,23 +22,30 @@ from .sweep import Sweep, sweep
 
 TWIN = 0.1  # of the squared distance of nearest keys: in 6 dimensions or more chance has one in a thousand so near
 ROUNDED = 2.0**-9  # half of the spacing of bfloat16 below 1: a probability nearer to 1 is 1
+AROUND = 32.0  # times the temperature, both ways: where the fitted one is looked for
 LEAST_HISTORY = 50  # temperatures, of which fewer may stand still by chance
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Gauges by name, and what they warn of; it prints as a table. See `diagnose` and `diagnose_step`."""
+    """Gauges by name, and what they warn of; it prints as a table. See `diagnose` and `diagnose_step`.
+
+    fit: how the fit of a temperature ended, "converged" or why there is none; of a step, which has no fit, None
+    """
 
     gauges: dict[str, float]
     warnings: tuple[Warned, ...]
+    fit: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the gauges and the warnings in dictionaries and lists, as JSON takes them."""
-        return {"gauges": dict(self.gauges), "warnings": [warned._asdict() for warned in self.warnings]}
+        """Return the gauges, the warnings and the fit in dictionaries and lists, as JSON takes them."""
+        warnings = [warned._asdict() for warned in self.warnings]
+        return {"gauges": dict(self.gauges), "warnings": warnings, "fit": self.fit}
 
     def __str__(self) -> str:
         width = max(map(len, self.gauges))
         table = [f"{name:<{width}}  {value:.6g}" for name, value in self.gauges.items()]
+        table += [] if self.fit is None else [f"{'fit':<{width}}  {self.fit}"]
         return "\n".join([*table, "", *(map(str, self.warnings) if self.warnings else ["no warnings"])])
 
 
@@ -76,7 +83,7 @@ def diagnose(
         A `Diagnosis`, of these gauges as far as they are known; the docs say what each warning means:
             temperature, nll, recall_at_1: the temperature, and at it the mean loss of the rows and their recall
             fitted_temperature, fitted_ratio, fitted_sigmas: that of `fit`, what it is of the temperature, and the log
-                of that in standard errors; none where the fit has no minimum
+                of that in standard errors; none where the fit has no minimum within a factor of 32 of the temperature
             negatives: the keys that a row is scored against, but for its positive
             hardest_share, effective_negatives: medians over the rows, as of `Sweep`. effective_share: the second over
                 `negatives`
@@ -109,7 +116,7 @@ def diagnose(
         "negatives": float(counted), "hardest_share": found.hardest_share(t).median().item(),
     }  # fmt: skip
     gauges |= _of_losses(found.losses(t), found.effective_negatives(t), counted)
-    best = fit(query, key, **given, symmetric=symmetric, normalize=normalize)
+    best = fit(query, key, bounds=(t / AROUND, t * AROUND), **given, symmetric=symmetric, normalize=normalize)
     if best.converged:
         verdict = best.versus(t)
         gauges |= {
@@ -119,7 +126,7 @@ def diagnose(
     twins = sweep(key if target is None else key[target], key, [1.0], **given)  # the positives against the other keys
     gauges |= _of_sides(*sides) | _of_twins(twins, found.above, sides[1])
     gauges |= _of_learned(loss, optimizer, history)
-    return Diagnosis(gauges, judged(gauges))
+    return Diagnosis(gauges, judged(gauges), best.reason)
 
 
 def diagnose_step(

@@ -70,7 +70,7 @@ def all_negatives() -> Planted:
 def collapse() -> Planted:
     """All rows near one direction."""
     query = 0.15 * torch.randn(N, D) + 1
-    return Planted(query, query + 0.1 * torch.randn(N, D), 0.002)
+    return Planted(query, query + 0.15 * torch.randn(N, D))
 
 
 def low_rank() -> Planted:
@@ -158,7 +158,7 @@ def test_a_planted_case_raises_its_warning_and_no_other(case, seed):
     torch.manual_seed(seed)
     query, key, t, options, factor = case()
     of_fit = {name: x for name, x in options.items() if name == "negatives"}
-    t = factor * fit(query, key, **of_fit).temperature if t is None else t
+    t = factor * fit(query, key, bounds=(0.0005, 2.0), **of_fit).temperature if t is None else t
     found = diagnose(query, key, t, **options)
     assert [warned.name for warned in found.warnings] == ([] if PLANTED[case] is None else [PLANTED[case]])
     for warned in found.warnings:
@@ -249,6 +249,17 @@ def test_ids_leave_duplicates_out_and_a_target_names_positives():
     assert by_target == pytest.approx(diagnose(query, key, 0.06).gauges, rel=1e-3)
 
 
+def test_rows_of_any_length_have_a_temperature_of_their_own_scale():
+    """Of products, and not cosines, the fitted temperature may be far above 1."""
+    query, key = pairs()
+    t = fit(query, key).temperature
+    longer = [F.normalize(x, dim=-1) * 20 for x in (query, key)]
+    found = diagnose(*longer, 800 * t, normalize=False)
+    assert found.gauges["fitted_temperature"] == pytest.approx(400 * t, rel=1e-3)
+    assert [warned.name for warned in found.warnings] == ["warm"]
+    assert "every pair is ranked first" in str(diagnose(query, query, t))
+
+
 def step_of(loss: FusedInfoNCELoss, query: Tensor, key: Tensor, **options: Any) -> list[str]:
     loss(query.requires_grad_(), key, **options).backward()
     return [warned.name for warned in diagnose_step(loss).warnings]
@@ -280,6 +291,7 @@ def test_it_is_a_dictionary_for_json_and_prints_as_a_table():
     assert again["gauges"] == found.gauges
     assert [each["name"] for each in again["warnings"]] == ["warm"]
     assert set(again["warnings"][0]) == {"name", "number", "cause", "remedy"}
+    assert again["fit"] == found.fit == "converged"
     assert "fitted_ratio" in str(found)
     assert f"warm ({found.gauges['fitted_ratio']:.4g}): " in str(found)
 
