@@ -17,7 +17,7 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 LOOP = re.compile(r"^for step in range\(\d+\):$", re.MULTILINE)
 LOSSES = sorted(name for name in fused_infonce.__all__ if name.endswith("Loss"))
 COMMON = {"self", "temperature", "learnable_temperature", "max_logit_scale", "reduction", "backend"}
-COMMON |= {"workspace_limit", "distributed"}
+COMMON |= {"workspace_limit", "distributed", "record"}
 
 
 def run(code: str, names: dict[str, Any]) -> None:
