@@ -70,6 +70,8 @@ class GlobalContrastiveLoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     References: Yuan et al. 2022, arXiv:2202.12387; Qiu et al. 2023, arXiv:2305.11965;
     https://github.com/Optimization-AI/LibAUC (GCLoss).
@@ -101,10 +103,11 @@ class GlobalContrastiveLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         checks.one_of("negatives", negatives, get_args(Negatives))
         if key_temperature is not None:
