@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -56,9 +57,16 @@ def assert_state(loss, dense, of_u=1e-5):
         torch.testing.assert_close(table.values.double().cpu(), tau, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", TRITON])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("reference", torch.float64),
+        pytest.param("triton", torch.float32, marks=TRITON.marks),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_twenty_steps_are_those_of_dense_float64(backend, form, dtype):
     """Of a float32 state. u has the relative error of its logits, which divide by t, in float32 embeddings."""
     device = DEVICE.get(backend, "cpu")
@@ -135,6 +143,24 @@ def test_the_gradient_of_one_learned_temperature_is_that_of_the_tables(form):
         dense.step(a, b, index)
     (got,) = torch.autograd.grad(value, one.temperature)
     torch.testing.assert_close(got.sum(), dense.average[0, index].mean(), rtol=1e-6, atol=0)
+
+
+def test_a_training_is_compiled_whole():
+    """With tables that are looked up and stepped."""
+    torch._dynamo.reset()
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        loss, _ = made("towers with two tables")
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        for step in range(2):  # of which the second has other tensors, for which nothing may be compiled anew
+            a, b, index = batch()
+            with torch.compiler.set_stance("fail_on_recompile") if compiled and step else nullcontext():
+                value = run(a, b, index)
+        ends.append([value, *torch.autograd.grad(value, (a, b)), *loss.state_dict().values()])
+    for eager, compiled in zip(*ends, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    assert (loss.log_u > -torch.inf).any()
 
 
 def test_evaluation_and_a_bad_batch_leave_the_state_as_it_is():
