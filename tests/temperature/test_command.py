@@ -45,8 +45,16 @@ def printed(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("options", ["plain", "symmetric", "target", "ids", "symmetric ids"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ("plain", torch.float16),
+        ("symmetric", torch.float64),
+        ("target", torch.float32),
+        ("ids", torch.float32),
+        ("symmetric ids", torch.float32),
+    ],
+)
 def test_it_says_what_fit_and_sweep_find(pairs, capsys, options, dtype):
     query, key = load("query").to(dtype), load("key").to(dtype)
     arguments, given = [], {}
