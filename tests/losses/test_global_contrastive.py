@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from oracles.global_contrastive import GlobalContrast
-from support.helpers import DEVICE, TRITON, both_backends, error
+from support.helpers import DEVICE, TRITON, both_backends, elsewhere, error
 from support.ranks import succeeded
 from torch import nn
 
@@ -255,6 +255,23 @@ def test_ranks_have_the_loss_the_gradients_and_the_state_of_one_process(form, co
                 assert torch.equal(x, each[0].state_dict()[name])
 
 
+@pytest.mark.parametrize("change", [lambda loss: loss.eval(), lambda loss: setattr(loss, "gamma", 0.9)])
+def test_ranks_that_differ_are_an_error_on_all(change):
+    """And none waits for the estimates of one that does not share them."""
+    each = [made("towers")[0] for _ in range(2)]
+    change(each[1])
+
+    def work(communicator):
+        loss = each[communicator.rank]
+        loss.distributed = Distributed(communicator)
+        loss(*batch())
+
+    for found in Loopback(2, 20).run(work):
+        assert isinstance(found, ValueError)
+        assert "the ranks' calls differ" in str(found)
+    assert all((loss.log_u == -torch.inf).all() for loss in each)
+
+
 A = torch.randn(4, D)
 MADE = {"samples": SAMPLES}
 
@@ -289,6 +306,11 @@ def test_a_bad_index_is_refused_and_leaves_the_state(index, message):
         with pytest.raises(ValueError, match=message):
             loss(A, A, index)
         assert (loss.log_u == -torch.inf).all()
+
+
+def test_embeddings_that_are_elsewhere_than_the_state_are_refused():
+    with pytest.raises(ValueError, match="query must be on cpu as the state of the loss is, got cuda"):
+        GlobalContrastiveLoss(SAMPLES)(elsewhere(4, D), elsewhere(4, D), torch.arange(4))
 
 
 def test_prefixes_of_embeddings_have_estimates_of_their_own():
