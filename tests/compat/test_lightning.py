@@ -77,6 +77,7 @@ def test_it_sets_and_logs_the_temperature_and_goes_on_from_a_checkpoint(package,
     else:
         assert set(used) == {0.3}
     assert [x["temperature"] for x in logs] == pytest.approx(used[::2])
+    assert all(1 < x["temperature/effective_negatives"] < BATCH // ACCUMULATED for x in logs)
     assert [x["temperature/scale"] for x in logs] == pytest.approx([1 / t for t in used[::2]])
 
     _, stepper = source(kind)

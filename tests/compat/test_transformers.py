@@ -71,6 +71,7 @@ def test_it_sets_and_logs_the_temperature_and_goes_on_from_a_checkpoint(kind, tm
         logs = [entry for entry in logs if "loss" in entry]
         assert [entry["temperature"] for entry in logs] == pytest.approx(used[::2])
         assert [entry["temperature/scale"] for entry in logs] == pytest.approx([1 / t for t in used[::2]])
+        assert all(1 < entry["temperature/effective_negatives"] < BATCH // 2 for entry in logs)
         assert ("temperature/recall_at_1" in logs[-1]) == (kind == "held out")
 
     loss, stepper = source(kind)

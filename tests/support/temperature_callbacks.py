@@ -40,7 +40,7 @@ def pairs(model) -> tuple[Tensor, Tensor]:
 
 def source(kind: str):
     """Return a loss and what sets its temperature: a schedule, held-out pairs or nothing."""
-    loss = FusedInfoNCELoss(temperature=0.3)
+    loss = FusedInfoNCELoss(temperature=0.3, record=True)
     steppers = {
         "schedule": lambda: CosineTemperature(loss, low=0.1, high=0.9, period=8),
         "held out": lambda: HeldOutTemperature(loss, every=2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from support.temperature_callbacks import encoder, held_out, pairs, scheduled, source
 
 from fused_infonce import FusedInfoNCELoss
-from fused_infonce.temperature import HeldOutTemperature, fit
+from fused_infonce.temperature import HeldOutTemperature, fit, sweep
 from fused_infonce.temperature.watching import Watch, evaluating
 
 
@@ -71,10 +70,13 @@ def test_a_loss_alone_is_told_and_left_alone():
 
 
 def test_effective_negatives_are_told_of_a_loss_that_keeps_its_rows():
-    loss = FusedInfoNCELoss(temperature=0.25)
-    neg, mean = torch.tensor([3.0, 4.0, 5.0, -math.inf]), torch.tensor([1.0, 3.5, math.nan, 0.0])
-    loss.recorded = SimpleNamespace(neg=neg, mean=mean)  # a row that was not kept is left out, one without negatives 0
-    assert Watch(loss).figures()["temperature/effective_negatives"].item() == pytest.approx(math.exp(0.5))
+    loss, t = FusedInfoNCELoss(temperature=0.25, record=True), 0.25
+    watch = Watch(loss)
+    assert "temperature/effective_negatives" not in watch.figures()  # before the first call
+    query, key = held_out()
+    loss(query.requires_grad_(), key)
+    want = sweep(query, key, (t, t)).effective_negatives(t).nanmedian()
+    torch.testing.assert_close(watch.figures()["temperature/effective_negatives"], want, rtol=1e-4, atol=0)
 
 
 def test_it_goes_on_from_its_state():
