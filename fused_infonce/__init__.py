@@ -9,6 +9,7 @@ from .losses.clip import ClipLoss
 from .losses.debiased import DebiasedLoss
 from .losses.decoupled import DCLLoss
 from .losses.distilled import DistillationLoss
+from .losses.dual_temperature import DualTemperatureLoss
 from .losses.global_contrastive import GlobalContrastiveLoss
 from .losses.grouped import GroupedInfoNCELoss
 from .losses.guided import GuidedInfoNCELoss
@@ -29,6 +30,7 @@ __all__ = [
     "DebiasedLoss",
     "DistillationLoss",
     "Distributed",
+    "DualTemperatureLoss",
     "FusedInfoNCELoss",
     "GlobalContrastiveLoss",
     "GroupedInfoNCELoss",

@@ -3,7 +3,8 @@
 from .losses.clip import clip_loss
 from .losses.debiased import debiased_info_nce, debiased_nt_xent
 from .losses.decoupled import decoupled_info_nce, decoupled_nt_xent, von_mises_fisher_weight
-from .losses.distilled import distilled_info_nce
+from .losses.distilled import distilled_info_nce, score_std
+from .losses.dual_temperature import dual_temperature_info_nce
 from .losses.grouped import grouped_info_nce
 from .losses.guided import guided_info_nce
 from .losses.info_nce import explain, info_nce
@@ -22,6 +23,7 @@ __all__ = [
     "decoupled_info_nce",
     "decoupled_nt_xent",
     "distilled_info_nce",
+    "dual_temperature_info_nce",
     "explain",
     "grouped_info_nce",
     "guided_info_nce",
@@ -32,6 +34,7 @@ __all__ = [
     "multiple_negatives",
     "nt_xent",
     "robust_info_nce",
+    "score_std",
     "siglip_loss",
     "sup_con",
     "von_mises_fisher_weight",

@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
-from ..backends.precision import without_autocast
+from ..backends.precision import accumulator, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.across import blocked
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_rows
-from ..compose.rows import dots
+from ..compose.rows import dots, unit
 from ..compose.teacher import directions_of, favourites, soft_targets
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
@@ -151,6 +151,65 @@ def distilled_info_nce(
             soft = t.values.detach() ** 2 * soft if temperature_squared else soft
             losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
         return reduced_rows(torch.stack(losses).mean(0), problem, options, weight)
+
+
+@together
+def score_std(
+    query: Tensor,
+    key: Tensor,
+    *,
+    normalize: bool = True,
+    correction: int = 1,
+    distributed: DistributedLike = False,
+) -> Tensor:
+    """Return the standard deviation of every query's scores over all keys, without the N x M scores.
+
+        std_i = ( sum_j (c_ij - mean_l c_il)^2 / (M - correction) )^(1/2) = ( x_i^T C x_i )^(1/2),    c_ij = x_i . y_j
+
+    where C (D, D) is the covariance of the keys: O((N + M) D^2) and D x D numbers. It is `(x @ y.T).std(1)`, and
+    differentiable in both. Logits that are standardised, as in logit-standardised distillation, are scores at the
+    temperature `tau * score_std(...)`, since a softmax does not see their mean:
+
+        distilled_info_nce(
+            query, key, teacher_query, teacher_key, temperature=tau * score_std(query, key),
+            teacher_temperature=tau * score_std(teacher_query, teacher_key), objective="kl_div",
+        )
+
+    A teacher's scores have `teacher_scores.std(1)`. With `symmetric`, column j has that of row j: for standard
+    deviations of its own add the losses of the two directions instead.
+
+    Args:
+        query: (N, D), float16, bfloat16, float32 or float64.
+        key: (M, D), more than `correction`.
+        normalize: divide every row by max(norm, 1e-12) first, so that scores are cosines.
+        correction: what is taken off the number of keys, as in `torch.std`; the authors' code has 1.
+        distributed: whose keys are scored: False (this process's), True (those of the default process group), a
+            `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+
+    Returns:
+        (N,): float64 for float64 inputs, else float32. A query whose scores are all alike has 0, or a number of the
+        size of their rounding.
+
+    Raises:
+        ValueError: shapes, devices, values, too few keys. TypeError: types, dtypes.
+
+    References: Sun et al. 2024, arXiv:2403.01427; https://github.com/sunshangquan/logit-standardization-KD.
+    """
+    call = call_options("auto", None, distributed=distributed).call
+    _check(query, key, False, None, 1.0)
+    checks.whole("correction", correction, 0)
+    if call is not None:
+        said = f"(M, {key.shape[1]}) keys of scores, {key.dtype}, correction={correction}"
+        (counts,) = call.counts(said, "", [len(key)])
+        (key,) = gather.gather(call, [key], [counts])
+    if len(key) <= correction:
+        raise ValueError(f"key must have more rows than the correction, {correction}, got {len(key)}")
+    acc = accumulator(query.dtype)
+    with without_autocast(query.device.type):
+        x, y = unit(query, normalize, acc), unit(key, normalize, acc)
+        centred = y - y.mean(0)
+        covariance = centred.T @ centred / (len(y) - correction)
+        return dots(x @ covariance, x).clamp(min=0).sqrt()  # of a sum that rounds below 0
 
 
 def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> None:

@@ -14,6 +14,7 @@ from oracles import (
     debiased,
     decoupled,
     distilled,
+    dual_temperature,
     grouped,
     guided,
     info_nce,
@@ -45,6 +46,10 @@ PAIRS: dict[str, tuple[Loss, dict[str, list[Any]]]] = {
     "model_aware_info_nce": (
         model_aware.model_aware_info_nce,
         {"weight": [None, "rows"], "alpha": [0.0, 0.3], "normalize": [True]},
+    ),
+    "dual_temperature_info_nce": (
+        dual_temperature.dual_temperature_info_nce,
+        {"weight": [None, "rows"], "inter_temperature": [0.2, 1.0]},
     ),
     "robust_info_nce": (robust.robust_info_nce, {"weight": [None, "rows"], "rho": [0.0, 0.3]}),
 }

@@ -97,6 +97,19 @@ def weighted_by_likeness(query: Tensor, positive_key: Tensor, **options: Any) ->
     return DCLLoss(**options)(query, positive_key)
 
 
+def standardized(
+    query: Tensor, key: Tensor, teacher_query: Tensor, teacher_key: Tensor, temperature: Any, correction: int,
+    normalize: bool, distributed: Any = False, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Return the distillation of standardised logits, whose temperatures have gradients of keys of all ranks."""
+    own = {"distributed": distributed, "correction": correction, "normalize": normalize}
+    return F.distilled_info_nce(
+        query, key, teacher_query, teacher_key, temperature * F.score_std(query, key, **own),
+        teacher_temperature=F.score_std(teacher_query, teacher_key, **own).detach(), normalize=normalize,
+        distributed=distributed, **options,
+    )  # fmt: skip
+
+
 def two_sets_of_ids(given: dict[str, Any]) -> dict[str, Any]:
     of_queries, of_keys = given.pop("of_queries"), given.pop("of_keys")
     return given | {"positive_ids": (of_queries, of_keys)}
@@ -204,6 +217,15 @@ CASES = {
         "normalize": True}),
     "model_aware_info_nce targets": Case(F.model_aware_info_nce, {**WIDE, "target": places("positive_key", more=2,
         absent=-7)}, {"ignore_index": -7, "normalize": True}),
+    "dual_temperature_info_nce": Case(F.dual_temperature_info_nce, {**PAIR, "weight": WEIGHTS}, {"symmetric": True,
+        "inter_temperature": 0.8}),
+    "dual_temperature_info_nce negatives": Case(F.dual_temperature_info_nce, {**SHARED, "query_ids": IDS,
+        "key_ids": IDS, "negative_ids": each(ids, more=1), "inter_temperature": Input(lambda n: 0.5 + torch.rand(n, 1),
+        grad=False)}, {"in_batch_negatives": True}),
+    "dual_temperature_info_nce paired negatives": Case(F.dual_temperature_info_nce, PAIRED, {"negative_mode":
+        "paired"}),
+    "dual_temperature_info_nce targets": Case(F.dual_temperature_info_nce, {**WIDE, "target": places("positive_key",
+        more=2, absent=-7)}, {"ignore_index": -7}),
     "robust_info_nce": Case(F.robust_info_nce, {**PAIR, "weight": WEIGHTS}, {"symmetric": True, "rho": 2.0}),
     "robust_info_nce negatives": Case(F.robust_info_nce, {**SHARED, "query_ids": IDS, "key_ids": IDS,
         "negative_ids": each(ids, more=1)}, {"in_batch_negatives": True}),
@@ -262,6 +284,8 @@ CASES = {
         "normalize_teacher": False}),
     "distilled_info_nce targets ignored": Case(F.distilled_info_nce, {**WIDELY_TAUGHT, "target": places("key", more=2,
         absent=-7)}, {"ignore_index": -7}),
+    "score_std": Case(standardized, {**TAUGHT, "key": each(normal, D, more=2), "teacher_key": each(normal, WIDTH,
+        more=2, grad=False)}, {"correction": 1}, temperatures=("number",)),
     "moco_loss": Case(F.moco_loss, {"query": ROWS, "key": each(normal, D, grad=False), "queue": same(normal, D, QUEUE,
         grad=False)}),
     "moco_loss biases": Case(F.moco_loss, {"query": ROWS, "key": each(normal, D, grad=False), "queue": same(normal, D,
