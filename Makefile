@@ -169,7 +169,7 @@ $(VENV)/.recommender: constraints.txt | $(VENV)/.installed-demo
 	touch $@
 
 $(VENV)/.libraries: constraints.txt | $(VENV)/.installed-compat-trainers
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps FlagEmbedding
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps FlagEmbedding libauc
 	touch $@
 
 # A plain install, as from a wheel; build/lib would keep modules that are gone.

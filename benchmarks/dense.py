@@ -122,6 +122,31 @@ def debiased(view_a: Tensor, view_b: Tensor, temperature: float, tau_plus: float
     return -(positive / (positive + estimate.clamp(min=n * math.exp(-1 / temperature)))).log().mean()
 
 
+def robust(query: Tensor, key: Tensor, rho: float) -> Tensor:
+    """The robust loss of iSogCLR: the temperature times the logarithm of the mean exponential lead."""
+    query, key = unit(query, key)
+    logits = query @ key.T / TEMPERATURE
+    lead = (logits - logits.diagonal()[:, None]).fill_diagonal_(-torch.inf)
+    return TEMPERATURE * (lead.logsumexp(1) - math.log(len(query) - 1) + rho).mean()
+
+
+def model_aware(view_a: Tensor, view_b: Tensor, alpha: float) -> Tensor:
+    """MACL of two views, as lightly writes it, at a temperature by the alignment of the pairs."""
+    x, y = unit(view_a, view_b)
+    t = TEMPERATURE * (1 + alpha * (x * y).sum(1).mean().item())
+    positive, negatives = of_views(view_a, view_b, t)
+    log_p = torch.log_softmax(torch.cat([positive[:, None], negatives], dim=1), dim=1)[:, 0]
+    return -(log_p / (1 - log_p.exp()).detach()).mean()
+
+
+def dual_temperature(query: Tensor, key: Tensor, inter: float) -> Tensor:
+    """InfoNCE with dual temperature, as its authors write it, on two softmaxes."""
+    query, key = unit(query, key)
+    cosine, mine = query @ key.T, labels(query)
+    within, between = (torch.log_softmax(cosine / t, dim=1)[mine, mine] for t in (TEMPERATURE, inter))
+    return -(((1 - between.exp()) / (1 - within.exp())).detach() * within).mean()
+
+
 def distilled(query: Tensor, key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
     """InfoNCE with the softmax of a teacher's similarities as its targets, at the same temperature."""
     query, key, teacher_query, teacher_key = unit(query, key, teacher_query, teacher_key)

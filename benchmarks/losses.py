@@ -21,6 +21,7 @@ GROUP = 4  # passages a query
 CLASS = 8  # samples a class of SupCon
 DIMS = (128, 64, 32)  # of Matryoshka
 TAU_PLUS = 0.1
+RHO = 0.3
 
 Loss = Callable[..., Tensor]
 Inputs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
@@ -150,6 +151,19 @@ LOSSES: dict[str, Entry] = {
         lambda: (
             ours.DebiasedLoss(0.5, tau_plus=TAU_PLUS),
             lambda a, b: dense.debiased(a, b, 0.5, TAU_PLUS),
+        ),
+    ),
+    "RobustInfoNCELoss": Entry(
+        "one", lambda: (ours.RobustInfoNCELoss(TEMPERATURE, rho=RHO), lambda q, k: dense.robust(q, k, RHO))
+    ),
+    "MACLLoss": Entry(
+        "self", lambda: (ours.MACLLoss(TEMPERATURE, alpha=0.5), lambda a, b: dense.model_aware(a, b, 0.5))
+    ),
+    "DualTemperatureLoss": Entry(
+        "one",
+        lambda: (
+            ours.DualTemperatureLoss(TEMPERATURE, inter_temperature=1.0),
+            lambda q, k: dense.dual_temperature(q, k, 1.0),
         ),
     ),
     "DistillationLoss": Entry("one", lambda: (ours.DistillationLoss(TEMPERATURE), dense.distilled), taught),

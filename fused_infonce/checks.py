@@ -151,6 +151,11 @@ def flags(**values: object) -> None:
         one_of(name, value, (True, False))
 
 
+def text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+
+
 def fraction(name: str, value: Any) -> float:
     number = real(name, value)
     if not 0 <= number <= 1:

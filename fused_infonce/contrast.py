@@ -6,7 +6,6 @@ once, for plans that allow it. `sigmoids` is for losses in which every pair is c
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,38 +15,34 @@ from torch import Tensor
 
 from . import backends
 from .backends import Options
-from .backends.contract import KeySet, Problem, Profile, RowStatistics, Sigmoids, Statistics, Temperature, Upstream
-from .backends.ladder import Ladder
+from .backends.contract import (
+    KeySet,
+    OnePass,
+    Problem,
+    RowStatistics,
+    Sigmoids,
+    Statistics,
+    Temperature,
+    Upstream,
+)
+from .backends.ladder import Ladder, Profile
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, without_autocast
+from .backends.recording import Notes, Parts, record, recordings
 from .backends.row_losses import temperature_gradient, weighted
 
-_explained: dict[int, list[Any]] = {}  # by thread
-
-
-class explaining:
-    """A context in which this thread's calls note their plans, in the list that it returns, and compute only zeros."""
-
-    def __enter__(self) -> list[Any]:
-        self.thread, plans = threading.get_ident(), list[Any]()
-        self.outer = _explained.get(self.thread)
-        _explained[self.thread] = plans
-        return plans
-
-    def __exit__(self, *error: object) -> None:
-        del _explained[self.thread]
-        if self.outer is not None:
-            _explained[self.thread] = self.outer
+_explained = Notes()
+explaining = _explained.taken  # a context in which this thread's calls note their plans and compute only zeros
 
 
 def is_explaining() -> bool:
     """Return whether this thread's calls compute nothing now."""
-    return bool(_explained) and not torch.compiler.is_compiling() and threading.get_ident() in _explained
+    return _explained.wanted
 
 
 def explain(what: Any) -> None:
     """Note how a call is computed: a plan, or an exchange between processes, which prints as a sentence."""
-    _explained[threading.get_ident()].append(what)
+    _explained.here.append(what)
 
 
 def statistics(problem: Problem, options: Options, full: bool = False, plan: Plan | None = None) -> Statistics:
@@ -63,14 +58,19 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
     if is_explaining():
         explain(plan)
         return zeros(problem)
-    if problem.offset is not None:
-        return _with_offset(statistics(replace(problem, offset=None), options, full, plan), problem.offset)
+    own = problem if problem.offset is None else replace(problem, offset=None)
     backend = backends.get(plan.backend)
     if backend.differentiable:
-        return backend.statistics(problem, plan)
-    if plan.gradients:
-        return Statistics.of(_Statistics.apply(problem, plan, problem.temperature.values, *_apart(problem)))
-    return _without_graph(problem, lambda p: backend.statistics(p, plan))
+        found = backend.statistics(own, plan)
+    elif plan.gradients:
+        found = Statistics.of(_Statistics.apply(own, plan, own.temperature.values, *_apart(own)))
+    else:
+        found = _without_graph(own, lambda p: backend.statistics(p, plan))
+    if problem.offset is not None:
+        found = _with_offset(found, problem.offset)
+    if recordings.wanted:
+        record(problem, [rows[:3] for rows in found if rows is not None])
+    return found
 
 
 def _with_offset(found: Statistics, offset: Tensor) -> Statistics:
@@ -90,7 +90,24 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
     if plan.gradients:
         return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
     nothing = [False] * (len(problem.inputs) + len(problem.biases) + 1)
-    return _without_graph(problem, lambda p: backends.get(plan.backend).onepass(p, plan, loss, weight, nothing).loss)
+    backend = backends.get(plan.backend)
+    result = _without_graph(problem, lambda p: backend.onepass(p, plan, loss, weight, nothing))
+    return _noted(problem, plan, result).loss
+
+
+def _noted(problem: Problem, plan: Plan, result: OnePass) -> OnePass:
+    """Note the rows of a loss that was made at once, where that is asked for."""
+    if plan.record:
+        record(problem, _with_offsets(result.rows, problem.offset))
+    return result
+
+
+def _with_offsets(parts: Parts, offset: Tensor | None) -> Parts:
+    """Return parts whose positives have their biases."""
+    if offset is None:
+        return parts
+    offsets = offset.unbind() if offset.dim() == 2 else [offset]
+    return [(pos + c, *rest) for (pos, *rest), c in zip(parts, offsets, strict=True)]
 
 
 def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float | None = None) -> Tensor:
@@ -244,6 +261,7 @@ class _OnePass(torch.autograd.Function):
         bound = bind(problem, temperature, inputs)
         with without_autocast(inputs[0].device.type):
             result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
+        _noted(problem, plan, result)
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
         # of which there are none where gradients are unfinished: plans of a GPU that are take no biases
         more = [*result.biases, *([] if problem.offset is None else [result.offset])]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .ladder import Ladder
+    from .ladder import Ladder, Profile
     from .plan import Plan
 
 EPS = 1e-12  # rows with a norm up to this are divided by it, as torch.nn.functional.normalize does
@@ -284,6 +284,7 @@ class OnePass(NamedTuple):
     kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished
     biases, offset: the gradients of `Problem.biases`, None where not wanted, and that of `Problem.offset`, if there is
         one; always finished
+    rows: pos, neg and mean, as in `RowStatistics`, of the rows and of the columns, for a plan that is to `record`
     """
 
     loss: Tensor
@@ -292,6 +293,7 @@ class OnePass(NamedTuple):
     kept: Sequence[Tensor] = ()
     biases: Sequence[Tensor | None] = ()
     offset: Tensor | None = None
+    rows: Sequence[Sequence[Tensor]] = ()
 
 
 class Sigmoids(NamedTuple):
@@ -310,31 +312,6 @@ class Sigmoids(NamedTuple):
     inputs: list[Tensor | None]
     logits: Tensor | None
     bias: Tensor | None
-
-
-class Profile(NamedTuple):
-    """What a ladder of K temperatures makes of rows, over the negatives of all sets. Biases are 0 or -inf.
-
-    d_ij = x_i . y_j is the product of rows as the logits see them, a cosine with `normalize`: the logit at t is d / t.
-    With p_ij = exp(d_ij / t_k - log_z_ki):
-
-    pos, hardest: d of the target and the largest d, (N,) in the accumulator dtype; 0 of a row without a target, -inf of
-        one without negatives
-    above, ties: (N,) int64; how many d are above pos, and how many tied with it, within `ladder.rounding` times the
-        lengths of the query and its target. What is NaN is above. Of any value in a row without a target
-    log_z: log sum_j exp(d_ij / t_k), (K, N); -inf where there are none
-    mean, variance: of d under p, (K, N): the first and the second derivative of log_z in 1 / t; 0 where there are none
-
-    A product that is not finite makes hardest, log_z, mean and variance of its row NaN.
-    """
-
-    pos: Tensor
-    hardest: Tensor
-    above: Tensor
-    ties: Tensor
-    log_z: Tensor
-    mean: Tensor
-    variance: Tensor
 
 
 class Backend(Protocol):

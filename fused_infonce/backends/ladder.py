@@ -15,7 +15,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import Profile
+
+class Profile(NamedTuple):
+    """What a ladder of K temperatures makes of rows, over the negatives of all sets. Biases are 0 or -inf.
+
+    d_ij = x_i . y_j is the product of rows as the logits see them, a cosine with `normalize`: the logit at t is d / t.
+    With p_ij = exp(d_ij / t_k - log_z_ki):
+
+    pos, hardest: d of the target and the largest d, (N,) in the accumulator dtype; 0 of a row without a target, -inf of
+        one without negatives
+    above, ties: (N,) int64; how many d are above pos, and how many tied with it, within `ladder.rounding` times the
+        lengths of the query and its target. What is NaN is above. Of any value in a row without a target
+    log_z: log sum_j exp(d_ij / t_k), (K, N); -inf where there are none
+    mean, variance: of d under p, (K, N): the first and the second derivative of log_z in 1 / t; 0 where there are none
+
+    A product that is not finite makes hardest, log_z, mean and variance of its row NaN.
+    """
+
+    pos: Tensor
+    hardest: Tensor
+    above: Tensor
+    ties: Tensor
+    log_z: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
 class Ladder(NamedTuple):

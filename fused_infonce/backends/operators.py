@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .contract import OnePass, Problem, Profile, RowStatistics, Sigmoids, Statistics, Upstream
-from .ladder import Ladder
+from .contract import OnePass, Problem, RowStatistics, Sigmoids, Statistics, Upstream
+from .ladder import Ladder, Profile
 from .plan import Plan
 from .precision import accumulator
 from .registry import load

@@ -52,6 +52,7 @@ class Plan:
     bounded: whether exp of every logit is known to fit the accumulator
     full: whether mean and maximum are results, so that they are computed even where no gradient needs them
     mean: whether the mean is computed: it is a result, or the temperature's gradient is made of it
+    record: whether a loss and its gradients come with the statistics of the rows
     """
 
     name: str
@@ -65,6 +66,7 @@ class Plan:
     bounded: bool = False
     full: bool = False
     mean: bool = True
+    record: bool = False
 
     @property
     def one_pass(self) -> bool:
@@ -204,8 +206,8 @@ TORCH: tuple[Rule, ...] = (
 # fmt: on
 
 
-def choose(full: bool = False, mean: bool = True, **sizes: Any) -> Plan:
-    """Return the plan of one call, from the fields of `Call`; full, mean: as in `Plan`."""
+def choose(full: bool = False, mean: bool = True, record: bool = False, **sizes: Any) -> Plan:
+    """Return the plan of one call, from the fields of `Call`; full, mean, record: as in `Plan`."""
     call = Call(**sizes)
     rules, blocks = RULES[call.backend]
     name, _, flops, reason = next(rule for rule in rules if rule[1](call))
@@ -215,7 +217,9 @@ def choose(full: bool = False, mean: bool = True, **sizes: Any) -> Plan:
     if not call.gradients:
         flops = 1 if halved and name != "dense" else 2
     rows, cols = blocks("workspace" if call.pairwise and name != "reference" else name, call)
-    return Plan(name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean)
+    return Plan(
+        name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean, record
+    )
 
 
 def _few(call: Call) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 90.0, torch.float32: 90.0, torch.float64: 900.0}
 
 AS_IT_IS = nullcontext()
+T = TypeVar("T")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -68,9 +69,17 @@ def wide(rows: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
 
 def all_wide(tensors: Sequence[Tensor]) -> tuple[list[Tensor], AbstractContextManager[Any]]:
     """Return `wide` of each tensor, and the context of all; a tensor that is there twice stays one."""
-    seen: dict[int, Tensor] = {}
-    context: AbstractContextManager[Any] = nullcontext()
-    for x in tensors:
-        if id(x) not in seen:
-            seen[id(x)], context = wide(x)
-    return [seen[id(x)] for x in tensors], context
+    found = each_once(wide, tensors)
+    return [rows for rows, _ in found], found[-1][1] if found else nullcontext()
+
+
+def each_once(function: Callable[[Tensor], T], tensors: Sequence[Tensor]) -> list[T]:
+    """Return the function of each tensor, called once for one that is there several times.
+
+    They are told apart by `is`: of an `id` a recording of `torch.compile` would hold for these tensors alone.
+    """
+    found: list[T] = []
+    for i, x in enumerate(tensors):
+        before = [j for j in range(i) if tensors[j] is x]
+        found.append(found[before[0]] if before else function(x))
+    return found

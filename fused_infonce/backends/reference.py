@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import EPS, LN2, KeySet, Problem, Profile, RowStatistics, Sigmoids, Statistics
-from .ladder import Ladder, rounding
+from .contract import EPS, LN2, KeySet, Problem, RowStatistics, Sigmoids, Statistics
+from .ladder import Ladder, Profile, rounding
 from .plan import Plan
 
 differentiable = True

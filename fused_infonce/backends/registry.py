@@ -18,6 +18,7 @@ from .contract import LN2, Backend, Problem
 from .device import facts
 from .plan import Plan, choose, limit_of_environment
 from .precision import EXPONENT_ROOM, accumulator, product_dtype
+from .recording import recordings
 
 BackendName = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
@@ -151,8 +152,8 @@ def plan_of(
         plain=problem.plain and not weighted, per_row=not t.shared, biased=len(problem.added) > 0,
         bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
-        mean=full or of_t, joint=problem.joint, pairwise=bias is not None,
-        processors=facts(device).processors if backend == "triton" else 0,
+        mean=full or of_t or recordings.wanted, record=recordings.wanted, joint=problem.joint,
+        pairwise=bias is not None, processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 
 

@@ -71,7 +71,22 @@ class OverProcesses:
     distributed: DistributedLike = False
 
 
-class MultipleNegativesRankingLoss(OverProcesses, original.MultipleNegativesRankingLoss):
+class AssignableTemperature:
+    """A `temperature` that is 1 / `scale`, as the originals have it, and may be assigned at any time."""
+
+    scale: Any
+
+    @property
+    def temperature(self) -> Any:
+        """The inverse of `scale`."""
+        return 1 / self.scale
+
+    @temperature.setter
+    def temperature(self, value: Any) -> None:
+        self.scale = 1 / value
+
+
+class MultipleNegativesRankingLoss(AssignableTemperature, OverProcesses, original.MultipleNegativesRankingLoss):
     """InfoNCE of anchors against the candidates of the batch; see `functional.multiple_negatives` for the formulas.
 
     Args:
@@ -97,7 +112,9 @@ class MultipleNegativesRankingLoss(OverProcesses, original.MultipleNegativesRank
         return fused_or(original, "MultipleNegativesRankingLoss", fused, distributed=self.distributed)
 
 
-class CachedMultipleNegativesRankingLoss(OverProcesses, original.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(
+    AssignableTemperature, OverProcesses, original.CachedMultipleNegativesRankingLoss
+):  # fmt: skip
     """`MultipleNegativesRankingLoss` by GradCache, which embeds a batch twice in mini-batches to save memory.
 
     The second pass takes the gradients of the loss over the whole batch.

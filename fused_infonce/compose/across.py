@@ -14,6 +14,7 @@ from .. import contrast
 from ..backends import Options
 from ..backends.contract import KeySet, Problem, Statistics, Temperature
 from ..backends.precision import accumulator, all_wide, product_dtype
+from ..backends.recording import recordings
 from ..backends.registry import resolve
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
@@ -226,6 +227,7 @@ def _signature(problem: Problem, options: Options) -> str:
     given = [name for name in ("target", "ceiling", "offset") if getattr(problem, name) is not None]
     t = problem.temperature.values
     graph = f"gradient of the temperature {t.requires_grad and torch.is_grad_enabled()}"
+    graph += "; recorded" if recordings.wanted else ""
     dense = ", in the reference" if resolve(options.backend, problem.query.rows) == "reference" else ""
     return f"query and keys {sets}; {', '.join([*flags, *given])}; {graph}; reduction={options.reduction!r}{dense}"
 

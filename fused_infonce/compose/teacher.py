@@ -11,6 +11,7 @@ from .. import contrast
 from ..backends import Options
 from ..backends.contract import Problem
 from ..backends.indexing import part_of
+from ..backends.precision import each_once
 from .across import of_all
 from .rows import unit
 
@@ -57,26 +58,22 @@ def directions_of(
     """Return for the rows, and for the columns where there are some, the teacher's logits, the student's unit rows on
     both sides, and the labels."""
     dtype = problem.acc_dtype
-    scored_sides = teacher if problem.columns else teacher[1:]  # those that rows of other ranks are scored against
-    every = {id(x): of_all(x, options) for x in scored_sides}
+    # the sides that rows of other ranks are scored against
+    every = each_once(lambda x: of_all(x, options), teacher[::-1] if problem.columns else teacher[1:])
     parts = [(problem.of_rows(), teacher)] + ([(problem.swapped(), teacher[::-1])] if problem.columns else [])
     limit = options.limit(t.device)
     found: list[Direction] = []
-    units: dict[int, Tensor] = {}
+    units = iter(each_once(lambda x: unit(x, problem.normalize, dtype), [x for part, _ in parts for x in part.inputs]))
     for part, sides in parts:
-        for rows in part.inputs:
-            if id(rows) not in units:
-                units[id(rows)] = unit(rows, problem.normalize, dtype)
         if len(sides) == 2:
-            keys = unit(every[id(sides[1])], normalize, dtype)
+            keys = unit(every[len(found)], normalize, dtype)
             scored: tuple[Tensor, Tensor | None] = unit(sides[0], normalize, dtype), keys
         else:
             scored = (sides[0].T if found else sides[0]), None
         of_rows = Teacher(*scored, t.to(dtype), 1)
         # the logits of a row, before and after their division, and the terms of its entropy
         step = max(1, limit // max(3 * of_rows.width * dtype.itemsize, 1))
-        x, y = (units[id(rows)] for rows in part.inputs)
-        found.append((of_rows._replace(step=step), (x, y), part.target))
+        found.append((of_rows._replace(step=step), (next(units), next(units)), part.target))
     return found
 
 

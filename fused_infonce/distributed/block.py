@@ -26,6 +26,7 @@ from ..backends import Options
 from ..backends.contract import LN2, KeySet, Problem, RowStatistics, Statistics, Upstream
 from ..backends.plan import Plan
 from ..backends.precision import without_autocast
+from ..backends.recording import record, recordings
 from ..backends.registry import plan_of, resolve
 from ..backends.row_losses import temperature_gradient
 from ..contrast import bind, differentiable_once, given, unscale
@@ -58,9 +59,12 @@ def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statis
         contrast.explain(exchange)
         contrast.explain(plan)
         return contrast.zeros(problem)
-    return Statistics.of(
+    found = Statistics.of(
         _Block.apply(problem, plan, options.call, exchange, problem.temperature.values, *problem.inputs)
     )
+    if recordings.wanted:
+        record(problem, [rows[:3] for rows in found if rows is not None], [sum(exchange.counts)] * 2)
+    return found
 
 
 def _shapes(problem: Problem, columns: int) -> Problem:

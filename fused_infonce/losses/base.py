@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.plan import Plan
+from ..backends.recording import Recorded, recorded, recordings
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode
 from ..distributed import DistributedLike, of_module, options_of
 from ..distributed.exchange import Exchange
@@ -25,6 +27,10 @@ COMMON = (
 )  # options that the functions of all losses take
 OF_KEYS = ("symmetric", "negative_mode", "in_batch_negatives", "ignore_index")  # options of negatives="keys" only
 OF_VIEWS = (False, "unpaired", None, -100)  # and their values for negatives="views"
+COMPILED = (
+    "record=True keeps tensors of a call, which code of torch.compile does not: set record = False, or call "
+    "torch.compiler.disable(loss) in place of loss"
+)
 TEMPERATURE = ("temperature", "learnable_temperature", "max_logit_scale")
 
 
@@ -75,14 +81,18 @@ class ContrastiveLoss(HasTemperature, Explained):
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
         workspace_limit: bytes of scratch; None: 64 MiB on a CPU, 1/128 of a GPU's memory, or what the environment says.
         distributed: whose rows make one batch: False, True, a process group, a mesh, or a `Distributed`.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
     """
 
+    recorded: Recorded | None = None  # of the last call, where `record` asks for it
+    _record, _over_processes = False, False
     own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has
 
     def __init__(
         self, temperature: TemperatureLike | None, learnable_temperature: bool, max_logit_scale: float | None,
         reduction: Reduction, normalize: bool, backend: BackendName, workspace_limit: int | None,
-        distributed: DistributedLike = False,
+        distributed: DistributedLike = False, record: bool = False,
     ):  # fmt: skip
         super().__init__(temperature, learnable_temperature, max_logit_scale)
         checks.one_of("reduction", reduction, checks.REDUCTIONS)
@@ -93,6 +103,7 @@ class ContrastiveLoss(HasTemperature, Explained):
         self.backend = backend
         self.workspace_limit = checks.workspace_limit(workspace_limit)
         self.distributed = distributed
+        self.record = record
 
     @property
     def distributed(self) -> DistributedLike:
@@ -101,18 +112,58 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     @distributed.setter
     def distributed(self, value: DistributedLike) -> None:
-        over_processes = options_of(value) is not None  # or it refuses the value
+        self._over_processes = options_of(value) is not None  # or it refuses the value
         self._distributed = value
+        self._choose_forward()
+
+    @property
+    def record(self) -> bool:
+        """Whether a call keeps `recorded`, which may be assigned.
+
+        `recorded` is a named tuple (pos, neg, mean, temperature, keys) of detached (R,) tensors, but for the last: the
+        logit of each row's positive, the logsumexp and the mean logit of its negatives, its temperature, and the number
+        of keys that it was scored against. R is N, and 2 N where both directions of N pairs are scored, the queries
+        against the keys first. They are what the loss makes anyway: no scores are made again, and nothing waits for a
+        GPU. They are of the last call, and None before the first. Under `torch.compile` a call is a RuntimeError.
+        """
+        return self._record
+
+    @record.setter
+    def record(self, value: bool) -> None:
+        checks.flags(record=value)
+        self._record = value
+        self._choose_forward()
+
+    def _choose_forward(self) -> None:
+        """Put the forward that the options ask for in place of the class's, which alone pays nothing for them."""
         vars(self).pop("forward", None)
-        if over_processes:  # in place of the class's, which alone pays nothing for it
+        if self._record:
+            vars(self)["forward"] = self._recording_forward
+        elif self._over_processes:
             vars(self)["forward"] = self._told_forward
+
+    def _recording_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
+        self.check_record()
+        forward = self._told_forward if self._over_processes else type(self).forward.__get__(self)
+        with recordings.taken() as notes:
+            loss = forward(*args, **kwargs)
+        if notes:
+            self.recorded = recorded(notes)
+        elif not contrast.is_explaining():  # parts of a call may be compiled apart
+            raise RuntimeError(COMPILED)
+        return loss
+
+    def check_record(self) -> None:
+        """Raise a ValueError where the rows of this loss are no softmax, which there is something to record of."""
 
     @of_module
     def _told_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "forward"}
+        return {name: value for name, value in vars(self).items() if name not in ("forward", "recorded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

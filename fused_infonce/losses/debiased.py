@@ -199,6 +199,8 @@ class DebiasedLoss(PairLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = DebiasedLoss(temperature=0.5, tau_plus=0.1)
@@ -221,11 +223,12 @@ class DebiasedLoss(PairLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             negatives, symmetric, negative_mode, in_batch_negatives, ignore_index, temperature=temperature,
             learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale, reduction=reduction,
-            normalize=True, backend=backend, workspace_limit=workspace_limit, distributed=distributed,
+            normalize=True, backend=backend, workspace_limit=workspace_limit, distributed=distributed, record=record,
         )  # fmt: skip
         self.tau_plus = prior(tau_plus)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
+from ..backends.recording import unrecorded
 from ..backends.row_losses import balanced
 from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, of_keys, temperature_of
@@ -78,7 +79,7 @@ def dual_temperature_info_nce(
     problem, context = blocked(problem, options)
     with context:
         found = contrast.statistics(problem, options)
-        with torch.no_grad():
+        with torch.no_grad(), unrecorded():
             between = contrast.statistics(at_temperature(problem, inter), options)
     losses = [
         # 1 - P(t) is the slope that `balanced` divides by
@@ -111,6 +112,8 @@ class DualTemperatureLoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = DualTemperatureLoss(temperature=0.1, inter_temperature=1.0)
@@ -135,10 +138,11 @@ class DualTemperatureLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         checks.number_or_tensor("inter_temperature", inter_temperature)

@@ -45,10 +45,11 @@ class GlobalContrastiveLoss(ContrastiveLoss):
     dF_i / dt_i = log u_i + rho - g_i / u_i (mean logit - b_i), of two directions that share it by their mean. Without
     `lr` it is learned by an optimizer.
 
-    The state, `log_u`, is (samples,) or of two towers (2, samples), float32 and part of the state dict; -inf is a
-    sample that was not seen. It moves in training mode alone. An estimate that is not finite, as after an overflow
-    under `GradScaler`, leaves its sample as it is; of a sample that is in a batch twice the last row counts. With
-    `distributed` every rank has the whole state, and the samples of all ranks enter.
+    The state, `log_u`, is (samples,) or of two towers (2, samples), part of the state dict; -inf is a sample that was
+    not seen. It is float32, and should stay so: 16 bits of a logarithm are few digits of u. It moves in training mode
+    alone. An estimate that is not finite, as after an overflow under `GradScaler`, leaves its sample as it is; of a
+    sample that is in a batch twice the last row counts. With `distributed` every rank has the whole state, and the
+    samples of all ranks enter.
 
     LibAUC's `GCLoss_v1` and `GCLoss_v2` have these gradients times 2 and times N - 1; their values are others.
 
@@ -70,6 +71,8 @@ class GlobalContrastiveLoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     References: Yuan et al. 2022, arXiv:2202.12387; Qiu et al. 2023, arXiv:2305.11965;
     https://github.com/Optimization-AI/LibAUC (GCLoss).
@@ -101,10 +104,11 @@ class GlobalContrastiveLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         checks.one_of("negatives", negatives, get_args(Negatives))
         if key_temperature is not None:
@@ -139,6 +143,9 @@ def _loss(
     options = call_options(module.backend, module.workspace_limit, module.reduction, distributed)
     gamma, rho = _gamma(module.gamma), checks.not_negative("rho", module.rho)
     index = checks.places("index", index, module.samples, module.log_u.device, "the state of the loss")
+    if options.call is not None:
+        mode = "training" if module.training else "evaluation"
+        options.call.noted += f" {module.negatives} {module.samples}, gamma {gamma}, rho {rho}, {mode};"
     problem, context = _problem(module, query, positive_key, index, options)
     with context:
         rows, columns = contrast.statistics(problem, options, full=_stepped(module) != [None, None])
@@ -161,6 +168,7 @@ def _problem(
 ) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return the problem of a batch over all ranks, and the context of its products."""
     checks.embeddings("query", query, 2, "(N, D)")
+    checks.on("query", query, index.device, "the state of the loss")
     if len(index) != len(query):
         raise ValueError(f"index must have {len(query)} rows as query has, got {len(index)}")
     views, held, keys = module.negatives == "views", module.held_temperature, module.key_temperature

@@ -327,6 +327,8 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = GroupedInfoNCELoss(group_size=8)
@@ -350,10 +352,11 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         if distillation is not None:
             checks.one_of("distillation", distillation, DISTILLATIONS)
@@ -361,6 +364,12 @@ class GroupedInfoNCELoss(ContrastiveLoss):
         self.group_size = checks.whole("group_size", group_size, 1)
         self.in_batch_negatives = in_batch_negatives
         self.distillation = distillation
+
+    def check_record(self) -> None:
+        if self.distillation == "m3_kd_loss":
+            raise ValueError(
+                "record keeps statistics of one softmax a row: distillation='m3_kd_loss' has one a passage"
+            )
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import accumulator, all_wide, cast, product_dtype, statistics_dtype, without_autocast
+from ..backends.recording import record_together
 from ..backends.row_losses import infonce
 from ..compose.across import across, unique
 from ..compose.arguments import NEGATIVE_MODES, NegativeMode, all_ids, call_options, key_embeddings, temperature_of
@@ -152,6 +153,7 @@ def _joined(problem: Problem, others: Problem, options: Options) -> Tensor:
     others, products = across(others, options)
     with products:
         neg = contrast.statistics(others, options).rows.neg
+    record_together()
     return infonce(log_add(rows.neg, neg) - rows.pos)
 
 
@@ -259,6 +261,8 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = GuidedInfoNCELoss(temperature=0.02, margin=0.1)  # the embeddings are their own guide
@@ -285,10 +289,11 @@ class GuidedInfoNCELoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
         checks.one_of("margin_strategy", margin_strategy, MARGINS)

@@ -260,6 +260,8 @@ class FusedInfoNCELoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = FusedInfoNCELoss(temperature=0.02)
@@ -287,10 +289,11 @@ class FusedInfoNCELoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         self.negative_mode = negative_mode

@@ -120,6 +120,8 @@ class MoCoLoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = MoCoLoss(128, queue_size=4096)
@@ -143,10 +145,11 @@ class MoCoLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         checks.whole("dim", dim, 1)
         checks.whole("queue_size", queue_size, 1)

@@ -171,6 +171,8 @@ class MACLLoss(PairLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = MACLLoss(temperature=0.1, alpha=0.5)
@@ -197,11 +199,13 @@ class MACLLoss(PairLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             negatives, symmetric, negative_mode, in_batch_negatives, ignore_index, temperature=temperature,
             learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale, reduction=reduction,
             normalize=normalize, backend=backend, workspace_limit=workspace_limit, distributed=distributed,
+            record=record,
         )  # fmt: skip
         check_alignment(alpha, threshold)
         self.alpha, self.threshold = alpha, threshold

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import BackendName, Reduction
 from ..backends.precision import without_autocast
+from ..backends.recording import record_together
 from ..backends.row_losses import infonce
 from ..compose.arguments import call_options, temperature_of
 from ..compose.biases import of_columns
@@ -139,6 +140,7 @@ def multiple_negatives(
             return reduced_mean(
                 torch.stack([infonce(neg - p) for neg, p in zip(negs, each, strict=False)]).mean(0), options
             )
+        record_together()
         # With doc_to_query the sum holds the positive twice: log(k + exp(x)) = log k + log(1 + exp(x - log k)).
         log_k: float | Tensor = math.log(1 + ("doc_to_query" in directions))
         if log_k and added is not None:  # k = 1 + exp(-added): that of doc_to_query has no bias
@@ -219,6 +221,8 @@ class MultipleNegativesLoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = MultipleNegativesLoss(hardness="hard_negatives", hardness_strength=5.0)
@@ -243,16 +247,21 @@ class MultipleNegativesLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
         check_options(directions, partition, hardness, hardness_strength)
         self.directions = tuple(directions)
         self.partition = partition
         self.hardness = hardness
         self.hardness_strength = hardness_strength
+
+    def check_record(self) -> None:
+        if self.hardness_strength:
+            raise ValueError("record keeps statistics of the scores, which a hardness changes: set hardness_strength=0")
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from .. import contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.precision import without_autocast
+from ..backends.recording import record_positives
 from ..backends.row_losses import infonce
 from ..compose.across import blocked, unique
 from ..compose.arguments import call_options, of_views, stacked, temperature_of, views
@@ -80,8 +81,9 @@ def nt_xent(
         neg = contrast.statistics(problem, options).rows.neg
     with without_autocast(rows.device.type):
         x = unit(problem.query.rows, normalize, t.values.dtype)
-        losses = [infonce(neg - dots(x, x.roll(-k * samples, 0)) / t.values) for k in range(1, len(every))]
-        return reduced_mean(torch.stack(losses).mean(0), options)
+        logits = [dots(x, x.roll(-k * samples, 0)) / t.values for k in range(1, len(every))]
+        record_positives(logits[0])
+        return reduced_mean(torch.stack([infonce(neg - pos) for pos in logits]).mean(0), options)
 
 
 class NTXentLoss(ContrastiveLoss):
@@ -101,6 +103,8 @@ class NTXentLoss(ContrastiveLoss):
         workspace_limit: bytes of scratch memory; None: 64 MiB on a CPU, 1/128 of a GPU's memory.
         distributed: whose rows make one batch: False (this process's), True (those of the default process group), a
             `ProcessGroup`, a one-dimensional `DeviceMesh`, or a `Distributed` with further options.
+        record: keep what the rows of the last call were made of in `recorded`: the positives' logits, and the
+            logsumexps and mean logits of the negatives.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.1)
@@ -118,10 +122,11 @@ class NTXentLoss(ContrastiveLoss):
         backend: BackendName = "auto",
         workspace_limit: int | None = None,
         distributed: DistributedLike = False,
+        record: bool = False,
     ):
         super().__init__(
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
-            distributed,
+            distributed, record,
         )  # fmt: skip
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:

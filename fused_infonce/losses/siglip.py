@@ -226,5 +226,8 @@ class SigLipLoss(ContrastiveLoss):
             (image_ids, text_ids, negative_ids), weight, **self.options,
         )  # fmt: skip
 
+    def check_record(self) -> None:
+        raise ValueError("record keeps statistics of a softmax: SigLIP's loss, a sigmoid of every pair, has none")
+
     def shown_temperature(self) -> dict[str, Any]:
         return {name: shown for name, shown in super().shown_temperature().items() if shown is not None}

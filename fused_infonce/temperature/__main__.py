@@ -39,6 +39,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--temperature", type=float, metavar="T", help="that of the training, to compare with")
     parser.add_argument("--symmetric", action="store_true", help="score keys against queries too")
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda; default: cpu")
     parser.add_argument("--backend", choices=checks.BACKENDS, default="auto", help="default: auto")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw report.png, or .svg, .pdf; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
@@ -54,12 +55,15 @@ def progress(rows: int) -> Iterator[Callable[[int], None]]:
         print("Going over the scores (with tqdm installed there is a progress bar) ...", file=sys.stderr)
         yield lambda amount: None
         return
+    passes = 1
     with tqdm(total=rows, unit=" rows", desc="pass 1", leave=False, disable=None) as bar:
 
         def advance(amount: int) -> None:
-            if bar.n >= bar.total:
-                bar.set_description(f"pass {1 + bar.n // rows}", refresh=False)
-                bar.total += rows
+            nonlocal passes
+            if bar.n >= rows:
+                passes += 1
+                bar.reset()
+                bar.set_description(f"pass {passes}", refresh=False)
             bar.update(amount)
 
         yield advance
@@ -73,7 +77,7 @@ def report_of(options: argparse.Namespace) -> Report:
     counts = ("query", len(query)), ("key", len(key))
     target = None if options.target is None else integers(options.target, *counts[0], *counts[1])
     ids = None if options.ids is None else integers(options.ids, *counts[1], *counts[0])
-    pairs = Pairs(query, key, target, ids, options.symmetric, options.backend)
+    pairs = Pairs(query, key, target, ids, options.symmetric, options.backend).to(options.device)
     with progress(pairs.rows) as advance:
         return Report.of(pairs, options.temperature, advance)
 

@@ -17,6 +17,7 @@ from ..distributed import DistributedLike, together
 from .ranking import Bounds
 from .sweep import WIDEST, Sweep, of_ranks, problem_of
 
+BOUNDS = (0.003, 3.0)  # of a fitted temperature
 NEAR = 4.0  # a first range around `init`: this factor on both sides
 STEPS = 50  # of a bisection, each of O(N): as many bits
 SEPARABLE = "every pair is ranked first: the lower the temperature, the lower the NLL"
@@ -80,7 +81,7 @@ def fit(
     key: Tensor,
     *,
     init: float | None = None,
-    bounds: tuple[float, float] = (0.003, 3.0),
+    bounds: tuple[float, float] = BOUNDS,
     tolerance: float = 1e-4,
     max_passes: int = 12,
     target: Tensor | None = None,

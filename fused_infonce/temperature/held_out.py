@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .fitting import Fit, bounds_of, fit
+from .fitting import BOUNDS, Fit, bounds_of, fit
 from .scale import HasTemperature, assignable
 
 
@@ -54,7 +54,7 @@ class HeldOutTemperature:
         self,
         loss: HasTemperature,
         every: int = 100,
-        bounds: tuple[float, float] = (0.003, 3.0),
+        bounds: tuple[float, float] = BOUNDS,
         smoothing: float = 0.0,
         **options: Any,
     ):

@@ -20,13 +20,13 @@ except ImportError as error:
     raise ModuleNotFoundError(why, name="matplotlib") from error
 
 from .calibration import Calibration
+from .famous import FAMOUS
 from .fitting import Fit, least
 from .held_out import Followed
 from .sweep import Sweep
 from .thresholds import threshold
 
 BLUE, ORANGE, GREY, FAINT = "#0b6e99", "#d1603d", "#8a8f98", "#c9cdd3"  # apart in lightness, for any eyes and for print
-DEFAULTS = (0.02, 0.05, 0.07, 0.1, 0.5)  # of widely used libraries
 POINTS = 120  # temperatures of a curve
 INTERVAL = 1.96  # standard errors of a 95 % interval
 
@@ -48,7 +48,7 @@ def draw(
     writable(path)
     coldest, warmest = sweep.temperatures[-1].item(), sweep.temperatures[0].item()
     marks = marks_of(sweep, fit, temperature)
-    marked = [x for x in (marks.best, temperature, *DEFAULTS) if x is not None]
+    marked = [x for x in (marks.best, temperature, *FAMOUS) if x is not None]
     ends = max(coldest, min(marked) / 2), min(warmest, max(marked) * 2)
     points = torch.linspace(math.log(ends[0]), math.log(ends[1]), POINTS, dtype=torch.float64).exp()
     t = points.clamp(coldest, warmest).tolist()
@@ -192,7 +192,7 @@ def marked(axes: Axes, t: Sequence[float], marks: Marks) -> None:
         axes.axvspan(marks.low, marks.high, color="black", alpha=0.12, linewidth=0)
     if marks.training is not None:
         axes.axvline(marks.training, color="black", linewidth=1.2, linestyle=":", label=f"t = {marks.training:g}")
-    for default in DEFAULTS:
+    for default in FAMOUS:
         if t[0] <= default <= t[-1]:
             axes.axvline(default, color=FAINT, linewidth=0.8, zorder=0)
             axes.text(

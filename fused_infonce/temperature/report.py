@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,22 +13,14 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BackendName
-from .fitting import Fit, Search, Verdict
+from .famous import FAMOUS
+from .fitting import BOUNDS, Fit, Search, Verdict
 from .ranking import Bounds
 from .sweep import Sweep, sweep
 from .thresholds import Threshold, threshold
 
-BOUNDS = (0.003, 3.0)  # of the fit
 CHUNK = 1024  # rows of one sweep, after which a progress bar moves
 RANDOM = 100_000  # pairs of a query and a key that is no positive of it
-# the defaults of widely used libraries
-FAMOUS = {
-    0.02: "FlagEmbedding",
-    0.05: "sentence-transformers (scale=20), SimCSE",
-    0.07: "MoCo, the start of CLIP",
-    0.1: "info-nce-pytorch, SimCLR",
-    0.5: "lightly's NTXentLoss",
-}
 RANKS = (1, 5, 10)
 
 
@@ -41,7 +33,8 @@ class Pairs:
     """Queries with their positive keys, swept a chunk of rows at a time.
 
     query: (N, D). key: (M, D). target: (N,) int64, the key of each query; None: key i of query i, M = N. ids: (M,)
-    int64; a key with the id of a query's positive is no negative of it. symmetric: keys against queries too.
+    int64; a key with the id of a query's positive is no negative of it. symmetric: keys against queries too. All are on
+    one device, and results on the CPU.
     """
 
     query: Tensor
@@ -70,10 +63,15 @@ class Pairs:
         if len(self.query) < 2:
             raise ValueError(f"a temperature is fitted to 2 pairs or more, got {len(self.query)}")
 
+    def to(self, device: str) -> Pairs:
+        """Return the pairs on a device."""
+        target, ids = (None if x is None else x.to(device) for x in (self.target, self.ids))
+        return replace(self, query=self.query.to(device), key=self.key.to(device), target=target, ids=ids)
+
     @property
     def positives(self) -> Tensor:
         """The row of every query's positive key, (N,) int64."""
-        return torch.arange(len(self.query)) if self.target is None else self.target
+        return torch.arange(len(self.query), device=self.query.device) if self.target is None else self.target
 
     @property
     def rows(self) -> int:
@@ -105,7 +103,7 @@ class Pairs:
         The same pairs are drawn each time.
         """
         generator = torch.Generator().manual_seed(0)
-        i, j = (torch.randint(len(x), (count,), generator=generator) for x in (self.query, self.key))
+        i, j = (torch.randint(len(x), (count,), generator=generator).to(x.device) for x in (self.query, self.key))
         positive = self.positives[i]
         other = j != positive if self.ids is None else self.ids[j] != self.ids[positive]
         i, j = i[other], j[other]
@@ -113,13 +111,13 @@ class Pairs:
             torch.cosine_similarity(self.query[a].float(), self.key[b].float(), dim=1)
             for a, b in zip(i.split(CHUNK), j.split(CHUNK), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
 
 def joined(parts: Sequence[Sweep]) -> Sweep:
-    """Return the sweep of the rows of several, over one ladder."""
-    rest = (torch.cat(x, -1) for x in zip(*(list(vars(part).values())[1:] for part in parts), strict=True))
-    return Sweep(parts[0].temperatures, *rest)
+    """Return the sweep of the rows of several, over one ladder, on the CPU."""
+    rest = (torch.cat(x, -1).cpu() for x in zip(*(list(vars(part).values())[1:] for part in parts), strict=True))
+    return Sweep(parts[0].temperatures.cpu(), *rest)
 
 
 class Line(NamedTuple):
@@ -234,7 +232,7 @@ class Report:
         return [f"{'cosine':<13}{'at least':>9}{'errors':>9}  tells positives from", *rows]
 
     def _table(self) -> list[str]:
-        head = f"{'temperature':<13}{'NLL':>9}{'ECE':>9}{'negatives':>11}{'hardest':>9}  default of"
+        head = f"{'temperature':<13}{'NLL':>9}{'ECE':>9}{'negatives':>11}{'hardest':>9}  source"
         notes = dict(FAMOUS)
         for t, note in ((self.temperature, "yours"), (self.fit.temperature, "fitted")):
             if t is not None:

@@ -185,10 +185,15 @@ class HasTemperature(nn.Module):
         return shown if self.max_logit_scale is None else shown | {"max_logit_scale": self.max_logit_scale}
 
 
-def assignable(loss: Any) -> HasTemperature:
-    """Return a loss whose temperature may be assigned at every step: one that does not learn it."""
-    if not isinstance(loss, HasTemperature):
+def held_by(loss: Any) -> Any:
+    """Return a loss, checked to hold a temperature: one of this package, or a drop-in with such an attribute."""
+    if not isinstance(loss, HasTemperature) and not hasattr(loss, NAME):
         raise TypeError(f"loss must be a loss of fused_infonce that holds a temperature, got {type(loss).__name__}")
-    if loss.logit_scale is not None:
+    return loss
+
+
+def assignable(loss: Any) -> Any:
+    """Return a loss whose temperature may be assigned at every step: one that does not learn it."""
+    if getattr(held_by(loss), "logit_scale", None) is not None:
         raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
     return loss

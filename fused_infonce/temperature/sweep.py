@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Options
-from ..backends.contract import Problem, Profile
-from ..backends.ladder import Ladder
+from ..backends.contract import Problem
+from ..backends.ladder import Ladder, Profile
 from ..compose.across import Met, across, meet
 from ..compose.arguments import call_options, of_keys
 from ..distributed import Call, DistributedLike, together

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.helpers import DEVICE, TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce import explain, info_nce, nt_xent
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, explain, info_nce, nt_xent
 from fused_infonce.backends import plan
 
 pytest.importorskip("fused_infonce.backends.triton", reason="triton is not installed", exc_type=ImportError)
@@ -139,6 +139,31 @@ def test_sums_of_several_blocks_do_not_start_from_zeros(options, watch):
         info_nce(*inputs, **options).sum().backward()
     assert watch.launched["triton"] > 0
     assert not [name for name in watch.launched if "zero" in name]
+
+
+@pytest.mark.parametrize("name", ["one", "symmetric", "self"])
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.interpreter
+def test_recording_merges_states_that_are_there(name, few, watch, monkeypatch):
+    """A launch for each direction of few scores and none of many; nothing is read, or as large as the scores."""
+    options = {"temperature": 0.05, "backend": "triton"} | ({"symmetric": True} if name == "symmetric" else {})
+    if not few:
+        monkeypatch.setattr(plan, "GPU_DENSE_WIDE", 0)
+    counts, sizes = [], []
+    for record in (False, True):
+        loss = (NTXentLoss if name == "self" else FusedInfoNCELoss)(**options, record=record)
+        inputs = [torch.randn(512, 64).requires_grad_() for _ in range(2)]
+        watch.launched.clear()
+        watch.bytes = 0
+        with watch:
+            loss(*inputs).backward()
+        counts.append(watch.launched.copy())
+        sizes.append(watch.bytes)
+    more, rows = counts[1] - counts[0], len(loss.recorded.pos)
+    directions = few * (1 + (name == "symmetric"))
+    assert more["triton"] == directions
+    assert set(more) <= {"triton", "clone", "cat"}
+    assert sizes[1] - sizes[0] <= 8 * 4 * rows
 
 
 @pytest.mark.parametrize("limit", [1 << 22, 1 << 26, 1 << 28])

@@ -10,8 +10,8 @@ from support.problems import make, with_segments
 
 from fused_infonce import contrast
 from fused_infonce.backends import Options
-from fused_infonce.backends.contract import KeySet, Problem, Profile
-from fused_infonce.backends.ladder import Ladder
+from fused_infonce.backends.contract import KeySet, Problem
+from fused_infonce.backends.ladder import Ladder, Profile
 
 # of CPU tensors, which compiled kernels cannot read
 both_backends = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])

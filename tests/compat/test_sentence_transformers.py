@@ -264,3 +264,13 @@ def test_mini_batches_change_nothing():
     columns = columns_of(17, 8, 3)
     one, many = (getattr(drop_in, CACHED)(Model(), mini_batch_size=k) for k in (99, 2))
     assert torch.equal(call(one, **columns), call(many, **columns))
+
+
+@both_classes
+def test_a_temperature_may_be_assigned(name):
+    columns = columns_of(17, 8, 3)
+    ours, theirs = both(name)
+    ours.temperature = 0.25
+    theirs.scale = 4.0
+    assert (ours.scale, ours.temperature) == (4, 0.25)
+    assert error(call(ours, **columns), call(theirs, **columns)) <= 1e-6

@@ -17,7 +17,7 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 LOOP = re.compile(r"^for step in range\(\d+\):$", re.MULTILINE)
 LOSSES = sorted(name for name in fused_infonce.__all__ if name.endswith("Loss"))
 COMMON = {"self", "temperature", "learnable_temperature", "max_logit_scale", "reduction", "backend"}
-COMMON |= {"workspace_limit", "distributed"}
+COMMON |= {"workspace_limit", "distributed", "record"}
 
 
 def run(code: str, names: dict[str, Any]) -> None:
@@ -67,10 +67,11 @@ def test_examples_of_a_page_run(page: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_drop_ins_of_the_documentation_exist() -> None:
     """Their libraries need not be here: names are looked up in the sources."""
-    text = (DOCS / "coming-from.md").read_text()
+    text = "".join((DOCS / name).read_text() for name in ("coming-from.md", "temperature.md"))
     package = ROOT / "fused_infonce" / "compat"
     imports = re.findall(r"from fused_infonce\.compat\.(\w+) import (.*)", text)
-    assert {module for module, _ in imports} == {path.stem for path in package.glob("[!_]*.py")} - {"common"}
+    shared = {"common", "lightning_hooks"}
+    assert {module for module, _ in imports} == {path.stem for path in package.glob("[!_]*.py")} - shared
     for module, names in imports:
         tree = ast.parse((package / f"{module}.py").read_text())
         defined = {node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}

@@ -65,10 +65,7 @@ def test_values_and_gradients_are_those_of_the_authors():
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("t", [0.01, 0.05, 1.0])
-@pytest.mark.parametrize("kind", ["tight", "loose"])
+@cases(dtype=[torch.float32, torch.bfloat16], t=[0.01, 0.05, 1.0], kind=["tight", "loose"], pairs=True)
 def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, t, kind):
     """Where 1 - P is 1e-30 at the lower temperature, and a quotient of softmaxes has no digits."""
     n, d = (45, 24) if backend == "torch" else (18, 16)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from oracles.global_contrastive import GlobalContrast
-from support.helpers import DEVICE, TRITON, both_backends, error
+from support.helpers import DEVICE, TRITON, both_backends, elsewhere, error
 from support.ranks import succeeded
 from torch import nn
 
@@ -56,9 +57,16 @@ def assert_state(loss, dense, of_u=1e-5):
         torch.testing.assert_close(table.values.double().cpu(), tau, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", TRITON])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("reference", torch.float64),
+        pytest.param("triton", torch.float32, marks=TRITON.marks),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_twenty_steps_are_those_of_dense_float64(backend, form, dtype):
     """Of a float32 state. u has the relative error of its logits, which divide by t, in float32 embeddings."""
     device = DEVICE.get(backend, "cpu")
@@ -135,6 +143,24 @@ def test_the_gradient_of_one_learned_temperature_is_that_of_the_tables(form):
         dense.step(a, b, index)
     (got,) = torch.autograd.grad(value, one.temperature)
     torch.testing.assert_close(got.sum(), dense.average[0, index].mean(), rtol=1e-6, atol=0)
+
+
+def test_a_training_is_compiled_whole():
+    """With tables that are looked up and stepped."""
+    torch._dynamo.reset()
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        loss, _ = made("towers with two tables")
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        for step in range(2):  # of which the second has other tensors, for which nothing may be compiled anew
+            a, b, index = batch()
+            with torch.compiler.set_stance("fail_on_recompile") if compiled and step else nullcontext():
+                value = run(a, b, index)
+        ends.append([value, *torch.autograd.grad(value, (a, b)), *loss.state_dict().values()])
+    for eager, compiled in zip(*ends, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    assert (loss.log_u > -torch.inf).any()
 
 
 def test_evaluation_and_a_bad_batch_leave_the_state_as_it_is():
@@ -229,6 +255,23 @@ def test_ranks_have_the_loss_the_gradients_and_the_state_of_one_process(form, co
                 assert torch.equal(x, each[0].state_dict()[name])
 
 
+@pytest.mark.parametrize("change", [lambda loss: loss.eval(), lambda loss: setattr(loss, "gamma", 0.9)])
+def test_ranks_that_differ_are_an_error_on_all(change):
+    """And none waits for the estimates of one that does not share them."""
+    each = [made("towers")[0] for _ in range(2)]
+    change(each[1])
+
+    def work(communicator):
+        loss = each[communicator.rank]
+        loss.distributed = Distributed(communicator)
+        loss(*batch())
+
+    for found in Loopback(2, 20).run(work):
+        assert isinstance(found, ValueError)
+        assert "the ranks' calls differ" in str(found)
+    assert all((loss.log_u == -torch.inf).all() for loss in each)
+
+
 A = torch.randn(4, D)
 MADE = {"samples": SAMPLES}
 
@@ -263,6 +306,11 @@ def test_a_bad_index_is_refused_and_leaves_the_state(index, message):
         with pytest.raises(ValueError, match=message):
             loss(A, A, index)
         assert (loss.log_u == -torch.inf).all()
+
+
+def test_embeddings_that_are_elsewhere_than_the_state_are_refused():
+    with pytest.raises(ValueError, match="query must be on cpu as the state of the loss is, got cuda"):
+        GlobalContrastiveLoss(SAMPLES)(elsewhere(4, D), elsewhere(4, D), torch.arange(4))
 
 
 def test_prefixes_of_embeddings_have_estimates_of_their_own():

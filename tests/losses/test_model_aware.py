@@ -86,10 +86,7 @@ def test_its_gradient_is_that_of_the_decoupled_loss_at_its_temperature(backend, 
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("t", [0.01, 0.05, 1.0])
-@pytest.mark.parametrize("kind", ["tight", "loose"])
+@cases(dtype=[torch.float32, torch.bfloat16], t=[0.01, 0.05, 1.0], kind=["tight", "loose"], pairs=True)
 def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, t, kind):
     """Where 1 - P is 1e-30 too, which the softmax itself has not."""
     n, d = (45, 24) if backend == "torch" else (18, 16)

@@ -46,10 +46,7 @@ def test_gradients_are_those_of_finite_differences_and_of_dense_code(backend, ca
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("t", [0.01, 0.05, 1.0])
-@pytest.mark.parametrize("kind", ["tight", "loose", "cone_90"])
+@cases(dtype=[torch.float32, torch.bfloat16], t=[0.01, 0.05, 1.0], kind=["tight", "loose", "cone_90"], pairs=True)
 def test_losses_and_gradients_keep_the_bounds_of_infonce(backend, dtype, t, kind):
     """Against dense code in float64 on the same numbers; the temperature's gradient within 1e-4."""
     n, d = (45, 24) if backend == "torch" else (18, 16)
@@ -101,16 +98,16 @@ def test_its_least_value_is_the_worst_mean_within_the_bound():
 def test_a_learned_temperature_ends_at_one_value_from_above_and_from_below():
     query, key = (x.float() for x in embeddings("medium", 64, 16)[:2])
     ends = []
-    for start in (1.0, 0.05):
+    for start in (0.6, 0.07):
         loss = RobustInfoNCELoss(start, rho=0.5, learnable_temperature=True)
         optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
-        for _ in range(200):
+        for _ in range(120):
             optimizer.zero_grad()
             loss(query, key).backward()
             optimizer.step()
         ends.append(loss.temperature.item())
-    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
-    assert 0.05 < ends[0] < 1.0
+    assert ends[0] == pytest.approx(ends[1], rel=1e-2)
+    assert 0.07 < ends[0] < 0.6
 
 
 @both_backends

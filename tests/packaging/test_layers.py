@@ -85,7 +85,7 @@ def test_no_private_name_crosses_files_of_losses(module):
 
 
 # What a loss may know of the floor of devices: nothing of any one device.
-SHARED = {"contract", "indexing", "plan", "precision", "row_losses", "rows"}
+SHARED = {"contract", "indexing", "plan", "precision", "recording", "row_losses", "rows"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if floor(name) in ("losses", "wrappers", "compat")])

@@ -59,7 +59,7 @@ for found in pkgutil.walk_packages(fused_infonce.__path__, "fused_infonce."):
 """
 LIBRARIES = (
     "info_nce", "open_clip", "pytorch_metric_learning", "lightly", "sentence_transformers", "FlagEmbedding",
-    "transformers",
+    "transformers", "lightning", "pytorch_lightning",
 )  # fmt: skip
 
 ASK_FOR_TRITON = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_infonce.temperature import fit, report, sweep
-from fused_infonce.temperature.__main__ import main
+from fused_infonce.temperature.__main__ import main, progress
 from fused_infonce.temperature.thresholds import threshold
 
 N, D = 90, 12
@@ -44,8 +45,16 @@ def printed(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("options", ["plain", "symmetric", "target", "ids", "symmetric ids"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ("plain", torch.float16),
+        ("symmetric", torch.float64),
+        ("target", torch.float32),
+        ("ids", torch.float32),
+        ("symmetric ids", torch.float32),
+    ],
+)
 def test_it_says_what_fit_and_sweep_find(pairs, capsys, options, dtype):
     query, key = load("query").to(dtype), load("key").to(dtype)
     arguments, given = [], {}
@@ -80,6 +89,20 @@ def test_it_says_what_fit_and_sweep_find(pairs, capsys, options, dtype):
         assert line["hardest_share"] == pytest.approx(every.hardest_share(t).median().item(), rel=1e-4)
     assert said["thresholds"]["hardest"]["error"] == pytest.approx(threshold(every.pos, every.hardest).error)
     assert (said["pairs"], said["keys"], said["dimensions"]) == (len(query), N, D)
+
+
+def test_on_a_device_it_says_what_it_says_on_the_cpu(pairs, capsys, device):
+    save(ids=torch.arange(N) // 2)
+    here, there = (printed(capsys, "--ids", "ids.npy", "--device", where) for where in ("cpu", device))
+    assert there["use"] == pytest.approx(here["use"], rel=1e-4)
+    assert there["retrieval"] == here["retrieval"]
+
+
+@pytest.mark.interpreter
+def test_by_kernels(pairs, capsys):
+    save(query=load("query")[:20], key=load("key")[:20])
+    ours, kernels = (printed(capsys, "--backend", backend) for backend in ("torch", "triton"))
+    assert kernels["use"] == pytest.approx(ours["use"], rel=1e-4)
 
 
 def test_people_get_tables_a_verdict_and_the_value_under_its_names(pairs, capsys):
@@ -188,6 +211,7 @@ def test_options_that_do_not_fit(pairs, capsys):
     assert of("--target", "far.npy").startswith("target must be rows of key, 0 to 89, got 90 for query 83")
     assert of("--target", "same.npy", "--symmetric").startswith("symmetric needs row i of key")
     assert of("--ids", "same.npy").startswith("no pair has a negative")
+    assert "Expected one of cpu, cuda" in of("--device", "gpu")
     save(query=load("query")[:7])
     assert of("--target", "far.npy").endswith("got shape (90,), one for each key: are files the wrong way round?")
     assert of("--plot", "report.docx").startswith("the picture's name must end in one of ")
@@ -204,6 +228,29 @@ def test_without_tqdm_and_without_matplotlib(pairs, capsys, monkeypatch):
         sweep(load("query"), load("key")).plot("report.png")
     assert main(["query.npy", "key.npy"]) == 0
     assert "with tqdm installed there is a progress bar" in capsys.readouterr().err
+
+
+def test_a_bar_shows_each_pass_on_a_terminal(monkeypatch):
+    pytest.importorskip("tqdm")
+    import tqdm
+
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO(), "mininterval": 0})
+
+        def update(self, amount):
+            super().update(amount)
+            shown.append((self.desc, self.n, self.total))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with progress(5) as advance:
+        for amount in (3, 2, 3, 2, 5):
+            advance(amount)
+    assert shown == [
+        ("pass 1", 3, 5), ("pass 1", 5, 5), ("pass 2: ", 3, 5), ("pass 2: ", 5, 5), ("pass 3: ", 5, 5),
+    ]  # fmt: skip
 
 
 def test_from_a_shell(pairs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -122,8 +123,10 @@ def train(name, how, backend="torch", compiled=False, steps=3):
 
     run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     values, scales = [], [learned.detach().clone()]
-    for _ in range(steps):
-        value = run(*x)
+    for step in range(steps):
+        again = compiled and step > 0  # with other tensors, for which nothing may be compiled anew
+        with torch.compiler.set_stance("fail_on_recompile") if again else nullcontext():
+            value = run(*tree_map_only(torch.Tensor, torch.clone, x))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

@@ -127,10 +127,11 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     *inputs, temperature = wanted
     work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
     buffers = [work.buffer(cols.stop - cols.start) for _, cols in work.columns]
-    losses, logits, slopes = [], [], []
+    losses, logits, slopes, found = [], [], [], []
+    moments = plan.record and (problem.columns or not inputs[0])  # else means are those of x_i . G_i
     grad_query = torch.zeros_like(problem.query.rows, dtype=work.acc) if inputs[0] else None
     for chunk in work.chunks():
-        scored = _Scored(work, chunk, buffers)
+        scored = _Scored(work, chunk, buffers, moments)
         values, row, column, u = scored.losses(loss, part_of(weight, chunk.rows))
         losses.append(values)
         slopes.append(u)
@@ -139,14 +140,20 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
             grad = torch.zeros_like(chunk.queries.unit)
         scored.add_gradients(row, column, grad)
         work.add_positives(chunk, -(u if u.dim() == 1 else u.sum(0)), grad)
-        if temperature and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i, over both directions
+        if (
+            temperature or plan.record
+        ) and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i, over both directions
             logits.append(torch.linalg.vecdot(grad, chunk.queries.unit))
+        if plan.record:
+            found.append(scored.statistics() if moments else [scored.from_gradient(logits[-1], u)])
         if grad_query is not None and grad is not None:
             chunk.queries.finish(grad)
     grads = [grad_query, *work.finish([work.acc] * len(problem.keys))]
     total = torch.cat(losses).sum() if len(losses) > 1 else losses[0].sum()
     offset = None if problem.offset is None else -torch.cat(slopes, -1)
-    return OnePass(total, grads, _joined(logits), (), [bias.finish() for bias in work.biases], offset)
+    rows = [[torch.cat(vectors) for vectors in zip(*parts, strict=True)] for parts in zip(*found, strict=True)]
+    of_t = _joined(logits) if temperature else None
+    return OnePass(total, grads, of_t, (), [bias.finish() for bias in work.biases], offset, rows)
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
@@ -154,22 +161,42 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
 
 
 class _Scored:
-    """The exponentials of a chunk of rows against every column, a buffer for each tile, and their sums."""
+    """The exponentials of a chunk of rows against every column, a buffer for each tile, and their sums.
 
-    def __init__(self, work: Work, chunk: Chunk, buffers: Sequence[Tensor]):
+    moments: whether the sums of exponentials times scores are made too.
+    """
+
+    def __init__(self, work: Work, chunk: Chunk, buffers: Sequence[Tensor], moments: bool = False):
         self.work, self.chunk = work, chunk
         self.parts: list[tuple[Tile, Tensor, Tensor | None]] = []  # (tile, exponentials, the maximum subtracted)
-        column_sums, state = [], None
+        columns, state = [], None
         for tile, buffer in zip(work.tiles(chunk), buffers, strict=True):
             scores = tile.scores(buffer)
-            m, total = work.exponentials(scores, tile, 1, out=scores)
-            state = merge(state, (m, total))
+            copy = scores.clone() if moments else None
+            m, *sums = work.exponentials(scores, tile, 1, out=scores)
+            if copy is not None:
+                sums.append(work.sum(copy.mul_(scores), tile, 1))
+            state = merge(state, (m, *sums))
             self.parts.append((tile, scores, m))
             if work.two_way(tile):
-                column_sums.append(work.sum(scores, tile, 0))
+                columns.append([work.sum(x, tile, 0) for x in (scores, copy) if x is not None])
         assert state is not None  # the plan is for problems with columns
         self.state = state
-        self.column_sum = torch.cat(column_sums) if column_sums else None
+        self.column: list[Tensor] = [torch.cat(sums) for sums in zip(*columns, strict=True)]
+        self.column_sum = self.column[0] if self.column else None
+
+    def statistics(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return pos, neg and mean of the rows and of columns, of sums that have been made."""
+        pos = self.work.positives(self.chunk)
+        states = [self.state, *([(None, *self.column)] if self.column else [])]
+        return [statistics_of(state, pos)[:3] for state in states]
+
+    def from_gradient(self, products: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pos, neg and mean of the rows from x_i . G_i = u_i (mean_i - pos_i), NaN where u is too small."""
+        pos, neg = self.work.positives(self.chunk), log_sum(self.state)
+        limits = torch.finfo(u.dtype)
+        mean = torch.where(u > limits.tiny / limits.eps, products / u + pos, torch.nan)
+        return pos, neg, mean.masked_fill_(neg == -torch.inf, 0)
 
     def losses(self, loss: str, weight: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return the weighted losses of the rows, u / t / sum of rows and of columns, and u = -dL/dpos, (N,) or with

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import LOG2E, Problem, Profile
-from ..ladder import Counts, Ladder, Sums, added, merge, profile_of, rounding
+from ..contract import LOG2E, Problem
+from ..ladder import Counts, Ladder, Profile, Sums, added, merge, profile_of, rounding
 from ..plan import Plan
 from .work import Chunk, Tile, Work
 

@@ -322,9 +322,10 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2
-    exponentials, states = dense.exponentials(scores, _dims(problem), moments=False)
+    exponentials, states = dense.exponentials(scores, _dims(problem), moments=plan.record)
+    rows = [statistics_of(state, pos * LN2)[:3] for state in states] if plan.record else []
     # (N,), or where columns are asked for (2, N): rows of theirs below
-    m, sums = states[0] if len(states) == 1 else map(_stack, zip(*states, strict=True))
+    m, sums, *_ = states[0] if len(states) == 1 else map(_stack, zip(*states, strict=True))
     margin = log_sum((m, sums)).sub_(pos, alpha=LN2)
     if problem.offset is not None:
         margin = margin - problem.offset
@@ -335,7 +336,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     total = (value if each is None else weighted(value, each)).sum().mul_(share)
     *inputs, temperature = wanted
     if not plan.gradients:
-        return OnePass(total, [None] * len(problem.sets), None)
+        return OnePass(total, [None] * len(problem.sets), None, rows=rows)
     inputs, biases = inputs[: len(problem.sets)], inputs[len(problem.sets) :]
 
     slope = slope_of(margin) if each is None else weighted(slope_of(margin), each)
@@ -349,7 +350,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         logits = logits.div_(2) if dense.same else logits
     dense.finish()
     offset = None if problem.offset is None else slope * -share
-    return OnePass(total, dense.by_input(sides, inputs), logits, (), dense.by_bias(biases, share), offset)
+    return OnePass(total, dense.by_input(sides, inputs), logits, (), dense.by_bias(biases, share), offset, rows)
 
 
 def _dims(problem: Problem) -> tuple[int, ...]:

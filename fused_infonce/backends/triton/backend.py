@@ -108,7 +108,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         losses, slopes, factors, found = [], [], [], []
         for rows in slices(len(query), plan.rows):
             chunk = [
-                write_exponentials(block, query, keys, rows, excluded, wanted[-1])
+                write_exponentials(block, query, keys, rows, excluded, wanted[-1] or plan.record)
                 for block, (_, keys, excluded) in zip(blocks, segments, strict=True)
             ]
             parts = [state for _, state in chunk] + [state[:, :, rows].contiguous() for state in states]
@@ -133,7 +133,9 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
             work = replace(work, query=replace(query, shift=rows_found.maximum, weight=u / t * rows_found.scale))
             paired_gradients(work, sums.of, None, [problem.acc_dtype if wanted[0] else None, *[None] * len(wanted[2:])])
         logits = u * (rows_found.mean - pos) if wanted[-1] else None
-        return OnePass(joined(losses, pos).sum(), summed(work, sums, wanted), logits, to_keep(work, -u, factor))
+        kept = to_keep(work, -u, factor)
+        rows_of = [rows_found[:3]] if plan.record else []
+        return OnePass(joined(losses, pos).sum(), summed(work, sums, wanted), logits, kept, rows=rows_of)
 
 
 def summed(work: Work, sums: Sums, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -167,8 +169,8 @@ def both_directions(
     become coefficients where they lie.
     """
     query, key, problem = work.query, work.shared[1], work.problem
-    block = block_of(query, key, len(query), len(key))
-    *states, step = write_scores(block, query, key, work.excluded, problem.logit_bound * LOG2E, wanted[-1])
+    block, mean = block_of(query, key, len(query), len(key)), wanted[-1] or plan.record
+    *states, step = write_scores(block, query, key, work.excluded, problem.logit_bound * LOG2E, mean)
     found = [merged(state, pos) for state in states]
     (value, u), (column_value, column_u) = (loss_and_slope(loss, each.neg - pos, weight / 2) for each in found)
     sums = Sums(plan.limit)
@@ -182,7 +184,8 @@ def both_directions(
     if wanted[-1]:
         logits = u * (found[0].mean - pos) + column_u * (found[1].mean - pos)
     kept = to_keep(work, -(u + column_u), torch.ones_like(u))  # C has no factor to come
-    return OnePass(value.sum() + column_value.sum(), summed(work, sums, wanted), logits, kept)
+    rows = [each[:3] for each in found] if plan.record else []
+    return OnePass(value.sum() + column_value.sum(), summed(work, sums, wanted), logits, kept, rows=rows)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels.dense import (
     LOGITS,
     LOSS_OF_ROW,
+    POS,
     VECTORS,
     dense_coefficients_kernel,
     dense_gradient_kernel,
@@ -26,13 +27,14 @@ from ..contract import EPS, LN2, LOG2E, OnePass, Problem
 from ..plan import Plan
 from . import tiles
 from .launch import INTERPRETED, acc_of, cdiv, contiguous_rows, dot_of, ids_a_row
-from .statistics import SLOTS
+from .statistics import SLOTS, merged
 from .work import unshifted
 
 FLOAT16_ROOM = 14.0  # as in backend.py
 MOST_KINDS = 1024  # of calls, whose kernels are remembered
 LOSSES: int = LOSS_OF_ROW.value
 LOGITS_OF_ROWS: int = LOGITS.value
+POSITIVES: int = POS.value
 
 
 class Launch:
@@ -59,6 +61,7 @@ class Kind(NamedTuple):
     """What calls have in common whose kernels are compiled alike."""
 
     vectors: int  # of the workspace
+    across: int  # blocks of columns, of which a row has a state each
     width: int  # of a row of scores in memory
     rows: Launch
     scores: Launch
@@ -79,12 +82,12 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     if each is None and acc == torch.float64:  # a number given to a kernel is rounded to float32
         each, factor = t.new_full((1,), factor), 1.0
     key = (
-        *key, loss, factor, None if each is None else each.shape[0], *wanted, plan.bounded, plan.full, problem.columns,
-        ids_a_row(ids, x),
+        *key, loss, factor, None if each is None else each.shape[0], *wanted, plan.bounded, plan.full, plan.record,
+        problem.columns, ids_a_row(ids, x),
     )  # fmt: skip
     kind = KINDS.get(key)
     if kind is None:
-        kind = kind_of(problem, plan, loss, factor, each, ids_a_row(ids, x), gradients, temperature)
+        kind = kind_of(problem, plan, loss, factor, each, ids_a_row(ids, x), gradients, temperature or plan.record)
         if len(KINDS) == MOST_KINDS:
             KINDS.clear()
         KINDS[key] = kind
@@ -105,7 +108,15 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     if gradients:
         kind.gradient(c, x, y, target, t, work, *grads)
     logits = work[LOGITS_OF_ROWS * n : (LOGITS_OF_ROWS + 1) * n] if temperature else None
-    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), grads, logits)
+    rows = rows_of(work, n, kind.across) if plan.record else []
+    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), grads, logits, rows=rows)
+
+
+def rows_of(work: Tensor, n: int, across: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return pos, neg and mean of the rows, and of the columns where there are such, from the states in a workspace."""
+    pos = work[POSITIVES * n : (POSITIVES + 1) * n].clone()
+    states = work[VECTORS.value * n :].view(-1, SLOTS, n)
+    return [merged(part, pos)[:3] for part in (states[:across], states[across:]) if len(part)]
 
 
 def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, tuple[Any, ...]]:
@@ -155,7 +166,7 @@ def kind_of(
     zero_row = 1 / EPS if normalize else math.inf
     block_m, block_d = tiles.row_tile(arch, d)
     return Kind(
-        VECTORS.value + SLOTS * (across + down * columns), width,
+        VECTORS.value + SLOTS * (across + down * columns), across, width,
         Launch(
             dense_rows_kernel, (cdiv(n, block_m), 1, 1), n, d, *strides, stride_t, EPS, 1 / EPS, LOG2E, normalize,
             scaled, same, acc, block_m, block_d,

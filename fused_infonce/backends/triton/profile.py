@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.profile import profile_kernel
-from ..contract import LOG2E, Problem, Profile, Temperature
+from ..contract import LOG2E, Problem, Temperature
 from ..indexing import same_ids
-from ..ladder import Counts, Ladder, Sums, added, merge, profile_of, rounding, sums_of
+from ..ladder import Counts, Ladder, Profile, Sums, added, merge, profile_of, rounding, sums_of
 from ..plan import Plan
 from . import tiles
 from .launch import Excluded, Side, cdiv, columns_per_program, dot_of, guide_arguments, pair_arguments, run, tile_of

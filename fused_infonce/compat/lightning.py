@@ -1,0 +1,13 @@
+"""A callback of `lightning.pytorch` that sets the temperature of a loss and logs it."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback
+
+from .lightning_hooks import TemperatureHooks
+
+__all__ = ["TemperatureCallback"]
+
+
+class TemperatureCallback(TemperatureHooks, Callback):
+    __doc__ = TemperatureHooks.__doc__
