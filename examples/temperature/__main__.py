@@ -142,9 +142,10 @@ def reported(run: Run) -> dict[str, Any]:
     return rounded
 
 
-def print_runs(task: Task, runs: Runs, seeds: int) -> None:
+def print_runs(splits: Sequence[Task], runs: Runs) -> None:
+    task, steps = splits[0], sorted({each.steps for each in splits})  # splits differ in their pairs by a few
     print(f"\n{task.title}: {len(task.train)} pairs to train on, {len(task.fitting)} to fit with, {len(task.test)} to")
-    print(f"test with; {task.steps} steps of {task.batch}; means of {seeds} seeds:\n")
+    print(f"test with; {' or '.join(map(str, steps))} steps of {task.batch}; means of {len(splits)} seeds:\n")
     rows = [
         [str(policy), *(f"{mean(x, field):{form}}" for field, form in COLUMNS.values())] for policy, x in runs.items()
     ]
@@ -160,11 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     claims, report = [], {}
     for name, splits in tasks(given).items():
         runs, task = trained(splits, given.seeds), splits[0]
-        print_runs(task, runs, len(given.seeds))
+        print_runs(splits, runs)
         claims += claims_of(name, runs)
         report[name] = {
             "title": task.title, "pairs": [len(x) for x in (task.train, task.fitting, task.test)],
-            "batch": task.batch, "steps": task.steps,
+            "batch": task.batch, "steps": [each.steps for each in splits],
             "every": EVERY, "runs": {str(policy): list(map(reported, found)) for policy, found in runs.items()},
         }  # fmt: skip
     status = print_claims(claims, given.strict)

@@ -48,7 +48,7 @@ def _draw_histories(axes: Axes, task: dict[str, Any]) -> None:
         for run in runs if kind != "fixed" else runs[:1]:
             style: dict[str, Any] = {"color": COLOURS[kind], "linewidth": 0.8 if kind == "fixed" else 1.3, "alpha": 0.8}
             label = None if kind in shown else LABELS.get(kind, kind)
-            steps = range(1, task["steps"] + 1, task["every"])
+            steps = [1 + task["every"] * i for i in range(len(run["history"]))]
             axes.plot(steps, run["history"], label=label, **style)
             shown.add(kind)
     _logarithmic(axes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_infonce import FusedInfoNCELoss
 from fused_infonce.temperature import HeldOutTemperature, fit, sweep
 
-from .rules import RULES
+from .rules import BOUNDS, RULES
 from .task import Task, embedded
 
 Kind = Literal["fixed", "held out", "learned", "rule"]
@@ -75,7 +75,7 @@ def train(task: Task, policy: Policy, seed: int, tick: Callable[[], object]) -> 
     start = 1.0 if policy.start is None else policy.start
     learns = policy.kind == "learned"
     loss = FusedInfoNCELoss(start, learnable_temperature=learns, max_logit_scale=MAX_LOGIT_SCALE if learns else None)
-    follow = HeldOutTemperature(loss, every=EVERY) if policy.kind == "held out" else None
+    follow = HeldOutTemperature(loss, every=EVERY, bounds=BOUNDS) if policy.kind == "held out" else None
     groups = [{"params": list(model.parameters())}]
     rates = [task.learning_rate]
     if learns:
@@ -110,8 +110,8 @@ def train(task: Task, policy: Policy, seed: int, tick: Callable[[], object]) -> 
 
 def evaluated(task: Task, model: nn.Module, history: list[float]) -> Run:
     """Measures a trained model on the test pairs."""
-    found = fit(*embedded(task, model, task.fitting))
-    of_test = sweep(*embedded(task, model, task.test))
+    found = fit(*embedded(task, model, task.fitting), bounds=BOUNDS)
+    of_test = sweep(*embedded(task, model, task.test), BOUNDS)
     t = history[-1]
     return Run(
         t, of_test.recall(1).pessimistic, of_test.nll(t).item(), of_test.calibration(t).ece, found.temperature,

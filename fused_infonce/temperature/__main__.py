@@ -38,6 +38,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--ids", type=Path, help="a .npy file of M integers: keys with a positive's id are none of its negatives"
     )
     parser.add_argument("--temperature", type=float, metavar="T", help="that of the training, to compare with")
+    parser.add_argument("--diagnose", action="store_true", help="warn of what is wrong at --temperature: more passes")
     parser.add_argument("--symmetric", action="store_true", help="score keys against queries too")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda; default: cpu")
     parser.add_argument("--backend", choices=checks.BACKENDS, default="auto", help="default: auto")
@@ -79,7 +80,7 @@ def report_of(options: argparse.Namespace) -> Report:
     ids = None if options.ids is None else integers(options.ids, *counts[1], *counts[0])
     pairs = Pairs(query, key, target, ids, options.symmetric, options.backend).to(options.device)
     with progress(pairs.rows) as advance:
-        return Report.of(pairs, options.temperature, advance)
+        return Report.of(pairs, options.temperature, options.diagnose, advance)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BackendName
+from .diagnosis import Diagnosis, diagnose
 from .famous import FAMOUS
 from .fitting import BOUNDS, Fit, Search, Verdict
 from .ranking import Bounds
@@ -97,6 +98,14 @@ class Pairs:
                 advance(len(part.pos))
         return joined(parts)
 
+    def diagnosis(self, temperature: float) -> Diagnosis:
+        """Return what is wrong with a training at this temperature; see `diagnose`."""
+        ids = None if self.ids is None else self.ids[self.positives]
+        return diagnose(
+            self.query, self.key, temperature, target=self.target, query_ids=ids, key_ids=self.ids,
+            symmetric=self.symmetric, backend=self.backend,
+        )  # fmt: skip
+
     def random(self, count: int = RANDOM) -> Tensor:
         """Return the cosines of random pairs of a query and a key that is no positive of it, at most `count` of them.
 
@@ -140,23 +149,32 @@ class Report:
     fit: Fit
     random: Tensor
     temperature: float | None = None
+    diagnosis: Diagnosis | None = None
 
     @staticmethod
-    def of(pairs: Pairs, temperature: float | None = None, advance: Callable[[int], None] = nothing) -> Report:
+    def of(
+        pairs: Pairs, temperature: float | None = None, diagnosed: bool = False,
+        advance: Callable[[int], None] = nothing,
+    ) -> Report:  # fmt: skip
         """Sweep the pairs and fit a temperature to them.
 
         Args:
-            temperature: that of their training, to compare with. advance: as of `Pairs.sweep`.
+            temperature: that of their training, to compare with. diagnosed: whether to warn of what is wrong at that
+                temperature. advance: as of `Pairs.sweep`.
         """
         if temperature is not None:
             checked_temperature(temperature)
+        elif diagnosed:
+            raise ValueError("a diagnosis is of a training: give its temperature")
 
         def sweep_of(coldest: float, warmest: float) -> Sweep:
             return pairs.sweep(coldest, warmest, advance)
 
         found = sweep_of(*BOUNDS)
         search = Search(sweep_of, pairs.symmetric, BOUNDS)
-        return Report(pairs, found, search.run_from(found, BOUNDS), pairs.random(), temperature)
+        best = search.run_from(found, BOUNDS)
+        diagnosis = pairs.diagnosis(temperature) if diagnosed and temperature is not None else None
+        return Report(pairs, found, best, pairs.random(), temperature, diagnosis)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -194,12 +212,13 @@ class Report:
             "dimensions": self.pairs.query.shape[1],
             "symmetric": self.pairs.symmetric,
             "retrieval": {name: list(bounds) for name, bounds in self.retrieval().items()},
-            "thresholds": {name: without_nan(x._asdict()) for name, x in self.thresholds().items()},
-            "temperatures": [line._asdict() for line in self.lines()],
-            "fit": without_nan(self.fit._asdict()),
+            "thresholds": {name: finite(x._asdict()) for name, x in self.thresholds().items()},
+            "temperatures": [finite(line._asdict()) for line in self.lines()],
+            "fit": finite(self.fit._asdict()),
             "trained_at": self.temperature,
-            "verdict": None if verdict is None else verdict._asdict(),
+            "verdict": None if verdict is None else finite(verdict._asdict()),
             "use": self.use(),
+            "diagnosis": None if self.diagnosis is None else finite(self.diagnosis.as_dict()),
         }
 
     def thresholds(self) -> dict[str, Threshold]:
@@ -213,9 +232,8 @@ class Report:
         return {**recalls, "mrr": self.sweep.mrr(), "median_rank": self.sweep.median_rank()}
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            "\n".join(part) for part in (self._retrieval(), self._thresholds(), self._table(), self._verdict())
-        )
+        parts = [self._retrieval(), self._thresholds(), self._table(), self._verdict(), self._warnings()]
+        return "\n\n".join("\n".join(part) for part in parts if part)
 
     def _retrieval(self) -> list[str]:
         """Return the metrics with ties counted against the positives, and beside them for them where that differs."""
@@ -234,7 +252,7 @@ class Report:
     def _table(self) -> list[str]:
         head = f"{'temperature':<13}{'NLL':>9}{'ECE':>9}{'negatives':>11}{'hardest':>9}  source"
         notes = dict(FAMOUS)
-        for t, note in ((self.temperature, "yours"), (self.fit.temperature, "fitted")):
+        for t, note in ((self.temperature, "yours"), (self.fit.temperature if self.fit.converged else None, "fitted")):
             if t is not None:
                 notes[t] = f"{note}; {FAMOUS[t]}" if t in FAMOUS else note
         rows = [
@@ -243,6 +261,11 @@ class Report:
             for x in self.lines()
         ]
         return [head, *(row.rstrip() for row in rows)]
+
+    def _warnings(self) -> list[str]:
+        if self.diagnosis is None:
+            return []
+        return [str(warned) for warned in self.diagnosis.warnings] or ["There is nothing to warn of."]
 
     def _verdict(self) -> list[str]:
         use, verdict = self.use(), self.verdict
@@ -257,9 +280,13 @@ class Report:
         return [*lines, "Use " + ", or ".join(f"{name}={value:.4g}" for name, value in use.items()) + "."]
 
 
-def without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with None for NaN, which JSON lacks."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+def finite(values: Any) -> Any:
+    """Return nested values with None for NaN and infinity, which JSON lacks."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def checked_temperature(t: float) -> None:

@@ -63,7 +63,7 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for task in report["tasks"].values():
         assert list(task["runs"]) == [str(policy) for policy in demo.POLICIES]
         assert all(
-            len(run["history"]) == -(-task["steps"] // demo.EVERY) for runs in task["runs"].values() for run in runs
+            len(run["history"]) == -(-task["steps"][0] // demo.EVERY) for runs in task["runs"].values() for run in runs
         )
     assert status == (0 if all(claim["shown"] for claim in report["claims"]) else 1)
     assert (tmp_path / "temperature.png").read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_infonce.temperature import fit, report, sweep
+from fused_infonce.temperature import diagnose, fit, report, sweep
 from fused_infonce.temperature.__main__ import main, progress
 from fused_infonce.temperature.thresholds import threshold
 
@@ -115,6 +115,24 @@ def test_people_get_tables_a_verdict_and_the_value_under_its_names(pairs, capsys
     assert line.split()[:2] == ["0.5", f"{sweep(load('query'), load('key')).nll(0.5):.4f}"]
     assert sum(line.endswith("fitted") for line in said.splitlines()) == 1
     assert "ties" not in said
+
+
+def test_it_warns_of_what_is_wrong_with_a_training(pairs, capsys):
+    ids = torch.arange(N) // 2
+    key = load("key")
+    key[1::2] = key[::2]  # copies, which ids leave out
+    save(ids=ids, key=key)
+    for arguments, given in (([], {}), (["--ids", "ids.npy", "--symmetric"], {"query_ids": ids, "key_ids": ids})):
+        found = diagnose(load("query"), key, 0.5, symmetric=bool(given), **given)
+        said = printed(capsys, "--temperature", "0.5", "--diagnose", *arguments)["diagnosis"]
+        assert said["gauges"] == pytest.approx(found.gauges)
+        assert [each["name"] for each in said["warnings"]] == [each.name for each in found.warnings]
+        assert ("duplicates" in [each.name for each in found.warnings]) == (not given)
+    assert main(["query.npy", "key.npy", "--temperature", "0.5", "--diagnose"]) == 0
+    assert "duplicates (1): this share of the positives has an equal key" in capsys.readouterr().out
+    assert refused(capsys, "query.npy", "key.npy", "--diagnose") == (
+        "a diagnosis is of a training: give its temperature"
+    )
 
 
 def test_both_bounds_of_ties_are_shown_where_they_differ(pairs, capsys):
