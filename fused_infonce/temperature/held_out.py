@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from .fitting import BOUNDS, Fit, bounds_of, fit
-from .scale import HasTemperature, assignable
+from .scale import HasTemperature, assign, assignable
 
 
 class Followed(NamedTuple):
@@ -32,7 +32,8 @@ class HeldOutTemperature:
     training step, which would otherwise be at a temperature that nobody has fitted.
 
     Args:
-        loss: any loss of this package that holds a temperature; a number of it is assigned at each fit.
+        loss: any loss of this package that holds a temperature; a number of it is assigned at each fit, or, where it
+            holds a tensor of one element, that is filled, so that a compiled loss is not compiled anew.
         every: steps from one fit to the next; the first step fits. bounds: as of `fit`.
         smoothing: in [0, 1), how much of the old temperature is kept.
         options: further arguments of `fit`, such as `symmetric` or `backend`. `distributed` is the loss's where it is
@@ -91,9 +92,10 @@ class HeldOutTemperature:
         if found.converged:
             old = self.loss.temperature
             new = found.temperature
-            if self.steps > 1 and isinstance(old, float):  # the first fit replaces a start that nobody fitted
-                new = old**self.smoothing * new ** (1 - self.smoothing)
-            self.loss.temperature = new
+            one = not isinstance(old, Tensor) or old.numel() == 1
+            if self.steps > 1 and one:  # the first fit replaces a start that nobody fitted
+                new = float(old) ** self.smoothing * new ** (1 - self.smoothing)
+            assign(self.loss, new)
         self.history.append(Followed(self.steps - 1, found, float(self.loss.temperature)))
         return found
 

@@ -197,3 +197,16 @@ def assignable(loss: Any) -> Any:
     if getattr(held_by(loss), "logit_scale", None) is not None:
         raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
     return loss
+
+
+@torch.no_grad()
+def assign(loss: Any, value: float) -> None:
+    """Give a loss this temperature: into the tensor of one element that it holds, if it does, else as a number.
+
+    A compiled loss is compiled anew for another number, and not for what a tensor holds.
+    """
+    held = loss.held_temperature if isinstance(loss, HasTemperature) else loss.temperature  # of a drop-in
+    if type(held) is Tensor and held.numel() == 1:
+        held.fill_(value)
+    else:
+        loss.temperature = value

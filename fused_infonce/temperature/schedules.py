@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import checks
-from .scale import HasTemperature, assignable
+from .scale import HasTemperature, assign, assignable
 
 
 class TemperatureSchedule:
@@ -16,7 +16,8 @@ class TemperatureSchedule:
         t_k = schedule(k),    k = 0 when it is made, and one more at every `step`
 
     Args:
-        loss: any loss of this package that holds a temperature; a number of it is assigned at each step.
+        loss: any loss of this package that holds a temperature; a number of it is assigned at each step, or, where it
+            holds a tensor of one element, that is filled, so that a compiled loss is not compiled anew.
         schedule: a function of the number of steps made, an int, that returns a positive number.
 
     Raises:
@@ -43,7 +44,8 @@ class TemperatureSchedule:
     def _to(self, steps: int) -> float:
         """Set the temperature of this number of steps."""
         value = checks.positive_float("the temperature of a schedule", self.schedule(steps))
-        self.steps, self.loss.temperature = steps, value
+        assign(self.loss, value)
+        self.steps = steps
         return value
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class CosineTemperature(TemperatureSchedule):
     both.
 
     Args:
-        loss: any loss of this package that holds a temperature; a number of it is assigned at each step.
+        loss: any loss of this package that holds a temperature, as of `TemperatureSchedule`.
         low: the lowest temperature, a positive number; the paper has 0.1.
         high: the highest, at the start, not below `low`; the paper has 1.
         period: steps from one highest temperature to the next, a positive number. The paper steps once an epoch, with a

@@ -54,6 +54,22 @@ def test_any_function_is_a_schedule_and_the_loss_is_of_its_temperature():
     assert seen == [0, 1, 2, 3]
 
 
+def test_a_tensor_that_a_compiled_loss_holds_is_filled_and_nothing_compiled_anew():
+    torch._dynamo.reset()
+    loss = FusedInfoNCELoss(torch.tensor(0.5))
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    schedule = CosineTemperature(loss, 0.05, 0.5, period=10)
+    for step in range(4):
+        query, key = torch.randn(2, 6, 4)
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            value = run(query, key)
+        torch.testing.assert_close(value, FusedInfoNCELoss(float(loss.temperature))(query, key))
+        assert schedule.step() == pytest.approx(loss.temperature.item())
+    assert isinstance(loss.temperature, torch.Tensor)
+    rows = FusedInfoNCELoss(torch.full((6,), 0.1))  # of which each has its own: it gets one for all
+    assert CosineTemperature(rows, 0.05, 0.5, period=10).step() == rows.temperature
+
+
 def test_a_number_of_torch_is_no_python_number_that_a_schedule_returns():
     with pytest.raises(TypeError, match="the temperature of a schedule must be a number, got Tensor"):
         TemperatureSchedule(NTXentLoss(), lambda step: torch.tensor(0.1))
