@@ -140,9 +140,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
             grad = torch.zeros_like(chunk.queries.unit)
         scored.add_gradients(row, column, grad)
         work.add_positives(chunk, -(u if u.dim() == 1 else u.sum(0)), grad)
-        if (
-            temperature or plan.record
-        ) and grad is not None:  # x_i . G_i = u_i mean_i + v_i pos_i, over both directions
+        if grad is not None and (temperature or plan.record):  # x_i . G_i = u_i mean_i + v_i pos_i, of both directions
             logits.append(torch.linalg.vecdot(grad, chunk.queries.unit))
         if plan.record:
             found.append(scored.statistics() if moments else [scored.from_gradient(logits[-1], u)])
