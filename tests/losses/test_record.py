@@ -144,6 +144,7 @@ def test_rows_that_do_not_count_and_rows_without_negatives(backend):
     loss(query, key, target=torch.tensor([1, -100, 3, 4, 5, 0], device=query.device))
     assert loss.recorded.pos[1] == 0
     assert loss.recorded.neg.isfinite().all()
+    assert loss.recorded.counted.tolist() == [True, False, True, True, True, True]
 
 
 def test_a_row_whose_gradient_is_too_small_has_no_mean_where_that_is_what_it_is_made_of():
@@ -213,6 +214,7 @@ def test_negatives_of_several_products_are_one_softmax():
     query, key = drawn(6)
     guided = GuidedInfoNCELoss(T, contrast_keys=True, record=True)
     guided(query, key, guide_query=torch.eye(6).double(), guide_key=torch.eye(6).double())  # which leaves nothing out
+    assert guided.recorded.counted.all()
     diagonal = torch.eye(6) > 0
     second = dense(key, key, left_out=diagonal)
     agrees(guided.recorded, together(dense(query, key), second), 1e-6)
