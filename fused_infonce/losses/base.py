@@ -162,6 +162,11 @@ class ContrastiveLoss(HasTemperature, Explained):
     def _told_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, *args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> ContrastiveLoss:
+        replica: ContrastiveLoss = super()._replicate_for_data_parallel()  # of `nn.DataParallel`
+        replica._choose_forward()  # that of the replica
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("forward", "recorded")}
 

@@ -209,7 +209,9 @@ def score_std(
         x, y = unit(query, normalize, acc), unit(key, normalize, acc)
         centred = y - y.mean(0)
         covariance = centred.T @ centred / (len(y) - correction)
-        return dots(x @ covariance, x).clamp(min=0).sqrt()  # of a sum that rounds below 0
+        variance = dots(x @ covariance, x)
+        none = variance <= 0  # where the root's slope is infinite; rounding may give less than 0
+        return variance.masked_fill(none, 1).sqrt().masked_fill(none, 0)
 
 
 def _check(query: Any, key: Any, symmetric: bool, target: Any, alpha: float) -> None:

@@ -54,18 +54,19 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = 15, nll: float 
     checks.whole("bins", bins, 1)
     if not len(confidence):
         raise ValueError("confidence must have a row, got shape (0,)")
-    c = confidence.double()
+    c, right = confidence.double().cpu(), right.cpu()  # where sums over bins are deterministic
     if not ((c >= 0) & (c <= 1 + 1e-6)).all():  # which NaN is not
         bad = c[~((c >= 0) & (c <= 1 + 1e-6))][0].item()
         raise ValueError(f"confidence must be in [0, 1], got {bad}")
     width = (torch.ceil(c * bins) - 1).clamp(0, bins - 1).long()
     order = torch.empty_like(width)
-    order[torch.argsort(c, stable=True)] = torch.arange(len(c), device=c.device)
+    order[torch.argsort(c, stable=True)] = torch.arange(len(c))
     ece, count, mean, accuracy = _binned(c, right, width, bins)
     if nll is None:
         nll = torch.nn.functional.binary_cross_entropy(c.clamp(0, 1), right).item()
     equal_mass = _binned(c, right, order * bins // len(c), bins)[0]
-    return Calibration(nll, ((c - right) ** 2).mean().item(), ece, equal_mass, count, mean, accuracy)
+    of_bins = (x.to(confidence.device) for x in (count, mean, accuracy))
+    return Calibration(nll, ((c - right) ** 2).mean().item(), ece, equal_mass, *of_bins)
 
 
 def _binned(c: Tensor, right: Tensor, index: Tensor, bins: int) -> tuple[float, Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ class Followed(NamedTuple):
     temperature: float
 
 
+OF_LOSS = ("normalize", "symmetric", "distributed")  # what a fit takes from the loss that it is for
+
+
 class HeldOutTemperature:
     """A loss's temperature set every few steps to that which `fit` finds on held-out pairs.
 
@@ -36,8 +40,8 @@ class HeldOutTemperature:
             holds a tensor of one element, that is filled, so that a compiled loss is not compiled anew.
         every: steps from one fit to the next; the first step fits. bounds: as of `fit`.
         smoothing: in [0, 1), how much of the old temperature is kept.
-        options: further arguments of `fit`, such as `symmetric` or `backend`. `distributed` is the loss's where it is
-            not given: each process passes held-out pairs of its own, and all get the same temperature.
+        options: further arguments of `fit`. `normalize`, `symmetric` and `distributed` are those of the loss where they
+            are not given; with the last each process passes held-out pairs of its own, and all get one temperature.
 
     Raises:
         TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
@@ -64,6 +68,7 @@ class HeldOutTemperature:
         self.loss, self.every, self.bounds = assignable(loss), checks.whole("every", every, 1), bounds_of(bounds)
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
+        self.fitted = False  # whether the temperature is that of a fit
         self.history: list[Followed] = []  # the fits, which `state_dict` leaves out
 
     @property
@@ -79,24 +84,27 @@ class HeldOutTemperature:
         """
         if callable(query) == (key is not None):
             raise TypeError("step takes query and key, or one function of no arguments that returns both")
-        due = self.steps % self.every == 0
-        self.steps += 1
-        if not due:
-            return None
-        if callable(query):
-            with torch.no_grad():
-                query, key = query()
-        options: dict[str, Any] = {"distributed": getattr(self.loss, "distributed", False)} | self.options
-        assert key is not None
-        found = fit(query, key, bounds=self.bounds, **options)
+        found = None
+        if self.steps % self.every == 0:
+            if callable(query):
+                with torch.no_grad():
+                    query, key = query()
+            assert key is not None
+            found = self._follow(query, key)
+        self.steps += 1  # a step that raised an error was none
+        return found
+
+    def _follow(self, query: Tensor, key: Tensor) -> Fit:
+        """Make a fit and set the loss's temperature."""
+        of_loss = {name: getattr(self.loss, name) for name in OF_LOSS if hasattr(self.loss, name)}
+        found = fit(query, key, bounds=self.bounds, **(of_loss | self.options))
         if found.converged:
-            old = self.loss.temperature
             new = found.temperature
-            one = not isinstance(old, Tensor) or old.numel() == 1
-            if self.steps > 1 and one:  # the first fit replaces a start that nobody fitted
-                new = float(old) ** self.smoothing * new ** (1 - self.smoothing)
+            if self.fitted:  # the first fit replaces a start that nobody fitted
+                new = _number(self.loss.temperature) ** self.smoothing * new ** (1 - self.smoothing)
             assign(self.loss, new)
-        self.history.append(Followed(self.steps - 1, found, float(self.loss.temperature)))
+            self.fitted = True
+        self.history.append(Followed(self.steps, found, _number(self.loss.temperature)))
         return found
 
     def plot(self, path: str | Path) -> None:
@@ -110,11 +118,19 @@ class HeldOutTemperature:
         draw_history(path, self.history)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a training needs to go on: the steps made, and the temperature."""
-        return {"steps": self.steps, "temperature": self.loss.temperature}
+        """Return what a training needs to go on: the steps made, the temperature, and whether a fit has found it."""
+        return {"steps": self.steps, "temperature": self.loss.temperature, "fitted": self.fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken; the loss gets its temperature."""
-        if set(state) != {"steps", "temperature"}:
-            raise ValueError(f"the state must hold steps and temperature, got {sorted(state)}")
-        self.steps, self.loss.temperature = checks.whole("steps", state["steps"], 0), state["temperature"]
+        if set(state) != {"steps", "temperature", "fitted"}:
+            raise ValueError(f"the state must hold steps, temperature and fitted, got {sorted(state)}")
+        checks.flags(fitted=state["fitted"])
+        self.steps, self.fitted = checks.whole("steps", state["steps"], 0), state["fitted"]
+        self.loss.temperature = state["temperature"]
+
+
+def _number(temperature: Any) -> float:
+    """Return a temperature that is one number; NaN for one a row, and where a call is to give it."""
+    one = temperature.numel() == 1 if isinstance(temperature, Tensor) else temperature is not None
+    return float(temperature) if one else math.nan

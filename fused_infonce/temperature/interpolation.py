@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,16 +24,15 @@ class AtOne(NamedTuple):
     variance: Tensor
 
 
-def between(inverse: Tensor, log_z: Tensor, mean: Tensor, variance: Tensor, beta: float) -> AtOne:
-    """Return what the rungs `inverse` (K,) say of `beta`: on a rung what it holds, elsewhere the quintic.
+def between(rungs: Sequence[float], log_z: Tensor, mean: Tensor, variance: Tensor, beta: float) -> AtOne:
+    """Return what the rungs, K inverse temperatures, say of `beta`: on a rung what it holds, elsewhere the quintic.
 
     log_z, mean, variance: (K, N), the function and its first two derivatives. The quintic through the two rungs around
     beta has an error of f^(6) h^6 / 46080, with h their distance. Its second derivative would magnify the rounding of
     log_z, so that the variance is the slope of the cubic through the means and the variances. A log_z of -inf stays.
     """
-    rungs = inverse.tolist()
     for k, rung in enumerate(rungs):
-        if len(rungs) == 1 or abs(beta / rung - 1) < 4 * torch.finfo(inverse.dtype).eps:
+        if len(rungs) == 1 or abs(beta / rung - 1) < 4 * torch.finfo(log_z.dtype).eps:
             return AtOne(log_z[k], mean[k], variance[k])
     k = min(max(sum(rung <= beta for rung in rungs) - 1, 0), len(rungs) - 2)
     h = rungs[k + 1] - rungs[k]

@@ -196,6 +196,11 @@ def assignable(loss: Any) -> Any:
     """Return a loss whose temperature may be assigned at every step: one that does not learn it."""
     if getattr(held_by(loss), "logit_scale", None) is not None:
         raise ValueError("loss learns its temperature: pass one made without learnable_temperature=True")
+    held = loss.held_temperature if isinstance(loss, HasTemperature) else loss.temperature  # of a drop-in
+    parametrized = isinstance(loss, HasTemperature) and loss._is_parametrized(NAME)
+    if isinstance(held, nn.Parameter) or callable(held) or parametrized:
+        kind = "a parametrized tensor" if parametrized else f"a {type(held).__name__}"
+        raise ValueError(f"loss must hold a number or a tensor, in place of which others are assigned, got {kind}")
     return loss
 
 

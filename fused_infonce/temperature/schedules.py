@@ -91,5 +91,9 @@ class CosineTemperature(TemperatureSchedule):
         if high < low:
             raise ValueError(f"high must not be below low, {low}, got {high}")
         period = checks.positive_float("period", period)
-        super().__init__(loss, lambda step: low + (high - low) * (1 + math.cos(2 * math.pi * step / period)) / 2)
         self.low, self.high, self.period = low, high, period
+        super().__init__(loss, self.at)
+
+    def at(self, step: int) -> float:
+        """Return the temperature of this number of steps."""
+        return self.low + (self.high - self.low) * (1 + math.cos(2 * math.pi * step / self.period)) / 2

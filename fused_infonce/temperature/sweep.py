@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +60,19 @@ class Sweep:
     mean: Tensor
     variance: Tensor
 
+    @cached_property
+    def _rungs(self) -> list[float]:
+        """The inverse temperatures, read once from a device."""
+        rungs: list[float] = (1 / self.temperatures).tolist()
+        return rungs
+
     def at(self, t: float) -> AtOne:
         """Return log_z, mean and variance (N,) at a temperature of the range."""
-        low, high = self.temperatures[-1].item(), self.temperatures[0].item()
+        low, high = 1 / self._rungs[-1], 1 / self._rungs[0]
         checks.positive_float("t", t)
         if not low * (1 - 1e-6) <= t <= high * (1 + 1e-6):
             raise ValueError(f"t must be in [{low:.6g}, {high:.6g}], the range of this sweep, got {t}")
-        return between(1 / self.temperatures, self.log_z, self.mean, self.variance, 1 / t)
+        return between(self._rungs, self.log_z, self.mean, self.variance, 1 / t)
 
     def losses(self, t: float) -> Tensor:
         """Return InfoNCE of every row, log(1 + exp(log_z_i - pos_i / t)), (N,)."""

@@ -343,3 +343,11 @@ def test_a_rank_that_does_not_record_is_an_error_on_all():
 
     errors = Loopback(2, 10).run(work)
     assert all(isinstance(error, ValueError) and "recorded" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("options", [{"record": True}, {"distributed": Distributed(check="none")}, {}], ids=str)
+def test_a_replica_for_data_parallel_runs_its_own_forward(options):
+    loss = FusedInfoNCELoss(0.1, **options)
+    replica = loss._replicate_for_data_parallel()
+    for module in (loss, replica):
+        assert getattr(module.forward, "__self__", None) is module

@@ -101,3 +101,18 @@ def test_a_bad_argument_is_refused(bad, kind, message):
 def test_a_row_of_equal_scores_has_none():
     got = score_std(torch.randn(3, 4), ROWS.new_ones(5, 4))
     assert torch.equal(got, torch.zeros(3))
+
+
+def test_a_row_of_zeros_poisons_no_other():
+    query, key = torch.randn(4, 8), torch.randn(5, 8)
+    query[2] = 0
+    got, want = [], []
+    for found, function in ((got, score_std), (want, lambda x, y: (F.normalize(x) @ F.normalize(y).T).std(1))):
+        leaves = [x.clone().requires_grad_() for x in (query, key)]
+        value = function(*leaves)
+        found += [value.detach(), *torch.autograd.grad(value[[0, 1, 3]].sum(), leaves)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = [x.clone().requires_grad_() for x in (query, key)]
+    score_std(*leaves).sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from support.helpers import DEVICE, TRITON
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce import FusedInfoNCELoss
-from fused_infonce.temperature import Bounds, Fit, HeldOutTemperature, fit, sweep
+from fused_infonce import ClipLoss, FusedInfoNCELoss
+from fused_infonce.temperature import Bounds, Fit, HeldOutTemperature, IndividualTemperature, fit, sweep
 
 
 def pairs(n: int = 200, d: int = 12, noise: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,7 @@ def test_a_temperature_that_follows_held_out_pairs():
     follow.step(query, key)
     assert loss.temperature == pytest.approx(2 * t)
     state = follow.state_dict()
-    assert state == {"steps": 4, "temperature": loss.temperature}
+    assert state == {"steps": 4, "temperature": loss.temperature, "fitted": True}
     again = HeldOutTemperature(FusedInfoNCELoss(temperature=1.0), every=3, smoothing=0.5)
     again.load_state_dict(state)
     assert again.loss.temperature == loss.temperature
@@ -186,7 +187,74 @@ def test_a_temperature_stays_where_a_fit_has_no_minimum():
     assert loss.temperature == 0.07
 
 
+def test_a_fit_takes_what_the_loss_does_with_its_rows():
+    query, key = pairs()
+    loss = FusedInfoNCELoss(temperature=1.0, normalize=False, symmetric=True)
+    HeldOutTemperature(loss, bounds=(0.03, 30.0)).step(query, key)
+    want = fit(query, key, bounds=(0.03, 30.0), normalize=False, symmetric=True)
+    assert loss.temperature == want.temperature
+    assert loss.temperature > 1.0
+    HeldOutTemperature(loss, normalize=True, symmetric=False).step(query, key)
+    assert loss.temperature == fit(query, key).temperature
+
+
+def test_smoothing_begins_with_a_temperature_that_was_fitted():
+    query, key = pairs()
+    want = fit(query, key).temperature
+    follow = HeldOutTemperature(FusedInfoNCELoss(temperature=1), every=1, smoothing=0.9)
+    follow.step(*pairs(noise=0.1))  # without a minimum
+    assert follow.loss.temperature == 1
+    follow.step(query, key)
+    assert follow.loss.temperature == want
+    follow.loss.temperature = 2  # an int
+    follow.step(query, key)
+    assert follow.loss.temperature == pytest.approx(2**0.9 * want**0.1)
+
+
+def test_a_step_that_raised_an_error_was_none():
+    query, key = pairs()
+    follow = HeldOutTemperature(FusedInfoNCELoss(temperature=1.0), every=3)
+    with pytest.raises(ValueError, match=r"key must"):
+        follow.step(query, key[:5])
+    assert follow.step(query, key) is not None
+
+
+@pytest.mark.parametrize("loss", [ClipLoss(), FusedInfoNCELoss(torch.full((20,), 0.1))], ids=["none", "one a row"])
+def test_a_fit_without_a_minimum_of_a_loss_without_one_number(loss):
+    found = HeldOutTemperature(loss).step(torch.eye(20), torch.eye(20))
+    assert found is not None
+    assert not found.converged
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "rows"),
+    [(torch.ones(50, 8), 2 * torch.ones(50, 8), 50), (torch.eye(9).repeat(2, 1), torch.eye(9).repeat(2, 1), 18)],
+    ids=["collapsed", "twice"],
+)
+def test_ties_are_not_pairs_that_are_ranked_first(query, key, rows):
+    found = fit(query, key)
+    assert not found.converged
+    assert found.reason.startswith(f"no negative scores above its positive, but in {rows} of {rows} rows one is tied")
+
+
+def test_a_fit_reads_little_from_a_device():
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    query, key = pairs()
+    with Reads() as reads:
+        found = fit(query, key)
+    assert reads.count <= 45 + 10 * found.passes
+
+
 def test_what_cannot_follow_is_refused():
+    for held in (torch.nn.Parameter(torch.tensor(0.1)), lambda: 0.1, IndividualTemperature(4, 0.1)):
+        with pytest.raises(ValueError, match="loss must hold a number or a tensor, in place of which others are"):
+            HeldOutTemperature(FusedInfoNCELoss(temperature=held))
     loss = FusedInfoNCELoss(temperature=0.1)
     with pytest.raises(TypeError, match="loss must be a loss of fused_infonce that holds a temperature, got Linear"):
         HeldOutTemperature(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
@@ -196,5 +264,5 @@ def test_what_cannot_follow_is_refused():
         HeldOutTemperature(loss, smoothing=1.0)
     with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
         HeldOutTemperature(loss, every=0)
-    with pytest.raises(ValueError, match="the state must hold steps and temperature, got "):
+    with pytest.raises(ValueError, match="the state must hold steps, temperature and fitted, got "):
         HeldOutTemperature(loss).load_state_dict({"steps": 1})

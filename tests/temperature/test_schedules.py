@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -107,3 +108,12 @@ def test_a_bad_temperature_leaves_the_old_one(value):
 def test_mistakes(make, error, said):
     with pytest.raises(error, match=said):
         make()
+
+
+def test_a_schedule_can_be_pickled():
+    schedule = CosineTemperature(FusedInfoNCELoss(), low=0.1, high=1.0, period=10)
+    schedule.step()
+    again = pickle.loads(pickle.dumps(schedule))
+    assert again.loss is not schedule.loss
+    assert again.step() == schedule.step()
+    assert again.loss.temperature == schedule.loss.temperature != FusedInfoNCELoss().temperature
