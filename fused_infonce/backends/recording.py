@@ -47,13 +47,15 @@ class Recorded(NamedTuple):
     """What the rows of a loss's last call were made of, detached: (N,) each, or where both directions of N pairs are
     scored (2 N,), the queries against the keys and after them the keys against the queries.
 
-    pos: the positive's logit; of several positives the first one's
+    pos: the positive's logit; of several positives the first one's; 0 in a row without a target
     neg: log sum_j exp(s_ij) over the row's negatives j; -inf where there are none
     mean: sum_j exp(s_ij - neg_i) s_ij, their mean logit, without biases: exp(neg - mean) is the effective number of
         negatives where there are none. NaN in a row that had no gradient: its weight was 0, or its loss below the
         smallest numbers
     temperature: that of the row
     keys: how many keys a row was scored against, among them its positive and those that ids leave out
+    counted: bool, whether the loss counts the row: not one whose target is `ignore_index`, nor one of weight 0. The
+        others are there to keep the order, and are no part of what `diagnose_step` and the callbacks say
     """
 
     pos: Tensor
@@ -61,6 +63,7 @@ class Recorded(NamedTuple):
     mean: Tensor
     temperature: Tensor
     keys: int
+    counted: Tensor
 
 
 Parts = Sequence[Sequence[Tensor]]  # pos, neg and mean of the rows and, where asked for, of the columns
@@ -72,9 +75,11 @@ def record(problem: Problem, parts: Parts, keys: Sequence[int] = ()) -> None:
     t = problem.temperature.values
     used = problem.keys if problem.in_batch else problem.keys[1:]
     keys = keys or (sum(each.columns for each in used), problem.query.rows.shape[0])
-    for part, count in zip(parts, keys, strict=False):
+    for i, (part, count) in enumerate(zip(parts, keys, strict=False)):
         pos, neg, mean = (x.detach() for x in part)
-        recordings.here.append(Recorded(pos, neg, mean, t.detach().expand(len(neg)), count))
+        target = None if i > 0 or problem.every_row_counts else problem.target  # a column is a row's target
+        counted = torch.ones_like(neg, dtype=torch.bool) if target is None else target >= 0
+        recordings.here.append(Recorded(pos, neg, mean, t.detach().expand(len(neg)), count, counted))
 
 
 def unrecorded() -> AbstractContextManager[Any]:
@@ -86,6 +91,13 @@ def record_positives(pos: Tensor) -> None:
     """Note other logits of the positives for the rows that were noted last."""
     if recordings.wanted:
         recordings.here[-1] = recordings.here[-1]._replace(pos=pos.detach())
+
+
+def record_weight(weight: Tensor, directions: int) -> None:
+    """Note that rows of weight 0 do not count, in the rows of so many directions that were noted last."""
+    if recordings.wanted:
+        notes = recordings.here
+        notes[-directions:] = [part._replace(counted=part.counted & (weight != 0)) for part in notes[-directions:]]
 
 
 def record_together() -> None:
@@ -104,5 +116,5 @@ def recorded(notes: Sequence[Recorded]) -> Recorded:
     """Return what was noted as one, a softmax after another."""
     if len(notes) == 1:
         return notes[0]
-    pos, neg, mean, t = (torch.cat(parts) for parts in list(zip(*notes, strict=True))[:-1])
-    return Recorded(pos, neg, mean, t, max(part.keys for part in notes))
+    pos, neg, mean, t, keys, counted = zip(*notes, strict=True)
+    return Recorded(torch.cat(pos), torch.cat(neg), torch.cat(mean), torch.cat(t), max(keys), torch.cat(counted))

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import Options, Reduction, plan_of
 from ..backends.contract import Problem, RowStatistics, Statistics
+from ..backends.recording import record_weight
 from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
 from ..distributed import block, gather
@@ -41,7 +42,9 @@ def reduced(
         plan = plan_of(problem, options, reduced=True, weighted=weighted_rows)
         if plan.one_pass and not contrast.is_explaining():
             w, aside = factors(problem, options, weight)
-            return whole(contrast.onepass(problem, plan, loss, w), aside, options)
+            total = contrast.onepass(problem, plan, loss, w)
+            _record(problem, weight)
+            return whole(total, aside, options)
     problem, context = widened(problem) if problem.apart else (problem, nullcontext())
     with context:
         losses = of_statistics(problem, contrast.statistics(problem, options, plan=plan), loss)
@@ -91,11 +94,18 @@ def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
 
 def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
+    _record(problem, weight)
     if options.reduction == "none":
         rows = _counted(rows if weight is None else _times(weight, rows), problem)
         return rows if options.call is None else gather.rows(options.call, rows)
     w, aside = factors(problem, options, weight)
     return whole(_counted(_times(w, rows), problem).sum(), aside, options)
+
+
+def _record(problem: Problem, weight: Tensor | None) -> None:
+    """Note which of the rows that were noted for a problem have no weight."""
+    if weight is not None:
+        record_weight(weight.detach(), 1 + problem.columns)
 
 
 def factors(

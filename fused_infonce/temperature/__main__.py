@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from .. import checks
 from .files import embeddings, integers
 from .report import Pairs, Report
@@ -70,15 +72,25 @@ def progress(rows: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+def usable(device: str) -> str:
+    """Return the device, of which this PyTorch and this machine are known to compute with."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as why:  # an AssertionError of a PyTorch without CUDA
+        raise ValueError(f"--device {device} cannot be used: {str(why).partition(chr(10))[0]}") from None
+    return device
+
+
 def report_of(options: argparse.Namespace) -> Report:
     """Read the files and return what they say."""
+    device = usable(options.device)
     query, key = embeddings(options.query), embeddings(options.key)
     if options.query.samefile(options.key):
         raise ValueError(f"{options.key}: queries and keys are one file, in which every row is its own copy")
     counts = ("query", len(query)), ("key", len(key))
     target = None if options.target is None else integers(options.target, *counts[0], *counts[1])
     ids = None if options.ids is None else integers(options.ids, *counts[1], *counts[0])
-    pairs = Pairs(query, key, target, ids, options.symmetric, options.backend).to(options.device)
+    pairs = Pairs(query, key, target, ids, options.symmetric, options.backend).to(device)
     with progress(pairs.rows) as advance:
         return Report.of(pairs, options.temperature, options.diagnose, advance)
 
@@ -93,10 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
         report = report_of(options)
         if options.plot is not None:
             report.plot(options.plot)
+        said = json.dumps(report.as_dict(), indent=2, allow_nan=False) if options.json else str(report)
     except (ImportError, OSError, ValueError, TypeError, RuntimeError) as why:
         print(f"error: {why}", file=sys.stderr)
         return 2
-    print(json.dumps(report.as_dict(), indent=2, allow_nan=False) if options.json else report)
+    print(said)
     return 0
 
 

@@ -18,7 +18,7 @@ from ..compose.rows import unit
 from .fitting import fit
 from .rules import Warned, judged
 from .scale import HasTemperature, held_by
-from .sweep import Sweep, sweep
+from .sweep import Sweep, problem_of, sweep
 
 TWIN = 0.1  # of the squared distance of nearest keys: in 6 dimensions or more chance has one in a thousand so near
 ROUNDED = 2.0**-9  # half of the spacing of bfloat16 below 1: a probability nearer to 1 is 1
@@ -76,6 +76,7 @@ def diagnose(
     Args:
         query: (N, D), N of 2 or more. key: (M, D). temperature: a positive number or a tensor of one element.
         target, query_ids, key_ids, key_bias, negatives, symmetric, normalize, backend, workspace_limit: as of `sweep`.
+            Keys that a `key_bias` of -inf leaves out, such as padding, have no part in any gauge.
         loss: the loss of the training, of whose learned temperature there are gauges. optimizer: of the training.
         history: the temperatures of the training's steps so far, the oldest first.
 
@@ -103,9 +104,13 @@ def diagnose(
     References: the rank is that of Roy & Vetterli 2007; the gap, Liang et al. 2022, arXiv:2203.02053.
     """
     t = _number(temperature)
+    problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
+    target = problem.target
+    if key_bias is not None:
+        key, target, key_ids = _kept(key, target, key_ids, key_bias > -math.inf)
     given: dict[str, Any] = {
-        "target": target, "query_ids": query_ids, "key_ids": key_ids, "key_bias": key_bias, "negatives": negatives,
-        "backend": backend, "workspace_limit": workspace_limit,
+        "target": target, "query_ids": query_ids, "key_ids": key_ids, "negatives": negatives, "backend": backend,
+        "workspace_limit": workspace_limit,
     }  # fmt: skip
     found = sweep(query, key, [t], **given, symmetric=symmetric, normalize=normalize)
     if not found.nll(t).isfinite():
@@ -126,7 +131,7 @@ def diagnose(
     twins = sweep(key if target is None else key[target], key, [1.0], **given)  # the positives against the other keys
     gauges |= _of_sides(*sides) | _of_twins(twins, found.above, sides[1])
     gauges |= _of_learned(loss, optimizer, history)
-    return Diagnosis(gauges, judged(gauges), best.reason)
+    return _diagnosis(gauges, best.reason)
 
 
 def diagnose_step(
@@ -141,28 +146,51 @@ def diagnose_step(
 
     Returns:
         A `Diagnosis`, of these gauges as far as they are known:
-            temperature, nll, negatives, effective_negatives, effective_share, lost_in_16_bits: as of `diagnose`; rows
-                of no recorded mean are left out of the medians
+            temperature, nll, negatives, effective_negatives, effective_share, lost_in_16_bits: as of `diagnose`, of the
+                rows that count: none that the loss ignores, nor of weight 0. Rows of no recorded mean are left out of
+                the medians
             scale_of_max: exp(logit_scale) over `max_logit_scale`
             weight_decay: of the optimizer's group that holds the temperature's parameter
-            movement: the greatest over the least temperature of a history of 50 or more, less 1; 0 where the
-                optimizer does not have the parameter, or its gradient is 0
+            movement: the greatest over the least temperature of a history of 50 or more, less 1; without such a
+                history 0 where the optimizer does not have the parameter, or it requires no gradient
 
     Raises:
-        TypeError: a loss without a temperature, types. ValueError: a loss that has recorded nothing, values.
+        TypeError: a loss without a temperature, types. ValueError: a loss that has recorded nothing, or whose rows have
+        nothing to record, as those of `SigLipLoss`; recorded losses that are not finite, values.
     """
     kept = getattr(loss, "recorded", None)
     if kept is None:
+        getattr(loss, "check_record", lambda: None)()  # a loss that cannot record says why
         raise ValueError("loss must have recorded a call: make it with record=True and call it, got nothing recorded")
-    losses, effective = F.softplus(kept.neg - kept.pos, threshold=80), torch.exp(kept.neg - kept.mean)
-    there = kept.neg > -math.inf
+    pos, neg, mean, t = (x[kept.counted] for x in (kept.pos, kept.neg, kept.mean, kept.temperature))
+    losses, effective = F.softplus(neg - pos, threshold=80), torch.exp(neg - mean)
+    if not losses.isfinite().all():
+        bad = losses[~losses.isfinite()]
+        raise ValueError(f"the recorded losses must be finite, got {bad[0].item()} among {len(bad)} of {len(losses)}")
+    negatives = max(kept.keys - 1, 0)
     gauges = {
-        "temperature": kept.temperature.double().mean().item(), "nll": losses.mean().item(),
-        "negatives": float(kept.keys - 1),
+        "temperature": t.double().mean().item(), "nll": losses.mean().item(), "negatives": float(negatives),
     }  # fmt: skip
-    gauges |= _of_losses(losses, effective[there & ~effective.isnan()], kept.keys - 1)
+    gauges |= _of_losses(losses, effective[(neg > -math.inf) & ~effective.isnan()], negatives)
     gauges |= _of_learned(loss, optimizer, history)
-    return Diagnosis(gauges, judged(gauges))
+    return _diagnosis(gauges)
+
+
+def _diagnosis(gauges: dict[str, float], fit: str | None = None) -> Diagnosis:
+    """Return the gauges that are known, with what they warn of."""
+    return Diagnosis({name: x for name, x in gauges.items() if math.isfinite(x)}, judged(gauges), fit)
+
+
+def _kept(
+    key: Tensor, target: Tensor | None, key_ids: Tensor | None, kept: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the keys that are kept, (M,) of bools, with the targets among them and their ids."""
+    out = ~(kept if target is None else kept[target])
+    if out.any():
+        raise ValueError(f"key_bias must not be -inf for a row's positive, got row {int(out.nonzero()[0])}'s")
+    if target is None:
+        return key, target, key_ids
+    return key[kept], (kept.cumsum(0) - 1)[target], None if key_ids is None else key_ids[kept]
 
 
 def _number(temperature: float | Tensor) -> float:
@@ -240,10 +268,9 @@ def _of_learned(
     groups = [g for g in optimizer.param_groups if any(held is x for x in g["params"])] if optimizer else []
     if groups:
         gauges["weight_decay"] = float(groups[0].get("weight_decay", 0.0))
-    no_gradient = not held.requires_grad or (held.grad is not None and not held.grad.any())
-    if no_gradient or (optimizer is not None and not groups):
-        gauges["movement"] = 0.0
-    elif history is not None and len(history) >= LEAST_HISTORY:
-        seen = [checks.positive_float("history", t) for t in history]
+    seen = [checks.positive_float("history", t) for t in history or ()]
+    if len(seen) >= LEAST_HISTORY:
         gauges["movement"] = max(seen) / min(seen) - 1
+    elif not held.requires_grad or (optimizer is not None and not groups):
+        gauges["movement"] = 0.0  # a gradient of 0 says nothing: `zero_grad(set_to_none=False)` may have made it
     return gauges

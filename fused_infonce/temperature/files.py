@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backends.contract import EPS
+
 FLOATS = ("float16", "float32", "float64")
 MAGIC = b"\x93NUMPY"
 HEADS = {  # what other files begin with
@@ -43,7 +45,7 @@ def mapped(path: Path) -> Any:
 
 
 def embeddings(path: Path) -> Tensor:
-    """Return the embeddings of a .npy file, (N, D) of float16, float32 or float64, finite and none of them zeros.
+    """Return the embeddings of a .npy file, (N, D) of float16, float32 or float64, each of a length to divide by.
 
     Raises:
         FileNotFoundError: no such file. TypeError: another dtype. ValueError: another shape, no rows, or rows that
@@ -58,16 +60,27 @@ def embeddings(path: Path) -> Tensor:
     if array.ndim != 2 or not all(array.shape):
         raise ValueError(f"{path}: embeddings must be one row each, (N, D), got shape {array.shape}")
     rows = torch.from_numpy(array)
-    nonfinite, zeros = [], []
+    found: dict[str, list[int]] = {}
     for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        nonfinite += (start + (~part.isfinite().all(1)).nonzero().flatten()).tolist()
-        zeros += (start + (part == 0).all(1).nonzero().flatten()).tolist()
-    for bad, what in ((nonfinite, "NaN or infinity"), (zeros, "nothing but zeros")):
-        if bad:
-            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-            raise ValueError(f"{path}: {len(bad)} of {len(rows)} rows hold {what}: rows {shown}")
+        for what, bad in _bad(rows[start : start + ROWS]).items():
+            found.setdefault(what, []).extend((start + bad.nonzero().flatten()).tolist())
+    for what, places in found.items():
+        if places:
+            shown = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
+            raise ValueError(f"{path}: {len(places)} of {len(rows)} rows {what}: rows {shown}")
     return rows
+
+
+def _bad(rows: Tensor) -> dict[str, Tensor]:
+    """Return which of some rows cannot be compared with others, for each reason."""
+    finite, zeros = rows.isfinite().all(1), (rows == 0).all(1)
+    norm = rows.float().square().sum(1).sqrt()  # as a loss makes it: squares overflow first
+    return {
+        "hold NaN or infinity": ~finite,
+        "hold nothing but zeros": zeros,
+        "have a norm beyond float32: divide them by something": finite & ~norm.isfinite(),
+        f"have a norm of {EPS:g} or less, which counts as zero: multiply them by something": (norm <= EPS) & ~zeros,
+    }
 
 
 def integers(path: Path, each: str, count: int, other: str, other_count: int) -> Tensor:

@@ -46,6 +46,7 @@ def draw(
 ) -> None:  # fmt: skip
     """Draw a sweep; see `Sweep.plot`."""
     writable(path)
+    drawable(sweep, random)
     coldest, warmest = sweep.temperatures[-1].item(), sweep.temperatures[0].item()
     marks = marks_of(sweep, fit, temperature)
     marked = [x for x in (marks.best, temperature, *FAMOUS) if x is not None]
@@ -221,6 +222,16 @@ def finish(axes: Axes, title: str, right: Axes | None = None, above: float = 6.0
         handles=handles, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=columns, columnspacing=1.2,
         frameon=False, fontsize=8, borderaxespad=0,
     )  # fmt: skip
+
+
+def drawable(sweep: Sweep, random: Tensor | None) -> None:
+    """Check that there are scores to draw, of rows that are finite."""
+    bad = ~sweep.pos.isfinite() | sweep.hardest.isnan() | sweep.log_z.isnan().any(0)
+    if bad.any() or not len(bad):
+        got = f"NaN or infinity in {int(bad.sum())} of {len(bad)} rows" if len(bad) else "no rows"
+        raise ValueError(f"a sweep is drawn of rows whose scores are finite, got {got}")
+    if random is not None and not random.isfinite().all():
+        raise ValueError(f"random must be finite scores, got {random[~random.isfinite()][0].item()}")
 
 
 def writable(path: str | Path) -> None:

@@ -140,7 +140,8 @@ class Sweep:
             temperature: that of the training, to be marked. random: (R,), scores of random negatives, to be drawn too.
 
         Raises:
-            ImportError: matplotlib is missing. ValueError: a format that it lacks, a temperature out of the range.
+            ImportError: matplotlib is missing. ValueError: a format that it lacks, a temperature out of the range,
+            scores that are not finite.
         """
         from .plots import draw
 

@@ -63,7 +63,7 @@ class Watch:
 
         The temperature, the mean of several; `scale`, its inverse. Where held-out pairs were fitted, `fitted`, `stderr`
         and `recall_at_1` of the last fit. Where the loss was made with record=True and has been called,
-        `effective_negatives`, the median over the rows.
+        `effective_negatives`, the median over the rows that count.
         """
         t = torch.as_tensor(self.loss.temperature).detach().float()
         found = {"": t.mean(), "/scale": (1 / t).mean()}
@@ -73,7 +73,8 @@ class Watch:
             found |= {f"/{name}": torch.tensor(value) for name, value in told.items()}
         recorded = getattr(self.loss, "recorded", None)
         if recorded is not None:
-            found["/effective_negatives"] = torch.exp(recorded.neg - recorded.mean).float().nanmedian()
+            effective = torch.exp(recorded.neg - recorded.mean).float()
+            found["/effective_negatives"] = effective.where(recorded.counted, torch.nan).nanmedian()
         return {self.name + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def test_rows_that_do_not_count_and_rows_without_negatives(backend):
     loss(query, key, target=torch.tensor([1, -100, 3, 4, 5, 0], device=query.device))
     assert loss.recorded.pos[1] == 0
     assert loss.recorded.neg.isfinite().all()
+    assert loss.recorded.counted.tolist() == [True, False, True, True, True, True]
 
 
 def test_a_row_whose_gradient_is_too_small_has_no_mean_where_that_is_what_it_is_made_of():
@@ -154,6 +155,37 @@ def test_a_row_whose_gradient_is_too_small_has_no_mean_where_that_is_what_it_is_
     loss(query, key, weight=weight)
     assert loss.recorded.mean.isnan().nonzero().flatten().tolist() == [3]
     assert not loss.recorded.neg.isnan().any()
+
+
+def test_rows_that_count_are_told_whatever_makes_the_loss():
+    """Rows without a positive, and with a weight of 0 the rows of both directions."""
+    query, key = drawn(8)
+    index = torch.arange(8)
+    classes = torch.tensor([0, 0, 1, 1, 2, 3, 4, 4])
+    several = torch.stack([index, index.roll(1)], 1).masked_fill(index[:, None] == 1, -100)
+    weight = (index != 2).double()
+    negatives = torch.randn(3, 16, dtype=torch.float64)
+    cases = [
+        (SupConLoss(T), (query[:, None], classes), {}, [4, 5]),
+        (FusedInfoNCELoss(T), (query, key), {"target": several}, [1]),
+        (FusedInfoNCELoss(T, symmetric=True), (query, key), {"weight": weight}, [2, 10]),
+        (
+            FusedInfoNCELoss(T, "sum"), (query, key),
+            {"weight": weight, "target": index.masked_fill(index > 5, -100)}, [2, 6, 7],
+        ),
+        (FusedInfoNCELoss(T, symmetric=True, label_smoothing=0.1), (query, key), {"weight": weight}, [2, 10]),
+        (FusedInfoNCELoss(T, symmetric=True), (query, key), {"weight": weight, "positive_ids": classes}, [2, 10]),
+        (
+            FusedInfoNCELoss(T, symmetric=True, in_batch_negatives=True), (query, key),
+            {"weight": weight, "negative_keys": negatives}, [2, 10],
+        ),
+        (DualTemperatureLoss(T, symmetric=True), (query, key), {"weight": weight}, [2, 10]),
+    ]  # fmt: skip
+    for loss, rows, given, out in cases:
+        loss.record = True
+        loss(*rows, **given)
+        assert (~loss.recorded.counted).nonzero().flatten().tolist() == out
+        assert loss.recorded.counted.shape == loss.recorded.pos.shape == loss.recorded.neg.shape
 
 
 def together(*parts):
@@ -213,6 +245,7 @@ def test_negatives_of_several_products_are_one_softmax():
     query, key = drawn(6)
     guided = GuidedInfoNCELoss(T, contrast_keys=True, record=True)
     guided(query, key, guide_query=torch.eye(6).double(), guide_key=torch.eye(6).double())  # which leaves nothing out
+    assert guided.recorded.counted.all()
     diagonal = torch.eye(6) > 0
     second = dense(key, key, left_out=diagonal)
     agrees(guided.recorded, together(dense(query, key), second), 1e-6)

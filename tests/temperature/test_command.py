@@ -215,6 +215,51 @@ def test_rows_that_cannot_be_compared_are_counted_and_named(pairs, capsys):
     assert refused(capsys, "query.npy", "key.npy").endswith("nothing but zeros: rows 0, 1, 2, 3, 4, ...")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_norm_overflows_or_vanishes_are_counted_and_named(pairs, capsys, dtype):
+    query = load("query").to(dtype)
+    scale = torch.ones(N, 1, dtype=dtype)
+    scale[[4, 9]] = 1e30
+    save(query=query * scale)
+    assert refused(capsys, "query.npy", "key.npy") == (
+        "query.npy: 2 of 90 rows have a norm beyond float32: divide them by something: rows 4, 9"
+    )
+    scale[[4, 9]] = 1e-30
+    save(query=query, key=query * scale)
+    said = refused(capsys, "query.npy", "key.npy")
+    assert said.startswith("key.npy: 2 of 90 rows have a norm of 1e-12 or less, which counts as zero")
+    assert said.endswith("rows 4, 9")
+    scale[[4, 9]] = 1e-9  # which is long enough
+    save(query=query, key=query * scale)
+    assert main(["query.npy", "key.npy"]) == 0
+
+
+def test_an_error_of_the_tables_is_told_as_any_other(pairs, capsys, monkeypatch):
+    def fails(*arguments):
+        raise ValueError("confidence must be in [0, 1], got nan")
+
+    monkeypatch.setattr(report.Report, "lines", fails)
+    for form in ([], ["--json"]):
+        assert refused(capsys, "query.npy", "key.npy", *form).endswith("confidence must be in [0, 1], got nan")
+
+
+@pytest.mark.parametrize(("error", "device"), [(AssertionError, "cuda"), (RuntimeError, "cuda"), (None, "meta")])
+def test_a_device_that_cannot_be_used_is_told_before_the_files_are_read(pairs, capsys, monkeypatch, error, device):
+    if error is not None:
+        zeros = torch.zeros
+
+        def without(*shape, device=None, **options):
+            if device == "cuda":
+                raise error("Torch not compiled with CUDA enabled\nand more")
+            return zeros(*shape, device=device, **options)
+
+        monkeypatch.setattr(torch, "zeros", without)
+    said = refused(capsys, "none.npy", "key.npy", "--device", device)
+    assert said.startswith(f"--device {device} cannot be used: ")
+    assert "none.npy" not in said
+    assert "\n" not in said
+
+
 def test_options_that_do_not_fit(pairs, capsys):
     def of(*arguments: str) -> str:
         return refused(capsys, "query.npy", "key.npy", *arguments)

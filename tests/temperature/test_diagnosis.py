@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from support.helpers import both_backends
 from torch import Tensor, nn
 
-from fused_infonce import FusedInfoNCELoss, NTXentLoss
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, SigLipLoss
 from fused_infonce.temperature import diagnose, diagnose_step, fit, sweep
 from fused_infonce.temperature.rules import FACTOR, RULES, judged
 
@@ -137,21 +137,14 @@ def frozen() -> Planted:
     return with_loss(learned().requires_grad_(requires_grad=False))
 
 
-def without_gradient() -> Planted:
-    loss = learned()
-    loss(torch.ones(1, 4), torch.ones(1, 4)).backward()
-    return with_loss(loss)
-
-
 PLANTED = {
     good: None, cold: "cold", warm: "warm", one_negative: "one negative", all_negatives: "all negatives",
     collapse: "collapse", low_rank: "collapse", duplicates: "duplicates", false_negatives: "false negatives",
     modality_gap: "modality gap", rounded: "16 bits lose it", clamped: "clamped", decayed: "decayed", stuck: "stuck",
-    without_optimizer: "stuck", frozen: "stuck", without_gradient: "stuck",
+    without_optimizer: "stuck", frozen: "stuck",
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:a batch of one pair")
 @pytest.mark.parametrize("case", PLANTED, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_planted_case_raises_its_warning_and_no_other(case, seed):
@@ -260,6 +253,12 @@ def test_rows_of_any_length_have_a_temperature_of_their_own_scale():
     assert "every pair is ranked first" in str(diagnose(query, query, t))
 
 
+def called(query: Tensor, key: Tensor) -> FusedInfoNCELoss:
+    loss = FusedInfoNCELoss(0.05, record=True)
+    loss(query, key)
+    return loss
+
+
 def step_of(loss: FusedInfoNCELoss, query: Tensor, key: Tensor, **options: Any) -> list[str]:
     loss(query.requires_grad_(), key, **options).backward()
     return [warned.name for warned in diagnose_step(loss).warnings]
@@ -282,6 +281,89 @@ def test_a_step_of_a_learned_temperature():
     optimizer = torch.optim.AdamW(loss.parameters(), weight_decay=0.2)
     warned = diagnose_step(loss, optimizer=optimizer).warnings
     assert [(each.name, each.number) for each in warned][1] == ("decayed", 0.2)
+
+
+def test_a_history_says_whether_a_temperature_moves_and_a_gradient_of_zero_does_not():
+    loss = learned(record=True)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    history = []
+    for _ in range(60):
+        optimizer.zero_grad(set_to_none=False)
+        loss(*pairs()).backward()
+        optimizer.step()
+        history.append(loss.temperature.item())
+    optimizer.zero_grad(set_to_none=False)
+    known = diagnose_step(loss, optimizer=optimizer, history=history)
+    assert known.gauges["movement"] == max(history) / min(history) - 1 > 0.01
+    elsewhere = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    assert diagnose_step(loss, optimizer=elsewhere, history=history).gauges == {
+        name: x for name, x in known.gauges.items() if name != "weight_decay"
+    }
+    for short in (None, history[:9]):
+        assert "movement" not in diagnose_step(loss, optimizer=optimizer, history=short).gauges
+        assert diagnose_step(loss, optimizer=elsewhere, history=short).gauges["movement"] == 0
+
+
+@pytest.mark.parametrize("left_out", ["target", "weight", "weight, none"])
+@pytest.mark.parametrize("direction", ["rows", "both"])
+def test_a_step_is_of_the_rows_that_the_loss_counts(left_out, direction):
+    """Rows without a positive would have a loss of their whole logsumexp, and hide what is wrong with the others."""
+    query, key = pairs()
+    key[50:] = key[50:].roll(1, 0)  # pairs that are none
+    query[:50] = key[:50] + 0.05 * torch.randn(50, D)
+    symmetric = direction == "both"
+    if symmetric and left_out == "target":
+        return  # a target has one direction
+    loss = FusedInfoNCELoss(
+        0.05, "none" if "none" in left_out else "mean", symmetric=symmetric, record=True
+    )  # fmt: skip
+    index = torch.arange(N)
+    given = {"target": index.where(index < 50, -100)} if left_out == "target" else {"weight": (index < 50).float()}
+    loss(query.requires_grad_(), key, **given).sum().backward()
+    counted = (index < 50).repeat(1 + symmetric)
+    assert torch.equal(loss.recorded.counted, counted)
+    found = diagnose_step(loss)
+    plain = FusedInfoNCELoss(0.05, symmetric=symmetric, record=True)
+    plain(query, key)
+    kept = plain.recorded
+    rows = [x[counted] for x in (kept.pos, kept.neg, kept.mean)]
+    assert found.gauges["nll"] == pytest.approx(F.softplus(rows[1] - rows[0]).mean().item(), rel=1e-4)
+    assert found.gauges["effective_negatives"] == pytest.approx((rows[1] - rows[2]).exp().median().item(), rel=1e-4)
+    assert "16 bits lose it" in [warned.name for warned in found.warnings]
+    assert "16 bits lose it" not in [warned.name for warned in diagnose_step(plain).warnings]
+
+
+def test_a_step_without_rows_that_count_has_no_gauges_of_rows():
+    loss, (query, key) = FusedInfoNCELoss(0.05, record=True), pairs()
+    loss(query[:0], key[:0])
+    assert diagnose_step(loss).gauges == {"negatives": 0}
+    loss(query, key, target=torch.full((N,), -100))
+    assert diagnose_step(loss).gauges == {"negatives": N - 1}
+    assert "no warnings" in str(diagnose_step(loss))
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_padding_has_no_part_in_a_diagnosis(ids):
+    query, key = pairs()
+    target = torch.randperm(N)[:200]
+    padding = torch.cat([key, 5 * torch.ones(900, D)])
+    order = torch.randperm(len(padding))
+    place = order.argsort()
+    names = torch.arange(len(padding)) // 2
+    bias = torch.zeros(len(padding)).masked_fill(order >= N, -torch.inf)
+    without = diagnose(query[target], key, 0.035, target=target, key_ids=names[:N] if ids else None)
+    found = diagnose(
+        query[target], padding[order], 0.035, target=place[target], key_bias=bias, key_ids=names[order] if ids else None
+    )
+    assert found.gauges == pytest.approx(without.gauges, rel=1e-3)
+    assert found.warnings == () == without.warnings
+    assert found.gauges["negatives"] == N - 1
+
+
+def test_gauges_that_are_not_known_are_left_out():
+    found = diagnose(torch.ones(8, 4), torch.ones(8, 4), 0.1)  # no spread, which a gap would be measured in
+    assert "modality_gap" not in found.gauges
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["gauges"] == found.gauges
 
 
 def test_it_is_a_dictionary_for_json_and_prints_as_a_table():
@@ -320,6 +402,9 @@ def test_rows_that_are_all_one_are_collapsed():
         (lambda q, k: diagnose(q, k, 0.1, loss=learned(), history=[0.0] * 50), ValueError, "history must be"),
         (lambda q, k: diagnose_step(NTXentLoss()), ValueError, "make it with record=True"),
         (lambda q, k: diagnose_step(NTXentLoss(record=True)), ValueError, "and call it"),
+        (lambda q, k: diagnose_step(SigLipLoss()), ValueError, "SigLIP's loss, a sigmoid of every pair, has none"),
+        (lambda q, k: diagnose_step(called(q * math.nan, k)), ValueError, "must be finite, got nan among 300 of 300"),
+        (lambda q, k: diagnose(q, k, 0.1, key_bias=torch.full((N,), -math.inf)), ValueError, "for a row's positive"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_diagnosed_is_refused(call, error, message):

@@ -96,6 +96,18 @@ def test_the_best_temperature_of_a_sweep_alone_has_no_interval(drawn, tmp_path):
         sweep(query, key).plot("a.docx")
 
 
+def test_scores_that_are_not_finite_are_refused(drawn, tmp_path):
+    query, key = pairs()
+    for bad, value in ((3, float("nan")), (5, float("inf"))):
+        query[bad] = value
+        with pytest.raises(ValueError, match=r"scores are finite, got NaN or infinity in [12] of 200 rows"):
+            sweep(query, key).plot(tmp_path / "a.png")
+    good = sweep(*pairs())
+    with pytest.raises(ValueError, match="random must be finite scores, got nan"):
+        good.plot(tmp_path / "a.png", random=torch.tensor([0.1, float("nan")]))
+    assert not drawn
+
+
 def test_a_training_is_drawn_with_its_temperature_its_fits_and_recall(drawn, tmp_path):
     query, key = pairs()
     follow = HeldOutTemperature(FusedInfoNCELoss(temperature=1.0), every=5, smoothing=0.5)

@@ -77,6 +77,11 @@ def test_effective_negatives_are_told_of_a_loss_that_keeps_its_rows():
     loss(query.requires_grad_(), key)
     want = sweep(query, key, (t, t)).effective_negatives(t).nanmedian()
     torch.testing.assert_close(watch.figures()["temperature/effective_negatives"], want, rtol=1e-4, atol=0)
+    target = torch.arange(len(query))
+    target[5:] = -100
+    loss(query, key, target=target)
+    want = sweep(query[:5], key, (t, t), target=target[:5]).effective_negatives(t).nanmedian()
+    torch.testing.assert_close(watch.figures()["temperature/effective_negatives"], want, rtol=1e-4, atol=0)
 
 
 def test_it_goes_on_from_its_state():
