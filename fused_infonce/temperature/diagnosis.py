@@ -86,8 +86,8 @@ def diagnose(
             fitted_temperature, fitted_ratio, fitted_sigmas: that of `fit`, what it is of the temperature, and the log
                 of that in standard errors; none where the fit has no minimum within a factor of 32 of the temperature
             negatives: the keys that a row is scored against, but for its positive
-            hardest_share, effective_negatives: medians over the rows, as of `Sweep`. effective_share: the second over
-                `negatives`
+            hardest_share, effective_negatives: medians over the rows that have negatives, as of `Sweep`.
+                effective_share: the second over `negatives`
             lost_in_16_bits: the share of the gradients 1 - p_i of rows whose p_i rounds to 1 in bfloat16
             mean_cosine, rank_share: of different rows of a side, and exp of the entropy of the eigenvalues of its
                 covariance over min(D, N - 1), where sides differ the one that is further from good
@@ -116,11 +116,13 @@ def diagnose(
     if not found.nll(t).isfinite():
         raise ValueError(f"query and key must be finite, got a loss of {found.nll(t).item()}")
     counted = len(key) - 1 + (0 if negatives is None else negatives.shape[-2])
+    there = found.at(t).log_z > -math.inf
     gauges = {
         "temperature": t, "nll": found.nll(t).item(), "recall_at_1": found.recall(1).pessimistic,
-        "negatives": float(counted), "hardest_share": found.hardest_share(t).median().item(),
+        "negatives": float(counted), "hardest_share": _median(found.hardest_share(t)[there]),
     }  # fmt: skip
-    gauges |= _of_losses(found.losses(t), found.effective_negatives(t), counted)
+    behind = found.at(t).log_z.double() - found.pos.double() / t
+    gauges |= _of_rows(behind[there], found.effective_negatives(t)[there], counted)
     best = fit(query, key, bounds=(t / AROUND, t * AROUND), **given, symmetric=symmetric, normalize=normalize)
     if best.converged:
         verdict = best.versus(t)
@@ -171,7 +173,8 @@ def diagnose_step(
     gauges = {
         "temperature": t.double().mean().item(), "nll": losses.mean().item(), "negatives": float(negatives),
     }  # fmt: skip
-    gauges |= _of_losses(losses, effective[(neg > -math.inf) & ~effective.isnan()], negatives)
+    there = neg > -math.inf
+    gauges |= _of_rows((neg.double() - pos.double())[there], effective[there & ~effective.isnan()], negatives)
     gauges |= _of_learned(loss, optimizer, history)
     return _diagnosis(gauges)
 
@@ -202,13 +205,21 @@ def _number(temperature: float | Tensor) -> float:
     return checks.positive_float("temperature", temperature)
 
 
-def _of_losses(losses: Tensor, effective: Tensor, negatives: int) -> dict[str, float]:
-    """Return the gauges of row losses, and of the effective negatives of rows."""
-    share = -torch.expm1(-losses.double())  # 1 - p, which the row's gradient is proportional to
-    median = effective.median().item() if len(effective) else math.nan
+def _median(x: Tensor) -> float:
+    return x.median().item() if len(x) else math.nan
+
+
+def _of_rows(behind: Tensor, effective: Tensor, negatives: int) -> dict[str, float]:
+    """Return the gauges of rows that have negatives: how far these are behind the positive, neg - pos, float64, and the
+    effective number of them, of rows where it is known."""
+    median = _median(effective)
+    # 1 - p, to which the row's gradient is proportional; of rows so far ahead that it is 0 in float64 too, all is lost
+    share = torch.sigmoid(behind)
+    lost, whole = share[share < ROUNDED].sum().item(), share.sum().item()
+    none = math.nan if not len(behind) else 1.0
     return {
         "effective_negatives": median, "effective_share": median / max(negatives, 1),
-        "lost_in_16_bits": (share[share < ROUNDED].sum() / share.sum()).item(),
+        "lost_in_16_bits": lost / whole if whole else none,
     }  # fmt: skip
 
 

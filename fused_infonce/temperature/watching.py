@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +64,7 @@ class Watch:
 
         The temperature, the mean of several; `scale`, its inverse. Where held-out pairs were fitted, `fitted`, `stderr`
         and `recall_at_1` of the last fit. Where the loss was made with record=True and has been called,
-        `effective_negatives`, the median over the rows that count.
+        `effective_negatives`, the median over the rows that count and have negatives.
         """
         t = torch.as_tensor(self.loss.temperature).detach().float()
         found = {"": t.mean(), "/scale": (1 / t).mean()}
@@ -74,7 +75,8 @@ class Watch:
         recorded = getattr(self.loss, "recorded", None)
         if recorded is not None:
             effective = torch.exp(recorded.neg - recorded.mean).float()
-            found["/effective_negatives"] = effective.where(recorded.counted, torch.nan).nanmedian()
+            counted = recorded.counted & (recorded.neg > -math.inf)
+            found["/effective_negatives"] = effective.where(counted, torch.nan).nanmedian()
         return {self.name + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

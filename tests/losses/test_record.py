@@ -382,3 +382,13 @@ def test_a_replica_for_data_parallel_runs_its_own_forward(options):
     replica = loss._replicate_for_data_parallel()
     for module in (loss, replica):
         assert getattr(module.forward, "__self__", None) is module
+
+
+def test_a_recorded_temperature_is_that_of_the_call():
+    t = torch.nn.Parameter(torch.tensor([0.05]))
+    loss = FusedInfoNCELoss(t, record=True)
+    loss(torch.randn(4, 8), torch.randn(4, 8))
+    with torch.no_grad():
+        t.fill_(0.5)
+    assert loss.recorded is not None
+    assert torch.equal(loss.recorded.temperature, torch.full((4,), 0.05))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fused_infonce import FusedInfoNCELoss, NTXentLoss, SigLipLoss
 from fused_infonce.temperature import diagnose, diagnose_step, fit, sweep
 from fused_infonce.temperature.rules import FACTOR, RULES, judged
+from fused_infonce.temperature.watching import Watch
 
 N, D = 300, 32
 
@@ -410,3 +411,29 @@ def test_rows_that_are_all_one_are_collapsed():
 def test_what_cannot_be_diagnosed_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(*pairs())
+
+
+@pytest.mark.parametrize("t", [0.008, 0.005])
+def test_a_loss_of_zero_is_lost_whole(t):
+    key = torch.randn(300, 256)
+    query = key + 0.15 * torch.randn(300, 256)
+    loss = FusedInfoNCELoss(t, record=True)
+    loss(query, key)
+    for found in (diagnose_step(loss), diagnose(query, key, t)):
+        assert found.gauges["lost_in_16_bits"] > 0.999
+        assert "16 bits lose it" in {warned.name for warned in found.warnings}
+
+
+def test_rows_without_negatives_are_in_no_median():
+    query = torch.randn(20, 8)
+    key = query + torch.randn(20, 8)
+    key_ids = torch.zeros(20, dtype=torch.int64)
+    query_ids = torch.cat([key_ids[:12], torch.arange(1, 9)])  # 12 of 20 have no negatives
+    loss = FusedInfoNCELoss(0.1, record=True)
+    loss(query, key, query_ids=query_ids, key_ids=key_ids)
+    step = diagnose_step(loss).gauges["effective_negatives"]
+    found = diagnose(query, key, 0.1, query_ids=query_ids, key_ids=key_ids).gauges
+    assert found["effective_negatives"] == pytest.approx(step, rel=1e-4)
+    assert step > 1
+    assert found["hardest_share"] > 0
+    assert Watch(loss).figures()["temperature/effective_negatives"].item() == pytest.approx(step, rel=1e-4)
