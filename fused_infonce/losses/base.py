@@ -120,11 +120,12 @@ class ContrastiveLoss(HasTemperature, Explained):
     def record(self) -> bool:
         """Whether a call keeps `recorded`, which may be assigned.
 
-        `recorded` is a named tuple (pos, neg, mean, temperature, keys) of detached (R,) tensors, but for the last: the
-        logit of each row's positive, the logsumexp and the mean logit of its negatives, its temperature, and the number
-        of keys that it was scored against. R is N, and 2 N where both directions of N pairs are scored, the queries
-        against the keys first. They are what the loss makes anyway: no scores are made again, and nothing waits for a
-        GPU. They are of the last call, and None before the first. Under `torch.compile` a call is a RuntimeError.
+        `recorded` is a named tuple (pos, neg, mean, temperature, keys, counted) of detached (R,) tensors: the logit of
+        each row's positive, the logsumexp and the mean logit of its negatives, its temperature, and whether the loss
+        counts it; `keys` is the number of keys that a row was scored against. R is N, and 2 N where both directions of
+        N pairs are scored, the queries against the keys first. They are what the loss makes anyway: no scores are made
+        again, and nothing waits for a GPU. They are of the last call, and None before the first. Under `torch.compile`
+        a call is a RuntimeError.
         """
         return self._record
 
