@@ -145,7 +145,10 @@ def test_sums_of_several_blocks_do_not_start_from_zeros(options, watch):
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.interpreter
 def test_recording_merges_states_that_are_there(name, few, watch, monkeypatch):
-    """A launch for each direction of few scores and none of many; nothing is read, or as large as the scores."""
+    """A launch for each direction of few scores and none of many; nothing is read, or as large as the scores.
+
+    Beside it there are the temperature and the mask of the rows that count, `ones_like`.
+    """
     options = {"temperature": 0.05, "backend": "triton"} | ({"symmetric": True} if name == "symmetric" else {})
     if not few:
         monkeypatch.setattr(plan, "GPU_DENSE_WIDE", 0)
@@ -162,7 +165,7 @@ def test_recording_merges_states_that_are_there(name, few, watch, monkeypatch):
     more, rows = counts[1] - counts[0], len(loss.recorded.pos)
     directions = few * (1 + (name == "symmetric"))
     assert more["triton"] == directions
-    assert set(more) <= {"triton", "clone", "cat"}
+    assert set(more) <= {"triton", "clone", "cat", "ones_like"}
     assert sizes[1] - sizes[0] <= 8 * 4 * rows
 
 
