@@ -65,6 +65,11 @@ class Recorded(NamedTuple):
     keys: int
     counted: Tensor
 
+    def effective_negatives(self) -> Tensor:
+        """Return exp(neg - mean); NaN in a row that does not count or has no negatives, as where the mean is NaN."""
+        known = self.counted & (self.neg > -torch.inf)
+        return torch.exp(self.neg - self.mean).masked_fill(~known, torch.nan)
+
 
 Parts = Sequence[Sequence[Tensor]]  # pos, neg and mean of the rows and, where asked for, of the columns
 recordings = Notes()

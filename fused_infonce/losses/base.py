@@ -34,14 +34,6 @@ COMPILED = (
 TEMPERATURE = ("temperature", "learnable_temperature", "max_logit_scale")
 
 
-def check_options_of_keys(symmetric: Any, negative_mode: Any, in_batch_negatives: Any, ignore_index: Any) -> None:
-    """Check the options of a loss of queries against keys, all of which `info_nce` explains."""
-    checks.flags(symmetric=symmetric)
-    checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
-    checks.one_of("in_batch_negatives", in_batch_negatives, (True, False, None))
-    checks.whole("ignore_index", ignore_index, -(2**63))
-
-
 class Plans(tuple[Plan | Exchange, ...]):
     """The plans of a call, one for each matrix of scores that it goes over, and the exchanges between processes that it
     takes; they print a line each."""
@@ -104,6 +96,18 @@ class ContrastiveLoss(HasTemperature, Explained):
         self.workspace_limit = checks.workspace_limit(workspace_limit)
         self.distributed = distributed
         self.record = record
+
+    def hold_options_of_keys(
+        self, symmetric: bool, negative_mode: NegativeMode, in_batch_negatives: bool | None, ignore_index: int
+    ) -> None:
+        """Check and hold the options of a loss of queries against keys, all of which `info_nce` explains."""
+        checks.flags(symmetric=symmetric)
+        checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
+        checks.one_of("in_batch_negatives", in_batch_negatives, (True, False, None))
+        self.symmetric = symmetric
+        self.negative_mode = negative_mode
+        self.in_batch_negatives = in_batch_negatives
+        self.ignore_index = checks.whole("ignore_index", ignore_index, -(2**63))
 
     @property
     def distributed(self) -> DistributedLike:
@@ -205,14 +209,10 @@ class PairLoss(ContrastiveLoss):
     ):  # fmt: skip
         super().__init__(**options)
         checks.one_of("negatives", negatives, get_args(Negatives))
-        check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
+        self.hold_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         if negatives == "views" and (symmetric, negative_mode, in_batch_negatives, ignore_index) != OF_VIEWS:
             raise ValueError(f"{', '.join(OF_KEYS[:-1])} and {OF_KEYS[-1]} are options of negatives='keys'")
         self.negatives = negatives
-        self.symmetric = symmetric
-        self.negative_mode = negative_mode
-        self.in_batch_negatives = in_batch_negatives
-        self.ignore_index = ignore_index
 
     def of_keys(self, **given: Any) -> dict[str, Any]:
         """Return the arguments that only the function of keys takes; with negatives="views" none may be given."""

@@ -15,7 +15,7 @@ from ..compose.reduction import reduced_rows
 from ..compose.rows import at_temperature
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
-from .base import ContrastiveLoss, check_options_of_keys
+from .base import ContrastiveLoss
 
 
 @together
@@ -144,15 +144,11 @@ class DualTemperatureLoss(ContrastiveLoss):
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
             distributed, record,
         )  # fmt: skip
-        check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
+        self.hold_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         checks.number_or_tensor("inter_temperature", inter_temperature)
         if isinstance(inter_temperature, Tensor) and inter_temperature.requires_grad:
             raise ValueError("inter_temperature gets no gradient and cannot be trained: pass its .detach()")
         self.inter_temperature = inter_temperature
-        self.negative_mode = negative_mode
-        self.symmetric = symmetric
-        self.in_batch_negatives = in_batch_negatives
-        self.ignore_index = ignore_index
 
     def forward(
         self,

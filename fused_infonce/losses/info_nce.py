@@ -28,7 +28,7 @@ from ..compose.several import (
 )
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
-from .base import ContrastiveLoss, Plans, check_options_of_keys
+from .base import ContrastiveLoss, Plans
 
 
 @together
@@ -295,11 +295,7 @@ class FusedInfoNCELoss(ContrastiveLoss):
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
             distributed, record,
         )  # fmt: skip
-        check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
-        self.negative_mode = negative_mode
-        self.symmetric = symmetric
-        self.in_batch_negatives = in_batch_negatives
-        self.ignore_index = ignore_index
+        self.hold_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         checks.one_of("positives", positives, POSITIVES)
         self.positives: PositivesMode = positives
         self.margin = checks.not_negative("margin", margin)

@@ -15,7 +15,7 @@ from ..compose.reduction import reduced
 from ..compose.rows import negative_counts, one_id_a_row
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
-from .base import ContrastiveLoss, check_options_of_keys
+from .base import ContrastiveLoss
 
 
 @together
@@ -146,12 +146,8 @@ class RobustInfoNCELoss(ContrastiveLoss):
             temperature, learnable_temperature, max_logit_scale, reduction, normalize, backend, workspace_limit,
             distributed, record,
         )  # fmt: skip
-        check_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
+        self.hold_options_of_keys(symmetric, negative_mode, in_batch_negatives, ignore_index)
         self.rho = checks.not_negative("rho", rho)
-        self.negative_mode = negative_mode
-        self.symmetric = symmetric
-        self.in_batch_negatives = in_batch_negatives
-        self.ignore_index = ignore_index
 
     def forward(
         self,

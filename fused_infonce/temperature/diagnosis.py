@@ -164,8 +164,8 @@ def diagnose_step(
     if kept is None:
         getattr(loss, "check_record", lambda: None)()  # a loss that cannot record says why
         raise ValueError("loss must have recorded a call: make it with record=True and call it, got nothing recorded")
-    pos, neg, mean, t = (x[kept.counted] for x in (kept.pos, kept.neg, kept.mean, kept.temperature))
-    losses, effective = F.softplus(neg - pos, threshold=80), torch.exp(neg - mean)
+    pos, neg, t = (x[kept.counted] for x in (kept.pos, kept.neg, kept.temperature))
+    losses, effective = F.softplus(neg - pos, threshold=80), kept.effective_negatives()
     if not losses.isfinite().all():
         bad = losses[~losses.isfinite()]
         raise ValueError(f"the recorded losses must be finite, got {bad[0].item()} among {len(bad)} of {len(losses)}")
@@ -173,8 +173,8 @@ def diagnose_step(
     gauges = {
         "temperature": t.double().mean().item(), "nll": losses.mean().item(), "negatives": float(negatives),
     }  # fmt: skip
-    there = neg > -math.inf
-    gauges |= _of_rows((neg.double() - pos.double())[there], effective[there & ~effective.isnan()], negatives)
+    behind = (neg.double() - pos.double())[neg > -math.inf]
+    gauges |= _of_rows(behind, effective[~effective.isnan()], negatives)
     gauges |= _of_learned(loss, optimizer, history)
     return _diagnosis(gauges)
 

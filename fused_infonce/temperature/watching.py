@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,9 +73,7 @@ class Watch:
             found |= {f"/{name}": torch.tensor(value) for name, value in told.items()}
         recorded = getattr(self.loss, "recorded", None)
         if recorded is not None:
-            effective = torch.exp(recorded.neg - recorded.mean).float()
-            counted = recorded.counted & (recorded.neg > -math.inf)
-            found["/effective_negatives"] = effective.where(counted, torch.nan).nanmedian()
+            found["/effective_negatives"] = recorded.effective_negatives().float().nanmedian()
         return {self.name + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
