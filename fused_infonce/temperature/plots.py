@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ def draw(
 ) -> None:  # fmt: skip
     """Draw a sweep; see `Sweep.plot`."""
     writable(path)
+    sweep = replace(sweep, **{each.name: getattr(sweep, each.name).cpu() for each in fields(sweep)})
+    random = None if random is None else random.cpu()
     drawable(sweep, random)
     coldest, warmest = sweep.temperatures[-1].item(), sweep.temperatures[0].item()
     marks = marks_of(sweep, fit, temperature)
