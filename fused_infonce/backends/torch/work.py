@@ -236,13 +236,12 @@ class Work:
 
         Where the problem has no targets they are the chunk's own rows, all of them there.
         """
-        target, unit = self.problem.target, self.key.rows.unit
+        target, rows, m = self.problem.target, self.key.rows, len(self.problem.keys[0].rows)
         if target is None:
-            return None, part_of(unit, chunk.rows), None
+            return None, rows.units(chunk.rows), None
         target = target[chunk.rows]
-        m = unit.shape[0]
         index, inside = target.clamp(0, max(m - 1, 0)), (target >= 0) & (target < m)
-        return index, unit[index] if m else torch.zeros_like(chunk.queries.unit), inside
+        return index, rows.taken(index) if m else torch.zeros_like(chunk.queries.unit), inside
 
     def positives(self, chunk: Chunk) -> Tensor:
         """Return the (R,) logits of the targets."""
