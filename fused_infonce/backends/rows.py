@@ -80,12 +80,12 @@ class Rows:
         """
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
-        step = FINISHED * len(grad) // max(grad.numel(), 1) if grad.device.type == "cpu" else len(grad)
-        for part in slices(len(grad), step):
-            g, unit = part_of(grad, part), part_of(self.unit, part)
-            g.addcmul_(unit, (g * unit).sum(-1, True), value=-1)
-            g.div_(torch.threshold(part_of(self.norm, part), EPS, torch.inf))
-        return grad
+        if grad.numel() > FINISHED and len(grad) > 1 and grad.device.type == "cpu":
+            for part in slices(len(grad), FINISHED * len(grad) // grad.numel()):
+                self[part].finish(grad[part])
+            return grad
+        grad.addcmul_(self.unit, (grad * self.unit).sum(-1, True), value=-1)
+        return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
 
 
 class RowsByPart:

@@ -30,7 +30,7 @@ from ..backends.recording import record, recordings
 from ..backends.registry import plan_of, resolve
 from ..backends.row_losses import temperature_gradient
 from ..backends.rows import as_held
-from ..contrast import bind, differentiable_once, given, unscale
+from ..contrast import bind, differentiable_once, given, unscale, with_offset
 from .call import ROWS, Call
 from .communicator import Pending
 from .exchange import Exchange
@@ -42,7 +42,7 @@ def fits(problem: Problem, options: Options) -> bool:
     To be asked once the ranks have met, so that all say the same.
     """
     both = problem.columns or problem.self_similar or options.call.options.exchange == "stream"
-    alone = len(problem.keys) == 1 and problem.in_batch and not problem.added and problem.ceiling is None
+    alone = len(problem.keys) == 1 and problem.in_batch and not problem.biases and problem.ceiling is None
     targets = problem.target is None or problem.two_views
     one = problem.temperature.is_shared() and options.call.temperatures != ROWS
     known = one and resolve(options.backend, problem.query.rows) != "reference"
@@ -60,9 +60,10 @@ def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statis
         contrast.explain(exchange)
         contrast.explain(plan)
         return contrast.zeros(problem)
-    found = Statistics.of(
-        _Block.apply(problem, plan, options.call, exchange, problem.temperature.values, *problem.inputs)
-    )
+    own = problem if problem.offset is None else replace(problem, offset=None)
+    found = Statistics.of(_Block.apply(own, plan, options.call, exchange, own.temperature.values, *own.inputs))
+    if problem.offset is not None:
+        found = with_offset(found, problem.offset)
     if recordings.wanted:
         record(problem, [rows[:3] for rows in found if rows is not None], [sum(exchange.counts)] * 2)
     return found
@@ -74,7 +75,7 @@ def _shapes(problem: Problem, columns: int, backend: Backend) -> Problem:
     rows = key[:1].expand(columns, -1) if len(key) else key.new_empty(0, key.shape[1])
     keys = KeySet(rows, norm=as_held(KeySet(key[:1]), problem, backend).norm)
     return replace(
-        problem, keys=(keys,), columns=_two_way(problem), self_similar=False, two_views=False, target=None
+        problem, keys=(keys,), offset=None, columns=_two_way(problem), self_similar=False, two_views=False, target=None
     )  # fmt: skip
 
 

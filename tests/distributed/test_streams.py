@@ -27,6 +27,7 @@ LOSSES: dict[str, Loss] = {
     "rows": lambda a, b, **o: info_nce(a, b, symmetric=True, reduction="none", **o).square().sum(),
     "decoupled": lambda a, b, **o: decoupled_info_nce(a, b, symmetric=True, **o),
     "raw rows": lambda a, b, temperature, **o: clip_loss(a, b, 1 / temperature, **o),
+    "margin": lambda a, b, **o: info_nce(a, b, symmetric=True, margin=0.2, **o),
     "ids": lambda a, b, **o: info_nce(
         a, b, symmetric=True, query_ids=a.detach()[:, 0].long(), key_ids=b.detach()[:, 0].long(), **o
     ),
@@ -139,6 +140,7 @@ def test_ranks_of_different_memory_agree_on_the_parts() -> None:
     [
         ("both directions", "gather", 1, 1), ("views", "gather", 1, 0), ("one direction", "gather", 1, 1),
         ("both directions", "stream", 2, 1), ("views", "stream", 2, 0), ("one direction", "stream", 2, 1),
+        ("margin", "gather", 1, 1),
     ],
 )  # fmt: skip
 def test_bytes_of_rows_and_of_gradients(name: str, exchange: str, gathered: int, reduced: int) -> None:
@@ -156,7 +158,7 @@ def test_bytes_of_rows_and_of_gradients(name: str, exchange: str, gathered: int,
         shared = (world - 1) * 8 * 3  # the sum and the number of the losses, and the gradient of the temperature
         columns = 0 if name == "one direction" else 2 * others  # a shift and a factor of each column
         assert vectors == shared + columns
-        assert received.get("all_to_all", 0) == (3 * others if name == "both directions" else 0)
+        assert received.get("all_to_all", 0) == (3 * others if name in ("both directions", "margin") else 0)
 
 
 class Echo:
