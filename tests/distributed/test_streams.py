@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.helpers import INTERPRETED, TRITON
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +20,7 @@ from fused_infonce.distributed.block import _Columns
 from fused_infonce.distributed.exchange import FEWEST, exchange_of
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
+IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels take no tensors of a CPU")
 Loss = Callable[..., Tensor]
 LOSSES: dict[str, Loss] = {
     "one direction": info_nce,
@@ -93,8 +95,8 @@ def test_a_block_makes_nothing_on_the_host() -> None:
     exchange = exchange_of("gather", [6, 6], 0, 4, 4, 4, 2**20, gradients=False)
     with Watched():
         call: Any = Call(communicator, Distributed(communicator))
-        columns = _Columns(own, call, exchange, backends.get("triton"))
-        block = columns.block(0, [lambda: rows.repeat(2, 1), *[None] * (len(KeySet._fields) - 1)])
+        coming: Any = KeySet(rows)._replace(rows=lambda: rows.repeat(2, 1))
+        block = _Columns(own, call, exchange).block(0, coming)
     assert block.keys[0].ids is not None
     assert len(block.keys[0].ids) == 12
     assert made == []
@@ -133,6 +135,21 @@ def test_ranks_of_different_memory_agree_on_the_parts() -> None:
     assert streamed == also_streamed
     assert isinstance(streamed, int)
     assert streamed > 4 * FEWEST  # states, rows twice, gradients
+
+
+@pytest.mark.parametrize("other", [pytest.param("triton", marks=[*TRITON.marks, IN_INTERPRETER])])
+@pytest.mark.parametrize("name", ["one direction", "both directions"])
+def test_ranks_of_different_backends_agree_on_what_travels(name: str, other: str) -> None:
+    """Of two backends one takes unit rows with their norms, and the other rows as they come."""
+    counts = [3, 4]
+
+    def of_rank(a: Tensor, b: Tensor, **given: Any) -> Tensor:
+        return LOSSES[name](a, b, backend=other if len(a) == 4 else "torch", **given)
+
+    found, rows = over_ranks(of_rank, counts, {}, Loopback(2, timeout=20))
+    value = LOSSES[name](*rows, temperature=0.3)
+    for each in found:
+        torch.testing.assert_close(each[0], value, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -240,4 +257,5 @@ def test_exchanges_hide_behind_the_products(name: str, monkeypatch: pytest.Monke
     assert len(works) == world * 2 * FEWEST
     for communicator in loopback.ranks:
         shown = communicator.clock - delay * len(works) / world
-        assert 0 < shown <= 0.2 * delay * communicator.begun
+        norms = 2 * FEWEST  # exchanges of a number a row, beside the rows in the forward and in the backward
+        assert 0 < shown <= 0.2 * delay * (communicator.begun - norms)
