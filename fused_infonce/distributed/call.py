@@ -242,20 +242,20 @@ def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwarg
 
 
 def of_module(forward: F) -> F:
-    """Make an error of the forward of a module with `distributed` one on all ranks, also before a loss is called."""
+    """Make an error of a method of an object with `distributed` one on all ranks, also before a loss is called."""
 
     @functools.wraps(forward)
     def called(module: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return forward(module, *args, **kwargs)
         except Exception as error:
-            _tell(module.distributed, error)
+            tell(module.distributed, error)
             raise
 
     return cast(F, called)
 
 
-def _tell(distributed: Any, error: Exception) -> None:
+def tell(distributed: Any, error: Exception) -> None:
     """Tell the other ranks of an error that they may not know of."""
     with contextlib.suppress(RuntimeError, TypeError, ValueError):  # where there are no other ranks
         options = options_of(distributed)

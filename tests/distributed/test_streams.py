@@ -38,11 +38,16 @@ LOSSES: dict[str, Loss] = {
 
 
 def over_ranks(
-    loss: Loss, counts: list[int], options: dict[str, Any], loopback: Loopback, d: int = 6
+    loss: Loss,
+    counts: list[int],
+    options: dict[str, Any],
+    loopback: Loopback,
+    d: int = 6,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Any], list[Tensor]]:
     """Return what every rank finds, its value and gradients, and the rows of all."""
     torch.manual_seed(0)
-    rows = [2 * torch.randn(sum(counts), d, dtype=torch.float64) for _ in range(2)]
+    rows = [(2 * torch.randn(sum(counts), d, dtype=torch.float64)).to(dtype) for _ in range(2)]
 
     def one(communicator: LoopbackCommunicator) -> tuple[Tensor, ...]:
         own = [x.split(counts)[communicator.rank].clone().requires_grad_() for x in rows]
@@ -160,18 +165,22 @@ def test_ranks_of_different_backends_agree_on_what_travels(name: str, other: str
         ("margin", "gather", 1, 1),
     ],
 )  # fmt: skip
-def test_bytes_of_rows_and_of_gradients(name: str, exchange: str, gathered: int, reduced: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_bytes_of_rows_and_of_gradients(
+    name: str, exchange: str, gathered: int, reduced: int, dtype: torch.dtype
+) -> None:  # fmt: skip
     """Exactly the rows of others and their gradients, so many times; and of vectors a few numbers a row."""
-    world, n, d = 4, 16, 32
+    world, n, d = 8, 16, 32
     loopback = Loopback(world)
-    over_ranks(LOSSES[name], [n] * world, {"exchange": exchange, "check": "none"}, loopback, d)
-    views = 2 if name == "views" else 1
-    others = (world - 1) * n * views * 8  # float64
+    over_ranks(LOSSES[name], [n] * world, {"exchange": exchange, "check": "none"}, loopback, d, dtype)
+    views, acc = 2 if name == "views" else 1, 8 if dtype == torch.float64 else 4
+    rows = (world - 1) * n * views
+    others = rows * acc
     for communicator in loopback.ranks:
         received = communicator.received
         assert received.get("reduce_scatter", 0) == reduced * others * d
-        norms = gathered * others  # of unit rows, which the backend on a CPU takes
-        vectors = received["all_gather"] - gathered * others * d - norms
+        norms = gathered * others if dtype.itemsize == acc else 0  # of unit rows, which the backend on a CPU takes
+        vectors = received["all_gather"] - gathered * rows * dtype.itemsize * d - norms
         shared = (world - 1) * 8 * 3  # the sum and the number of the losses, and the gradient of the temperature
         columns = 0 if name == "one direction" else 2 * others  # a shift and a factor of each column
         assert vectors == shared + columns
