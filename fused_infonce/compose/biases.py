@@ -29,7 +29,7 @@ class Biases(NamedTuple):
     query: Tensor | None = None
 
 
-NONE = Biases()
+NONE = Biases(bound=0.0)
 
 
 def biases_of(

@@ -128,7 +128,7 @@ def info_nce(
             gradients of the keys NaN.
         margin: m, not negative, taken off the positive's cosine, s_iy = (cos(q_i, k_y) - m) / t_i, in both directions:
             CosFace with `target` and class weights as keys, or the additive margin of bitext mining. Without
-            `normalize`, off its dot product. Not with `label_smoothing`. On a GPU it costs what a bias does.
+            `normalize`, off its dot product. Not with `label_smoothing`. It costs nothing.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).

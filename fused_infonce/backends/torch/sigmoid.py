@@ -31,7 +31,7 @@ TOP = 80.0
 def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids:
     *inputs, of_temperature, of_bias = wanted
     work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
-    # Unshifted logits are up to 63, and in float64, whose exponentials go further, up to 624.
+    # Unshifted logits are up to 65, and in float64, whose exponentials go further, up to 624.
     fits = not work.shift and work.device.type == "cpu" and bias.item() <= TOP / 8
     first, second = work.buffers(2)
     losses = torch.empty(work.n, dtype=work.acc, device=work.device)
