@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
-from ..backends.indexing import take_rows
 from ..backends.precision import statistics_dtype, without_autocast
 from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
+from ..compose.own_keys import scored_dots
 from ..compose.reduction import reduced, reduced_rows
-from ..compose.rows import dots, negative_sums, one_id_a_row, unit
+from ..compose.rows import one_id_a_row
 from ..compose.several import (
     POSITIVES,
     PositivesMode,
@@ -172,8 +171,9 @@ def info_nce(
     one_id_a_row(problem, "label_smoothing")
     problem, context = blocked(problem, options)
     with context:
+        # Of what autograd saves, the loss's gradients are the largest part: they are made last, and used first.
+        pull = _pull(problem, recorded=options.backend == "reference")
         loss = reduced(problem, options, "infonce", weight, gathered=True)
-        pull = _pull(problem)
     return loss + label_smoothing * reduced_rows(pull, problem, options, weight)
 
 
@@ -212,28 +212,18 @@ def explain(*args: Any, **kwargs: Any) -> Plans:
     return Plans(plans)
 
 
-def _pull(problem: Problem) -> Tensor:
+def _pull(problem: Problem, recorded: bool) -> Tensor:
     """Compute (N,) `pos_i - mean_j s_ij`, over row i's positive and negatives j, which label smoothing adds.
 
-    With `problem.columns` the result is the mean over both directions. It takes O((N + M) D).
+    With `problem.columns` the result is the mean over both directions. It takes O((N + M) D), and O(N H D) of keys that
+    rows have alone. recorded: as in `own_dots`.
     """
     if problem.columns:
-        rows = _pull(replace(problem, columns=False))
-        return (rows + _pull(problem.swapped())) / 2
+        rows = _pull(replace(problem, columns=False), recorded)
+        return (rows + _pull(problem.swapped(), recorded)) / 2
     with without_autocast(problem.query.rows.device.type):
-        return _row_pull(problem)
-
-
-def _row_pull(problem: Problem) -> Tensor:
-    t = problem.temperature.values
-    x, *sets = (unit(rows, problem.normalize, t.dtype) for rows in problem.inputs)
-    m = len(sets[0])
-    if problem.target is not None:
-        positive = take_rows(sets[0], problem.target.clamp(0, m - 1)) if m else torch.zeros_like(x)
-    else:
-        positive = sets[0]
-    total, count = negative_sums(problem, sets)
-    return (dots(x, positive) - dots(x, positive + total) / (1 + count)) / t
+        positive, negatives, count = scored_dots(problem, recorded)
+        return (positive - (positive + negatives) / (1 + count)) / problem.temperature.values
 
 
 class FusedInfoNCELoss(ContrastiveLoss):

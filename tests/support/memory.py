@@ -45,6 +45,6 @@ class PeakMemory(TorchDispatchMode):
                 self.largest = max(self.largest, storage.nbytes())
                 weakref.finalize(storage, self.forget, key)
         if self.now > self.peak:
-            gc.collect(1)  # of what is young, which is where cycles of a call are
+            gc.collect()  # of cycles of the call, some of which may have grown old by now
             self.peak = max(self.peak, self.now)
         return out
