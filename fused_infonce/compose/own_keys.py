@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import KeySet, Problem
-from ..backends.indexing import add_uses, take_rows
+from ..backends.indexing import add_uses, slices, take_rows
 from ..backends.rows import Rows, norms
 from ..contrast import differentiable_once
 from .rows import dots, negative_counts, negative_sums, own_left, unit
@@ -84,7 +84,7 @@ class _OwnDots(torch.autograd.Function):
             elif grad_y is not None:
                 grad_y[some] = w[..., None] * queries.unit[:, None]
         if grad_y is not None:
-            for some in _slices(len(y), y[:1].numel()):
+            for some in slices(len(y), TAKEN // max(y[:1].numel(), 1)):
                 Rows(y[some], ctx.normalize, None, y.dtype).finish(grad_y[some])
         return grad_x, grad_y, None, None, None
 
@@ -95,15 +95,9 @@ def _parts(
     """Yield slices of the rows, these, their own keys (R, H, D), what scales these, and their places in a table."""
     h, d = (y if index is None else index).shape[1], x.shape[1]
     inverse = (1 / norms(y) if normalize else y.new_ones(*y.shape[:-1], 1))[..., 0]
-    for some in _slices(len(x), h * d):
+    for some in slices(len(x), TAKEN // max(h * d, 1)):
         places, keys, b = None, y[some], inverse[some]
         if index is not None:
             places = index[some].clamp(0, len(y) - 1)
             keys, b = (take_rows(z, places.flatten()).view(*places.shape, *z.shape[1:]) for z in (y, inverse))
         yield some, Rows(x[some], normalize, None, x.dtype), keys, b, places
-
-
-def _slices(n: int, width: int) -> list[slice]:
-    """Return slices of n rows of so many components, so that those of one are about TAKEN."""
-    step = max(TAKEN // max(width, 1), 1)
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
