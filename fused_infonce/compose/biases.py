@@ -142,7 +142,10 @@ def offset_of(name: str, bias: Tensor, target: Tensor | None) -> Tensor:
         return torch.where(left_out, math.nan, offset)
     if left_out.any():
         row = left_out.nonzero()[0].item()
-        raise ValueError(f"{name} must not be -inf for a row's positive (or pass positive_bias=False), got row {row}'s")
+        raise ValueError(
+            f"{name} must not be -inf for a row's positive (or pass positive_bias=False, where that is an option), got "
+            f"row {row}'s"
+        )
     return offset
 
 
