@@ -88,8 +88,7 @@ def info_nce(
             holds for them.
         target: (N,) integer indices of each query's positive in `positive_key`. None: row i. Or (N, P), the indices of
             several, padded with `ignore_index`; a row with none does not count, and a key named twice counts twice.
-            Several positives go with neither `label_smoothing`, `margin`, `key_ids` without `query_ids`, nor `key_bias`
-            but for `positive_bias=False`.
+            Several positives go with neither `label_smoothing` nor `key_ids` without `query_ids`.
         positives: how several positives of a row are taken, none of which is a negative. "each": the mean of the
             losses that each would have alone. "all": each has the others in its denominator, as in SupCon. "any": the
             sum of their exponentials is what stands against the row's negatives, as in MIL-NCE, whose denominator has
@@ -162,7 +161,9 @@ def info_nce(
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     if several is not None:
-        return several_reduced(problem, options, several, positives, weight)
+        of_positives = key_bias if positive_bias else None
+        bias = None if of_positives is None else checks.bias("key_bias", of_positives, positive_key.shape[:1], query)
+        return several_reduced(problem, options, several, positives, weight, margin, bias)
     if label_smoothing == 0:
         return reduced(problem, options, "infonce", weight)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
