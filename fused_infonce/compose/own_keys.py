@@ -24,10 +24,10 @@ def scored_dots(problem: Problem, recorded: bool) -> tuple[Tensor, Tensor, Tenso
     the backward, only where all rows have some keys in common.
     """
     (first, *others), target, acc = problem.keys, problem.target, problem.acc_dtype
-    own = [keys for keys in others if keys.paired]
+    own = [keys for keys in others if keys.is_paired()]
     if problem.in_batch or len(own) < len(others):
         x = unit(problem.query.rows, problem.normalize, acc)
-        sets = [s.rows if s.paired else unit(s.rows, problem.normalize, acc) for s in problem.keys]
+        sets = [s.rows if s.is_paired() else unit(s.rows, problem.normalize, acc) for s in problem.keys]
         there, positives = len(sets[0]), sets[0]
         if target is not None:
             positives = take_rows(positives, target.clamp(0, there - 1)) if there else torch.zeros_like(x)

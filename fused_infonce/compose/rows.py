@@ -139,7 +139,7 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
     n, m, device = len(problem.query.rows), len(first), first.device
     total, count = first.new_zeros(n, first.shape[-1]), torch.zeros(n, dtype=torch.int64, device=device)
     for keys, y in [*zip(problem.keys, sets, strict=True)][0 if problem.in_batch else 1 :]:
-        if keys.paired:
+        if keys.is_paired():
             count = count + own_left(keys, row_ids).sum(1)
             continue
         ids = None if row_ids is None else keys.ids
