@@ -257,36 +257,39 @@ class _OnePass(torch.autograd.Function):
         wanted = [*ctx.needs_input_grad[5 : 5 + rows + biases], ctx.needs_input_grad[4]]
         if problem.self_similar:  # the query's gradient is that of both sides
             wanted[1] = False
-        ctx.dtypes = [x.dtype for x in inputs]
         inputs = inputs[:rows]
+        ctx.dtypes = [x.dtype for x in inputs]
         bound = bind(problem, temperature, inputs)
         with without_autocast(inputs[0].device.type):
             result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
         _noted(problem, plan, result)
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
-        # of which there are none where gradients are unfinished: plans of a GPU that are take no biases
-        more = [*result.biases, *([] if problem.offset is None else [result.offset])]
-        ctx.unfinished = len(result.kept) > 0
+        more = list(result.biases)  # these and the offset's are finished in any case
+        if problem.offset is not None:
+            more.append(result.offset if ctx.needs_input_grad[-1] else None)
+        ctx.added, ctx.unfinished = len(more), len(result.kept) > 0
         if ctx.unfinished:  # inputs are saved as they came: a cast of them would be memory of its own
             problem = _of_backward(problem, wanted)
             tensors = problem.tensors()
             ctx.plan, ctx.product_dtype = plan, bound.query.rows.dtype
             ctx.flags, ctx.end = problem.flags, len(inputs) + len(tensors)
             ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted[:rows], strict=True)]
-            ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
+            ctx.save_for_backward(dt, *more, *result.inputs, *tensors, *result.kept)
         else:
-            ctx.save_for_backward(dt, *unscale(bound, result.inputs), *more)
+            ctx.save_for_backward(dt, *more, *unscale(bound, result.inputs))
         return result.loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
         dt, *saved = ctx.saved_tensors
+        added, saved = saved[: ctx.added], saved[ctx.added :]
         if ctx.unfinished:
             grads = _finished(ctx, saved, upstream)
         else:
             grads = [_times(g, upstream, dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
-        return None, None, None, None, None if dt is None else dt * upstream, *grads
+        added = [None if g is None else g * upstream for g in added]
+        return None, None, None, None, None if dt is None else dt * upstream, *grads, *added
 
 
 class _Sigmoids(torch.autograd.Function):

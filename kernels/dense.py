@@ -19,7 +19,7 @@ from .tile import FLOOR, cast, dot, live, load_rows, load_vector, negatives
 A, B, S, POS, V, LOSS_OF_ROW, LOGITS, UNSCALE = (tl.constexpr(k) for k in range(8))
 VECTORS = tl.constexpr(8)
 # read a value at a time, so that their alignment need not be looked at
-VECTORS_OF_CALLERS = ("TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr")
+VECTORS_OF_CALLERS = ("TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr", "OFFSET_ptr")
 
 
 @triton.jit
@@ -48,15 +48,21 @@ def merged_state(S_ptr, slots, offs, size, SLOTS: tl.constexpr):
 
 @triton.jit
 def finished_rows(
-    STATES_ptr, slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, offs, size, stride_t, stride_w,
+    STATES_ptr, slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_ptr, weight, offs, size, stride_t, stride_w,
     ln2: tl.constexpr, log2e: tl.constexpr, LOSS: tl.constexpr, ACC: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Return of rows: w loss, u = dL/dneg, u (mean - pos), their maximum m, and u r / t."""
+    """Return of rows: w loss, u = dL/dneg, u (mean - pos), their maximum m, and u r / t.
+
+    pos is without what OFFSET adds to it in the loss.
+    """
     inside = offs < size
     m, l, x = merged_state(STATES_ptr, slots, offs, size, SLOTS)
     neg, mean, m, r = finished_state(m, l, x, ln2)
     pos = tl.load(WORK_ptr + POS * size + offs, mask=inside, other=0.0)
-    value, u = row_loss(neg - pos, log2e, LOSS, ACC)
+    margin = neg - pos
+    if OFFSET_ptr is not None:
+        margin -= tl.load(OFFSET_ptr + offs, mask=inside, other=0.0)
+    value, u = row_loss(margin, log2e, LOSS, ACC)
     w = tl.full(offs.shape, weight, ACC)
     if WEIGHT_ptr is not None:
         w *= tl.load(WEIGHT_ptr + offs * stride_w, mask=inside, other=0.0)
@@ -159,7 +165,7 @@ def tile_of(ptr, offs_m, offs_n, stride, size):
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
 def dense_coefficients_kernel(
-    TARGET_ptr, XI_ptr, YI_ptr, TEMPERATURE_ptr, WEIGHT_ptr, WORK_ptr, DOTS_ptr, C_ptr,
+    TARGET_ptr, XI_ptr, YI_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_ptr, WORK_ptr, DOTS_ptr, C_ptr, DOFFSET_ptr,
     size, stride_dots, stride_t, stride_w, weight, row_slots, column_slots,
     zero_row: tl.constexpr, ln2: tl.constexpr, log2e: tl.constexpr, room: tl.constexpr, LOSS: tl.constexpr,
     SCALED: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -172,6 +178,7 @@ def dense_coefficients_kernel(
     w loss  the weighted loss of row i, and with COLUMNS of column i
     logits  sum_j s_ij dL/ds_ij, likewise
 
+    OFFSET has what is added to pos, of rows and then of columns, and DOFFSET gets its gradient.
     MUTUAL: x and y are the same rows, and of C + C^T one product makes the gradient of both sides. `room`: C is
     multiplied by a power of two that brings it to at most 2^room, where its dtype has no more range.
     """
@@ -179,16 +186,23 @@ def dense_coefficients_kernel(
     offs_m, offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ROWS_ptr = WORK_ptr + VECTORS * size
     COLUMNS_ptr = ROWS_ptr + row_slots * STATE_SLOTS * size
+    OFFSET_Y_ptr = None
+    if OFFSET_ptr is not None:
+        OFFSET_Y_ptr = OFFSET_ptr + size
     value, u, logits, nx, wx = finished_rows(
-        ROWS_ptr, row_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, offs_m, size, stride_t, stride_w, ln2,
-        log2e, LOSS, ACC, ROW_SLOTS,
+        ROWS_ptr, row_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_ptr, weight, offs_m, size, stride_t,
+        stride_w, ln2, log2e, LOSS, ACC, ROW_SLOTS,
     )  # fmt: skip
     if pid_n == 0:
+        if DOFFSET_ptr is not None:
+            tl.store(DOFFSET_ptr + offs_m, -u, mask=offs_m < size)
         if COLUMNS:
             column_value, column_u, column_logits, _, _ = finished_rows(
-                COLUMNS_ptr, column_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, offs_m, size, stride_t,
-                stride_w, ln2, log2e, LOSS, ACC, COLUMN_SLOTS,
+                COLUMNS_ptr, column_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_Y_ptr, weight, offs_m, size,
+                stride_t, stride_w, ln2, log2e, LOSS, ACC, COLUMN_SLOTS,
             )  # fmt: skip
+            if DOFFSET_ptr is not None:
+                tl.store(DOFFSET_ptr + size + offs_m, -column_u, mask=offs_m < size)
             value, u, logits = value + column_value, u + column_u, logits + column_logits
         tl.store(WORK_ptr + V * size + offs_m, -u, mask=offs_m < size)
         tl.store(WORK_ptr + LOSS_OF_ROW * size + offs_m, value, mask=offs_m < size)
@@ -197,13 +211,13 @@ def dense_coefficients_kernel(
         ny, wy = tl.zeros((BLOCK_N,), ACC), tl.zeros((BLOCK_N,), ACC)
         if COLUMNS:
             _, _, _, ny, wy = finished_rows(
-                COLUMNS_ptr, column_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, offs_n, size, stride_t,
-                stride_w, ln2, log2e, LOSS, ACC, COLUMN_SLOTS,
+                COLUMNS_ptr, column_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_Y_ptr, weight, offs_n, size,
+                stride_t, stride_w, ln2, log2e, LOSS, ACC, COLUMN_SLOTS,
             )  # fmt: skip
         elif MUTUAL:
             _, _, _, ny, wy = finished_rows(
-                ROWS_ptr, row_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, weight, offs_n, size, stride_t, stride_w,
-                ln2, log2e, LOSS, ACC, ROW_SLOTS,
+                ROWS_ptr, row_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_ptr, weight, offs_n, size, stride_t,
+                stride_w, ln2, log2e, LOSS, ACC, ROW_SLOTS,
             )  # fmt: skip
         A_ptr, B_ptr = inverses(WORK_ptr, size, SCALED, MUTUAL)
         a = live(load_vector(A_ptr, offs_m, size, 1.0, ACC), zero_row)

@@ -85,6 +85,7 @@ class Case:
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
     # "biased ...": columns and general where keys, and with columns queries, have biases with gradients;
+    # "columns margin": columns where positives have a margin;
     # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without;
     # "profile", "profile of general": a ladder of 17 temperatures
     variant: str
@@ -180,6 +181,7 @@ def launches(case: Case) -> list[Launch]:
         KeySet(x, names, guide, bias=biases[0]), tuple(keys), Temperature(torch.ones(1, dtype=acc)),
         ids if general else None,
         ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
+        offset=torch.zeros(2, n, dtype=acc) if "margin" in case.variant else None,
     )  # fmt: skip
     if "views" in case.variant:
         problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
@@ -313,6 +315,7 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, dtype, 256, "bounded views", ("statistics_kernel",))
             yield Case(target, dtype, 256, "bounded columns", ("exponentials_kernel", "combine_kernel"))
             yield Case(target, dtype, 256, "general", (*PAIRED, "finish_kernel", "parts_kernel"))
+            yield Case(target, dtype, 256, "columns margin", ("dense_coefficients_kernel",))
             yield Case(target, dtype, 256, "guided", TILED)
             yield Case(target, dtype, 256, "profile of general", PROFILE)
         yield Case(target, "bfloat16", 256, "sigmoids", ("exponentials_kernel",))

@@ -110,7 +110,9 @@ class Problem:
     # is the row, so that exclusions are symmetric. Gradients of both sides are then returned as the query's
     self_similar: bool = False
     two_views: bool = False  # of self-similar rows: the target of row i is row i + N / 2, or i - N / 2
-    bias_bound: float | None = None  # on the size of every bias but -inf; None: not known without reading a tensor
+    # On the size of every bias but -inf, a target's included, but not of a margin, which is below 0; None: not known
+    # without reading a tensor
+    bias_bound: float | None = None
     # The problem of the keys against the queries, where `columns` asks for it and other products than those of the rows
     # give it: those of keys and queries of other processes
     opposite: Problem | None = None
@@ -144,6 +146,11 @@ class Problem:
         return [*self.biases, *([] if self.offset is None else [self.offset])]
 
     @property
+    def largest_added(self) -> float:
+        """Return the most by which biases but -inf move negatives' logits or raise targets', read from the tensors."""
+        return largest_bias([*self.biases, *([] if self.offset is None else [self.offset.clamp_min(0)])])
+
+    @property
     def acc_dtype(self) -> torch.dtype:
         """Return the dtype of logits and accumulated gradients: float64 for float64 inputs, else float32."""
         return self.temperature.values.dtype
@@ -151,7 +158,7 @@ class Problem:
     @property
     def logit_bound(self) -> float:
         """Return a bound on the size of every logit, as far as is known without reading a tensor."""
-        of_biases = 0.0 if not self.biases else math.inf if self.bias_bound is None else self.bias_bound
+        of_biases = 0.0 if not self.added else math.inf if self.bias_bound is None else self.bias_bound
         return 1 / self.temperature.lowest + of_biases if self.normalize and self.temperature.lowest else math.inf
 
     @property

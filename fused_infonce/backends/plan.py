@@ -127,7 +127,7 @@ class Call:
     bounded: bool  # whether exp of every logit is known to fit the accumulator
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
-    biased: bool = False  # whether keys have biases or positives a margin, which no plan of one pass takes on a GPU
+    biased: bool = False  # whether keys have biases as negatives, which no plan of one pass takes on a GPU
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
     one_to_one: bool = False  # whether there is one set of keys, each of them the target of one query
     pairwise: bool = False  # whether a loss is a sum over pairs, so that every block of scores is final by itself
@@ -172,7 +172,7 @@ PAIRWISE: tuple[Rule, ...] = (
 TRITON: tuple[Rule, ...] = (
     *PAIRWISE,
     ("workspace", lambda c: c.biased and c.gradients, 8,
-     "keys have biases, whose size is not known without reading them, or positives a margin" + AGAIN),
+     "keys have biases, whose size is not known without reading them" + AGAIN),
     ("forward", lambda c: c.biased, 2, NO_GRADIENT),
     ("dense", lambda c: c.reduced and c.one_to_one and 0 < c.n * c.m <= _gpu_few(c), 6,
      "the scores are few, so that launching kernels would cost more than their arithmetic"),

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Bits of range: 2^(a logit up to this), summed over a million columns, divided by a million rows, and its inverse stay
-# normal numbers of the accumulator and, on a GPU, of the products' dtype; float16 has no such range.
-EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 90.0, torch.float32: 90.0, torch.float64: 900.0}
+# Bits of range, of which a temperature of 1/64 takes 92.3: 2^(a logit up to this), summed over a million columns, and
+# its inverse times 1 / t, divided by a million rows, are numbers that the accumulator and on a GPU the products' dtype
+# hold with all their digits, but for half a bit where all of this comes together; float16 has no such range.
+EXPONENT_ROOM = {torch.float16: 0.0, torch.bfloat16: 92.5, torch.float32: 92.5, torch.float64: 900.0}
 
 AS_IT_IS = nullcontext()
 T = TypeVar("T")

@@ -149,7 +149,7 @@ def plan_of(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
-        plain=problem.plain and not weighted, per_row=not t.is_shared(), biased=len(problem.added) > 0,
+        plain=problem.plain and not weighted, per_row=not t.is_shared(), biased=len(problem.biases) > 0,
         bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
         guided=problem.ceiling is not None, limit=options.limit(device), full=full,
         mean=full or of_t or recordings.wanted, record=recordings.wanted, joint=problem.joint,

@@ -20,6 +20,7 @@ from ..backends.rows import as_held
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
 from ..distributed.gather import gather, handle
+from .biases import bound_of
 from .rows import widened
 
 
@@ -104,13 +105,20 @@ def across(
         start = call.start(of_queries)
         opposite = replace(
             own, keys=(queries if own.keys[0].ids is not None else queries._replace(ids=None),),
+            bias_bound=_bound(own, [queries]),
             target=torch.arange(start, start + len(own.query.rows), device=query.rows.device),
         )  # fmt: skip
     whole = replace(
         problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite,
-        handles=handles,
+        handles=handles, bias_bound=_bound(problem, keys),
     )  # fmt: skip
     return whole, context
+
+
+def _bound(problem: Problem, keys: Sequence[KeySet]) -> float | None:
+    """Return a bound on the size of biases of this rank's problem and of keys of all ranks, as `Problem.bias_bound`."""
+    of_all = bound_of(*[s.bias for s in keys])
+    return None if of_all is None or problem.bias_bound is None else max(of_all, problem.bias_bound)
 
 
 def _backend(problem: Problem, options: Options) -> Backend:

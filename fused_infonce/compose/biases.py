@@ -29,7 +29,7 @@ class Biases(NamedTuple):
     query: Tensor | None = None
 
 
-NONE = Biases()
+NONE = Biases(bound=0.0)
 
 
 def biases_of(
@@ -127,10 +127,11 @@ def of_two_sides(named: dict[str, Any], positive_bias: Any, like: Tensor) -> Bia
     return Biases(key, offset=offset, bound=bound_of(*there), query=query)
 
 
-def offset_of(name: str, bias: Tensor, target: Tensor | None) -> Tensor:
+def offset_of(name: str, bias: Tensor, target: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """Return the biases of the rows' targets, (N,), 0 of a row without one.
 
-    A target that is left out is an error where that is free to read, else NaN.
+    A target that is left out is an error where that is free to read, else NaN. rows: (N,) the rows that targets are of,
+    where a row may have several.
     """
     offset = bias
     if target is not None:
@@ -141,8 +142,12 @@ def offset_of(name: str, bias: Tensor, target: Tensor | None) -> Tensor:
     if not checks.values_are_free(offset):
         return torch.where(left_out, math.nan, offset)
     if left_out.any():
-        row = left_out.nonzero()[0].item()
-        raise ValueError(f"{name} must not be -inf for a row's positive (or pass positive_bias=False), got row {row}'s")
+        first = left_out.nonzero()[0]
+        row = (first if rows is None else rows[first]).item()
+        raise ValueError(
+            f"{name} must not be -inf for a row's positive (or pass positive_bias=False, where that is an option), got "
+            f"row {row}'s"
+        )
     return offset
 
 

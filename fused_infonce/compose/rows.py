@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.contract import EPS, KeySet, Problem, Temperature
-from ..backends.indexing import add_rows, add_uses, slices, take_rows
+from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import all_wide
 from ..backends.reference import unit_rows
 from ..backends.rows import norms
-
-TAKEN = 2**22  # components of rows by index that are summed at a time: 16 MiB in fp32
 
 
 def unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -119,70 +117,21 @@ def one_id_a_row(problem: Problem, name: str) -> None:
         raise ValueError(f"{name} counts negatives, for which a row may have one id, got {problem.query.ids.shape[1]}")
 
 
-def sums_by_index(y: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Return sum_h weight_ih y[index_ih], (N, D), differentiable in y."""
-    if _transformed():
-        return torch.bmm(weight[:, None], y[index])[:, 0]
-    return _SumsByIndex.apply(y, index, weight)
-
-
-def _blocks(index: Tensor, d: int) -> list[slice]:
-    """Return slices of the rows of index (N, H), so that those of length d at its places are TAKEN components."""
-    return slices(len(index), TAKEN // max(index.shape[1] * d, 1))
-
-
-class _SumsByIndex(torch.autograd.Function):
-    """The sums of `sums_by_index`, of a few rows at a time: autograd would hold all that were taken at once."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(index, weight)
-        ctx.size, (h, d) = len(y), (index.shape[1], y.shape[1])
-        sums = y.new_zeros(len(index), d)
-        for some in _blocks(index, d):
-            taken = take_rows(y, index[some].flatten()).view(some.stop - some.start, h, d)
-            torch.bmm(weight[some, None], taken, out=sums[some, None])
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        index, weight = ctx.saved_tensors
-        return _AddedByIndex.apply(upstream, index, weight, ctx.size), None, None
-
-
-class _AddedByIndex(torch.autograd.Function):
-    """The rows sum_ih weight_ih x_i of all i, h with the same index, (size, D): the transpose of `_SumsByIndex`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, weight: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(index, weight)
-        added = x.new_zeros(size, x.shape[1])
-        for some in _blocks(index, x.shape[1]):
-            add_uses(added, index[some], weight[some], x[some])
-        return added
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        index, weight = ctx.saved_tensors
-        return _SumsByIndex.apply(upstream, index, weight), None, None, None
-
-
-def _own_sums(keys: KeySet, y: Tensor, row_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the sum of the keys of each row alone whose id is not the row's, (N, D), and their number, (N,)."""
-    ids = None if row_ids is None else keys.ids
-    if keys.indices is None:
-        left = y.new_ones(y.shape[:2]) if ids is None or row_ids is None else (ids != row_ids[:, None]).to(y.dtype)
-        return torch.bmm(left[:, None], y)[:, 0], left.sum(1)
-    if not len(y):
-        return y.new_zeros(len(keys.indices), y.shape[1]), keys.indices.new_zeros(len(keys.indices))
-    kept, index = keys.indices >= 0, keys.indices.clamp(0, len(y) - 1)
-    if ids is not None and row_ids is not None:
-        kept = kept & (ids[index] != row_ids[:, None])
-    return sums_by_index(y, index, kept.to(y.dtype)), kept.sum(1)
+def own_left(keys: KeySet, row_ids: Tensor | None) -> Tensor:
+    """Return which of the keys of each row alone are its negatives, (N, H): there, and of another id than the row's."""
+    index, ids = keys.indices, None if row_ids is None else keys.ids
+    left = torch.ones(keys.rows.shape[:2], dtype=torch.bool, device=keys.rows.device) if index is None else index >= 0
+    if index is not None and not len(keys.rows):
+        return torch.zeros_like(left)
+    if ids is None or row_ids is None:
+        return left
+    ids = ids if index is None else ids[index.clamp(0, len(ids) - 1)]
+    return left & (ids != row_ids[:, None])
 
 
 def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the sum of each row's negatives, (N, D), and their number, (N,), in O((N + M) (D + log M)).
+    """Return the sum of each row's negatives among the keys of all rows, (N, D), and the number of all its negatives,
+    (N,), in O((N + M) (D + log M) + N H).
 
     sets: the rows that are added, of each set of keys; those of a guided problem are not known without its scores.
     """
@@ -190,11 +139,10 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
     n, m, device = len(problem.query.rows), len(first), first.device
     total, count = first.new_zeros(n, first.shape[-1]), torch.zeros(n, dtype=torch.int64, device=device)
     for keys, y in [*zip(problem.keys, sets, strict=True)][0 if problem.in_batch else 1 :]:
-        ids = None if row_ids is None else keys.ids
         if keys.is_paired():
-            own, times = _own_sums(keys, y, row_ids)
-            total, count = total + own, count + times
+            count = count + own_left(keys, row_ids).sum(1)
             continue
+        ids = None if row_ids is None else keys.ids
         total, count = total + y.sum(0), count + len(y)
         if ids is not None:
             same, times = class_sums(ids, y, row_ids)

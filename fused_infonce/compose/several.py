@@ -16,6 +16,7 @@ from ..backends.contract import KeySet, Problem
 from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import without_autocast
 from .across import blocked, of_all
+from .biases import offset_of
 from .positives import equal_pairs, members, pair_margins
 from .reduction import reduced_rows
 from .rows import dots, log_add, unit
@@ -113,11 +114,15 @@ def _beside(ids: Tensor, keys: KeySet) -> Tensor:
 
 
 def several_reduced(
-    problem: Problem, options: Options, several: Several, mode: PositivesMode, weight: Tensor | None
-) -> Tensor:
-    """Return InfoNCE of rows with several positives, reduced; with `problem.columns` the mean of both directions."""
-    if problem.offset is not None:
-        raise ValueError("several positives cannot be used with margin, nor with key_bias but for positive_bias=False")
+    problem: Problem, options: Options, several: Several, mode: PositivesMode, weight: Tensor | None,
+    margin: float = 0.0, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return InfoNCE of rows with several positives, reduced; with `problem.columns` the mean of both directions.
+
+    margin: what each positive's cosine is less by. bias: (M,), added to the logits of keys where they are positives
+    """
+    if bias is not None:
+        offset_of("key_bias", bias, torch.where(several.weight == 0, -1, several.keys), several.rows)
     if options.call is not None and not several.named:
         several = several._replace(ids=tuple(map(options.call.unique, several.ids)))
     problem, context = blocked(without_positives(problem, several), options)
@@ -125,9 +130,11 @@ def several_reduced(
     problem = problem if target is None else replace(problem, target=target)
     with context:
         found = contrast.statistics(problem, options)
-        losses = _of_direction(problem.of_rows(), found.rows.neg, rows, mode, options)
+        added = None if bias is None else take_rows(of_all(bias, options), rows[1])
+        losses = _of_direction(problem.of_rows(), found.rows.neg, rows, mode, options, margin, added)
         if found.columns is not None and columns is not None:
-            losses = (losses + _of_direction(problem.swapped(), found.columns.neg, columns, mode, options)) / 2
+            opposite = _of_direction(problem.swapped(), found.columns.neg, columns, mode, options, margin)
+            losses = (losses + opposite) / 2
     return reduced_rows(losses, problem, options, weight)
 
 
@@ -152,13 +159,20 @@ def _pairs(problem: Problem, several: Several, options: Options) -> tuple[Pairs,
 
 
 def _of_direction(
-    problem: Problem, neg: Tensor, pairs: Pairs, mode: PositivesMode, options: Options
+    problem: Problem, neg: Tensor, pairs: Pairs, mode: PositivesMode, options: Options, margin: float,
+    added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """Return the losses of rows; added: (K,) to the logits of the pairs, of which one of -inf is an error, here NaN."""
     rows, keys, share = pairs
     with without_autocast(problem.query.rows.device.type):
         t = problem.temperature.values
         x, y = (unit(part, problem.normalize, t.dtype) for part in problem.inputs[:2])
-        return of_rows(neg, _logits(x / t[:, None], y, rows, keys, options), rows, share, mode)
+        pos = _logits(x / t[:, None], y, rows, keys, options)
+        if margin:
+            pos = pos - take_rows((margin / t).expand(len(x)), rows)
+        if added is not None:
+            pos = pos + added.masked_fill(added == -torch.inf, torch.nan)
+        return of_rows(neg, pos, rows, share, mode)
 
 
 def _logits(x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, options: Options) -> Tensor:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
 from ..backends.contract import Problem
-from ..backends.indexing import take_rows
 from ..backends.precision import statistics_dtype, without_autocast
 from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
+from ..compose.own_keys import scored_dots
 from ..compose.reduction import reduced, reduced_rows
-from ..compose.rows import dots, negative_sums, one_id_a_row, unit
+from ..compose.rows import one_id_a_row
 from ..compose.several import (
     POSITIVES,
     PositivesMode,
@@ -89,8 +88,7 @@ def info_nce(
             holds for them.
         target: (N,) integer indices of each query's positive in `positive_key`. None: row i. Or (N, P), the indices of
             several, padded with `ignore_index`; a row with none does not count, and a key named twice counts twice.
-            Several positives go with neither `label_smoothing`, `margin`, `key_ids` without `query_ids`, nor `key_bias`
-            but for `positive_bias=False`.
+            Several positives go with neither `label_smoothing` nor `key_ids` without `query_ids`.
         positives: how several positives of a row are taken, none of which is a negative. "each": the mean of the
             losses that each would have alone. "all": each has the others in its denominator, as in SupCon. "any": the
             sum of their exponentials is what stands against the row's negatives, as in MIL-NCE, whose denominator has
@@ -128,7 +126,7 @@ def info_nce(
             gradients of the keys NaN.
         margin: m, not negative, taken off the positive's cosine, s_iy = (cos(q_i, k_y) - m) / t_i, in both directions:
             CosFace with `target` and class weights as keys, or the additive margin of bitext mining. Without
-            `normalize`, off its dot product. Not with `label_smoothing`. On a GPU it costs what a bias does.
+            `normalize`, off its dot product. Not with `label_smoothing`. It costs nothing.
         label_smoothing: eps, in [0, 1]: the label is (1 - eps) + eps / K at the positive and eps / K at the others of
             the K columns that are not left out, as in `torch.nn.functional.cross_entropy`.
         backend: "auto" (Triton on a GPU, PyTorch elsewhere), "triton", "torch", or "reference" (dense).
@@ -163,7 +161,9 @@ def info_nce(
     )  # fmt: skip
     weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
     if several is not None:
-        return several_reduced(problem, options, several, positives, weight)
+        of_positives = key_bias if positive_bias else None
+        bias = None if of_positives is None else checks.bias("key_bias", of_positives, positive_key.shape[:1], query)
+        return several_reduced(problem, options, several, positives, weight, margin, bias)
     if label_smoothing == 0:
         return reduced(problem, options, "infonce", weight)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
@@ -172,8 +172,9 @@ def info_nce(
     one_id_a_row(problem, "label_smoothing")
     problem, context = blocked(problem, options)
     with context:
+        # Of what autograd saves, the loss's gradients are the largest part: they are made last, and used first.
+        pull = _pull(problem, recorded=options.backend == "reference")
         loss = reduced(problem, options, "infonce", weight, gathered=True)
-        pull = _pull(problem)
     return loss + label_smoothing * reduced_rows(pull, problem, options, weight)
 
 
@@ -212,28 +213,18 @@ def explain(*args: Any, **kwargs: Any) -> Plans:
     return Plans(plans)
 
 
-def _pull(problem: Problem) -> Tensor:
+def _pull(problem: Problem, recorded: bool) -> Tensor:
     """Compute (N,) `pos_i - mean_j s_ij`, over row i's positive and negatives j, which label smoothing adds.
 
-    With `problem.columns` the result is the mean over both directions. It takes O((N + M) D).
+    With `problem.columns` the result is the mean over both directions. It takes O((N + M) D), and O(N H D) of keys that
+    rows have alone. recorded: as in `own_dots`.
     """
     if problem.columns:
-        rows = _pull(replace(problem, columns=False))
-        return (rows + _pull(problem.swapped())) / 2
+        rows = _pull(replace(problem, columns=False), recorded)
+        return (rows + _pull(problem.swapped(), recorded)) / 2
     with without_autocast(problem.query.rows.device.type):
-        return _row_pull(problem)
-
-
-def _row_pull(problem: Problem) -> Tensor:
-    t = problem.temperature.values
-    x, *sets = (unit(rows, problem.normalize, t.dtype) for rows in problem.inputs)
-    m = len(sets[0])
-    if problem.target is not None:
-        positive = take_rows(sets[0], problem.target.clamp(0, m - 1)) if m else torch.zeros_like(x)
-    else:
-        positive = sets[0]
-    total, count = negative_sums(problem, sets)
-    return (dots(x, positive) - dots(x, positive + total) / (1 + count)) / t
+        positive, negatives, count = scored_dots(problem, recorded)
+        return (positive - (positive + negatives) / (1 + count)) / problem.temperature.values
 
 
 class FusedInfoNCELoss(ContrastiveLoss):

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options
 from ..backends.contract import Problem
+from ..backends.indexing import take_rows
 from ..backends.ladder import Ladder, Profile
 from ..compose.across import Met, across, meet
 from ..compose.arguments import call_options, of_keys
@@ -225,7 +226,7 @@ def problem_of(
     problem = of_keys(
         query, key, negatives, 1.0, "paired" if paired else "unpaired", symmetric=symmetric, normalize=normalize,
         in_batch_negatives=True, ignore_index=-1, target=target, query_ids=query_ids, key_ids=key_ids,
-        key_bias=key_bias, names=("key", "symmetric"),
+        key_bias=key_bias, positive_bias=key_bias is None, names=("key", "symmetric"),
     )  # fmt: skip
     if problem.target is not None and (problem.target < 0).any():
         row = (problem.target < 0).nonzero()[0].item()
@@ -234,6 +235,10 @@ def problem_of(
         if ((bias != 0) & (bias != -math.inf)).any():
             bad = bias[(bias != 0) & (bias != -math.inf)][0].item()
             raise ValueError(f"key_bias must be 0, or -inf to leave a key out, got {bad:g}")
+        own = bias if problem.target is None else take_rows(bias, problem.target.clamp(max=len(bias) - 1))
+        if own.any():
+            row = own.nonzero()[0].item()
+            raise ValueError(f"key_bias must not be -inf for a row's positive, got row {row}'s: leave such rows out")
     return problem
 
 

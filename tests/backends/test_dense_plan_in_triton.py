@@ -95,8 +95,9 @@ def test_gradients_are_those_of_finite_differences(kind: str, reduction: str, de
         {"weight": torch.arange(80.0)[::2] % 3, "reduction": "sum"},
         {"weight": torch.arange(40.0) % 3},
         {"query_ids": torch.arange(40) % 7, "key_ids": torch.arange(40) % 9},
+        {"margin": 0.3, "weight": torch.arange(40.0) % 3},
     ],
-    ids=["not normalised", "weights apart", "weights", "ids"],
+    ids=["not normalised", "weights apart", "weights", "ids", "a margin"],
 )
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_options_of_calls(kind: str, options: dict[str, Any], device: str, monkeypatch) -> None:

@@ -20,6 +20,7 @@ N, M, D, H = 13, 15, 12, 2
 CASES: dict[str, dict[str, Any]] = {
     "in batch": {},
     "target": {"target": torch.arange(N) * 7 % M},
+    "a margin": {"target": torch.arange(N) * 7 % M, "margin": 0.3},
     "shared": {"negatives": (6, D), "in_batch_negatives": True},
     "own": {"negatives": (N, H, D), "negative_mode": "paired", "in_batch_negatives": True},
     "own alone": {"negatives": (N, H, D), "negative_mode": "paired"},

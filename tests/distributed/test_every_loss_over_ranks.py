@@ -199,3 +199,17 @@ def test_every_loss_has_a_case_and_every_argument_is_in_one() -> None:
         tried |= {"positive_ids"} if "of_queries" in tried else set()
         left = set(inspect.signature(function).parameters) - tried - EVERYWHERE - REFUSED.get(name, set())
         assert not left - {"offset"}, f"no case of {name} has {left}"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_rank_of_small_biases_sees_the_large_ones_of_others(symmetric):
+    """Of exp(95) float32 has no range, which a rank cannot tell by its own biases."""
+    case = CASES["info_nce biases"]
+    case = replace(case, options={"temperature": 0.1, "symmetric": symmetric})
+    parts = drawn(case, [40, 40], torch.float32)
+    for part, size in zip(parts, (0.0, 95.0), strict=True):
+        part["key_bias"].data += size
+    want = outcome(case, {name: x.double() for name, x in joined(case, parts).items()}, None, reduction="mean")
+    found = gathered(case, of_ranks(case, parts, reduction="mean"), "mean", 2)
+    assert far(found.value, want.value) <= 1e-6
+    assert max(apart(found.gradients, want.gradients).values()) <= 1e-5

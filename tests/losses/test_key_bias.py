@@ -370,6 +370,23 @@ def test_blocks_of_several_tiles_equal_dense_code(backend, limit):
     agree(info_nce, dense_info_nce, inputs, backend)
 
 
+@ALL
+@pytest.mark.parametrize("few", [False, True])
+def test_a_positive_far_above_its_hard_negatives_leaves_them_their_gradients(backend, few, monkeypatch):
+    """Of a probability of e^-45, which over a sum of exponentials of e^60 would be below float32."""
+    monkeypatch.setattr(plan, "DENSE", 2**18 if few else 0)
+    query = embeddings("tight", 40, 16)[0]
+    inputs = {"query": query} | {name: query + 0.05 * rows(40, 16) for name in ("positive_key", "negative_keys")}
+    inputs = {name: x.float() for name, x in inputs.items()} | {"key_bias": torch.full((40,), 45.0)}
+    options = {"temperature": 1 / 60, "in_batch_negatives": False}
+    want = evaluate(dense_info_nce, {name: x.double() for name, x in inputs.items()}, **options)
+    got = evaluate(info_nce, on(device_of(backend), inputs), backend=backend, **options)
+    assert want[0] < 1e-17
+    assert error(got[0], want[0]) <= 3e-5
+    for name, gradient in want[1].items():
+        assert error(got[1][name], gradient) <= 3e-5, name
+
+
 def test_a_bias_may_leave_out_a_positive_that_does_not_have_it():
     inputs = {
         "query": rows(4, D),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support.helpers import DEVICE, both_backends, cases, error, interpreted, watch_plans
 from torch import Tensor
 
-from fused_infonce import FusedInfoNCELoss, info_nce
+from fused_infonce import FusedInfoNCELoss, explain, info_nce
 from fused_infonce.backends import plan
 
 N, M, H, D = 7, 9, 3, 5
@@ -83,7 +83,11 @@ def test_classes_without_their_logits_keep_the_bounds(backend, dtype):
     exact = [z.double().requires_grad_() for z in (x, w)]
     leaves = [z.to(DEVICE[backend]).requires_grad_() for z in (x, w)]
     want = cosface(*exact, torch.tensor(1 / 64), y, 0.35).mean()
-    got = info_nce(*leaves, temperature=1 / 64, target=y.to(DEVICE[backend]), margin=0.35, backend=backend)
+    options = {"temperature": 1 / 64, "target": y.to(DEVICE[backend]), "margin": 0.35, "backend": backend}
+    (chosen,) = explain(*leaves, **options)
+    assert chosen.one_pass
+    assert chosen.flops == 6
+    got = info_nce(*leaves, **options)
     assert error(got, want) <= 1e-5 * max(1, 0.05 * 64 if dtype == torch.float32 else 1)
     for ours, truth in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, exact), strict=True):
         assert error(ours, truth) <= (5e-3 if dtype == torch.bfloat16 else 1e-5 * 0.05 * 64)

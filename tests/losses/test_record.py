@@ -112,20 +112,22 @@ def test_a_pass_in_blocks_with_all_that_a_call_may_be_given(given, symmetric):
 @both_backends
 def test_one_pass_in_chunks_of_a_few_rows(backend, monkeypatch):
     query, key = drawn(1100, 16, backend, torch.float32)
-    loss = FusedInfoNCELoss(T, backend=backend, record=True, workspace_limit=2**23)
+    loss = FusedInfoNCELoss(T, margin=0.1, backend=backend, record=True, workspace_limit=2**23)
     if backend == "triton":  # chunks of a GPU are larger than the interpreter has time for
         monkeypatch.setattr(fused_infonce.backends.plan, "GPU_DENSE_WIDE", 0)
         query, key = (x.detach()[:150].requires_grad_() for x in (query, key))
     assert loss.explain(query, key)[0].name == "onepass"
     loss(query, key)
-    agrees(loss.recorded, dense(query, key), 1e-5)
+    pos, neg, mean = dense(query, key)
+    agrees(loss.recorded, (pos - 0.1 / T, neg, mean), 1e-5)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @every_backend
-def test_biases_and_margins_are_in_pos_and_neg_but_not_in_the_mean(backend, symmetric):
+def test_biases_and_margins_are_in_pos_and_neg_but_not_in_the_mean(backend, symmetric, biased):
     query, key = drawn(9, backend=backend)
-    bias = torch.linspace(-1, 1, 9, dtype=torch.float64, device=query.device)
+    bias = torch.linspace(-1, 1, 9, dtype=torch.float64, device=query.device) if biased else None
     loss = FusedInfoNCELoss(T, margin=0.1, symmetric=symmetric, backend=backend, record=True)
     loss(query, key, key_bias=bias)
     expected = fused_infonce.statistics(query, key, temperature=T, key_bias=bias, columns=True)

@@ -55,11 +55,13 @@ def compare(got: Tensor, want: Tensor, leaves: list[Tensor]) -> None:
     temperature=["number", "scalar", "per row"],
     reduction=["mean", "none"],
     blocks=["default", "several"],
+    margin=[0.0, 0.3],
+    bias=[None, "of negatives", "of all"],
     valid=lambda c: not (c["weighted"] and c["mode"] == "any"),
     pairs=True,
 )
 def test_targets_equal_dense_code(
-    backend, mode, negatives, ids, weighted, normalize, temperature, reduction, blocks, monkeypatch
+    backend, mode, negatives, ids, weighted, normalize, temperature, reduction, blocks, margin, bias, monkeypatch
 ):
     if blocks == "several":
         monkeypatch.setattr(plan, "DENSE", 0)
@@ -67,7 +69,9 @@ def test_targets_equal_dense_code(
     extra = {None: [], "unpaired": [leaf(H, D)], "paired": [leaf(N, H, D)]}[negatives]
     t = 0.4 + 0.2 * torch.rand(N if temperature == "per row" else (), dtype=torch.float64)
     number = t.item() if temperature == "number" else 0.0
-    leaves = [query, key, *extra, *([] if temperature == "number" else [t.requires_grad_()])]
+    of_keys = None if bias is None else leaf(M)
+    learned = [] if temperature == "number" else [t.requires_grad_()]
+    leaves = [query, key, *extra, *learned, *([] if of_keys is None else [of_keys])]
     target = torch.stack([torch.randperm(M)[:P] for _ in range(N)])
     target[torch.rand(N, P) < 0.3] = -100
     target[2], target[3] = -100, torch.tensor([-100, 4, -100])  # rows with none and with one
@@ -83,11 +87,13 @@ def test_targets_equal_dense_code(
         device = DEVICE[backend]
         given, others = ([others[0].to(device)], others[1:]) if extra else ([], others)
         options: dict[str, Any] = {"query_ids": names[0], "key_ids": names[1]} if ids else {}
+        options |= {} if bias is None else {"key_bias": others[-1]}
         options |= {"negative_ids": names[2]} if ids and extra else {}
         options |= {"positive_weight": weight} if weighted else {}
         options = {name: x.to(device) for name, x in options.items()}
         return info_nce(
-            query.to(device), key.to(device), *given, temperature=others[0].to(device) if others else number,
+            query.to(device), key.to(device), *given, temperature=others[0].to(device) if learned else number,
+            margin=margin, positive_bias=bias != "of negatives",
             negative_mode=negatives or "unpaired", in_batch_negatives=True, target=target.to(device), positives=mode,
             normalize=normalize, reduction=reduction, backend=backend, **options,
         ).cpu()  # fmt: skip
@@ -102,6 +108,10 @@ def test_targets_equal_dense_code(
     if extra:
         scores = torch.einsum("nd,nhd->nh", unit(query), unit(extra[0]).expand(N, H, D))
     logits = torch.cat([unit(query) @ unit(key).T, scores], 1) / t.reshape(-1, 1)
+    logits = logits - positive.double() * margin / t.reshape(-1, 1)
+    if of_keys is not None:
+        shown = torch.ones_like(positive[:, :M]) if bias == "of all" else ~positive[:, :M]
+        logits = logits + F.pad(shown * of_keys, (0, H))
     negative = ~positive
     negative[:, M:] = bool(extra)
     if ids:
@@ -127,17 +137,18 @@ def test_ids_equal_dense_code(backend, mode, symmetric, per_row):
     of_rows = torch.tensor([0, 1, 2, 0, 1, 0, 3])
     of_keys = of_rows if symmetric else torch.tensor([1, 0, 1, 2, 0, 0, 1, 2, 5])
     ids = of_rows.to(device) if symmetric else (of_rows.to(device), of_keys.to(device))
+    margin, bias = 0.2 * per_row, leaf(len(key))
     got = info_nce(
         query.to(device), key.to(device), temperature=t.to(device), positive_ids=ids, positives=mode,
-        symmetric=symmetric, reduction="none", backend=backend,
+        symmetric=symmetric, reduction="none", backend=backend, margin=margin, key_bias=bias.to(device),
     ).cpu()  # fmt: skip
     equal = of_rows[:, None] == of_keys
     cosines = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
-    weight = torch.ones_like(cosines)
-    want = dense(cosines / t.reshape(-1, 1), equal, weight, ~equal, mode)
+    cosines, weight = cosines - margin * equal.double(), torch.ones_like(cosines)
+    want = dense(cosines / t.reshape(-1, 1) + bias, equal, weight, ~equal, mode)
     if symmetric:
         want = (want + dense(cosines.T / t.reshape(-1, 1), equal.T, weight, ~equal.T, mode)) / 2
-    compare(got, want, [query, key, t])
+    compare(got, want, [query, key, t, bias])
 
 
 @every_backend
@@ -252,7 +263,14 @@ def test_the_module_takes_them_and_compiles():
         ({"positive_ids": torch.arange(N - 1)}, r"positive_ids must have shape \(7,\)"),
         ({"positive_ids": (torch.arange(N), torch.arange(N)), "symmetric": True}, "which then have one id"),
         ({"positive_ids": torch.arange(N), "label_smoothing": 0.1}, "cannot be used with label_smoothing"),
-        ({"positive_ids": torch.arange(N), "margin": 0.1}, "cannot be used with margin"),
+        ({"positive_ids": torch.arange(N), "margin": -0.1}, "margin must not be negative"),
+        (
+            {
+                "target": torch.tensor([[0, 1]] * (N - 1) + [[0, 4]]),
+                "key_bias": torch.tensor([0.0] * 4 + [-torch.inf] + [0.0] * 2),
+            },
+            "key_bias must not be -inf for a row's positive.*row 6's",
+        ),
         ({"positive_ids": torch.arange(N), "key_ids": torch.arange(N)}, "cannot be used with key_ids alone"),
         ({"positive_ids": (torch.arange(N),)}, "or two of the queries and the keys, got 1"),
         ({"positive_ids": torch.arange(N), "positive_weight": torch.ones(N, 1)}, "it needs such a target"),

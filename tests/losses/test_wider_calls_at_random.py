@@ -23,7 +23,7 @@ def call(draw, n, m, h):
         options["positives"] = draw(st.sampled_from(["each", "all", "any"]))
         if options["positives"] != "any" and draw(st.booleans()):
             inputs["positive_weight"] = torch.rand(width).masked_fill_(torch.rand(width) < 0.2, 0)
-    elif draw(st.booleans()):
+    if draw(st.booleans()):
         options["margin"] = draw(st.sampled_from([0.1, 0.5]))
     negatives = draw(st.sampled_from(["none", "shared", "paired", "places"]))
     options["in_batch_negatives"] = negatives == "none" or draw(st.booleans())
@@ -38,7 +38,7 @@ def call(draw, n, m, h):
             inputs["negative_index"] = torch.randint(-1, h, (n, draw(st.integers(0, 4))))
     if options["in_batch_negatives"] and draw(st.booleans()):
         inputs["key_bias"] = 3 * torch.randn(m, dtype=torch.float64)
-        options["positive_bias"] = not several and draw(st.booleans())
+        options["positive_bias"] = draw(st.booleans())
     if options["in_batch_negatives"] and draw(st.booleans()):
         columns = draw(st.sampled_from([(), (1,), (2,)]))
         inputs |= {"query_ids": torch.randint(4, (n, *columns)), "key_ids": torch.randint(4, (m, *columns))}

@@ -42,7 +42,7 @@ def directions(
     in_batch_negatives: bool | None = None, ignore_index: int = IGNORED, target: Tensor | None = None,
     query_ids: Tensor | None = None, key_ids: Tensor | None = None, negative_ids: Tensor | None = None,
     key_bias: Tensor | None = None, negative_bias: Tensor | None = None, positive_bias: bool = True,
-    negative_index: Tensor | None = None,
+    negative_index: Tensor | None = None, margin: float = 0.0,
 ) -> tuple[list[Direction], Tensor]:  # fmt: skip
     """Return one direction, or two with `symmetric`, and which rows count, (N,)."""
     n, m = len(query), len(positive_key)
@@ -56,7 +56,7 @@ def directions(
     target = target.masked_fill(~valid, 0)
 
     cosine = query @ positive_key.T  # (N, M)
-    pos = (cosine.gather(1, target[:, None])[:, 0] if m else cosine.sum(1)) / t
+    pos = ((cosine.gather(1, target[:, None])[:, 0] if m else cosine.sum(1)) - margin) / t
     column_pos, of_key = pos, 0 if key_bias is None else key_bias
     if key_bias is not None and positive_bias:
         pos = pos + key_bias[target]

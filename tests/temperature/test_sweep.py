@@ -234,6 +234,9 @@ def test_mistakes_are_refused():
         sweep(query, key, target=torch.tensor([0, 1, -1, 2]))
     with pytest.raises(ValueError, match=r"^key_bias must be 0, or -inf to leave a key out, got 0.5"):
         sweep(query, key, target=target, key_bias=torch.full((5,), 0.5))
+    left_out = torch.zeros(5).index_fill(0, target[2], -torch.inf)
+    with pytest.raises(ValueError, match=r"^key_bias must not be -inf for a row's positive.*: leave such rows out$"):
+        sweep(query, key, target=target, key_bias=left_out)
     with pytest.raises(ValueError, match=r"^temperatures must be within a factor of 4096, got 1e-05 and 1"):
         sweep(query, query, (1e-5, 1.0))
     with pytest.raises(ValueError, match=r"^temperatures must hold a number, got none"):

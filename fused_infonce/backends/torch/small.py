@@ -78,7 +78,7 @@ class _Dense:
         if not (self.fits or plan.full or self.biases):
             room = EXPONENT_ROOM[scores.dtype]
             least, most = torch.aminmax(scores)
-            self.fits = -room <= least.item() and most.item() <= room
+            self.fits = -room <= least.item() and most.item() + self.problem.largest_added * LOG2E <= room
         return scores
 
     def positives(self, scores: Tensor) -> Tensor:

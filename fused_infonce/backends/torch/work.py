@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import LN2, LOG2E, KeySet, Problem, RowStatistics, largest_bias
+from ..contract import LN2, LOG2E, KeySet, Problem, RowStatistics
 from ..indexing import add_rows, part_of
 from ..plan import Plan
 from ..precision import EXPONENT_ROOM
@@ -108,7 +108,7 @@ class Work:
             return math.inf
         longest = 1.0 if p.normalize else Rows(p.query.rows, False, p.query.scale, self.acc).longest()
         bound = longest * max(keys.longest() for keys in self.sets) / p.temperature.values.min().item()
-        return bound + largest_bias(p.biases)
+        return bound + p.largest_added
 
     def chunks(self) -> Iterator[Chunk]:
         query = self.problem.query

@@ -97,7 +97,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         if plan.name == "dense":
             return dense.onepass(problem, plan, loss, weight, wanted)
         work, pos = prepare(problem, plan, positives=True)
-        query, t = work.query, problem.temperature.values
+        query, t, offset = work.query, problem.temperature.values, problem.offset
         assert pos is not None
         if problem.columns:
             return both_directions(work, pos, plan, loss, weight, wanted)
@@ -114,7 +114,8 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
             parts = [state for _, state in chunk] + [state[:, :, rows].contiguous() for state in states]
             rows_pos, w, rows_t = (part_of(x, rows) for x in (pos, weight, t))
             found.append(merged(parts[0] if len(parts) == 1 else torch.cat(parts), rows_pos))
-            value, u = loss_and_slope(loss, found[-1].neg - rows_pos, w)
+            pos_there = rows_pos if offset is None else rows_pos + part_of(offset, rows)
+            value, u = loss_and_slope(loss, found[-1].neg - pos_there, w)
             factor, scaled = scaled_rows(query, rows, u, found[-1], rows_t)
             for (c, _), (index, keys, _) in zip(chunk, segments, strict=True):
                 if wanted[0]:
@@ -133,9 +134,12 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
             work = replace(work, query=replace(query, shift=rows_found.maximum, weight=u / t * rows_found.scale))
             paired_gradients(work, sums.of, None, [problem.acc_dtype if wanted[0] else None, *[None] * len(wanted[2:])])
         logits = u * (rows_found.mean - pos) if wanted[-1] else None
-        kept = to_keep(work, -u, factor)
+        v = -u
         rows_of = [rows_found[:3]] if plan.record else []
-        return OnePass(joined(losses, pos).sum(), summed(work, sums, wanted), logits, kept, rows=rows_of)
+        return OnePass(
+            joined(losses, pos).sum(), summed(work, sums, wanted), logits, to_keep(work, v, factor),
+            offset=None if offset is None else v, rows=rows_of,
+        )  # fmt: skip
 
 
 def summed(work: Work, sums: Sums, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -172,7 +176,11 @@ def both_directions(
     block, mean = block_of(query, key, len(query), len(key)), wanted[-1] or plan.record
     *states, step = write_scores(block, query, key, work.excluded, problem.logit_bound * LOG2E, mean)
     found = [merged(state, pos) for state in states]
-    (value, u), (column_value, column_u) = (loss_and_slope(loss, each.neg - pos, weight / 2) for each in found)
+    offset = problem.offset
+    positives = (pos, pos) if offset is None else (pos + offset).unbind()
+    (value, u), (column_value, column_u) = (
+        loss_and_slope(loss, each.neg - each_pos, weight / 2) for each, each_pos in zip(found, positives, strict=True)
+    )
     sums = Sums(plan.limit)
     if wanted[0] or wanted[1]:
         c = combine(block, query, key, (u, column_u), found, problem.temperature.values, step)
@@ -184,8 +192,10 @@ def both_directions(
     if wanted[-1]:
         logits = u * (found[0].mean - pos) + column_u * (found[1].mean - pos)
     kept = to_keep(work, -(u + column_u), torch.ones_like(u))  # C has no factor to come
+    slopes = None if offset is None else -torch.stack([u, column_u])
     rows = [each[:3] for each in found] if plan.record else []
-    return OnePass(value.sum() + column_value.sum(), summed(work, sums, wanted), logits, kept, rows=rows)
+    total = value.sum() + column_value.sum()
+    return OnePass(total, summed(work, sums, wanted), logits, kept, offset=slopes, rows=rows)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:

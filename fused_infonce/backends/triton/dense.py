@@ -83,7 +83,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         each, factor = t.new_full((1,), factor), 1.0
     key = (
         *key, loss, factor, None if each is None else each.shape[0], *wanted, plan.bounded, plan.full, plan.record,
-        problem.columns, ids_a_row(ids, x),
+        problem.columns, ids_a_row(ids, x), problem.offset is None,
     )  # fmt: skip
     kind = KINDS.get(key)
     if kind is None:
@@ -101,7 +101,9 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         given_scales(problem, work.view(-1, n))
     kind.rows(x, y, target, t, work)
     kind.scores(x, y, target, ids, key_ids, work, dots)
-    kind.coefficients(target, ids, key_ids, t, each, work, dots, c)
+    offset = None if problem.offset is None else problem.offset.contiguous()
+    of_offset = None if offset is None else torch.empty_like(offset)
+    kind.coefficients(target, ids, key_ids, t, each, offset, work, dots, c, of_offset)
     grads = [
         torch.empty_like(x, dtype=acc, memory_format=torch.contiguous_format) if want else None for want in wanted[:-1]
     ]
@@ -109,7 +111,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         kind.gradient(c, x, y, target, t, work, *grads)
     logits = work[LOGITS_OF_ROWS * n : (LOGITS_OF_ROWS + 1) * n] if temperature else None
     rows = rows_of(work, n, kind.across) if plan.record else []
-    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), grads, logits, rows=rows)
+    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), grads, logits, offset=of_offset, rows=rows)
 
 
 def rows_of(work: Tensor, n: int, across: int) -> list[tuple[Tensor, Tensor, Tensor]]:
