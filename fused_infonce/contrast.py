@@ -65,7 +65,7 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
     elif plan.gradients:
         found = Statistics.of(_Statistics.apply(own, plan, own.temperature.values, *_apart(own)))
     else:
-        found = _without_graph(own, lambda p: backend.statistics(p, plan))
+        found = _without_graph(backend.statistics, own, plan)
     if problem.offset is not None:
         found = _with_offset(found, problem.offset)
     if recordings.wanted:
@@ -90,16 +90,10 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
     if plan.gradients:
         return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
     nothing = [False] * (len(problem.inputs) + len(problem.biases) + 1)
-    backend = backends.get(plan.backend)
-    result = _without_graph(problem, lambda p: backend.onepass(p, plan, loss, weight, nothing))
-    return _noted(problem, plan, result).loss
-
-
-def _noted(problem: Problem, plan: Plan, result: OnePass) -> OnePass:
-    """Note the rows of a loss that was made at once, where that is asked for."""
+    result = _without_graph(backends.get(plan.backend).onepass, problem, plan, loss, weight, nothing)
     if plan.record:
         record(problem, _with_offsets(result.rows, problem.offset))
-    return result
+    return result.loss  # type: ignore[no-any-return]
 
 
 def _with_offsets(parts: Parts, offset: Tensor | None) -> Parts:
@@ -126,7 +120,7 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float 
     if backend.differentiable:
         losses = backend.sigmoids(problem, plan, bias, factor, nothing).losses
     else:
-        losses = _without_graph(problem, lambda p: backend.sigmoids(p, plan, bias, factor, nothing).losses)
+        losses = _without_graph(backend.sigmoids, problem, plan, bias, factor, nothing).losses
     return losses if weight is None else weighted(losses, weight).sum()
 
 
@@ -134,7 +128,7 @@ def profile(problem: Problem, options: Options, ladder: Ladder) -> Profile:
     """Return the profile of the rows over a ladder of temperatures, of which nothing has a gradient."""
     with torch.no_grad():
         plan = backends.plan_of(problem, options, reduced=False, full=True)
-        return _without_graph(problem, lambda p: backends.get(plan.backend).profile(p, plan, ladder))
+        return _without_graph(backends.get(plan.backend).profile, problem, plan, ladder)  # type: ignore[no-any-return]
 
 
 def zeros(problem: Problem) -> Statistics:
@@ -144,11 +138,18 @@ def zeros(problem: Problem) -> Statistics:
     return Statistics(rows, rows if problem.columns else None)
 
 
-def _without_graph(problem: Problem, run: Callable[[Problem], Any]) -> Any:
-    """Run where nothing needs a gradient: what the Functions would cost is saved."""
-    bound = bind(problem, problem.temperature.values, problem.inputs)
-    with without_autocast(problem.query.rows.device.type):
-        return run(bound)
+def _without_graph(function: Callable[..., Any], problem: Problem, plan: Plan, *args: Any) -> Any:
+    """Return a backend's function of a problem of which nothing needs a gradient: what the Functions cost is saved."""
+    bound = problem if plan.as_is else bind(problem, problem.temperature.values, problem.inputs)
+    return _run(function, bound, plan, *args)
+
+
+def _run(function: Callable[..., Any], bound: Problem, plan: Plan, *args: Any) -> Any:
+    """Return a backend's function of a problem whose rows have been cast, with autocast off."""
+    if plan.as_is:
+        return function(bound, plan, *args)
+    with without_autocast(bound.query.rows.device.type):
+        return function(bound, plan, *args)
 
 
 def _apart(problem: Problem) -> Sequence[Tensor]:
@@ -206,10 +207,10 @@ class _Statistics(torch.autograd.Function):
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[1] = None
-        problem = bind(problem, temperature, inputs[: len(problem.sets)])
+        if not plan.as_is:
+            problem = bind(problem, temperature, inputs[: len(problem.sets)])
         kept: list[Tensor] = []
-        with without_autocast(inputs[0].device.type):
-            found = backends.get(plan.backend).statistics(problem, plan, kept)
+        found = _run(backends.get(plan.backend).statistics, problem, plan, kept)
         tensors, results = problem.tensors(), found.tensors()
         ctx.plan, ctx.inputs, ctx.kept = plan, len(tensors), len(kept)
         ctx.set_materialize_grads(False)  # of what has none: each would be a kernel
@@ -258,10 +259,10 @@ class _OnePass(torch.autograd.Function):
             wanted[1] = False
         ctx.dtypes = [x.dtype for x in inputs]
         inputs = inputs[:rows]
-        bound = bind(problem, temperature, inputs)
-        with without_autocast(inputs[0].device.type):
-            result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
-        _noted(problem, plan, result)
+        bound = problem if plan.as_is else bind(problem, temperature, inputs)
+        result = _run(backends.get(plan.backend).onepass, bound, plan, loss, weight, wanted)
+        if plan.record:
+            record(problem, _with_offsets(result.rows, problem.offset))
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
         # of which there are none where gradients are unfinished: plans of a GPU that are take no biases
         more = [*result.biases, *([] if problem.offset is None else [result.offset])]
@@ -299,7 +300,7 @@ class _Sigmoids(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.wanted = [*ctx.needs_input_grad[5:], *ctx.needs_input_grad[3:5]]
         ctx.dtypes = [x.dtype for x in inputs]
-        bound = bind(problem, temperature, inputs)
+        bound = problem if plan.as_is else bind(problem, temperature, inputs)
         if weight is None:
             tensors = bound.tensors()
             ctx.problem, ctx.plan = bound.with_tensors([None] * len(tensors)), plan

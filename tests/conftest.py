@@ -93,9 +93,9 @@ def fresh_plans():
     from fused_infonce.backends import registry
 
     remembered = registry.remembered  # which a test may put another in place of
-    remembered.cache_clear()
+    remembered.clear()
     yield
-    remembered.cache_clear()
+    remembered.clear()
 
 
 @pytest.fixture(autouse=True)

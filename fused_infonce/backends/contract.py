@@ -119,10 +119,17 @@ class Problem:
     def __post_init__(self) -> None:
         # the queries and every set of keys, and their rows: with which gradients are aligned
         self.sets: tuple[KeySet, ...] = (self.query, *self.keys)
-        self.inputs: tuple[Tensor, ...] = (self.query.rows, *[keys.rows for keys in self.keys])
-        # those of scored rows, which have gradients as the inputs have
-        scored = self.sets if self.columns else self.keys
-        self.biases: list[Tensor] = [s.bias for s in scored if s.bias is not None]
+        inputs, biases = [self.query.rows], []
+        if self.columns and self.query.bias is not None:
+            biases.append(self.query.bias)
+        for keys in self.keys:
+            inputs.append(keys.rows)
+            if keys.bias is not None:
+                biases.append(keys.bias)
+        self.inputs: tuple[Tensor, ...] = tuple(inputs)
+        self.biases: list[Tensor] = biases  # those of scored rows, which have gradients as the inputs have
+        # all that is added to logits: the biases and, after them, the offset
+        self.added: list[Tensor] = biases if self.offset is None else [*biases, self.offset]
 
     @property
     def biased(self) -> list[int]:
@@ -135,11 +142,6 @@ class Problem:
         if not self.handles:
             return self.inputs
         return [x if handle is None else handle for x, handle in zip(self.inputs, self.handles, strict=True)]
-
-    @property
-    def added(self) -> list[Tensor]:
-        """Return all that is added to logits: the biases and, after them, the offset."""
-        return [*self.biases, *([] if self.offset is None else [self.offset])]
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -206,6 +208,16 @@ class Problem:
         problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
         problem.bias_bound = self.bias_bound
         return problem
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Return the flags, and the shapes of all tensors, None for what is not there: what a plan depends on."""
+        found: list[Any] = [self.in_batch, self.columns, self.normalize, self.self_similar, self.two_views]
+        rest = (self.temperature.values, self.target, self.ceiling, self.offset)
+        for tensors in (*self.sets, rest):
+            for x in tensors:
+                found.append(None if x is None else x.shape)
+        return tuple(found)
 
     @property
     def flags(self) -> tuple[bool, ...]:

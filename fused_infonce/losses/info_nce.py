@@ -149,10 +149,12 @@ def info_nce(
     """
     options = call_options(backend, workspace_limit, reduction, distributed)
     temperature = gather.shared(options.call, temperature)
-    several = _several(
-        query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index,
-        {"label_smoothing": label_smoothing != 0, "key_ids alone": query_ids is None and key_ids is not None},
-    )  # fmt: skip
+    several = None
+    if target is not None or positive_ids is not None or positive_weight is not None or positives != "each":
+        several = _several(
+            query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index,
+            {"label_smoothing": label_smoothing != 0, "key_ids alone": query_ids is None and key_ids is not None},
+        )  # fmt: skip
     if several is not None:
         target, ignore_index = several.target, -1
     problem = of_keys(

@@ -246,6 +246,13 @@ def make_call(
     return inputs, options
 
 
+class Forgetful(dict[Any, Any]):
+    """A dictionary that stays empty."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
 def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
     """Return a list that the plans of all later calls are added to, and change these fields of each plan."""
     plans: list[Plan] = []
@@ -255,7 +262,7 @@ def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
         return plans[-1]
 
     monkeypatch.setattr(registry, "choose", choose)
-    monkeypatch.setattr(registry, "remembered", choose)
+    monkeypatch.setattr(registry, "remembered", Forgetful())
     return plans
 
 
