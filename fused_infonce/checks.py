@@ -227,8 +227,7 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "tempe
     Where values cannot be read for free, those that are not positive become NaN.
     """
     if not isinstance(value, Tensor):
-        number = positive_float(name, value)
-        return Temperature(torch.full((1,), number, dtype=dtype, device=like.device), float(number))
+        return Temperature(None, positive_float(name, value), dtype, like.device)
     value = scale_tensor(name, value, like)
     lowest = None
     if values_are_free(value) and value.numel():

@@ -17,7 +17,6 @@ from . import backends
 from .backends import Options
 from .backends.contract import (
     KeySet,
-    OnePass,
     Problem,
     RowStatistics,
     Sigmoids,
@@ -88,12 +87,12 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
     weight 0 counting for nothing, or a number for all rows.
     """
     if plan.gradients:
-        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
+        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.given, *_apart(problem))
     nothing = [False] * (len(problem.inputs) + len(problem.biases) + 1)
     result = _without_graph(backends.get(plan.backend).onepass, problem, plan, loss, weight, nothing)
     if plan.record:
         record(problem, _with_offsets(result.rows, problem.offset))
-    return result.loss  # type: ignore[no-any-return]
+    return result.loss
 
 
 def _with_offsets(parts: Parts, offset: Tensor | None) -> Parts:
@@ -128,7 +127,7 @@ def profile(problem: Problem, options: Options, ladder: Ladder) -> Profile:
     """Return the profile of the rows over a ladder of temperatures, of which nothing has a gradient."""
     with torch.no_grad():
         plan = backends.plan_of(problem, options, reduced=False, full=True)
-        return _without_graph(backends.get(plan.backend).profile, problem, plan, ladder)  # type: ignore[no-any-return]
+        return _without_graph(backends.get(plan.backend).profile, problem, plan, ladder)
 
 
 def zeros(problem: Problem) -> Statistics:
@@ -140,7 +139,7 @@ def zeros(problem: Problem) -> Statistics:
 
 def _without_graph(function: Callable[..., Any], problem: Problem, plan: Plan, *args: Any) -> Any:
     """Return a backend's function of a problem of which nothing needs a gradient: what the Functions cost is saved."""
-    bound = problem if plan.as_is else bind(problem, problem.temperature.values, problem.inputs)
+    bound = problem if plan.as_is else bind(problem, None, problem.inputs)
     return _run(function, bound, plan, *args)
 
 
@@ -161,7 +160,9 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
     return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
 
 
-def bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
+def bind(
+    problem: Problem, temperature: Tensor | None, inputs: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Problem:  # fmt: skip
     """Return the problem over these tensors, which are its own, cast for the products; dtype: of these, if known."""
     if problem.handles:
         inputs = [x if h is None else s.rows for x, h, s in zip(inputs, problem.handles, problem.sets, strict=True)]
@@ -170,7 +171,7 @@ def bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype:
         return problem
     narrow = [cast(x, dtype) for x in inputs]
     sets = [s._replace(rows=rows, scale=scale) for s, (rows, scale) in zip(problem.sets, narrow, strict=True)]
-    t = Temperature(temperature, problem.temperature.lowest)
+    t = problem.temperature if temperature is None else Temperature(temperature, problem.temperature.lowest)
     return replace(problem, query=sets[0], keys=tuple(sets[1:]), temperature=t)
 
 
@@ -251,8 +252,9 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, temperature: Tensor, *inputs: Tensor
-    ) -> Tensor:
+        ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, temperature: Tensor | None,
+        *inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
         rows, biases = len(problem.sets), len(problem.biases)
         wanted = [*ctx.needs_input_grad[5 : 5 + rows + biases], ctx.needs_input_grad[4]]
         if problem.self_similar:  # the query's gradient is that of both sides
@@ -360,7 +362,7 @@ def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     """Return the gradients of a one-pass loss from the sums that its forward made."""
     count, end = len(ctx.dtypes), ctx.end
     problem = Problem.of(saved[count:end], *ctx.flags)
-    problem = bind(problem, problem.temperature.values, problem.inputs, ctx.product_dtype)
+    problem = bind(problem, None, problem.inputs, ctx.product_dtype)
     with without_autocast(problem.query.rows.device.type):
         backend = backends.get(ctx.plan.backend)
         return unscale(problem, backend.finished(problem, ctx.plan, saved[:count], saved[end:], upstream, ctx.dtypes))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .temperature import Temperature as Temperature
+
 if TYPE_CHECKING:
     from .ladder import Ladder, Profile
     from .plan import Plan
@@ -57,26 +59,6 @@ class KeySet(NamedTuple):
 def largest_bias(biases: Iterable[Tensor]) -> float:
     """Return the size of the largest bias of those that leave no key out, read from the tensors; 0 without one."""
     return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in biases if x.numel()), default=0.0)
-
-
-class Temperature(NamedTuple):
-    """The temperature of a call, made once where the user's argument is checked.
-
-    values: (1,) for all rows or (N,) one a row, in the accumulator dtype, contiguous
-    lowest: the smallest of them, where reading it costs no synchronisation; else None
-    """
-
-    values: Tensor
-    lowest: float | None = None
-
-    @property
-    def shared(self) -> bool:
-        return self.values.shape[0] == 1
-
-    def cooler(self, strength: float) -> Temperature:
-        """Return the temperature t / (1 + strength t): its inverse is larger by `strength`."""
-        lowest = None if self.lowest is None else self.lowest / (1 + strength * self.lowest)
-        return Temperature(self.values / (1 + strength * self.values.detach()), lowest)
 
 
 @dataclass(eq=False)
@@ -146,7 +128,7 @@ class Problem:
     @property
     def acc_dtype(self) -> torch.dtype:
         """Return the dtype of logits and accumulated gradients: float64 for float64 inputs, else float32."""
-        return self.temperature.values.dtype
+        return self.temperature.dtype
 
     @property
     def logit_bound(self) -> float:
@@ -157,7 +139,7 @@ class Problem:
     @property
     def every_row_counts(self) -> bool:
         """Return whether no row can be without a target."""
-        return self.target is None or self.self_similar
+        return self.self_similar or self.target is None
 
     @property
     def apart(self) -> bool:
@@ -205,7 +187,7 @@ class Problem:
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """Return this problem over other tensors."""
         problem = Problem.of(tensors, *self.flags)
-        problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
+        problem.temperature.lowest = self.temperature.lowest
         problem.bias_bound = self.bias_bound
         return problem
 
@@ -213,7 +195,8 @@ class Problem:
     def shape(self) -> tuple[Any, ...]:
         """Return the flags, and the shapes of all tensors, None for what is not there: what a plan depends on."""
         found: list[Any] = [self.in_batch, self.columns, self.normalize, self.self_similar, self.two_views]
-        rest = (self.temperature.values, self.target, self.ceiling, self.offset)
+        found.append(self.temperature.shared)
+        rest = (None if self.two_views else self.target, self.ceiling, self.offset)
         for tensors in (*self.sets, rest):
             for x in tensors:
                 found.append(None if x is None else x.shape)
@@ -230,6 +213,24 @@ class Problem:
         width = len(KeySet._fields)
         query, *keys = (KeySet(*rest[i : i + width]) for i in range(0, len(rest), width))
         return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, offset, *flags)  # type: ignore[arg-type]
+
+
+class TwoViews(Problem):
+    """The problem of the rows of two views, whose targets are made where they are asked for."""
+
+    _target: Tensor | None
+
+    @property
+    def target(self) -> Tensor | None:
+        if self._target is None:
+            rows = self.query.rows
+            half = rows.shape[0] // 2
+            self._target = torch.arange(half, 2 * half + half, device=rows.device).remainder_(2 * half)
+        return self._target
+
+    @target.setter
+    def target(self, value: Tensor | None) -> None:
+        self._target = value
 
 
 class RowStatistics(NamedTuple):

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .contract import LN2, Backend, Problem
 from .device import facts
-from .plan import Plan, choose, limit_of_environment
+from .plan import Plan, choose
 from .precision import EXPONENT_ROOM, accumulator, product_dtype
 from .recording import recordings
 
@@ -33,7 +33,7 @@ class Options(NamedTuple):
 
     def limit(self, device: torch.device) -> int:
         """Return the bytes of workspace on a device: the call's, or the environment's, or else the device's own."""
-        return self.workspace_limit or limit_of_environment() or facts(device).limit
+        return self.workspace_limit or facts(device).limit
 
 
 def load(name: str) -> Backend:
@@ -88,7 +88,7 @@ def _unavailable(tensor: Tensor) -> str:
 
 def resolve(backend: str, tensor: Tensor) -> str:
     """Return the name of the backend that runs: "auto" is Triton on a GPU where it can run, PyTorch elsewhere."""
-    if backend == "auto" and tensor.device.type != "cuda":
+    if backend == "auto" and not tensor.is_cuda:
         return "torch"
     if backend not in ("auto", "triton"):
         return backend
@@ -129,7 +129,7 @@ def plan_of(
     """
     query, t = problem.query.rows, problem.temperature
     device = query.device
-    kind = device.type
+    known = facts(device)
     backend = resolve(options.backend, query)
     compiling = torch.compiler.is_compiling()
     leaves = (*problem.leaves, *problem.added) if bias is None else (*problem.leaves, *problem.added, bias)
@@ -140,19 +140,20 @@ def plan_of(
             raise RuntimeError("the transforms of torch.func (grad, jacrev, vmap, ...) need backend='reference'")
     of_t = gradients = False
     if torch.is_grad_enabled():
-        of_t = gradients = t.values.requires_grad
+        of_t = gradients = t.given is not None and t.given.requires_grad
         for x in leaves:
             gradients = gradients or x.requires_grad
     dtype, as_is = query.dtype, not problem.handles
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(known.type):
         dtype, as_is = product_dtype(query), False
     for x in problem.inputs:
         as_is = as_is and x.dtype == dtype
     asked = (
-        backend, device, dtype, as_is, options.limit(device), reduced, weighted, full, bias is not None,
-        recordings.wanted, of_t, gradients, problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
+        backend, device, dtype, as_is, options.workspace_limit or known.limit, reduced, weighted, full,
+        bias is not None, recordings.wanted, of_t, gradients, problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
     )  # fmt: skip
     if compiling:
+        problem.tensors()  # those that are made where they are asked for: a Function may not make them inside
         return _chosen(problem, *asked)
     key = (*asked, problem.shape)
     plan = remembered.get(key)

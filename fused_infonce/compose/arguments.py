@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BackendName, Options, Reduction
-from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.contract import KeySet, Problem, Temperature, TwoViews
 from ..backends.precision import statistics_dtype, without_autocast
 from ..distributed import DistributedLike
 from .biases import biases_of, by_index, with_margin
@@ -192,11 +192,9 @@ def all_ids(
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
     """Return the problem of the rows of two views against all others, where the other view is the positive."""
     rows = stacked(views(view_a, view_b, ()))
-    n = rows.shape[0]
-    target = torch.arange(n // 2, n // 2 + n, device=rows.device).remainder_(n)  # the row of the other view
     same = KeySet(rows)
     t = temperature_of(temperature, rows)
-    return Problem(same, (same,), t, target, normalize=normalize, self_similar=True, two_views=True)
+    return TwoViews(same, (same,), t, normalize=normalize, self_similar=True, two_views=True)
 
 
 def stacked(views: Sequence[Tensor]) -> Tensor:

@@ -142,27 +142,31 @@ def _times(weight: Tensor | float, rows: Tensor) -> Tensor:
 
 
 def _counted(rows: Tensor, problem: Problem) -> Tensor:
-    target = problem.target
-    return rows if target is None or _every_row_counts(problem) else rows.masked_fill(target == -1, 0)
+    if _every_row_counts(problem):
+        return rows
+    assert problem.target is not None
+    return rows.masked_fill(problem.target == -1, 0)
 
 
 def _every_row_counts(problem: Problem) -> bool:
     """Return whether no row is without a target, as far as that is known or free to read."""
-    target = problem.target
-    if target is None or problem.every_row_counts:
+    if problem.every_row_counts:
         return True
+    target = problem.target
+    assert target is not None
     return len(target) > 0 and checks.values_are_free(target) and target.min().item() >= 0
 
 
 def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor | float, Tensor | None]:
     """Return the factors of the rows' losses, (N,), or one for all; and where there may be no rows, whether a mean has
     none."""
-    n, t = problem.query.rows.shape[0], problem.temperature.values
+    n = problem.query.rows.shape[0]
     if weight is None and _every_row_counts(problem):
         if reduction == "sum":
             return 1.0, None
-        return 1 / max(n, 1), t.new_ones((), dtype=torch.bool) if n == 0 else None
-    weight = _counted(t.new_ones(n) if weight is None else weight, problem)
+        none = problem.temperature.values.new_ones((), dtype=torch.bool) if n == 0 else None
+        return 1 / max(n, 1), none
+    weight = _counted(problem.temperature.values.new_ones(n) if weight is None else weight, problem)
     if reduction == "sum":
         return weight, None
     total = weight.sum()

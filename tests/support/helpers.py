@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_infonce import info_nce
+from fused_infonce.backends import device as devices
 from fused_infonce.backends import plan, registry
 from fused_infonce.backends.plan import Plan
 
@@ -244,6 +245,18 @@ def make_call(
         wanted |= {"negative_ids"} if negatives else set()
         inputs |= {name: torch.randint(some, size) for name, size in sizes.items() if name in wanted}
     return inputs, options
+
+
+def forget_plans() -> None:
+    """Forget all plans, and the facts that they rest on: what the environment says of the workspace is one."""
+    registry.remembered.clear()
+    devices._FACTS.clear()
+
+
+def set_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let the environment say this of the workspace, as it would before the first call."""
+    monkeypatch.setenv(plan.LIMIT_VARIABLE, text)
+    forget_plans()
 
 
 class Forgetful(dict[Any, Any]):
