@@ -277,7 +277,8 @@ class _OnePass(torch.autograd.Function):
             ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted, strict=False)]
             ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
         else:
-            ctx.save_for_backward(dt, *unscale(bound, result.inputs), *more)
+            grads = result.inputs if plan.as_is else unscale(bound, result.inputs)
+            ctx.save_for_backward(dt, *grads, *more)
         return result.loss
 
     @staticmethod

@@ -43,7 +43,8 @@ def reduced(
         if plan.one_pass and not contrast.is_explaining():
             w, aside = factors(problem, options, weight)
             total = contrast.onepass(problem, plan, loss, w)
-            _record(problem, weight)
+            if weight is not None:
+                _record(problem, weight)
             return whole(total, aside, options)
     problem, context = widened(problem) if problem.apart else (problem, nullcontext())
     with context:
@@ -94,7 +95,8 @@ def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
 
 def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
-    _record(problem, weight)
+    if weight is not None:
+        _record(problem, weight)
     if options.reduction == "none":
         rows = _counted(rows if weight is None else _times(weight, rows), problem)
         return rows if options.call is None else gather.rows(options.call, rows)
@@ -102,10 +104,9 @@ def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tenso
     return whole(_counted(_times(w, rows), problem).sum(), aside, options)
 
 
-def _record(problem: Problem, weight: Tensor | None) -> None:
+def _record(problem: Problem, weight: Tensor) -> None:
     """Note which of the rows that were noted for a problem have no weight."""
-    if weight is not None:
-        record_weight(weight.detach(), 1 + problem.columns)
+    record_weight(weight.detach(), 1 + problem.columns)
 
 
 def factors(

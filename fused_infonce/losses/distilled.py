@@ -117,7 +117,7 @@ def distilled_info_nce(
         options.call.noted += f" teacher {[(x.shape[1], x.dtype) for x in teacher]};"
     n, m = len(query), len(key)
     t = temperature_of(gather.shared(options.call, temperature), query)
-    weight = checks.row_weight(weight, query, t.values.dtype)
+    weight = checks.row_weight(weight, query, t.dtype)
     if teacher_temperature is None:
         teacher_temperature = temperature if teacher_scores is None else 1.0
     teacher_t = temperature_of(teacher_temperature, query, "teacher_temperature")

@@ -163,7 +163,7 @@ def info_nce(
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
         positive_bias=positive_bias, negative_mask=negative_mask, negative_index=negative_index, margin=margin,
     )  # fmt: skip
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     if several is not None:
         return several_reduced(problem, options, several, positives, weight)
     if label_smoothing == 0:

@@ -232,7 +232,7 @@ class _Dense:
             w.addcmul_(others[0], column)
         if self.problem.two_views:
             of_views = v.view(2, -1)
-            parts = of_views.sum(0).expand(2, -1) if both else of_views
+            parts = [of_views.sum(0)] * 2 if both else of_views.unbind()
             for view, part in zip(self._of_views(w), parts, strict=True):
                 view.add_(part, alpha=sign)
         elif self.target is None or self.index is None:
