@@ -230,8 +230,10 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "tempe
     if not isinstance(value, Tensor):
         return Temperature(None, positive_float(name, value), dtype, like.device)
     value, lowest = scale_tensor(name, value, like)
-    if value.dim() != 1 or value.dtype != dtype or not value.is_contiguous():
-        value = value.reshape(-1).to(dtype).contiguous()
+    if value.dim() != 1:
+        value = value.reshape(-1)
+    if value.dtype != dtype or not value.is_contiguous():
+        value = value.to(dtype).contiguous()
     return Temperature(_beside(value, like), lowest)
 
 

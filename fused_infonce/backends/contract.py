@@ -216,16 +216,16 @@ class Problem:
 
 
 class TwoViews(Problem):
-    """The problem of the rows of two views, whose targets are made where they are asked for."""
+    """The problem of the rows of two views, whose targets are made where one asks for them: the dense plan does not."""
 
     _target: Tensor | None
 
     @property
     def target(self) -> Tensor | None:
-        if self._target is None:
+        if self._target is None and self.two_views:
             rows = self.query.rows
-            half = rows.shape[0] // 2
-            self._target = torch.arange(half, 2 * half + half, device=rows.device).remainder_(2 * half)
+            n = rows.shape[0]
+            self._target = torch.arange(n // 2, n // 2 + n, device=rows.device).remainder_(n)  # of the other view
         return self._target
 
     @target.setter

@@ -50,12 +50,11 @@ def of_keys(
 
     names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
     """
-    checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
     if (
-        negative_keys is None and in_batch_negatives is None and target is None and query_ids is None
-        and key_ids is None and negative_ids is None and key_bias is None and negative_bias is None
-        and positive_bias is True and negative_mask is None and negative_index is None and margin == 0
-        and checks.alike(query, positive_key)
+        negative_mode == "unpaired" and negative_keys is None and in_batch_negatives is None and target is None
+        and query_ids is None and key_ids is None and negative_ids is None and key_bias is None
+        and negative_bias is None and positive_bias is True and negative_mask is None and negative_index is None
+        and margin == 0 and checks.alike(query, positive_key)
     ):  # fmt: skip
         t = temperature_of(temperature, query)  # the usual case: of pairs alone there is nothing more to check
         return Problem(KeySet(query), (KeySet(positive_key),), t, columns=symmetric, normalize=normalize)
@@ -113,7 +112,8 @@ def _check_embeddings(
     query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, symmetric: bool,
     in_batch_negatives: bool | None, target: Any, names: tuple[str, str],
 ) -> bool:  # fmt: skip
-    """Check the embeddings of `info_nce`; return whether in-batch keys are negatives."""
+    """Check the modes and embeddings of `info_nce`; return whether in-batch keys are negatives."""
+    checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
     key_embeddings(query, positive_key, negative_keys, negative_mode, target is not None, names[0])
     if symmetric and target is not None:
         raise ValueError(f"{names[1]}=True pairs query i with key i: it cannot be used with target")

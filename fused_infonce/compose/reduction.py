@@ -38,10 +38,10 @@ def reduced(
         _say_lonely()
     plan = None
     if isinstance(loss, str) and closed_form(problem, options, weight):
-        weighted_rows = weight is not None or not _every_row_counts(problem)
-        plan = plan_of(problem, options, reduced=True, weighted=weighted_rows)
+        even = weight is None and _every_row_counts(problem)
+        plan = plan_of(problem, options, reduced=True, weighted=not even)
         if plan.one_pass and not contrast.is_explaining():
-            w, aside = factors(problem, options, weight)
+            w, aside = factors(problem, options, weight, even)
             total = contrast.onepass(problem, plan, loss, w)
             if weight is not None:
                 _record(problem, weight)
@@ -80,7 +80,7 @@ def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: T
         plan = plan_of(problem, options, reduced=at_once, bias=bias)
         if not at_once:
             return reduced_rows(contrast.sigmoids(problem, plan, bias), problem, options, weight)
-        w, aside = factors(problem, options, weight)
+        w, aside = factors(problem, options, weight, weight is None and _every_row_counts(problem))
         return whole(contrast.sigmoids(problem, plan, bias, w), aside, options)
 
 
@@ -100,7 +100,7 @@ def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tenso
     if options.reduction == "none":
         rows = _counted(rows if weight is None else _times(weight, rows), problem)
         return rows if options.call is None else gather.rows(options.call, rows)
-    w, aside = factors(problem, options, weight)
+    w, aside = factors(problem, options, weight, weight is None and _every_row_counts(problem))
     return whole(_counted(_times(w, rows), problem).sum(), aside, options)
 
 
@@ -110,15 +110,16 @@ def _record(problem: Problem, weight: Tensor) -> None:
 
 
 def factors(
-    problem: Problem, options: Options, weight: Tensor | None
+    problem: Problem, options: Options, weight: Tensor | None, even: bool
 ) -> tuple[Tensor | float, Tensor | None]:  # fmt: skip
     """Return the factors of the rows' losses, (N,) or one for all, and what `whole` takes beside their sum.
 
-    Over several processes a mean divides after the sum, since the other ranks' weights are not known before.
+    even: whether all rows count, and with one weight. Over several processes a mean divides after the sum, since the
+    other ranks' weights are not known before.
     """
     if options.call is None:
-        return row_weights(problem, options.reduction, weight)
-    w, _ = row_weights(problem, "sum", weight)
+        return row_weights(problem, options.reduction, weight, even)
+    w, _ = row_weights(problem, "sum", weight, even)
     t = problem.temperature.values
     return w, t.new_full((), problem.query.rows.shape[0]) if isinstance(w, float) else w.sum()
 
@@ -158,11 +159,13 @@ def _every_row_counts(problem: Problem) -> bool:
     return len(target) > 0 and checks.values_are_free(target) and target.min().item() >= 0
 
 
-def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor | float, Tensor | None]:
+def row_weights(
+    problem: Problem, reduction: Reduction, weight: Tensor | None, even: bool
+) -> tuple[Tensor | float, Tensor | None]:  # fmt: skip
     """Return the factors of the rows' losses, (N,), or one for all; and where there may be no rows, whether a mean has
     none."""
     n = problem.query.rows.shape[0]
-    if weight is None and _every_row_counts(problem):
+    if even:
         if reduction == "sum":
             return 1.0, None
         none = problem.temperature.values.new_ones((), dtype=torch.bool) if n == 0 else None

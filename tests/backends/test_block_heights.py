@@ -82,7 +82,7 @@ def test_the_limit_of_a_gpu_is_a_part_of_its_memory(monkeypatch):
     monkeypatch.setattr(device, "_FACTS", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H200)
     gpu = torch.device("cuda", 0)
-    assert device.facts(gpu) == (132, H200.total_memory // 128)
+    assert device.facts(gpu) == ("cuda", 132, H200.total_memory // 128)
     assert Options().limit(gpu) == 1_171_875_000
     assert Options(workspace_limit=1 << 20).limit(gpu) == 1 << 20
     set_limit(monkeypatch, str(1 << 21))
