@@ -66,13 +66,13 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
     else:
         found = _without_graph(backend.statistics, own, plan)
     if problem.offset is not None:
-        found = _with_offset(found, problem.offset)
+        found = with_offset(found, problem.offset)
     if recordings.wanted:
         record(problem, [rows[:3] for rows in found if rows is not None])
     return found
 
 
-def _with_offset(found: Statistics, offset: Tensor) -> Statistics:
+def with_offset(found: Statistics, offset: Tensor) -> Statistics:
     """Return statistics whose positives have their biases."""
     rows, columns = found
     if columns is None:

@@ -34,6 +34,9 @@ class KeySet(NamedTuple):
     bias: c in nats, rows without their last dimension, accumulator dtype, contiguous; added to every logit in which the
         row is what a query is scored against, and to none in which it is the query. -inf leaves it out. None: 0. With
         `indices`, (N, H)
+    norm: (M, 1) in the accumulator dtype, what the rows have been divided by where they are unit rows already, of which
+        gradients are still those of the rows that they were made of. None: they are as they came. For a backend that
+        `takes_unit_rows`, with `Problem.normalize`, of shared keys
     indices: (N, H) int64; the keys that only query i is scored against are `rows[indices[i]]`. -1 is no key, and the
         logit of M is NaN. Not of the queries or the first set
     """
@@ -43,6 +46,7 @@ class KeySet(NamedTuple):
     guide: Tensor | None = None
     scale: Tensor | None = None
     bias: Tensor | None = None
+    norm: Tensor | None = None
     indices: Tensor | None = None
 
     @property
@@ -158,8 +162,9 @@ class Problem:
 
     @property
     def joint(self) -> bool:
-        """Return whether the scores are one matrix: every key of all sets against every query, and columns of one."""
-        if not self.in_batch or not self.keys[0].rows.shape[0]:
+        """Return whether the scores are those of one matrix of rows: every key of all sets, all of them as they came,
+        against every query, and columns of one."""
+        if not self.in_batch or not self.keys[0].rows.shape[0] or any(keys.norm is not None for keys in self.keys):
             return False
         return len(self.keys) == 1 or (not self.columns and not any(keys.paired for keys in self.keys[1:]))
 
@@ -334,6 +339,7 @@ class Backend(Protocol):
     gradient is returned, or None where it is not needed and its work is skipped; `wanted` ends with the temperature.
     """
 
+    takes_unit_rows: bool  # whether keys may come with `KeySet.norm`: it would hold unit rows of its own otherwise
     differentiable: bool  # whether autograd sees through `statistics` and `sigmoids`: nothing else is asked for then
 
     def unavailable(self, tensor: Tensor) -> str:

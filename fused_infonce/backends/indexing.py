@@ -14,6 +14,12 @@ def part_of(x: Any, rows: slice) -> Any:
     return x if whole else x[rows]
 
 
+def slices(n: int, step: int) -> list[slice]:
+    """Return slices of n rows, one after another, of at most `step` rows and at least one."""
+    step = max(step, 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def same_ids(rows: Tensor, columns: Tensor) -> Tensor:
     """Return (N, M) or (N, H): whether a row agrees with a column in any of its ids.
 

@@ -24,6 +24,7 @@ Tensors = Sequence[Tensor | None]
 class Recorded:
     """The backend of this name, called through operators."""
 
+    takes_unit_rows = False
     differentiable = False
 
     def __init__(self, name: str):

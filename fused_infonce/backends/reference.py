@@ -17,6 +17,7 @@ from .contract import EPS, LN2, KeySet, Problem, RowStatistics, Sigmoids, Statis
 from .ladder import Ladder, Profile, rounding
 from .plan import Plan
 
+takes_unit_rows = False
 differentiable = True
 
 

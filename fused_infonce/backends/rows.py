@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .contract import EPS
+from .contract import EPS, Backend, KeySet, Problem
+from .indexing import part_of, slices, take_rows
+
+FINISHED = 2**18  # components of gradients that a CPU finishes at a time, which lie in a second cache with their rows
 
 
 def norms(x: Tensor) -> Tensor:
@@ -51,6 +54,15 @@ class Rows:
         part = [x[rows] for x in self.tensors()]
         return Rows.made(part, self.norm is not None, self.scale is not None)
 
+    def units(self, part: slice) -> Tensor:
+        """Return some of the rows as the logits see them."""
+        unit: Tensor = part_of(self.unit, part)
+        return unit
+
+    def taken(self, index: Tensor) -> Tensor:
+        """Return the rows at these places as the logits see them."""
+        return take_rows(self.unit, index)
+
     def tensors(self) -> list[Tensor]:
         """Return the unit rows, and what `finish` needs beside them."""
         return [x for x in (self.unit, self.norm, self.scale) if x is not None]
@@ -68,5 +80,60 @@ class Rows:
         """
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
+        if grad.numel() > FINISHED and len(grad) > 1 and grad.device.type == "cpu":
+            for part in slices(len(grad), FINISHED * len(grad) // grad.numel()):
+                self[part].finish(grad[part])
+            return grad
         grad.addcmul_(self.unit, (grad * self.unit).sum(-1, True), value=-1)
         return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
+
+
+class RowsByPart:
+    """The rows of `Rows` of which a part is made whenever it is asked for, and none is held: x as it is, and norms.
+
+    step: how many rows are made at a time where all are gone through
+    """
+
+    def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype, step: int):
+        self.x, self.scale, self.acc = x, None if normalize else scale, acc
+        self.parts = slices(len(x), step)
+        self.norm = x.new_empty((len(x), 1), dtype=acc) if normalize else None
+        if self.norm is not None:
+            for part in self.parts:
+                self.norm[part] = norms(x[part].to(acc))
+
+    def __getitem__(self, part: slice) -> Rows:
+        if self.norm is None:
+            return Rows(self.x[part], False, None if self.scale is None else self.scale[part], self.acc)
+        x, norm = self.x[part], self.norm[part]
+        return Rows.made([x / norm if x.dtype == self.acc else x.to(self.acc).div_(norm), norm], True, False)
+
+    def units(self, part: slice) -> Tensor:
+        """Return some of the rows as the logits see them."""
+        return self[part].unit
+
+    def taken(self, index: Tensor) -> Tensor:
+        """Return the rows at these places as the logits see them."""
+        rows = take_rows(self.x, index).to(self.acc)  # a copy of rows, whatever their dtype
+        if self.norm is not None:
+            return rows.div_(take_rows(self.norm, index))
+        return rows if self.scale is None else rows.mul_(take_rows(self.scale, index)[:, None])
+
+    def longest(self) -> float:
+        """Return the largest norm among the rows as the logits see them."""
+        return max((self[part].longest() for part in self.parts), default=0.0)
+
+    def finish(self, grad: Tensor) -> Tensor:
+        """Turn the gradient of the rows as the logits see them into that of x, in place; see `Rows.finish`."""
+        for part in self.parts:
+            self[part].finish(grad[part])
+        return grad
+
+
+def as_held(keys: KeySet, problem: Problem, backend: Backend) -> KeySet:
+    """Return shared keys of a problem as a backend holds them: as unit rows where it takes such, else as they are."""
+    rows = keys.rows.detach()
+    if not (backend.takes_unit_rows and problem.normalize and rows.dtype == problem.acc_dtype):
+        return keys._replace(rows=rows)
+    unit, norm = Rows(rows, True, None, problem.acc_dtype).tensors()
+    return keys._replace(rows=unit, norm=norm)

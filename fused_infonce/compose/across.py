@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import contrast
+from .. import backends, contrast
 from ..backends import Options
 from ..backends.contract import KeySet, Problem, Statistics, Temperature
 from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.recording import recordings
 from ..backends.registry import resolve
+from ..backends.rows import as_held
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
 from ..distributed.gather import gather, handle
@@ -58,16 +59,19 @@ def across(
     own stay where they are. Without ranks the problem is returned as it is.
 
     alike: places among `problem.keys` of sets that are the same on all ranks, such as a queue. met: what `meet`
-        returned for this problem, if the ranks have met. lean: whether rows are only scored, so that 16-bit ones stay
-        so where they are gathered; else they come in float32, to have their gradients added before they are rounded.
+        returned for this problem, if the ranks have met. lean: whether rows are only scored, so that they come as the
+        backend holds them: 16-bit ones as they are, and others, where it takes them, as unit rows. Else 16-bit rows
+        come in float32, to have their gradients added before they are rounded.
     """
     call: Call | None = options.call
     if call is None:
         return problem, nullcontext()
     of_queries, of_keys, wanted, of_others = met or meet(problem, options, alike)
     wire = _wire(problem.query.rows)
-    lean = lean and wire == problem.query.rows.dtype and not problem.columns and not problem.self_similar
-    lean = lean and not torch.compiler.is_compiling() and resolve(options.backend, problem.query.rows) != "reference"
+    lean = lean and product_dtype(problem.query.rows) == problem.query.rows.dtype
+    lean = lean and not problem.columns and not problem.self_similar
+    backend = backends.get(resolve(options.backend, problem.query.rows))
+    lean = lean and not torch.compiler.is_compiling() and not backend.differentiable
     problem, context = widened(problem) if wire is not None and not lean else (problem, nullcontext())
     first, meets_first = problem.keys[0], problem.in_batch
     gathered = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
@@ -79,7 +83,9 @@ def across(
         for part, each in gathered:
             contrast.explain(_exchange(part.rows, each, options, gather=True))
     handles = _handles(problem, call, gathered) if lean else ()
-    found = gathered_sets(call, [(_detached(part), each) for part, each in gathered] if lean else gathered, wire)
+    if lean:
+        gathered = [(as_held(part, problem, backend), each) for part, each in gathered]
+    found = gathered_sets(call, gathered, wire)
     keys = list(problem.keys)
     for place in wanted:
         keys[place] = found.pop(0)
@@ -168,10 +174,6 @@ def _exchange(
         (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
         gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
-
-
-def _detached(keys: KeySet) -> KeySet:
-    return keys._replace(rows=keys.rows.detach())
 
 
 def _handles(

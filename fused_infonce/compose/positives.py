@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import Options
+from ..backends.indexing import slices
 from ..contrast import differentiable_once
 
 
@@ -52,9 +53,8 @@ class _Margins(torch.autograd.Function):
     def forward(ctx: Any, neg: Tensor, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, limit: int) -> Tensor:
         ctx.save_for_backward(x, y, rows, keys)
         margins = neg[rows]
-        step = max(1, limit // max(3 * x.shape[1] * x.element_size(), 1))  # for rows, keys and their products
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
+        step = limit // max(3 * x.shape[1] * x.element_size(), 1)  # for rows, keys and their products
+        for part in slices(len(rows), step):
             margins[part] -= torch.linalg.vecdot(x[rows[part]], y[keys[part]])
         return margins
 

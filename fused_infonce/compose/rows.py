@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.contract import EPS, KeySet, Problem, Temperature
-from ..backends.indexing import add_rows, add_uses, take_rows
+from ..backends.indexing import add_rows, add_uses, slices, take_rows
 from ..backends.precision import all_wide
 from ..backends.reference import unit_rows
 from ..backends.rows import norms
@@ -128,8 +128,7 @@ def sums_by_index(y: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 def _blocks(index: Tensor, d: int) -> list[slice]:
     """Return slices of the rows of index (N, H), so that those of length d at its places are TAKEN components."""
-    n, step = len(index), max(TAKEN // max(index.shape[1] * d, 1), 1)
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    return slices(len(index), TAKEN // max(index.shape[1] * d, 1))
 
 
 class _SumsByIndex(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import contrast
 from ..backends import Options
 from ..backends.contract import Problem
-from ..backends.indexing import part_of
+from ..backends.indexing import part_of, slices
 from ..backends.precision import each_once
 from .across import of_all
 from .rows import unit
@@ -29,8 +29,7 @@ class Teacher(NamedTuple):
         return self.rows.shape[1] if self.keys is None else len(self.keys)
 
     def parts(self) -> list[slice]:
-        n = len(self.rows)
-        return [slice(start, min(start + self.step, n)) for start in range(0, n, self.step)]
+        return slices(len(self.rows), self.step)
 
     def exponentials(self, part: slice) -> tuple[Tensor, Tensor]:
         """Return (R, M) e_ij = exp(z_ij - max_l z_il) of some rows, and where each has its maximum."""

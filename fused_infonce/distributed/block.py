@@ -16,20 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, contrast
 from ..backends import Options
-from ..backends.contract import LN2, KeySet, Problem, RowStatistics, Statistics, Upstream
+from ..backends.contract import LN2, Backend, KeySet, Problem, RowStatistics, Statistics, Upstream
 from ..backends.plan import Plan
 from ..backends.precision import without_autocast
 from ..backends.recording import record, recordings
 from ..backends.registry import plan_of, resolve
 from ..backends.row_losses import temperature_gradient
-from ..contrast import bind, differentiable_once, given, unscale
+from ..backends.rows import as_held
+from ..contrast import bind, differentiable_once, given, unscale, with_offset
 from .call import ROWS, Call
 from .communicator import Pending
 from .exchange import Exchange
@@ -41,7 +42,7 @@ def fits(problem: Problem, options: Options) -> bool:
     To be asked once the ranks have met, so that all say the same.
     """
     both = problem.columns or problem.self_similar or options.call.options.exchange == "stream"
-    alone = len(problem.keys) == 1 and problem.in_batch and not problem.added and problem.ceiling is None
+    alone = len(problem.keys) == 1 and problem.in_batch and not problem.biases and problem.ceiling is None
     targets = problem.target is None or problem.two_views
     one = problem.temperature.shared and options.call.temperatures != ROWS
     known = one and resolve(options.backend, problem.query.rows) != "reference"
@@ -54,25 +55,27 @@ def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statis
     problem: this rank's own, which `fits`.
     """
     widest = max(sum(part.counts) for part in exchange.parts)
-    plan = plan_of(_shapes(problem, widest), options, reduced=False)
+    plan = plan_of(_shapes(problem, widest, backends.get(resolve(options.backend, problem.query.rows))), options, False)
     if contrast.is_explaining():
         contrast.explain(exchange)
         contrast.explain(plan)
         return contrast.zeros(problem)
-    found = Statistics.of(
-        _Block.apply(problem, plan, options.call, exchange, problem.temperature.values, *problem.inputs)
-    )
+    own = problem if problem.offset is None else replace(problem, offset=None)
+    found = Statistics.of(_Block.apply(own, plan, options.call, exchange, own.temperature.values, *own.inputs))
+    if problem.offset is not None:
+        found = with_offset(found, problem.offset)
     if recordings.wanted:
         record(problem, [rows[:3] for rows in found if rows is not None], [sum(exchange.counts)] * 2)
     return found
 
 
-def _shapes(problem: Problem, columns: int) -> Problem:
+def _shapes(problem: Problem, columns: int, backend: Backend) -> Problem:
     """Return a problem of the shapes of a part, over rows without values of their own, for a plan."""
     key = problem.keys[0].rows
     rows = key[:1].expand(columns, -1) if len(key) else key.new_empty(0, key.shape[1])
+    keys = KeySet(rows, norm=as_held(KeySet(key[:1]), problem, backend).norm)
     return replace(
-        problem, keys=(KeySet(rows),), columns=_two_way(problem), self_similar=False, two_views=False, target=None
+        problem, keys=(keys,), offset=None, columns=_two_way(problem), self_similar=False, two_views=False, target=None
     )  # fmt: skip
 
 
@@ -81,40 +84,38 @@ def _two_way(problem: Problem) -> bool:
     return problem.columns or problem.self_similar
 
 
-class _Gathered(NamedTuple):
-    """The keys of all ranks in one part of the columns, on their way."""
-
-    rows: Pending
-    ids: Pending | None
-    scale: Pending | None
+Coming = list[Pending | None]  # the fields of the keys of all ranks in one part of the columns, on their way
 
 
 class _Columns:
     """The parts of the columns of a problem, whose keys are gathered one ahead of what is worked on."""
 
-    def __init__(self, own: Problem, call: Call, exchange: Exchange):
-        self.own, self.call, self.exchange = own, call, exchange
+    def __init__(self, own: Problem, call: Call, exchange: Exchange, backend: Backend):
+        self.own, self.call, self.exchange, self.backend = own, call, exchange, backend
         n, device = own.query.rows.shape[0], own.query.rows.device
         self.every = sum(exchange.counts)
         start = call.start(exchange.counts)
         self.place = torch.arange(start, start + n, device=device)  # of this rank's rows among all
         self.query = own.query._replace(ids=self.place) if own.self_similar else own.query
 
-    def begin(self, index: int) -> _Gathered:
-        part, key, gather = self.exchange.parts[index], self.own.keys[0], self.call.communicator.all_gather
-        ids, scale = (None if x is None else gather(x[part.own], part.counts) for x in (key.ids, key.scale))
-        return _Gathered(gather(key.rows[part.own], part.counts), ids, scale)
+    def begin(self, index: int) -> Coming:
+        part, gather = self.exchange.parts[index], self.call.communicator.all_gather
+        rows, *more = (None if x is None else x[part.own] for x in self.own.keys[0])
+        assert rows is not None
+        keys = as_held(KeySet(rows, *more), self.own, self.backend)
+        return [None if x is None else gather(x, part.counts) for x in keys]
 
-    def block(self, index: int, gathered: _Gathered) -> Problem:
+    def block(self, index: int, coming: Coming) -> Problem:
         """Return the problem of this rank's queries against the keys of a part, with both directions."""
         part, own = self.exchange.parts[index], self.own
-        ids = None if gathered.ids is None else gathered.ids()
+        rows, *more = (None if pending is None else pending() for pending in coming)
+        assert rows is not None
+        keys = KeySet(rows, *more)
         if own.self_similar:  # a row has the id of its place, so that it is not its own negative
             starts = [sum(self.exchange.counts[:rank]) + first for rank, first in enumerate(part.firsts)]
             spans = zip(starts, part.counts, strict=True)
             ids = torch.cat([torch.arange(start, start + n, device=self.place.device) for start, n in spans])
-        scale = None if gathered.scale is None else gathered.scale()
-        keys = KeySet(gathered.rows(), ids, scale=scale)
+            keys = keys._replace(ids=ids)
         row = torch.arange(len(self.place), device=self.place.device) if own.target is None else own.target
         inside = (row >= part.own.start) & (row < part.own.stop)
         target = torch.where(inside, row + (self.call.start(part.counts) - part.own.start), -1)
@@ -144,7 +145,7 @@ class _Block(torch.autograd.Function):
         own = bind(problem, temperature, inputs)
         backend, rows_parts, columns_parts, block = backends.get(plan.backend), [], [], None
         with without_autocast(inputs[0].device.type):
-            for part, block in zip(exchange.parts, _Columns(own, call, exchange).blocks(), strict=True):
+            for part, block in zip(exchange.parts, _Columns(own, call, exchange, backend).blocks(), strict=True):
                 found = backend.statistics(block if own.columns else block.of_rows(), plan)
                 rows_parts.append(found.rows)
                 if found.columns is not None:
@@ -182,7 +183,8 @@ class _Block(torch.autograd.Function):
         # the pair of rows i and y_i is both the positive of i and that of y_i
         twice = v + v[own.target] if own.self_similar else v
         with without_autocast(own.query.rows.device.type):
-            found = _gradients(ctx, _Columns(own, call, exchange).blocks(kept), rows, seen, twice, u)
+            columns_of = _Columns(own, call, exchange, backends.get(ctx.plan.backend))
+            found = _gradients(ctx, columns_of.blocks(kept), rows, seen, twice, u)
         of_query, of_key = unscale(own, found)
         dt = None
         if ctx.needs_input_grad[4]:

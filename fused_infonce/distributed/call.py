@@ -84,14 +84,15 @@ class Call:
     def counts(self, signature: str, values: str, sizes: Sequence[int], limit: int = 0) -> list[list[int]]:
         """Return the numbers of rows of all ranks, in rank order, for each of this rank's `sizes`.
 
-        signature, values: what must be the same on every rank; see `Distributed.check`. limit: this rank's workspace
+        signature: what must be the same on every rank. values: what must be so with check="values", but where rows have
+        temperatures of their own, which may be equal in a rank of one row. limit: this rank's workspace
         limit, of which `Call.limit` becomes the least: GPUs may differ, but not the parts of an exchange.
         """
         number, self.limit = self.begin(), limit
         check = self.options.check
         if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
-        signature = f"{self.noted}{signature} {self.options}" + (f" {values}" if check == "values" else "")
+        signature = f"{self.noted}{signature} {self.options}"
         own = limit * KINDS + self.temperatures
         said = preflight.agree(self.communicator, number, signature, [*sizes, own])
         kinds = [words[len(sizes)] % KINDS for words in said]
@@ -105,6 +106,8 @@ class Call:
                         f"rank {first}"
                     )
             self.temperatures = ROWS
+        elif check == "values":
+            preflight.compare(self.communicator, number, values)
         return [[words[i] for words in said] for i in range(len(sizes))]
 
     def begin(self) -> int:

@@ -30,11 +30,22 @@ def agree(communicator: Communicator, number: int, signature: str, sizes: Sequen
     if any(words[1] == FAILED for words in said):
         _raise_for_others(communicator, _texts(communicator, ""))
     if any(words[0] != number or words[2] != digest for words in said):
-        texts = _texts(communicator, f"call {number} of this process: {signature}")
-        first = texts[0]
-        different = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text != first]
-        raise ValueError("the ranks' calls differ. rank 0: " + "; ".join([first, *different]))
+        raise _difference(_texts(communicator, f"call {number} of this process: {signature}"))
     return [words[3 : 3 + len(sizes)] for words in said]
+
+
+def compare(communicator: Communicator, number: int, text: str) -> None:
+    """Raise a ValueError where a rank says another text of the call of this number than the first does."""
+    texts = _texts(communicator, f"call {number} of this process: {text}")
+    if any(other != texts[0] for other in texts):
+        raise _difference(texts)
+
+
+def _difference(texts: Sequence[str]) -> ValueError:
+    """Return the error of ranks that say other things of a call than the first, which are named."""
+    first, *others = texts
+    different = [f"rank {rank}: {text}" for rank, text in enumerate(others, 1) if text != first]
+    return ValueError("the ranks' calls differ. rank 0: " + "; ".join([first, *different]))
 
 
 def report(communicator: Communicator, number: int, error: BaseException) -> None:

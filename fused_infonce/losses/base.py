@@ -116,9 +116,9 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     @distributed.setter
     def distributed(self, value: DistributedLike) -> None:
-        self._over_processes = options_of(value) is not None  # or it refuses the value
-        self._distributed = value
-        self._choose_forward()
+        over_processes = options_of(value) is not None  # or it refuses the value
+        self._choose_forward(self._record, over_processes)
+        self._distributed, self._over_processes = value, over_processes
 
     @property
     def record(self) -> bool:
@@ -136,16 +136,23 @@ class ContrastiveLoss(HasTemperature, Explained):
     @record.setter
     def record(self, value: bool) -> None:
         checks.flags(record=value)
+        self._choose_forward(value, self._over_processes)
         self._record = value
-        self._choose_forward()
 
-    def _choose_forward(self) -> None:
+    def _choose_forward(self, record: bool, over_processes: bool) -> None:
         """Put the forward that the options ask for in place of the class's, which alone pays nothing for them."""
+        wanted = self._recording_forward if record else self._told_forward if over_processes else None
+        held = vars(self).get("forward")
+        if held is not None and getattr(held, "__func__", None) not in (OF_RECORD, OF_PROCESSES):
+            if wanted is not None:
+                raise RuntimeError(
+                    f"the forward of this {type(self).__name__} has been replaced, by {held!r}, which another would "
+                    "drop: set record and distributed before that"
+                )
+            return
         vars(self).pop("forward", None)
-        if self._record:
-            vars(self)["forward"] = self._recording_forward
-        elif self._over_processes:
-            vars(self)["forward"] = self._told_forward
+        if wanted is not None:
+            vars(self)["forward"] = wanted
 
     def _recording_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
@@ -169,7 +176,7 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     def _replicate_for_data_parallel(self) -> ContrastiveLoss:
         replica: ContrastiveLoss = super()._replicate_for_data_parallel()  # of `nn.DataParallel`
-        replica._choose_forward()  # that of the replica
+        replica._choose_forward(self._record, self._over_processes)  # that of the replica
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,6 +199,10 @@ class ContrastiveLoss(HasTemperature, Explained):
             if value is not parameter.default and value != parameter.default:
                 shown[name] = value
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+# What an object of a loss may have in place of its class's forward by its own doing.
+OF_RECORD, OF_PROCESSES = ContrastiveLoss._recording_forward, ContrastiveLoss._told_forward
 
 
 class PairLoss(ContrastiveLoss):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
-from ..backends.indexing import part_of
+from ..backends.indexing import part_of, slices
 from ..backends.precision import without_autocast
 from ..backends.row_losses import infonce, temperature_gradient
 from ..backends.rows import Rows
@@ -193,8 +193,7 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(query, passages, t, teacher)
         n, size = teacher.shape
         # unit rows, their gradients or squares, and some vectors
-        step = max(1, limit // max(size * (2 * query.shape[1] + 4) * t.element_size(), 1))
-        ctx.parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+        ctx.parts = slices(n, limit // max(size * (2 * query.shape[1] + 4) * t.element_size(), 1))
         ctx.offset, ctx.normalize = offset, normalize
         loss = t.new_zeros(n)
         with without_autocast(query.device.type):

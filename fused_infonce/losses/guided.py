@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
+from ..backends.indexing import slices
 from ..backends.precision import accumulator, all_wide, cast, product_dtype, statistics_dtype, without_autocast
 from ..backends.recording import record_together
 from ..backends.row_losses import infonce
@@ -175,10 +176,9 @@ def _rejected(query: Tensor, negatives: Tensor, ceiling: Tensor, limit: int) -> 
     rejected = torch.zeros((n, h), dtype=torch.bool, device=query.device)
     if contrast.is_explaining():
         return rejected
-    step = max(1, limit // max(6 * h * d * ceiling.element_size(), 1))  # for a copy, squares, unit rows
+    step = limit // max(6 * h * d * ceiling.element_size(), 1)  # for a copy, squares, unit rows
     with without_autocast(query.device.type):
-        for start in range(0, n, step):
-            rows = slice(start, start + step)
+        for rows in slices(n, step):
             x, y = unit(query[rows], True, ceiling.dtype), unit(negatives[rows], True, ceiling.dtype)
             rejected[rows] = torch.bmm(y, x[:, :, None])[..., 0] > ceiling[rows, None]
     return rejected

@@ -89,7 +89,8 @@ def received(call: Call, world: int, dtype: torch.dtype, backward: bool = True) 
 
 def expected(call: Call, world: int, dtype: torch.dtype) -> dict[str, int]:
     b, acc = dtype.itemsize, 8 if dtype == torch.float64 else 4
-    gathered = call.gathered * D * b + call.columns_gathered * acc + call.more_gathered + TOTAL
+    row = D * b + (acc if b == acc else 0)  # a unit row comes with its norm; one of 16 bits comes as it is
+    gathered = call.gathered * row + call.columns_gathered * acc + call.more_gathered + TOTAL
     scattered = call.scattered * D * acc + call.columns_scattered * acc
     return {name: (world - 1) * x for name, x in (("all_gather", gathered), ("reduce_scatter", scattered)) if x}
 
@@ -104,7 +105,7 @@ def test_bytes_are_those_of_the_formula(name: str, dtype: torch.dtype) -> None:
 
 
 def test_without_a_backward_no_gradient_travels() -> None:
-    want = {"all_gather": 3 * (N * D * 4 + TOTAL)}
+    want = {"all_gather": 3 * (N * (D + 1) * 4 + TOTAL)}
     assert received(CALLS["one direction"], 4, torch.float32, backward=False) == [want] * 4
 
 
@@ -118,4 +119,4 @@ def test_uneven_rows_are_those_of_the_other_ranks() -> None:
 
     for rank, found in enumerate(Loopback(3, 10).run(work)):
         others = sum(counts) - counts[rank]
-        assert found == {"all_gather": 4 * D * others + 2 * TOTAL, "reduce_scatter": 2 * 4 * D * counts[rank]}
+        assert found == {"all_gather": 4 * (D + 1) * others + 2 * TOTAL, "reduce_scatter": 2 * 4 * D * counts[rank]}

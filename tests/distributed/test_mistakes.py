@@ -245,6 +245,18 @@ def test_values_are_compared_where_that_is_asked_for() -> None:
         assert all(type(error) is ValueError and f"rank {GUILTY}" in str(error) for error in errors)
 
 
+def test_a_rank_of_one_row_has_a_temperature_of_its_own() -> None:
+    """Whose tensor has the shape of one temperature for all."""
+
+    def call(communicator: LoopbackCommunicator) -> None:
+        n = 1 + communicator.rank
+        query, key = torch.randn(2, n, 4)
+        t = torch.linspace(0.1, 0.2, n)
+        info_nce(query, key, temperature=t, distributed=Distributed(communicator, check="values"))
+
+    assert of_all(call) == [None] * WORLD
+
+
 def test_a_call_that_one_rank_alone_has_made_is_told_by_its_number() -> None:
     def call(communicator: LoopbackCommunicator) -> None:
         if communicator.rank == GUILTY:

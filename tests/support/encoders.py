@@ -94,3 +94,8 @@ def pair(dtype=torch.float64, n=150):
     models = Encoder(dtype), Encoder(dtype)
     rows = torch.randn(2, n, WIDTH, dtype=dtype)
     return list(zip(models, rows, strict=True)), [x for model in models for x in model.parameters()]
+
+
+def parameters_of(*modules):
+    """Return the parameters of all modules."""
+    return [x for module in modules for x in module.parameters()]

@@ -8,8 +8,19 @@ from .chunked import gradients, onepass, statistics
 from .profile import profile
 from .sigmoid import sigmoids
 
-__all__ = ["differentiable", "gradients", "kept_sizes", "onepass", "profile", "sigmoids", "statistics", "unavailable"]
+__all__ = [
+    "differentiable",
+    "gradients",
+    "kept_sizes",
+    "onepass",
+    "profile",
+    "sigmoids",
+    "statistics",
+    "takes_unit_rows",
+    "unavailable",
+]
 
+takes_unit_rows = True
 differentiable = False
 
 

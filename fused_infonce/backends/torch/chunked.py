@@ -48,7 +48,7 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
         return Statistics(rows)
     merged = [state for state in columns.values() if state is not None]
     whole = tuple(None if p[0] is None else torch.cat(p) for p in zip(*merged, strict=True)) if merged else None
-    return Statistics(rows, statistics_of(whole, rows.pos, len(work.key.rows.unit)))
+    return Statistics(rows, statistics_of(whole, rows.pos, len(problem.keys[0].rows)))
 
 
 def gradients(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..contract import KeySet, Problem
-from ..indexing import add_uses, same_ids, take_rows
-from ..rows import Rows, norms
+from ..indexing import add_uses, same_ids, slices, take_rows
+from ..rows import Rows, RowsByPart
 from .bias import Bias
 
 
@@ -42,12 +42,12 @@ class SharedKeys:
         self.guide = None if keys.guide is None else guide
         self.view = None if keys.guide is None else Rows(keys.guide, True, None, problem.acc_dtype).unit
         self.rejected: tuple[slice, slice, Tensor] | None = None  # of the tile that was last asked for
-        self.rows = Rows(keys.rows, problem.normalize, keys.scale, problem.acc_dtype)
-        self.grad = torch.zeros_like(self.rows.unit) if wanted else None
+        self.rows = _rows_of(keys, problem, step)
+        self.grad = torch.zeros_like(keys.rows, dtype=problem.acc_dtype) if wanted else None
+        self.parts = slices(len(keys.rows), step)
 
     def tiles(self) -> list[slice]:
-        m = self.rows.unit.shape[0]
-        return [slice(c, min(c + self.step, m)) for c in range(0, m, self.step)]
+        return self.parts
 
     def longest(self) -> float:
         return self.rows.longest()
@@ -58,7 +58,7 @@ class SharedKeys:
 
     def scores(self, x: Tensor, alpha: float, rows: slice, cols: slice, out: Tensor) -> Tensor:
         """Write `alpha x . y` into `out`."""
-        return out.addmm_(x, self.rows.unit[cols].T, beta=0, alpha=alpha)
+        return out.addmm_(x, self.rows.units(cols).T, beta=0, alpha=alpha)
 
     def exclude(self, tile: Tensor, value: float, rows: slice, cols: slice) -> None:
         """Write `value` where a column is no negative of its row."""
@@ -82,7 +82,7 @@ class SharedKeys:
     def add_gradients(self, w: Tensor, x: Tensor, rows: slice, cols: slice, grad_x: Tensor | None) -> None:
         """Add W y to the queries' gradient and W' x to the keys'."""
         if grad_x is not None:
-            grad_x.addmm_(w, self.rows.unit[cols])
+            grad_x.addmm_(w, self.rows.units(cols))
         if self.grad is not None:
             self.grad[cols].addmm_(w.T, x)
 
@@ -115,9 +115,8 @@ class PairedKeys:
 
     def blocks(self, rows: slice) -> list[tuple[slice, slice]]:
         """Return the blocks of some rows, each as a slice of these rows and as one of the problem's."""
-        starts = range(rows.start, rows.stop, self.block)
-        parts = [slice(start, min(start + self.block, rows.stop)) for start in starts]
-        return [(slice(part.start - rows.start, part.stop - rows.start), part) for part in parts]
+        local = slices(rows.stop - rows.start, self.block)
+        return [(part, slice(rows.start + part.start, rows.start + part.stop)) for part in local]
 
     def unit(self, part: slice) -> Rows:
         scale = None if self.keys.scale is None else self.keys.scale[part]
@@ -155,10 +154,8 @@ class IndexedKeys(PairedKeys):
         super().__init__(problem, keys, limit, None)
         assert keys.indices is not None
         self.indices, (self.size, d), acc = keys.indices, keys.rows.shape, problem.acc_dtype
-        self.table, self.ids, self.scale = _not_empty(keys.rows), _not_empty(keys.ids), _not_empty(keys.scale)
-        step = max(1, limit // max(4 * d * acc.itemsize, 1))
-        self.parts = [slice(start, start + step) for start in range(0, len(self.table), step)]
-        self.norm = torch.cat([norms(self.table[part].to(acc)) for part in self.parts]) if problem.normalize else None
+        self.ids, table, scale = _not_empty(keys.ids), _not_empty(keys.rows), _not_empty(keys.scale)
+        self.table = RowsByPart(table, problem.normalize, scale, acc, limit // max(4 * d * acc.itemsize, 1))
         self.whole = False  # whether every index is a row, as far as that is free to read
         if self.indices.device.type == "cpu" and self.indices.numel():
             least, most = torch.aminmax(self.indices)
@@ -168,24 +165,14 @@ class IndexedKeys(PairedKeys):
         self.grad = torch.zeros((rows, d), dtype=acc, device=self.indices.device) if dtype else None
 
     def longest(self) -> float:
-        return max(self.rows_of(part).longest() for part in self.parts)
-
-    def rows_of(self, part: slice) -> Rows:
-        """Return rows of the table as the logits see them."""
-        scale = None if self.scale is None else self.scale[part]
-        return Rows(self.table[part], self.problem.normalize, scale, self.problem.acc_dtype)
+        return self.table.longest()
 
     def places(self, rows: slice) -> Tensor:
         """Return the places of some queries' keys, (R H,), those of rows that are not there being any."""
-        return self.indices[rows].clamp(0, len(self.table) - 1).flatten()
+        return self.indices[rows].clamp(0, max(self.size - 1, 0)).flatten()
 
     def unit(self, part: slice) -> Rows:
-        index, places = self.indices[part], self.places(part)
-        rows = take_rows(self.table, places).to(self.problem.acc_dtype)
-        if self.norm is not None:
-            rows.div_(take_rows(self.norm, places))
-        elif self.scale is not None:
-            rows.mul_(take_rows(self.scale, places)[:, None])
+        index, rows = self.indices[part], self.table.taken(self.places(part))
         rows = rows.view(*index.shape, rows.shape[1])
         if not self.whole:
             rows.masked_fill_((index == -1)[..., None], 0).masked_fill_((index == self.size)[..., None], torch.nan)
@@ -210,12 +197,17 @@ class IndexedKeys(PairedKeys):
                 add_uses(self.grad, places, w[local], x[local])
 
     def finish(self, dtype: torch.dtype | None) -> Tensor | None:
-        if self.grad is None:
-            return None
-        grad = self.grad[: self.size]
-        for part in self.parts:
-            self.rows_of(part).finish(grad[part])
-        return grad.to(dtype)
+        return None if self.grad is None else self.table.finish(self.grad[: self.size]).to(dtype)
+
+
+def _rows_of(keys: KeySet, problem: Problem, step: int) -> Rows | RowsByPart:
+    """Return shared keys as the logits see them; 16-bit ones are widened a part at a time, and never held so."""
+    acc = problem.acc_dtype
+    if keys.norm is not None:
+        return Rows.made([keys.rows, keys.norm], True, False)
+    if keys.rows.dtype == acc:
+        return Rows(keys.rows, problem.normalize, keys.scale, acc)
+    return RowsByPart(keys.rows, problem.normalize, keys.scale, acc, step)
 
 
 def _not_empty(x: Tensor | None) -> Any:

@@ -23,16 +23,15 @@ from ..plan import Plan
 from ..row_losses import weighted
 from .work import FLOOR, Tile, Work
 
-# From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too; exp(z) still fits float32, so that
-# log1p(exp(z)) is the softplus of what is below.
-TOP = 80.0
+# From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too. The product of two exponentials of
+# what is below still fits float32.
+TOP = 40.0
 
 
 def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids:
     *inputs, of_temperature, of_bias = wanted
     work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
-    # Unshifted logits are up to 63, and in float64, whose exponentials go further, up to 624.
-    fits = not work.shift and work.device.type == "cpu" and bias.item() <= TOP / 8
+    fits = work.device.type == "cpu" and work.largest_logit + bias.item() <= TOP
     first, second = work.buffers(2)
     losses = torch.empty(work.n, dtype=work.acc, device=work.device)
     logits, slopes = (torch.empty_like(losses) if want else None for want in (of_temperature, of_bias))
@@ -51,11 +50,13 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
             z = _logits(tile, bias, first)
             if not fits:
                 value += _above(z, tile.shaped(second))
-            p = torch.sigmoid(z, out=tile.shaped(second)) if True in wanted else None
-            value += z.exp_().log1p_().sum(1)
-            if p is not None:
+            e = z.exp_()
+            if True in wanted:
+                p = torch.add(e, 1, out=tile.shaped(second))
+                torch.div(e, p, out=p)
                 slope = None if slope is None else slope.add_(p.sum(1))
                 tile.keys.add_gradients(p, scaled, chunk.rows, tile.cols, grad)
+            value += _log_sum(e)
         losses[chunk.rows] = value
         if grad is not None:
             grad.mul_(factor)
@@ -68,6 +69,16 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
             chunk.queries.finish(grad)
     grads = [grad_query, *work.finish([work.acc] * len(problem.keys))]
     return Sigmoids(losses, grads, logits, slopes)
+
+
+def _log_sum(e: Tensor) -> Tensor:
+    """Return sum_j log(1 + e_j), (R,), of (R, T) that are overwritten, by a logarithm for two of them: the logarithm of
+    (1 + a) (1 + b) = 1 + (a + b + a b)."""
+    half = e.shape[1] // 2
+    a, b, last = e.split([half, half, e.shape[1] - 2 * half], 1)
+    a.addcmul_(a, b).add_(b)
+    total = a.log1p_().sum(1)
+    return total if last.shape[1] == 0 else total + last[:, 0].log1p()
 
 
 def _logits(tile: Tile, bias: Tensor, out: Tensor) -> Tensor:

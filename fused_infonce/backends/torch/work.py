@@ -6,7 +6,9 @@ s = sum 2^(logit - m) logit over some columns; m is None, for 0, where every exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +81,7 @@ class Work:
         t = problem.temperature
         self.shared_t = t.shared
         self.inv_t: Scale = t.inverse if self.shared_t and self.device.type == "cpu" else t.values.reciprocal()
-        self.shift = plan.full or not (plan.bounded or self._fits_without_shift())
+        self.shift = plan.full or not (plan.bounded or self.largest_logit * LOG2E <= EXPONENT_ROOM[self.acc])
         self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out
         self.query_bias: Bias | None = None
         self.biases: list[Bias] = []  # aligned with `Problem.biases`
@@ -97,15 +99,16 @@ class Work:
         kind = PairedKeys if keys.indices is None else IndexedKeys
         return kind(self.problem, keys, self.plan.limit, dtype)
 
-    def _fits_without_shift(self) -> bool:
-        """Return whether every exponential fits by a bound that only the tensors give, which a CPU reads for free."""
+    @cached_property
+    def largest_logit(self) -> float:
+        """The size of the largest logit by a bound that only the tensors give, which a CPU reads for free; infinite
+        where reading them costs."""
         p = self.problem
         if self.device.type != "cpu" or not self.n or not self.sets:
-            return False
+            return math.inf
         longest = 1.0 if p.normalize else Rows(p.query.rows, False, p.query.scale, self.acc).longest()
         bound = longest * max(keys.longest() for keys in self.sets) / p.temperature.values.min().item()
-        bound += largest_bias(p.biases)
-        return bound * LOG2E <= EXPONENT_ROOM[self.acc]
+        return bound + largest_bias(p.biases)
 
     def chunks(self) -> Iterator[Chunk]:
         query = self.problem.query
@@ -236,13 +239,12 @@ class Work:
 
         Where the problem has no targets they are the chunk's own rows, all of them there.
         """
-        target, unit = self.problem.target, self.key.rows.unit
+        target, rows, m = self.problem.target, self.key.rows, len(self.problem.keys[0].rows)
         if target is None:
-            return None, part_of(unit, chunk.rows), None
+            return None, rows.units(chunk.rows), None
         target = target[chunk.rows]
-        m = unit.shape[0]
         index, inside = target.clamp(0, max(m - 1, 0)), (target >= 0) & (target < m)
-        return index, unit[index] if m else torch.zeros_like(chunk.queries.unit), inside
+        return index, rows.taken(index) if m else torch.zeros_like(chunk.queries.unit), inside
 
     def positives(self, chunk: Chunk) -> Tensor:
         """Return the (R,) logits of the targets."""

@@ -14,7 +14,9 @@ __all__ = [
     "profile",
     "sigmoids",
     "statistics",
+    "takes_unit_rows",
     "unavailable",
 ]
 
+takes_unit_rows = False
 differentiable = False

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..indexing import slices
 from ..plan import PRODUCT_SHARE, Plan
 from ..precision import accumulator
 from .coefficients import block_of, block_size, write_coefficients
@@ -71,10 +72,6 @@ def workspace(work: Work, plan: Plan, wanted: Sequence[bool], biases: dict[int, 
                 if wanted[other] and not (symmetric and cols.start == rows.start):
                     sums.add(other, keys, cols, c.T, query.rows[rows])
     return sums.of
-
-
-def slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 @cache

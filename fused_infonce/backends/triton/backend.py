@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..contract import LOG2E, OnePass, Problem, RowStatistics, Statistics, Upstream
-from ..indexing import part_of
+from ..indexing import part_of, slices
 from ..plan import Plan
 from ..row_losses import loss_and_slope
 from . import dense, launch, paired, tiles
-from .accumulate import Sums, slices, streaming, workspace
+from .accumulate import Sums, streaming, workspace
 from .coefficients import block_of, combine, write_exponentials, write_scores
 from .finish import Partners, finish, partners_by_target
 from .launch import Side

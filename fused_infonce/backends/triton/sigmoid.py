@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import LN2, Problem, Sigmoids
+from ..indexing import slices
 from ..plan import Plan
 from ..row_losses import weighted
-from .accumulate import Sums, slices
+from .accumulate import Sums
 from .backend import finished_sides, in_float16_range
 from .coefficients import block_of, block_size, write_sigmoids
 from .statistics import SLOTS
