@@ -1,9 +1,11 @@
-# Needs a Python >= 3.10 with pip; everything is installed into $(VENV), at the versions of constraints.txt.
+# Needs a Python >= 3.10 with pip; everything is installed into $(VENV), at the versions of $(CONSTRAINTS).
 # On Linux the default torch brings CUDA (gigabytes); for the CPU build:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON      ?= python3
 PIP_ARGS    ?=
 VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+LINT        ?= lint
 JOBS        ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
@@ -48,7 +50,7 @@ PHASES = failed=0; \
 	$(1) -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \
 	OMP_NUM_THREADS=1 $(1) -m "not serial" -n $(JOBS) --dist worksteal --durations 10 $(PYTEST_ARGS) || failed=1; \
 	exit $$failed
-test: lint $(VENV)/.peers ## ruff, mypy and all tests that need no GPU
+test: $(LINT) $(VENV)/.peers $(VENV)/.site ## ruff, mypy and all tests that need no GPU
 	@$(call PHASES,$(TEST))
 
 test-compat: $(VENV)/.libraries $(VENV)/.peers $(VENV)/.site ## every drop-in against its library, at the versions of constraints.txt
@@ -102,7 +104,7 @@ CARRIED = pytest iniconfig packaging pluggy pygments pytest-benchmark py-cpuinfo
 CARRIED_FOR = --python-version 3.12 --platform manylinux2014_x86_64
 wheels: ## collect wheels for a GPU without a network into .wheels/ (CARRIED_FOR="--python-version 3.12 ...")
 	rm -rf $(WHEELS)
-	$(PYTHON) -m pip --disable-pip-version-check download --quiet $(PIP_ARGS) -c constraints.txt --no-deps \
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps \
 	--only-binary :all: $(CARRIED_FOR) -d $(WHEELS) $(CARRIED)
 
 # Under 10 minutes, each part with its own share of seconds; a failure in one keeps no other from running. PYTEST_ARGS are
@@ -153,23 +155,23 @@ $(VENV)/.made:
 
 # Editable through setuptools' import hook, which shows new files at once and finds the kernels in the repository's root too.
 # Type checkers see nothing of it: they resolve a plain install, or an editable one with --config-settings editable_mode=strict.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.made
-	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[$*]'
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) setuptools
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-build-isolation -e '.[$*]'
 	touch $@
 
 # Only their losses are used, and these need nothing of what the packages depend on, or of FlagEmbedding little.
-$(VENV)/.peers: constraints.txt | $(VENV)/.made
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps open_clip_torch lightly
+$(VENV)/.peers: $(CONSTRAINTS) | $(VENV)/.made
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps open_clip_torch lightly
 	touch $@
 
 # Only its data are read, and these need nothing of what the package depends on.
-$(VENV)/.recommender: constraints.txt | $(VENV)/.installed-demo
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps recbole
+$(VENV)/.recommender: $(CONSTRAINTS) | $(VENV)/.installed-demo
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps recbole
 	touch $@
 
-$(VENV)/.libraries: constraints.txt | $(VENV)/.installed-compat-trainers
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps FlagEmbedding libauc
+$(VENV)/.libraries: $(CONSTRAINTS) | $(VENV)/.installed-compat-trainers
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps FlagEmbedding libauc
 	touch $@
 
 # A plain install, as from a wheel; build/lib would keep modules that are gone.

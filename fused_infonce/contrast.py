@@ -180,8 +180,9 @@ def unscale(problem: Problem, grads: Sequence[Tensor | None]) -> list[Tensor | N
     scales = [keys.scale for keys in problem.sets]
     if scales.count(None) == len(scales):
         return list(grads)
-    rows = [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(grads, scales, strict=False)]
-    return [*rows, *grads[len(rows) :]]  # biases after them
+    rows, biases = grads[: len(scales)], grads[len(scales) :]
+    rows = [g if g is None or s is None else g.div_(s[..., None]) for g, s in zip(rows, scales, strict=True)]
+    return [*rows, *biases]
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,7 +275,7 @@ class _OnePass(torch.autograd.Function):
             tensors = problem.tensors()
             ctx.plan, ctx.product_dtype = plan, bound.query.rows.dtype
             ctx.flags, ctx.end = problem.flags, len(inputs) + len(tensors)
-            ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted, strict=False)]
+            ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted[:rows], strict=True)]
             ctx.save_for_backward(dt, *result.inputs, *tensors, *result.kept)
         else:
             grads = result.inputs if plan.as_is else unscale(bound, result.inputs)
@@ -350,12 +351,13 @@ def _of_backward(problem: Problem, wanted: Sequence[bool]) -> Problem:
     first, *others = problem.keys
     if not others:
         return problem
-    keys = [x if want else _without_rows(x) for x, want in zip(others, wanted[2:], strict=False)]
+    of_others = zip(others, wanted[2 : len(problem.sets)], strict=True)
+    keys = [x if want else _without_rows(x) for x, want in of_others]
     return replace(problem, keys=(first, *keys))
 
 
 def _without_rows(keys: KeySet) -> KeySet:
-    indices = None if keys.indices is None else keys.indices.new_empty((0, keys.columns))
+    indices = None if keys.indices is None else keys.indices.new_empty((0, keys.columns()))
     return KeySet(keys.rows.new_empty((0, *keys.rows.shape[1:])), indices=indices)
 
 

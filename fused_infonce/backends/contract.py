@@ -21,6 +21,7 @@ LOG2E = math.log2(math.e)  # logits are held in base 2 on both backends, because
 LN2 = math.log(2)
 
 
+# A NamedTuple has methods and no properties: the compiler of PyTorch 2.9 knows none of them.
 class KeySet(NamedTuple):
     """One set of embeddings with everything that belongs to its rows. The queries are one too: see `Problem.swapped`.
 
@@ -49,12 +50,10 @@ class KeySet(NamedTuple):
     norm: Tensor | None = None
     indices: Tensor | None = None
 
-    @property
-    def paired(self) -> bool:
+    def is_paired(self) -> bool:
         """Return whether every query has keys of its own."""
         return self.indices is not None or self.rows.dim() == 3
 
-    @property
     def columns(self) -> int:
         """Return the number of keys that a query is scored against."""
         return self.rows.shape[-2] if self.indices is None else self.indices.shape[1]
@@ -166,7 +165,7 @@ class Problem:
         against every query, and columns of one."""
         if not self.in_batch or not self.keys[0].rows.shape[0] or any(keys.norm is not None for keys in self.keys):
             return False
-        return len(self.keys) == 1 or (not self.columns and not any(keys.paired for keys in self.keys[1:]))
+        return len(self.keys) == 1 or (not self.columns and not any(keys.is_paired() for keys in self.keys[1:]))
 
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
@@ -200,7 +199,7 @@ class Problem:
     def shape(self) -> tuple[Any, ...]:
         """Return the flags, and the shapes of all tensors, None for what is not there: what a plan depends on."""
         found: list[Any] = [self.in_batch, self.columns, self.normalize, self.self_similar, self.two_views]
-        found.append(self.temperature.shared)
+        found.append(self.temperature.is_shared())
         rest = (None if self.two_views else self.target, self.ceiling, self.offset)
         for tensors in (*self.sets, rest):
             for x in tensors:

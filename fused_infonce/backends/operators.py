@@ -51,7 +51,7 @@ class Recorded:
         value, logits, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
         rows, added = len(problem.inputs), len(problem.added)
         grads, more, kept = rest[:rows], rest[rows : rows + added], rest[rows + added :]
-        there = _summed(problem, wanted, bool(kept))
+        there = _summed(problem, wanted, len(kept) > 0)
         biases = _none_if_empty(more[: len(problem.biases)], wanted[rows:-1])
         offset = None if problem.offset is None else more[-1]
         logits = logits if wanted[-1] else None
@@ -87,7 +87,8 @@ def flatten(problem: Problem, plan: Plan) -> tuple[Any, ...]:
 
 def _summed(problem: Problem, wanted: Sequence[bool], unfinished: bool) -> list[bool]:
     """Return which inputs `onepass` returns a gradient or, where these are unfinished, a sum of."""
-    return [w and not (unfinished and s.paired) for s, w in zip(problem.sets, wanted, strict=False)]
+    of_sets = zip(problem.sets, wanted[: len(problem.sets)], strict=True)
+    return [w and not (unfinished and s.is_paired()) for s, w in of_sets]
 
 
 def _as_tensor(weight: Tensor | float, problem: Problem) -> Tensor:
@@ -219,7 +220,7 @@ def sigmoids(
 ) -> list[Tensor]:  # fmt: skip
     problem = Problem.of(tensors, *flags)
     result = load(backend).sigmoids(problem, _plan(plan, sizes), bias, _as_given(weight, problem), wanted)
-    grads = [g if want else None for g, want in zip(result.inputs, wanted, strict=False)]
+    grads = [g if want else None for g, want in zip(result.inputs, wanted[:-2], strict=True)]
     return _or_empty(_apart([result.losses, result.logits, result.bias, *grads]), problem.temperature.values)
 
 
@@ -236,7 +237,8 @@ def _(
 
 def _like_inputs(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:
     """Return the gradients of the inputs and, where `dtypes` has them too, of the biases."""
+    inputs = (*problem.inputs, *problem.biases)[: len(dtypes)]
     return [
         problem.temperature.values.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
-        for x, dtype in zip((*problem.inputs, *problem.biases), dtypes, strict=False)
+        for x, dtype in zip(inputs, dtypes, strict=True)
     ]

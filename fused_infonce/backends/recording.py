@@ -79,8 +79,8 @@ def record(problem: Problem, parts: Parts, keys: Sequence[int] = ()) -> None:
     """Note the rows and columns of a problem; keys: how many each direction is scored against, where not its own."""
     temperature = problem.temperature.values.detach().clone()  # an optimizer may step the user's tensor in place
     used = problem.keys if problem.in_batch else problem.keys[1:]
-    keys = keys or (sum(each.columns for each in used), problem.query.rows.shape[0])
-    for i, (part, count) in enumerate(zip(parts, keys, strict=False)):
+    keys = keys or (sum(each.columns() for each in used), problem.query.rows.shape[0])
+    for i, (part, count) in enumerate(zip(parts, keys[: len(parts)], strict=True)):
         pos, neg, mean = (x.detach() for x in part)
         target = None if i > 0 or problem.every_row_counts else problem.target  # a column is a row's target
         counted = torch.ones_like(neg, dtype=torch.bool) if target is None else target >= 0

@@ -126,7 +126,7 @@ def _positives(logits: Tensor, target: Tensor) -> Tensor:
 def _left_out(problem: Problem, index: int, target: Tensor) -> Tensor:
     """Return (N, M) or (N, H): which keys of the set with this index are no negatives."""
     query, keys = problem.query, problem.keys[index]
-    n, m = len(query.rows), keys.columns
+    n, m = len(query.rows), keys.columns()
     out = torch.zeros(n, m, dtype=torch.bool, device=query.rows.device)
     row, column = (torch.arange(k, device=out.device) for k in (n, m))
     if index == 0:

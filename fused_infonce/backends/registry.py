@@ -170,14 +170,14 @@ def _chosen(
 ) -> Plan:  # fmt: skip
     """Return the plan of a problem, of which it depends on the shape alone."""
     n, d = problem.query.rows.shape
-    m = sum(keys.columns for keys in (problem.keys if problem.in_batch else problem.keys[1:]))
+    m = sum(keys.columns() for keys in (problem.keys if problem.in_batch else problem.keys[1:]))
     return choose(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
         acc_itemsize=accumulator(dtype).itemsize, gradients=gradients, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
-        plain=problem.plain and not weighted, per_row=not problem.temperature.shared, biased=len(problem.added) > 0,
-        bounded=bounded, guided=problem.ceiling is not None, limit=limit, full=full, mean=full or of_t or record,
-        record=record, as_is=as_is, joint=problem.joint, pairwise=pairwise,
+        plain=problem.plain and not weighted, per_row=not problem.temperature.is_shared(),
+        biased=len(problem.added) > 0, bounded=bounded, guided=problem.ceiling is not None, limit=limit, full=full,
+        mean=full or of_t or record, record=record, as_is=as_is, joint=problem.joint, pairwise=pairwise,
         processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 

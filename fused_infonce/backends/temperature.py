@@ -34,8 +34,8 @@ class Temperature:
         assert self.lowest is not None
         return self.lowest
 
-    @property
-    def shared(self) -> bool:
+    def is_shared(self) -> bool:
+        """Return whether all rows have one temperature."""
         return self.given is None or self.given.shape[0] == 1
 
     @property

@@ -39,7 +39,7 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
     alike: as in `across`.
     """
     call: Call = options.call
-    places = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.paired and place not in alike]
+    places = [place for place, keys in enumerate(problem.keys[1:], 1) if not keys.is_paired() and place not in alike]
     sets = [problem.query, problem.keys[0], *(problem.keys[place] for place in places)]
     call.noted += "".join(f" {len(problem.keys[place].rows)} rows that all ranks have;" for place in alike)
     queries, keys, *others = call.counts(
@@ -131,7 +131,7 @@ def all_rows(
     described = "; ".join(map(_described, sets))
     (call.keys,) = call.counts(
         f"{described} {more} {options.reduction!r}",
-        f"temperature {temperature.lowest if temperature.shared else None}",
+        f"temperature {temperature.lowest if temperature.is_shared() else None}",
         [len(sets[0].rows)],
     )
     return [sets[0], *gathered_sets(call, [(keys, call.keys) for keys in sets[1:]], wire)], context
@@ -252,4 +252,4 @@ def _described(keys: KeySet) -> str:
 
 
 def _value(temperature: Temperature) -> str:
-    return f"temperature {temperature.lowest}" if temperature.shared else ""
+    return f"temperature {temperature.lowest}" if temperature.is_shared() else ""

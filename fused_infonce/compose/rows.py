@@ -191,7 +191,7 @@ def negative_sums(problem: Problem, sets: Sequence[Tensor]) -> tuple[Tensor, Ten
     total, count = first.new_zeros(n, first.shape[-1]), torch.zeros(n, dtype=torch.int64, device=device)
     for keys, y in [*zip(problem.keys, sets, strict=True)][0 if problem.in_batch else 1 :]:
         ids = None if row_ids is None else keys.ids
-        if keys.paired:
+        if keys.is_paired():
             own, times = _own_sums(keys, y, row_ids)
             total, count = total + own, count + times
             continue

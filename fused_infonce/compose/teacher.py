@@ -24,7 +24,6 @@ class Teacher(NamedTuple):
     t: Tensor  # (1,) or (N,), in the dtype of the logits
     step: int  # how many rows at a time
 
-    @property
     def width(self) -> int:
         return self.rows.shape[1] if self.keys is None else len(self.keys)
 
@@ -71,7 +70,7 @@ def directions_of(
             scored = (sides[0].T if found else sides[0]), None
         of_rows = Teacher(*scored, t.to(dtype), 1)
         # the logits of a row, before and after their division, and the terms of its entropy
-        step = max(1, limit // max(3 * of_rows.width * dtype.itemsize, 1))
+        step = max(1, limit // max(3 * of_rows.width() * dtype.itemsize, 1))
         found.append((of_rows._replace(step=step), (next(units), next(units)), part.target))
     return found
 
@@ -142,7 +141,7 @@ class _SoftTargets(torch.autograd.Function):
     def backward(ctx: Any, _others: Any, upstream: Tensor, *_: Any) -> Any:
         rows, keys, t, pivot = ctx.saved_tensors
         teacher = Teacher(rows, keys, t, ctx.step)
-        grad = upstream.new_zeros(teacher.width, upstream.shape[1])
+        grad = upstream.new_zeros(teacher.width(), upstream.shape[1])
         for part in teacher.parts():
             e = teacher.exponentials(part)[0]
             total = e.sum(1, keepdim=True)

@@ -44,7 +44,7 @@ def fits(problem: Problem, options: Options) -> bool:
     both = problem.columns or problem.self_similar or options.call.options.exchange == "stream"
     alone = len(problem.keys) == 1 and problem.in_batch and not problem.biases and problem.ceiling is None
     targets = problem.target is None or problem.two_views
-    one = problem.temperature.shared and options.call.temperatures != ROWS
+    one = problem.temperature.is_shared() and options.call.temperatures != ROWS
     known = one and resolve(options.backend, problem.query.rows) != "reference"
     return both and alone and targets and known and not torch.compiler.is_compiling()
 

@@ -226,7 +226,8 @@ def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwarg
     if options is None:
         return loss(*args, **kwargs | {"distributed": False})
     call = Call(communicator_of(options.group, options.check == "none"), options)
-    given = {**dict(zip(defaults, args, strict=False)), **kwargs}
+    names = [*defaults][: len(args)]
+    given = {**dict(zip(names, args[: len(names)], strict=True)), **kwargs}
     try:
         call.noted = f"{loss.__name__}({_said(given, defaults)}); "
         return loss(*args, **kwargs | {"distributed": call})
@@ -269,8 +270,8 @@ def _said(given: dict[str, Any], defaults: dict[str, Any]) -> str:
         value, default = given[name], defaults[name]
         if default is None and isinstance(value, Tensor):
             said.append(name)
-        if isinstance(value, str | int | float) and value != default:
+        if isinstance(value, (str, int, float)) and value != default:
             said.append(f"{name}={float(value) if isinstance(value, int) else value!r}")  # 1 is 1.0 and True
-        elif isinstance(value, tuple | list | set | frozenset) and value and all(isinstance(x, str) for x in value):
+        elif isinstance(value, (tuple, list, set, frozenset)) and value and all(isinstance(x, str) for x in value):
             said.append(f"{name}={sorted(value)}")
     return ", ".join(said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -107,7 +107,8 @@ class GroupCommunicator:
             return group
         if self._host is None:
             ranks = dist.get_process_group_ranks(group)
-            self._host = dist.new_group(ranks, backend="gloo", timeout=_timeout(group), use_local_synchronization=True)
+            made = dist.new_group(ranks, backend="gloo", timeout=_timeout(group), use_local_synchronization=True)
+            self._host = cast(dist.ProcessGroup, made)  # for this process is one of them
         return self._host
 
 

@@ -138,7 +138,7 @@ def multiple_negatives(
         if partition == "per_direction":
             each = [pos, pos if added is None else pos - added]
             return reduced_mean(
-                torch.stack([infonce(neg - p) for neg, p in zip(negs, each, strict=False)]).mean(0), options
+                torch.stack([infonce(neg - p) for neg, p in zip(negs, each[: len(negs)], strict=True)]).mean(0), options
             )
         record_together()
         # With doc_to_query the sum holds the positive twice: log(k + exp(x)) = log k + log(1 + exp(x - log k)).

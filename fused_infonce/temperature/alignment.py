@@ -58,7 +58,7 @@ def alignment_temperature(
     if options.call is not None:
         options.call.counts(f"pairs of {problem.acc_dtype}", f"alpha {alpha} {threshold}", [len(query)])
     t = aligned(problem, options, alpha, threshold)
-    return t.values[0] if t.shared else t.values
+    return t.values[0] if t.is_shared() else t.values
 
 
 def check_alignment(alpha: float, threshold: float) -> None:

@@ -12,7 +12,7 @@ if not INTERPRETED:  # which kernels that are compiled must not see
 interpreter = pytest.importorskip("support.interpreter", reason="triton is not installed", exc_type=ImportError)
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(not interpreter.KNOWN, reason="of Triton 3.7; other releases are left as they are"),
+    pytest.mark.skipif(not interpreter.KNOWN, reason="of Triton 3.7 and 3.8; other releases are left as they are"),
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WIDE = {name: values[-1] for name, values in FACTORS.items()} | {"negatives": "paired", "ids": "keys"}

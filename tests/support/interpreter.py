@@ -24,7 +24,7 @@ from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-KNOWN = triton.__version__.startswith("3.7.")  # other releases are left as they are, but for what a launch prepares
+KNOWN = triton.__version__.startswith(("3.7.", "3.8."))  # others are left as they are, but for what a launch prepares
 Plain = tuple[int, ...]
 
 
@@ -98,7 +98,8 @@ NEW_TYPE, NEW_TENSOR = tl.block_type.__init__, tl.tensor.__init__
 NUMPY_TYPE, SCALAR_CONSTANT = interpreter._get_np_dtype, TritonSemantic.scalar_constant
 CHECK, BROADCAST = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
 COMPARE, COMPARE_BLOCKS = tl.dtype.__eq__, tl.block_type.__eq__
-TO_IR, LIMITED = tl.block_type.to_ir, interpreter.TensorHandle.__post_init__
+TO_IR = tl.block_type.to_ir
+LIMITED = getattr(interpreter.TensorHandle, "__post_init__", None)  # Triton 3.5 has none
 
 block_types: dict[Any, tl.block_type] = {}
 numpy_types: dict[str, np.dtype] = {}

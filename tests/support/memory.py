@@ -45,6 +45,6 @@ class PeakMemory(TorchDispatchMode):
                 self.largest = max(self.largest, storage.nbytes())
                 weakref.finalize(storage, self.forget, key)
         if self.now > self.peak:
-            gc.collect(1)  # of what is young, which is where cycles of a call are
+            gc.collect()  # of what is younger than `freeze`, which is where cycles of a call are
             self.peak = max(self.peak, self.now)
         return out

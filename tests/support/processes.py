@@ -34,8 +34,8 @@ def in_processes(
     """Run worker(rank), a function of a test module, in each of `world` processes, and fail if one does.
 
     limit: seconds after which all are killed and the test fails. timeout: seconds that a collective waits for the other
-    ranks. strict: warnings of what is deprecated are errors. leave: a process ends when its worker does; else it waits
-    for the others, which may still read from it.
+    ranks. strict: warnings of what is deprecated are errors, but for those of Triton's own lines. leave: a process ends
+    when its worker does; else it waits for the others, which may still read from it.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     given = worker.__code__.co_filename, worker.__name__, str(folder / f"store-{worker.__name__}"), world, timeout
@@ -64,6 +64,7 @@ def _process(
         if strict:
             for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
                 warnings.simplefilter("error", category)
+            warnings.filterwarnings("default", category=DeprecationWarning, module="triton")
         worker(rank)
     if not leave:
         dist.barrier()  # a process that leaves while the other still reads from it fails that one

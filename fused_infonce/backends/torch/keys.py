@@ -96,13 +96,13 @@ class PairedKeys:
     def __init__(self, problem: Problem, keys: KeySet, limit: int, dtype: torch.dtype | None):
         self.problem, self.keys = problem, keys
         self.bias: Bias | None = None
-        n, h, d = len(problem.query.rows), keys.columns, keys.rows.shape[-1]
+        n, h, d = len(problem.query.rows), keys.columns(), keys.rows.shape[-1]
         self.every = slice(0, n)
         self.block = max(1, limit // max(4 * h * d * problem.acc_dtype.itemsize, 1))
         self.grad = torch.empty(keys.rows.shape, dtype=dtype, device=keys.rows.device) if dtype else None
 
     def tiles(self) -> list[slice]:
-        h = self.keys.columns
+        h = self.keys.columns()
         return [slice(0, h)] if h else []
 
     def longest(self) -> float:

@@ -72,14 +72,14 @@ class Work:
         self.key = SharedKeys(problem, first, plan.cols, wanted is not None, guide, targets=True)
         self.others: list[Keys] = [
             self.own_keys(keys, dtype)
-            if keys.paired
+            if keys.is_paired()
             else SharedKeys(problem, keys, plan.cols, dtype is not None, guide)
             for keys, dtype in zip(others, rest, strict=True)
         ]
         self.sets: list[Keys] = [*([self.key] if problem.in_batch else []), *self.others]
         self.columns = [(keys, cols) for keys in self.sets for cols in keys.tiles()]
         t = problem.temperature
-        self.shared_t = t.shared
+        self.shared_t = t.is_shared()
         self.inv_t: Scale = t.inverse if self.shared_t and self.device.type == "cpu" else t.values.reciprocal()
         self.shift = plan.full or not (plan.bounded or self.largest_logit * LOG2E <= EXPONENT_ROOM[self.acc])
         self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out

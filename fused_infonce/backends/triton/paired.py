@@ -31,7 +31,6 @@ class Paired(NamedTuple):
     bias: Tensor | None = None  # in base 2; None: 0
     indices: Tensor | None = None  # (N, H), contiguous
 
-    @property
     def columns(self) -> int:
         return self.rows.shape[1] if self.indices is None else self.indices.shape[1]
 
@@ -40,7 +39,7 @@ class Paired(NamedTuple):
         looked_up = self.indices is not None
         return {
             "D_ptr": self.dots, "B_ptr": self.inverse, "INDEX_ptr": self.indices, "size_q": n,
-            "size_k": self.rows.shape[0] if looked_up else None, "H": self.columns,
+            "size_k": self.rows.shape[0] if looked_up else None, "H": self.columns(),
         }  # fmt: skip
 
     def row_arguments(self) -> dict[str, Any]:
@@ -56,7 +55,7 @@ class Paired(NamedTuple):
         return {"C_ptr": self.bias, "A_ptr": x.inverse, "S_ptr": x.scale, **ids, **self.arguments(len(x))}
 
     def tile(self) -> tuple[int, int, int]:
-        return tiles.paired_tile(tiles.architecture(self.rows.device), self.columns, self.rows.shape[-1])
+        return tiles.paired_tile(tiles.architecture(self.rows.device), self.columns(), self.rows.shape[-1])
 
 
 def paired_keys(q: Tensor, keys: KeySet, normalize: bool) -> Paired:
@@ -64,7 +63,7 @@ def paired_keys(q: Tensor, keys: KeySet, normalize: bool) -> Paired:
 
     The norms of a table are made before, once a row.
     """
-    n, h = q.shape[0], keys.columns
+    n, h = q.shape[0], keys.columns()
     k, indices, inverse = contiguous_rows(keys.rows), contiguous(keys.indices), contiguous(keys.scale)
     if normalize:
         inverse = vector(q, n * h) if indices is None else inverse_norms(k)
@@ -104,7 +103,7 @@ def paired_gradient(
     if dtype is not None and keys.indices is None:
         dk = torch.empty(keys.rows.shape, dtype=dtype, device=q.device)
     elif dtype is not None:
-        v = vector(q, n * keys.columns)
+        v = vector(q, n * keys.columns())
     block_m, block_h, block_d = keys.tile()
     run(
         paired_gradient_kernel, (cdiv(n, block_m), cdiv(d, block_d)),
@@ -120,5 +119,5 @@ def table_gradient(x: Side, keys: Paired, v: Tensor, normalize: bool, dtype: tor
     """Return the gradient of a table's rows: of row m the sum of b_m v_ih q_i over its uses, projected."""
     assert keys.indices is not None
     table = Side(keys.rows, keys.inverse, zero_row=keys.zero_row)
-    uses = partners_by_target(Side(x.rows, None), v, None, keys.indices.flatten(), len(table), keys.columns)
+    uses = partners_by_target(Side(x.rows, None), v, None, keys.indices.flatten(), len(table), keys.columns())
     return finish(None, table, keys.rows.shape[1], normalize, uses, None, dtype)

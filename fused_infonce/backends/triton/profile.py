@@ -77,7 +77,7 @@ def paired_sums(x: Side, keys: Paired, inverse: Tensor, low: Tensor, high: Tenso
     """Return the sums and counts of rows x over keys of their own, whose products (N, H) are in memory."""
     if keys.indices is not None:
         raise ValueError("keys by their places in a table have no kernel for sweeps: pass backend='torch'")
-    d = keys.dots.view(len(x), keys.columns)
+    d = keys.dots.view(len(x), keys.columns())
     if keys.inverse is not None:
         d = d * keys.inverse.view_as(d)
     if x.inverse is not None:

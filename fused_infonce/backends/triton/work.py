@@ -47,7 +47,7 @@ def unshifted(problem: Problem, plan: Plan) -> bool:
     Paired keys always have one, and a guide needs one, because a pair that one tile's rounding leaves out and another's
     does not has a probability that only a maximum bounds.
     """
-    shared = problem.temperature.shared and not any(keys.paired for keys in problem.keys)
+    shared = problem.temperature.is_shared() and not any(keys.is_paired() for keys in problem.keys)
     return plan.bounded and not plan.full and problem.ceiling is None and shared and not problem.biases
 
 
@@ -76,7 +76,7 @@ def prepare(
         key, _ = side(first, normalize)
     shared, pairs = {1: key}, {}
     for index, keys in enumerate(others, start=2):
-        if keys.paired:
+        if keys.is_paired():
             pairs[index] = paired.paired_keys(query.rows, keys, normalize)
         else:
             shared[index], _ = side(keys, normalize)
@@ -89,7 +89,7 @@ def kept_sizes(problem: Problem, plan: Plan) -> list[int]:
         return []
     rows = [math.prod(s.rows.shape[:-1]) for s in problem.sets]
     n = rows[0]
-    paired = [n * s.columns for s in problem.sets if s.paired]
+    paired = [n * s.columns() for s in problem.sets if s.is_paired()]
     return [n, n, *(rows if problem.normalize else []), *([n, n, n, *paired] if paired else [])]
 
 
@@ -110,7 +110,7 @@ def restored(problem: Problem, kept: Sequence[Tensor]) -> tuple[Work, Tensor, Te
     inverse = [next(vectors) if problem.normalize else contiguous(s.scale) for s in sets]
     sides = {i: Side(contiguous_rows(s.rows), inverse[i], zero_row=zero_row) for i, s in enumerate(sets)}
     query, pairs = sides.pop(0), {}
-    paired = [i for i, s in enumerate(sets) if s.paired]
+    paired = [i for i, s in enumerate(sets) if s.is_paired()]
     if paired:
         scale, shift, weight = (next(vectors) for _ in range(3))
         query = replace(query, ids=contiguous(problem.query.ids), scale=scale, shift=shift, weight=weight)
