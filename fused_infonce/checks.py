@@ -138,6 +138,15 @@ def positive_float(name: str, value: Any) -> float:
     return number
 
 
+def one_temperature(name: str, value: Any) -> float:
+    """Return a temperature as a number, from one or from a tensor of one element such as a loss holds."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number for all rows, got shape {tuple(value.shape)}")
+        value = value.item()
+    return positive_float(name, value)
+
+
 def not_negative(name: str, value: Any) -> float:
     number = real(name, value)
     if not 0 <= number < math.inf:
@@ -164,11 +173,11 @@ def fraction(name: str, value: Any) -> float:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, got {value}")
-    return value
+    return int(value)
 
 
 def values_are_free(tensor: Tensor) -> bool:

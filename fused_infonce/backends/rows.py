@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .contract import EPS, Backend, KeySet, Problem
+from .contract import EPS, KeySet, Problem
 from .indexing import part_of, slices, take_rows
 
 FINISHED = 2**18  # components of gradients that a CPU finishes at a time, which lie in a second cache with their rows
@@ -130,10 +130,11 @@ class RowsByPart:
         return grad
 
 
-def as_held(keys: KeySet, problem: Problem, backend: Backend) -> KeySet:
-    """Return shared keys of a problem as a backend holds them: as unit rows where it takes such, else as they are."""
+def as_held(keys: KeySet, problem: Problem, takes_unit_rows: bool) -> KeySet:
+    """Return shared keys of a problem, without a graph, as a backend holds them: as unit rows with their norms where it
+    takes such, else as they are."""
     rows = keys.rows.detach()
-    if not (backend.takes_unit_rows and problem.normalize and rows.dtype == problem.acc_dtype):
+    if not (takes_unit_rows and problem.normalize and rows.dtype == problem.acc_dtype):
         return keys._replace(rows=rows)
     unit, norm = Rows(rows, True, None, problem.acc_dtype).tensors()
     return keys._replace(rows=unit, norm=norm)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, contrast
 from ..backends import Options
-from ..backends.contract import KeySet, Problem, Statistics, Temperature
+from ..backends.contract import Backend, KeySet, Problem, Statistics, Temperature
 from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.recording import recordings
 from ..backends.registry import resolve
@@ -44,7 +44,7 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
     call.noted += "".join(f" {len(problem.keys[place].rows)} rows that all ranks have;" for place in alike)
     queries, keys, *others = call.counts(
         _signature(problem, options), _value(problem.temperature), [len(keys.rows) for keys in sets],
-        options.limit(problem.query.rows.device),
+        options.limit(problem.query.rows.device), _backend(problem, options).takes_unit_rows,
     )  # fmt: skip
     call.keys = keys
     return Met(queries, keys, places, others)
@@ -70,8 +70,7 @@ def across(
     wire = _wire(problem.query.rows)
     lean = lean and product_dtype(problem.query.rows) == problem.query.rows.dtype
     lean = lean and not problem.columns and not problem.self_similar
-    backend = backends.get(resolve(options.backend, problem.query.rows))
-    lean = lean and not torch.compiler.is_compiling() and not backend.differentiable
+    lean = lean and not torch.compiler.is_compiling() and not _backend(problem, options).differentiable
     problem, context = widened(problem) if wire is not None and not lean else (problem, nullcontext())
     first, meets_first = problem.keys[0], problem.in_batch
     gathered = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
@@ -84,7 +83,7 @@ def across(
             contrast.explain(_exchange(part.rows, each, options, gather=True))
     handles = _handles(problem, call, gathered) if lean else ()
     if lean:
-        gathered = [(as_held(part, problem, backend), each) for part, each in gathered]
+        gathered = [(as_held(part, problem, call.takes_unit_rows), each) for part, each in gathered]
     found = gathered_sets(call, gathered, wire)
     keys = list(problem.keys)
     for place in wanted:
@@ -112,6 +111,10 @@ def across(
         handles=handles,
     )  # fmt: skip
     return whole, context
+
+
+def _backend(problem: Problem, options: Options) -> Backend:
+    return backends.get(resolve(options.backend, problem.query.rows))
 
 
 def all_rows(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends, contrast
 from ..backends import Options
-from ..backends.contract import LN2, Backend, KeySet, Problem, RowStatistics, Statistics, Upstream
+from ..backends.contract import LN2, KeySet, Problem, RowStatistics, Statistics, Upstream
 from ..backends.plan import Plan
 from ..backends.precision import without_autocast
 from ..backends.recording import record, recordings
@@ -55,7 +55,7 @@ def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statis
     problem: this rank's own, which `fits`.
     """
     widest = max(sum(part.counts) for part in exchange.parts)
-    plan = plan_of(_shapes(problem, widest, backends.get(resolve(options.backend, problem.query.rows))), options, False)
+    plan = plan_of(_shapes(problem, widest, options.call), options, reduced=False)
     if contrast.is_explaining():
         contrast.explain(exchange)
         contrast.explain(plan)
@@ -69,11 +69,11 @@ def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statis
     return found
 
 
-def _shapes(problem: Problem, columns: int, backend: Backend) -> Problem:
+def _shapes(problem: Problem, columns: int, call: Call) -> Problem:
     """Return a problem of the shapes of a part, over rows without values of their own, for a plan."""
     key = problem.keys[0].rows
     rows = key[:1].expand(columns, -1) if len(key) else key.new_empty(0, key.shape[1])
-    keys = KeySet(rows, norm=as_held(KeySet(key[:1]), problem, backend).norm)
+    keys = KeySet(rows, norm=as_held(KeySet(key[:1]), problem, call.takes_unit_rows).norm)
     return replace(
         problem, keys=(keys,), offset=None, columns=_two_way(problem), self_similar=False, two_views=False, target=None
     )  # fmt: skip
@@ -90,8 +90,8 @@ Coming = list[Pending | None]  # the fields of the keys of all ranks in one part
 class _Columns:
     """The parts of the columns of a problem, whose keys are gathered one ahead of what is worked on."""
 
-    def __init__(self, own: Problem, call: Call, exchange: Exchange, backend: Backend):
-        self.own, self.call, self.exchange, self.backend = own, call, exchange, backend
+    def __init__(self, own: Problem, call: Call, exchange: Exchange):
+        self.own, self.call, self.exchange = own, call, exchange
         n, device = own.query.rows.shape[0], own.query.rows.device
         self.every = sum(exchange.counts)
         start = call.start(exchange.counts)
@@ -100,17 +100,14 @@ class _Columns:
 
     def begin(self, index: int) -> Coming:
         part, gather = self.exchange.parts[index], self.call.communicator.all_gather
-        rows, *more = (None if x is None else x[part.own] for x in self.own.keys[0])
-        assert rows is not None
-        keys = as_held(KeySet(rows, *more), self.own, self.backend)
+        own = KeySet._make(None if x is None else x[part.own] for x in self.own.keys[0])
+        keys = as_held(own, self.own, self.call.takes_unit_rows)
         return [None if x is None else gather(x, part.counts) for x in keys]
 
     def block(self, index: int, coming: Coming) -> Problem:
         """Return the problem of this rank's queries against the keys of a part, with both directions."""
         part, own = self.exchange.parts[index], self.own
-        rows, *more = (None if pending is None else pending() for pending in coming)
-        assert rows is not None
-        keys = KeySet(rows, *more)
+        keys = KeySet._make(None if pending is None else pending() for pending in coming)
         if own.self_similar:  # a row has the id of its place, so that it is not its own negative
             starts = [sum(self.exchange.counts[:rank]) + first for rank, first in enumerate(part.firsts)]
             spans = zip(starts, part.counts, strict=True)
@@ -145,7 +142,7 @@ class _Block(torch.autograd.Function):
         own = bind(problem, temperature, inputs)
         backend, rows_parts, columns_parts, block = backends.get(plan.backend), [], [], None
         with without_autocast(inputs[0].device.type):
-            for part, block in zip(exchange.parts, _Columns(own, call, exchange, backend).blocks(), strict=True):
+            for part, block in zip(exchange.parts, _Columns(own, call, exchange).blocks(), strict=True):
                 found = backend.statistics(block if own.columns else block.of_rows(), plan)
                 rows_parts.append(found.rows)
                 if found.columns is not None:
@@ -183,8 +180,7 @@ class _Block(torch.autograd.Function):
         # the pair of rows i and y_i is both the positive of i and that of y_i
         twice = v + v[own.target] if own.self_similar else v
         with without_autocast(own.query.rows.device.type):
-            columns_of = _Columns(own, call, exchange, backends.get(ctx.plan.backend))
-            found = _gradients(ctx, columns_of.blocks(kept), rows, seen, twice, u)
+            found = _gradients(ctx, _Columns(own, call, exchange).blocks(kept), rows, seen, twice, u)
         of_query, of_key = unscale(own, found)
         dt = None
         if ctx.needs_input_grad[4]:

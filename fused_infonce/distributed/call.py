@@ -75,28 +75,33 @@ class Call:
         self.noted = ""  # what must be the same on every rank, beside what `counts` is given
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
         self.limit = 0  # the least workspace limit of all ranks, in bytes, once they have met
+        self.takes_unit_rows = False  # whether every rank's backend takes them, once they have met
 
     @property
     def factor(self) -> int:
         """By how much gradients of the global loss are multiplied, so that their mean over the ranks is their sum."""
         return self.world if self.options.parameter_gradients == "mean" else 1
 
-    def counts(self, signature: str, values: str, sizes: Sequence[int], limit: int = 0) -> list[list[int]]:
+    def counts(
+        self, signature: str, values: str, sizes: Sequence[int], limit: int = 0, takes_unit_rows: bool = False
+    ) -> list[list[int]]:
         """Return the numbers of rows of all ranks, in rank order, for each of this rank's `sizes`.
 
         signature: what must be the same on every rank. values: what must be so with check="values", but where rows have
         temperatures of their own, which may be equal in a rank of one row. limit: this rank's workspace
-        limit, of which `Call.limit` becomes the least: GPUs may differ, but not the parts of an exchange.
+        limit, of which `Call.limit` becomes the least: GPUs may differ, but not the parts of an exchange. The same of
+        whether its backend takes unit rows, since the ranks' backends may differ, but not what travels.
         """
-        number, self.limit = self.begin(), limit
+        number, self.limit, self.takes_unit_rows = self.begin(), limit, takes_unit_rows
         check = self.options.check
         if check == "none" or contrast.is_explaining():
             return [[size] * self.world for size in sizes]
         signature = f"{self.noted}{signature} {self.options}"
-        own = limit * KINDS + self.temperatures
+        own = (limit * 2 + takes_unit_rows) * KINDS + self.temperatures
         said = preflight.agree(self.communicator, number, signature, [*sizes, own])
         kinds = [words[len(sizes)] % KINDS for words in said]
-        self.limit = min(words[len(sizes)] // KINDS for words in said)
+        self.limit = min(words[len(sizes)] // KINDS // 2 for words in said)
+        self.takes_unit_rows = all(words[len(sizes)] // KINDS % 2 for words in said)
         if ROWS in kinds:  # where a temperature of one element is that of a rank's only row
             for rank, words in enumerate(said):
                 if kinds[rank] != ROWS and words[0] != 1:
@@ -237,20 +242,20 @@ def _called(loss: Callable[..., Any], defaults: dict[str, Any], args: Any, kwarg
 
 
 def of_module(forward: F) -> F:
-    """Make an error of the forward of a module with `distributed` one on all ranks, also before a loss is called."""
+    """Make an error of a method of an object with `distributed` one on all ranks, also before a loss is called."""
 
     @functools.wraps(forward)
     def called(module: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return forward(module, *args, **kwargs)
         except Exception as error:
-            _tell(module.distributed, error)
+            tell(module.distributed, error)
             raise
 
     return cast(F, called)
 
 
-def _tell(distributed: Any, error: Exception) -> None:
+def tell(distributed: Any, error: Exception) -> None:
     """Tell the other ranks of an error that they may not know of."""
     with contextlib.suppress(RuntimeError, TypeError, ValueError):  # where there are no other ranks
         options = options_of(distributed)

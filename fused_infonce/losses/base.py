@@ -79,6 +79,7 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     recorded: Recorded | None = None  # of the last call, where `record` asks for it
     _record, _over_processes = False, False
+    no_softmax = ""  # what the rows of this loss are where they are no softmax over keys
     own: tuple[str, ...] = ()  # options that the loss's function takes besides those that every loss has
 
     def __init__(
@@ -140,19 +141,29 @@ class ContrastiveLoss(HasTemperature, Explained):
         self._record = value
 
     def _choose_forward(self, record: bool, over_processes: bool) -> None:
-        """Put the forward that the options ask for in place of the class's, which alone pays nothing for them."""
-        wanted = self._recording_forward if record else self._told_forward if over_processes else None
-        held = vars(self).get("forward")
-        if held is not None and getattr(held, "__func__", None) not in (OF_RECORD, OF_PROCESSES):
-            if wanted is not None:
+        """Put the forward that these options ask for in place of the class's, which alone pays nothing for them.
+
+        A forward that is not the loss's own, such as a library's around it, holds what the options were: another one
+        would drop it.
+        """
+        if self._forward_is_replaced():
+            if (record, over_processes) != (self._record, self._over_processes):
                 raise RuntimeError(
-                    f"the forward of this {type(self).__name__} has been replaced, by {held!r}, which another would "
-                    "drop: set record and distributed before that"
+                    f"the forward of this {type(self).__name__} has been replaced, by {vars(self)['forward']!r}, which "
+                    "record and distributed would drop: set them before"
                 )
             return
         vars(self).pop("forward", None)
-        if wanted is not None:
-            vars(self)["forward"] = wanted
+        if record:
+            vars(self)["forward"] = self._recording_forward
+        elif over_processes:
+            vars(self)["forward"] = self._told_forward
+
+    def _forward_is_replaced(self) -> bool:
+        """Return whether this object has a forward that neither its class nor its options gave it."""
+        held = vars(self).get("forward")
+        own = ContrastiveLoss._recording_forward, ContrastiveLoss._told_forward
+        return held is not None and getattr(held, "__func__", None) not in own
 
     def _recording_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
@@ -169,6 +180,8 @@ class ContrastiveLoss(HasTemperature, Explained):
 
     def check_record(self) -> None:
         """Raise a ValueError where the rows of this loss are no softmax, which there is something to record of."""
+        if self.no_softmax:
+            raise ValueError(f"record keeps statistics of a softmax: {self.no_softmax}, has none")
 
     @of_module
     def _told_forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,7 +193,8 @@ class ContrastiveLoss(HasTemperature, Explained):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("forward", "recorded")}
+        dropped = ("recorded",) if self._forward_is_replaced() else ("forward", "recorded")
+        return {name: value for name, value in vars(self).items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -199,10 +213,6 @@ class ContrastiveLoss(HasTemperature, Explained):
             if value is not parameter.default and value != parameter.default:
                 shown[name] = value
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-# What an object of a loss may have in place of its class's forward by its own doing.
-OF_RECORD, OF_PROCESSES = ContrastiveLoss._recording_forward, ContrastiveLoss._told_forward
 
 
 class PairLoss(ContrastiveLoss):

@@ -160,6 +160,8 @@ class SigLipLoss(ContrastiveLoss):
     needs_temperature = False
     logit_bias: nn.Parameter | None
 
+    no_softmax = "SigLIP's loss, a sigmoid of every pair"
+
     def __init__(
         self,
         *,
@@ -225,9 +227,6 @@ class SigLipLoss(ContrastiveLoss):
             image_features, text_features, temperature, logit_bias, negative_text_features,
             (image_ids, text_ids, negative_ids), weight, **self.options,
         )  # fmt: skip
-
-    def check_record(self) -> None:
-        raise ValueError("record keeps statistics of a softmax: SigLIP's loss, a sigmoid of every pair, has none")
 
     def shown_temperature(self) -> dict[str, Any]:
         return {name: shown for name, shown in super().shown_temperature().items() if shown is not None}

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..backends import BackendName
 from ..compose.rows import unit
-from .fitting import fit
+from .fitting import TOO_HIGH, TOO_LOW, Fit, fit
 from .rules import Warned, judged
 from .scale import HasTemperature, held_by
 from .sweep import Sweep, problem_of, sweep
@@ -103,7 +103,7 @@ def diagnose(
 
     References: the rank is that of Roy & Vetterli 2007; the gap, Liang et al. 2022, arXiv:2203.02053.
     """
-    t = _number(temperature)
+    t = checks.one_temperature("temperature", temperature)
     problem = problem_of(query, key, target, query_ids, key_ids, key_bias, negatives, symmetric, normalize)
     target = problem.target
     if key_bias is not None:
@@ -124,11 +124,7 @@ def diagnose(
     behind = found.at(t).log_z.double() - found.pos.double() / t
     gauges |= _of_rows(behind[there], found.effective_negatives(t)[there], counted)
     best = fit(query, key, bounds=(t / AROUND, t * AROUND), **given, symmetric=symmetric, normalize=normalize)
-    if best.converged:
-        verdict = best.versus(t)
-        gauges |= {
-            "fitted_temperature": best.temperature, "fitted_ratio": verdict.ratio, "fitted_sigmas": verdict.sigmas,
-        }  # fmt: skip
+    gauges |= _of_fit(best, t)
     sides = [_Side(rows) for rows in (query, key)]
     twins = sweep(key if target is None else key[target], key, [1.0], **given)  # the positives against the other keys
     gauges |= _of_sides(*sides) | _of_twins(twins, found.above, sides[1])
@@ -160,6 +156,8 @@ def diagnose_step(
         TypeError: a loss without a temperature, types. ValueError: a loss that has recorded nothing, or whose rows have
         nothing to record, as those of `SigLipLoss`; recorded losses that are not finite, values.
     """
+    if not isinstance(loss, HasTemperature) and not hasattr(loss, "recorded"):
+        raise TypeError(f"loss must be one of this package that records, got {type(loss).__name__}")
     kept = getattr(loss, "recorded", None)
     if kept is None:
         getattr(loss, "check_record", lambda: None)()  # a loss that cannot record says why
@@ -196,15 +194,6 @@ def _kept(
     return key[kept], (kept.cumsum(0) - 1)[target], None if key_ids is None else key_ids[kept]
 
 
-def _number(temperature: float | Tensor) -> float:
-    """Return a temperature of a number or a tensor of one element, checked."""
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature must be one number for all rows, got shape {tuple(temperature.shape)}")
-        temperature = temperature.item()
-    return checks.positive_float("temperature", temperature)
-
-
 def _median(x: Tensor) -> float:
     return x.median().item() if len(x) else math.nan
 
@@ -221,6 +210,18 @@ def _of_rows(behind: Tensor, effective: Tensor, negatives: int) -> dict[str, flo
         "effective_negatives": median, "effective_share": median / max(negatives, 1),
         "lost_in_16_bits": lost / whole if whole else none,
     }  # fmt: skip
+
+
+def _of_fit(best: Fit, t: float) -> dict[str, float]:
+    """Return the gauges of a fit within AROUND of t; one that ends at such a bound lies beyond it, at least so far."""
+    if best.converged:
+        verdict = best.versus(t)
+        ratio, sigmas = verdict.ratio, verdict.sigmas
+    elif best.reason in (TOO_LOW, TOO_HIGH):
+        ratio, sigmas = best.temperature / t, math.copysign(math.inf, best.temperature - t)
+    else:
+        return {}
+    return {"fitted_temperature": best.temperature, "fitted_ratio": ratio, "fitted_sigmas": sigmas}
 
 
 def _of_sides(query: _Side, key: _Side) -> dict[str, float]:
@@ -276,10 +277,12 @@ def _of_learned(
     gauges: dict[str, float] = {}
     if scale is not None and most is not None:
         gauges["scale_of_max"] = math.exp(scale.item()) / most
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     groups = [g for g in optimizer.param_groups if any(held is x for x in g["params"])] if optimizer else []
     if groups:
         gauges["weight_decay"] = float(groups[0].get("weight_decay", 0.0))
-    seen = [checks.positive_float("history", t) for t in history or ()]
+    seen = [checks.one_temperature("history", t) for t in (() if history is None else history)]
     if len(seen) >= LEAST_HISTORY:
         gauges["movement"] = max(seen) / min(seen) - 1
     elif not held.requires_grad or (optimizer is not None and not groups):

@@ -22,8 +22,8 @@ NEAR = 4.0  # a first range around `init`: this factor on both sides
 STEPS = 20  # of a bisection, each of O(N): it ends within 1e-5 of the widest bounds, from where one pass is enough
 SEPARABLE = "every pair is ranked first: the lower the temperature, the lower the NLL"
 TIED = "no negative scores above its positive, but in {} of {} rows one is tied: duplicates or collapsed embeddings"
-TOO_LOW = "the NLL still falls at the lowest temperature of the bounds"
-TOO_HIGH = "the NLL still falls at the highest temperature of the bounds: pairs score little better than chance"
+TOO_LOW = "the NLL still falls at the lowest temperature of the bounds: lower it"
+TOO_HIGH = "the NLL still falls at the highest temperature of the bounds: raise it, unless recall is at chance"
 
 
 class Verdict(NamedTuple):
@@ -58,12 +58,12 @@ class Fit(NamedTuple):
     passes: int
     recall: Bounds
 
-    def versus(self, temperature: float, within: float = 0.1) -> Verdict:
+    def versus(self, temperature: float | Tensor, within: float = 0.1) -> Verdict:
         """Return whether a training temperature is too cold, right or too warm for these pairs.
 
         within: by which share of itself it may differ and still be right.
         """
-        checks.positive_float("temperature", temperature)
+        temperature = checks.one_temperature("temperature", temperature)
         checks.not_negative("within", within)
         if not self.converged:
             raise ValueError(f"there is no fitted temperature to compare with: {self.reason}")

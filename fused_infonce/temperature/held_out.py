@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import DistributedLike, of_module
 from .fitting import BOUNDS, Fit, bounds_of, fit
 from .scale import HasTemperature, assign, assignable
 
@@ -42,9 +44,11 @@ class HeldOutTemperature:
         smoothing: in [0, 1), how much of the old temperature is kept.
         options: further arguments of `fit`. `normalize`, `symmetric` and `distributed` are those of the loss where they
             are not given; with the last each process passes held-out pairs of its own, and all get one temperature.
+            A mistake of one in a step is an error on all, as in a loss.
 
     Raises:
-        TypeError: a loss without a temperature, types. ValueError: values, and one that learns its temperature.
+        TypeError: a loss without a temperature, types, an option that `fit` lacks. ValueError: values, a loss that
+        learns its temperature, and one that is no softmax over keys, such as SigLIP's.
 
     Source: this library; docs/temperature.md says when to use it.
 
@@ -66,6 +70,11 @@ class HeldOutTemperature:
         if checks.fraction("smoothing", smoothing) == 1:
             raise ValueError("smoothing must be less than 1, which would keep the temperature for ever")
         self.loss, self.every, self.bounds = assignable(loss), checks.whole("every", every, 1), bounds_of(bounds)
+        if no_softmax := getattr(loss, "no_softmax", ""):
+            raise ValueError(f"loss must be a softmax over keys, whose temperature a fit finds: {no_softmax}, is none")
+        unknown = set(options) - (set(inspect.signature(fit).parameters) - {"query", "key", "bounds"})
+        if unknown:
+            raise TypeError(f"HeldOutTemperature takes its own arguments and those of fit, got {', '.join(unknown)}")
         self.smoothing, self.options = smoothing, options
         self.steps = 0  # that have been made
         self.fitted = False  # whether the temperature is that of a fit
@@ -76,6 +85,12 @@ class HeldOutTemperature:
         """What the last fit found."""
         return self.history[-1].fit if self.history else None
 
+    @property
+    def distributed(self) -> DistributedLike:
+        """The processes whose held-out pairs are taken together."""
+        return self.options.get("distributed", getattr(self.loss, "distributed", False))
+
+    @of_module
     def step(self, query: Tensor | Callable[[], tuple[Tensor, Tensor]], key: Tensor | None = None) -> Fit | None:
         """Count a step; where a fit is due, make it and set the loss's temperature. Return the fit, or None.
 
@@ -86,15 +101,11 @@ class HeldOutTemperature:
             raise TypeError("step takes query and key, or one function of no arguments that returns both")
         found = None
         if self.steps % self.every == 0:
-            if callable(query):
-                with torch.no_grad():
-                    query, key = query()
-            assert key is not None
-            found = self._follow(query, key)
+            found = self._follow(*(_made(query) if callable(query) else (query, key)))
         self.steps += 1  # a step that raised an error was none
         return found
 
-    def _follow(self, query: Tensor, key: Tensor) -> Fit:
+    def _follow(self, query: Any, key: Any) -> Fit:
         """Make a fit and set the loss's temperature."""
         of_loss = {name: getattr(self.loss, name) for name in OF_LOSS if hasattr(self.loss, name)}
         found = fit(query, key, bounds=self.bounds, **(of_loss | self.options))
@@ -119,15 +130,32 @@ class HeldOutTemperature:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training needs to go on: the steps made, the temperature, and whether a fit has found it."""
-        return {"steps": self.steps, "temperature": self.loss.temperature, "fitted": self.fitted}
+        t = self.loss.temperature
+        t = t.detach().clone() if isinstance(t, Tensor) and t.numel() > 1 else t if t is None else float(t)
+        return {"steps": self.steps, "temperature": t, "fitted": self.fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken; the loss gets its temperature."""
         if set(state) != {"steps", "temperature", "fitted"}:
             raise ValueError(f"the state must hold steps, temperature and fitted, got {sorted(state)}")
         checks.flags(fitted=state["fitted"])
-        self.steps, self.fitted = checks.whole("steps", state["steps"], 0), state["fitted"]
-        self.loss.temperature = state["temperature"]
+        steps, t = checks.whole("steps", state["steps"], 0), state["temperature"]
+        if t is None or (isinstance(t, Tensor) and t.numel() > 1):
+            self.loss.temperature = t
+        else:
+            assign(self.loss, checks.one_temperature("temperature", t))
+        self.steps, self.fitted = steps, state["fitted"]
+
+
+@torch.no_grad()
+def _made(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return the query and the key that a function of a step returns, checked to be two."""
+    found = function()
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        kind = f"{len(found)} things" if isinstance(found, (tuple, list)) else type(found).__name__
+        raise TypeError(f"the function of a step must return query and key, got {kind}")
+    query, key = found
+    return query, key
 
 
 def _number(temperature: Any) -> float:

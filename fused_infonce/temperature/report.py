@@ -291,7 +291,7 @@ def finite(values: Any) -> Any:
 
 def checked_temperature(t: float) -> None:
     """Check a temperature of a training, and say so where it looks like its inverse."""
-    checks.positive_float("temperature", t)
+    t = checks.one_temperature("temperature", t)
     low, high = BOUNDS
     if not low <= t <= high:
         hint = f": is it a scale, of the temperature {1 / t:.4g}?" if low <= 1 / t <= high else ""

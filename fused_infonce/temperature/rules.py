@@ -55,9 +55,14 @@ def significant(gauges: Gauges) -> float:
     return gauges["fitted_ratio"] if abs(gauges["fitted_sigmas"]) > SIGMAS else 1.0
 
 
+def flat(gauges: Gauges) -> bool:
+    """Return whether the softmax is spread over nearly all negatives: no colder than pairs at chance ask for."""
+    return gauges.get("effective_share", math.nan) > SHARE
+
+
 RULES = (
     Rule(
-        "cold", "fitted_ratio", lambda g: significant(g) > FACTOR,
+        "cold", "fitted_ratio", lambda g: significant(g) > FACTOR and not flat(g),
         "these pairs ask for so many times the temperature in use, whose probabilities are overconfident",
         "Raise it, or let HeldOutTemperature set it; a learned one has followed the pairs that it was trained on",
         ("fitted_sigmas",),
@@ -82,7 +87,7 @@ RULES = (
         ("negatives",),
     ),
     Rule(
-        "all negatives", "effective_share", lambda g: g["effective_share"] > SHARE and g["negatives"] >= 2,
+        "all negatives", "effective_share", lambda g: flat(g) and g["negatives"] >= 2,
         "the gradient of the median row is spread over this share of its negatives, hard and easy ones nearly alike",
         "Lower the temperature; where recall_at_1 is at chance, see first whether the pairs are pairs",
         ("negatives",),

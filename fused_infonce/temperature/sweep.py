@@ -69,7 +69,7 @@ class Sweep:
     def at(self, t: float) -> AtOne:
         """Return log_z, mean and variance (N,) at a temperature of the range."""
         low, high = 1 / self._rungs[-1], 1 / self._rungs[0]
-        checks.positive_float("t", t)
+        t = checks.one_temperature("t", t)
         if not low * (1 - 1e-6) <= t <= high * (1 + 1e-6):
             raise ValueError(f"t must be in [{low:.6g}, {high:.6g}], the range of this sweep, got {t}")
         return between(self._rungs, self.log_z, self.mean, self.variance, 1 / t)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import tell
 from . import processes
 from .chunks import Batch, Pick, called, picked
 from .replay import Autocast, Differences, Random
@@ -68,6 +69,18 @@ def cached(
 
     References: GradCache, Gao et al. 2021, arXiv:2101.06983.
     """
+    try:
+        found = _embedded(criterion, towers, chunk_size, pick, tokens, check, progress, sync)
+    except Exception as error:  # on the other ranks the criterion waits for this one's embeddings
+        tell(criterion_arguments.get("distributed", getattr(criterion, "distributed", False)), error)
+        raise
+    return criterion(*found, **criterion_arguments)
+
+
+def _embedded(
+    criterion: Any, towers: Sequence[Any], chunk_size: Any, pick: Any, tokens: Any, check: Any, progress: Any, sync: Any
+) -> tuple[Tensor, ...]:
+    """Return the embeddings of the towers of a call of `cached`, whose arguments are checked."""
     if not callable(criterion):
         raise TypeError(f"criterion must be a loss or a function of embeddings, got {type(criterion).__name__}")
     checks.flags(check=check)
@@ -82,7 +95,7 @@ def cached(
         for name, value in (("chunk_size", chunk_size), ("pick", pick), ("tokens", tokens))
     )
     made = [_tower(i + 1, *each) for i, each in enumerate(zip(towers, rows, picks, budgets, strict=True))]
-    return criterion(*embeddings(made, check=check, progress=progress, sync=sync), **criterion_arguments)
+    return embeddings(made, check=check, progress=progress, sync=sync)
 
 
 @dataclass

@@ -58,8 +58,6 @@ CALLS = {
         gathered=0, scattered=0),
     "a queue": Call({"query": (N, D), "key": (N, D), "queue": (D, M)}, {}, functional.moco_loss, 0, 0, fixed=("key",
         "queue")),
-    # Here belong the calls of both directions and of rows against each other: symmetric=True, clip_loss, nt_xent and
-    # sup_con, whose column statistics travel in place of some rows.
 }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from support.processes import in_processes
 from torch import Tensor
 
-from fused_infonce import ClipLoss, DCLLoss, FusedInfoNCELoss, MatryoshkaLoss, SigLipLoss, functional
+from fused_infonce import ClipLoss, DCLLoss, FusedInfoNCELoss, MatryoshkaLoss, SigLipLoss, cached, functional
 from fused_infonce.distributed import Distributed
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
+from fused_infonce.temperature import HeldOutTemperature
 
 WORLD, GUILTY, N, D = 3, 1, 4, 6
 TIMEOUT = 10.0  # seconds after which a rank that waits in vain gives up, which is a BrokenBarrierError
@@ -243,6 +244,26 @@ def test_values_are_compared_where_that_is_asked_for() -> None:
     for name, check in (("temperature", "values"), ("margin", "sizes")):  # an option is always compared
         errors = then_right(lambda communicator, name=name, check=check: call(communicator, name, check))
         assert all(type(error) is ValueError and f"rank {GUILTY}" in str(error) for error in errors)
+
+
+def before_a_fit(rank: int, distributed: Distributed) -> None:
+    follow = HeldOutTemperature(FusedInfoNCELoss(distributed=distributed))
+    query, key = torch.randn(2, 3, 4)
+    follow.step(lambda: (query, key) if rank != GUILTY else 1 / 0)
+
+
+def before_a_cached_loss(rank: int, distributed: Distributed) -> None:
+    rows = torch.randn(3, 4)
+    encoder = torch.nn.Linear(4 if rank != GUILTY else 5, 2)
+    cached(FusedInfoNCELoss(distributed=distributed), (encoder, rows), (encoder, rows))
+
+
+@pytest.mark.parametrize("call", [before_a_fit, before_a_cached_loss])
+def test_a_mistake_before_a_loss_is_an_error_on_all(call: Callable[[int, Distributed], None]) -> None:
+    kind = {before_a_fit: ZeroDivisionError, before_a_cached_loss: RuntimeError}[call]
+    for rank, error in enumerate(then_right(lambda x: call(x.rank, Distributed(x)))):
+        assert type(error) is (kind if rank == GUILTY else RuntimeError)
+        assert rank == GUILTY or str(error).startswith(f"rank {GUILTY}: {kind.__name__}: ")
 
 
 def test_a_rank_of_one_row_has_a_temperature_of_its_own() -> None:

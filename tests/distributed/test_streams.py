@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.helpers import INTERPRETED, TRITON
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +20,7 @@ from fused_infonce.distributed.block import _Columns
 from fused_infonce.distributed.exchange import FEWEST, exchange_of
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
+IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels take no tensors of a CPU")
 Loss = Callable[..., Tensor]
 LOSSES: dict[str, Loss] = {
     "one direction": info_nce,
@@ -36,11 +38,16 @@ LOSSES: dict[str, Loss] = {
 
 
 def over_ranks(
-    loss: Loss, counts: list[int], options: dict[str, Any], loopback: Loopback, d: int = 6
+    loss: Loss,
+    counts: list[int],
+    options: dict[str, Any],
+    loopback: Loopback,
+    d: int = 6,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Any], list[Tensor]]:
     """Return what every rank finds, its value and gradients, and the rows of all."""
     torch.manual_seed(0)
-    rows = [2 * torch.randn(sum(counts), d, dtype=torch.float64) for _ in range(2)]
+    rows = [(2 * torch.randn(sum(counts), d, dtype=torch.float64)).to(dtype) for _ in range(2)]
 
     def one(communicator: LoopbackCommunicator) -> tuple[Tensor, ...]:
         own = [x.split(counts)[communicator.rank].clone().requires_grad_() for x in rows]
@@ -93,8 +100,8 @@ def test_a_block_makes_nothing_on_the_host() -> None:
     exchange = exchange_of("gather", [6, 6], 0, 4, 4, 4, 2**20, gradients=False)
     with Watched():
         call: Any = Call(communicator, Distributed(communicator))
-        columns = _Columns(own, call, exchange, backends.get("triton"))
-        block = columns.block(0, [lambda: rows.repeat(2, 1), *[None] * (len(KeySet._fields) - 1)])
+        coming: Any = KeySet(rows)._replace(rows=lambda: rows.repeat(2, 1))
+        block = _Columns(own, call, exchange).block(0, coming)
     assert block.keys[0].ids is not None
     assert len(block.keys[0].ids) == 12
     assert made == []
@@ -135,6 +142,21 @@ def test_ranks_of_different_memory_agree_on_the_parts() -> None:
     assert streamed > 4 * FEWEST  # states, rows twice, gradients
 
 
+@pytest.mark.parametrize("other", [pytest.param("triton", marks=[*TRITON.marks, IN_INTERPRETER])])
+@pytest.mark.parametrize("name", ["one direction", "both directions"])
+def test_ranks_of_different_backends_agree_on_what_travels(name: str, other: str) -> None:
+    """Of two backends one takes unit rows with their norms, and the other rows as they come."""
+    counts = [3, 4]
+
+    def of_rank(a: Tensor, b: Tensor, **given: Any) -> Tensor:
+        return LOSSES[name](a, b, backend=other if len(a) == 4 else "torch", **given)
+
+    found, rows = over_ranks(of_rank, counts, {}, Loopback(2, timeout=20))
+    value = LOSSES[name](*rows, temperature=0.3)
+    for each in found:
+        torch.testing.assert_close(each[0], value, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "exchange", "gathered", "reduced"),
     [
@@ -143,18 +165,22 @@ def test_ranks_of_different_memory_agree_on_the_parts() -> None:
         ("margin", "gather", 1, 1),
     ],
 )  # fmt: skip
-def test_bytes_of_rows_and_of_gradients(name: str, exchange: str, gathered: int, reduced: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_bytes_of_rows_and_of_gradients(
+    name: str, exchange: str, gathered: int, reduced: int, dtype: torch.dtype
+) -> None:  # fmt: skip
     """Exactly the rows of others and their gradients, so many times; and of vectors a few numbers a row."""
-    world, n, d = 4, 16, 32
+    world, n, d = 8, 16, 32
     loopback = Loopback(world)
-    over_ranks(LOSSES[name], [n] * world, {"exchange": exchange, "check": "none"}, loopback, d)
-    views = 2 if name == "views" else 1
-    others = (world - 1) * n * views * 8  # float64
+    over_ranks(LOSSES[name], [n] * world, {"exchange": exchange, "check": "none"}, loopback, d, dtype)
+    views, acc = 2 if name == "views" else 1, 8 if dtype == torch.float64 else 4
+    rows = (world - 1) * n * views
+    others = rows * acc
     for communicator in loopback.ranks:
         received = communicator.received
         assert received.get("reduce_scatter", 0) == reduced * others * d
-        norms = gathered * others  # of unit rows, which the backend on a CPU takes
-        vectors = received["all_gather"] - gathered * others * d - norms
+        norms = gathered * others if dtype.itemsize == acc else 0  # of unit rows, which the backend on a CPU takes
+        vectors = received["all_gather"] - gathered * rows * dtype.itemsize * d - norms
         shared = (world - 1) * 8 * 3  # the sum and the number of the losses, and the gradient of the temperature
         columns = 0 if name == "one direction" else 2 * others  # a shift and a factor of each column
         assert vectors == shared + columns
@@ -240,4 +266,5 @@ def test_exchanges_hide_behind_the_products(name: str, monkeypatch: pytest.Monke
     assert len(works) == world * 2 * FEWEST
     for communicator in loopback.ranks:
         shown = communicator.clock - delay * len(works) / world
-        assert 0 < shown <= 0.2 * delay * communicator.begun
+        norms = 2 * FEWEST  # exchanges of a number a row, beside the rows in the forward and in the backward
+        assert 0 < shown <= 0.2 * delay * (communicator.begun - norms)

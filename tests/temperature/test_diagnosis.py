@@ -65,6 +65,14 @@ def towers(steps: int):
     return held_out, {"loss": loss, "optimizer": optimizer, "history": history}
 
 
+@pytest.mark.parametrize("factor", [1 / 60, 60.0])
+def test_what_is_further_off_than_a_fit_looks_is_called_so_too(factor):
+    query, key = pairs()
+    found = diagnose(query, key, factor * fit(query, key).temperature)
+    assert ("cold" if factor < 1 else "warm") in [each.name for each in found.warnings]
+    assert found.gauges["fitted_ratio"] == pytest.approx(32 if factor < 1 else 1 / 32)
+
+
 def test_a_training_that_is_well_raises_none():
     held_out, training = towers(200)
     found = diagnose(*held_out, training["loss"].temperature, symmetric=True, **training)
@@ -183,6 +191,8 @@ def test_rows_that_are_all_one_are_collapsed():
         (lambda q, k: diagnose(q, k, 0.1, history=[0.1]), ValueError, "pass loss too"),
         (lambda q, k: diagnose(q, k, 0.1, loss=nn.Linear(1, 1)), TypeError, "a loss of fused_infonce that holds"),
         (lambda q, k: diagnose(q, k, 0.1, loss=learned(), history=[0.0] * 50), ValueError, "history must be"),
+        (lambda q, k: diagnose(q, k, 0.1, loss=learned(), optimizer="adam"), TypeError, "torch.optim.Optimizer"),
+        (lambda q, k: diagnose_step(nn.Linear(1, 1)), TypeError, "one of this package that records, got Linear"),
         (lambda q, k: diagnose_step(NTXentLoss()), ValueError, "make it with record=True"),
         (lambda q, k: diagnose_step(NTXentLoss(record=True)), ValueError, "and call it"),
         (lambda q, k: diagnose_step(SigLipLoss()), ValueError, "SigLIP's loss, a sigmoid of every pair, has none"),

@@ -11,7 +11,7 @@ from support.helpers import DEVICE, TRITON
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce import ClipLoss, FusedInfoNCELoss
+from fused_infonce import ClipLoss, FusedInfoNCELoss, SigLipLoss
 from fused_infonce.temperature import Bounds, Fit, HeldOutTemperature, IndividualTemperature, fit, sweep
 
 
@@ -27,7 +27,7 @@ def nll(query: Tensor, key: Tensor, t: float, symmetric: bool = False) -> float:
 
 
 def minimum(query: Tensor, key: Tensor, symmetric: bool = False) -> float:
-    """Return the temperature with the least NLL by scipy's scalar minimisation, or by golden sections without it."""
+    """Return the temperature with the least NLL by golden sections."""
     low, high = math.log(0.003), math.log(3.0)
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(60):
@@ -211,6 +211,23 @@ def test_smoothing_begins_with_a_temperature_that_was_fitted():
     assert follow.loss.temperature == pytest.approx(2**0.9 * want**0.1)
 
 
+def test_a_state_is_of_numbers_that_are_checked_before_they_are_taken():
+    query, key = pairs()
+    held = torch.tensor([1.0])
+    follow = HeldOutTemperature(FusedInfoNCELoss(temperature=held), every=1)
+    follow.step(query, key)
+    state = follow.state_dict()
+    held.fill_(0.7)
+    assert state["temperature"] == pytest.approx(fit(query, key).temperature, rel=1e-6)
+    for bad in (-1.0, "0.1"):
+        with pytest.raises((TypeError, ValueError), match="temperature"):
+            follow.load_state_dict(state | {"steps": 9, "temperature": bad})
+    assert (follow.steps, held.item()) == (1, pytest.approx(0.7))
+    follow.load_state_dict(state)
+    assert follow.loss.temperature is held
+    assert held.item() == state["temperature"]
+
+
 def test_a_step_that_raised_an_error_was_none():
     query, key = pairs()
     follow = HeldOutTemperature(FusedInfoNCELoss(temperature=1.0), every=3)
@@ -260,6 +277,13 @@ def test_what_cannot_follow_is_refused():
         HeldOutTemperature(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loss learns its temperature"):
         HeldOutTemperature(FusedInfoNCELoss(temperature=0.1, learnable_temperature=True))
+    with pytest.raises(ValueError, match=r"must be a softmax over keys.*a sigmoid of every pair, is none"):
+        HeldOutTemperature(SigLipLoss(temperature=0.1))
+    with pytest.raises(TypeError, match="its own arguments and those of fit, got smooting"):
+        HeldOutTemperature(loss, smooting=0.5)
+    for made, what in ((None, "NoneType"), ((1, 2, 3), "3 things")):
+        with pytest.raises(TypeError, match=f"must return query and key, got {what}"):
+            HeldOutTemperature(loss).step(lambda made=made: made)
     with pytest.raises(ValueError, match="smoothing must be less than 1"):
         HeldOutTemperature(loss, smoothing=1.0)
     with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
