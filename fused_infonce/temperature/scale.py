@@ -144,8 +144,9 @@ class HasTemperature(nn.Module):
         for kind, where in ((nn.Parameter, "_parameters"), (nn.Module, "_modules")):
             others = {name: x for name, x in self.__dict__[where].items() if name != NAME}
             self.__dict__[where] = others | ({NAME: value} if isinstance(value, kind) else {})
-        self.__dict__.pop("_temperature", None)
-        if not isinstance(value, (nn.Parameter, nn.Module)):
+        if isinstance(value, (nn.Parameter, nn.Module)):
+            self.__dict__.pop("_temperature", None)
+        else:
             self._temperature = value
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from support.helpers import newer_interpreter
 
 pytest.importorskip("pandas", reason="the packages of the benchmarks are absent")
 pytest.importorskip("matplotlib", reason="the packages of the benchmarks are absent")
@@ -98,6 +99,7 @@ def test_tile_candidates(arch, kernel, dtype):
 
 
 @pytest.mark.interpreter
+@newer_interpreter
 @pytest.mark.parametrize("name", tune.WORKLOADS)
 def test_tuning_runs_the_launchers(name, triton_device):
     """With a stopwatch that prefers the second candidate; every candidate must compute what the table's does."""
@@ -364,6 +366,7 @@ class Small:
             "fused_infonce": 0, "docs": 1, "tests": 0, "README.md": 0,
         }  # fmt: skip
 
+    @newer_interpreter
     def test_frames(self):
         pytest.importorskip("triton")
         found = house.frames(ROOT)

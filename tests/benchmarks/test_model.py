@@ -70,6 +70,11 @@ def test_tiles_of_a_launch_are_those_that_the_kernel_makes(rows, cols, block_m, 
 @pytest.fixture(scope="module")
 def modelled():
     """In a process of its own: kernels decorated under TRITON_INTERPRET cannot be recorded."""
+    half = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    try:
+        torch.mm(half, half, out_dtype=torch.float32)
+    except TypeError:
+        pytest.skip("PyTorch 2.9 knows no shape of a product with another dtype")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     sizes = ["--rows", "16384", "--dim", "64", "256", "768"]
     run = subprocess.run(

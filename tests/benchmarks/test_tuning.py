@@ -9,6 +9,7 @@ from multiprocessing import dummy
 
 import pytest
 import torch
+from support.helpers import newer_interpreter
 
 pytest.importorskip("tqdm", reason="the packages of the benchmarks are absent")
 pytest.importorskip("triton")
@@ -51,6 +52,7 @@ def test_who_fails_is_named_and_who_is_late_is_left_out(monkeypatch, capsys):
 
 
 @pytest.mark.interpreter
+@newer_interpreter
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("kernel", tune.WORKLOADS)
 def test_what_is_launched_has_the_candidate_s_tile(kernel, arch, monkeypatch):
@@ -124,6 +126,7 @@ def test_what_is_left_after_a_broken_context_runs_in_a_new_process(monkeypatch, 
 
 
 @pytest.mark.interpreter
+@newer_interpreter
 def test_it_runs_to_its_end_with_a_stand_in(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it", "--stand-in", "--kernel", "exponentials"])
     tune.main()

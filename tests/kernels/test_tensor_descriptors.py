@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from support.helpers import every_pair
+from support.helpers import every_pair, newer_interpreter
 from support.problems import LIMIT, PLANS, backend, both_plans, check, make, one_pass, upstream_of, with_segments
 from torch import Tensor
 
@@ -17,13 +17,8 @@ from fused_infonce.backends.contract import KeySet, Problem
 from fused_infonce.backends.plan import Plan
 from fused_infonce.backends.triton import launch, tiles
 
-version = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
-pytestmark = [  # for a GPU: tests/gpu/test_compiled_kernels.py
-    pytest.mark.interpreter,
-    pytest.mark.skipif(
-        version < (3, 6), reason="the interpreter of Triton 3.5 wants strides of 16 elements, not bytes"
-    ),
-]
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = [pytest.mark.interpreter, newer_interpreter]  # for a GPU: tests/gpu/test_compiled_kernels.py
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import every_pair
+from support.helpers import every_pair, newer_interpreter
 from support.problems import LIMIT, backend, make, one_pass, upstream_of
 from torch import Tensor
 
@@ -12,13 +12,9 @@ from fused_infonce.backends.contract import Problem
 from fused_infonce.backends.plan import Plan
 from fused_infonce.backends.triton import coefficients, launch, tiles
 
-version = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
-pytestmark = [  # for a GPU: benchmarks/tiles/tune.py, which compares every candidate with the table's tile
-    pytest.mark.interpreter,
-    pytest.mark.skipif(
-        version < (3, 6), reason="the interpreter of Triton 3.5 wants strides of 16 elements, not bytes"
-    ),
-]
+pytest.importorskip("triton", reason="triton is not installed")
+# for a GPU: benchmarks/tiles/tune.py, which compares every candidate with the table's tile
+pytestmark = [pytest.mark.interpreter, newer_interpreter]
 
 
 @pytest.fixture
