@@ -184,7 +184,7 @@ def values_are_free(tensor: Tensor) -> bool:
     """Return whether values can be read without a synchronisation; a transform of `torch.func` has none to read."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def only(name: str, value: Tensor, good: Tensor, must: str) -> Tensor:
@@ -210,9 +210,9 @@ def per_row(name: str, value: Any, like: Tensor, *, number: bool = False, column
     on(name, value, like.device)
 
 
-def scale_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
-    """Check a temperature or its inverse: one positive element, on the CPU too, or one a row. Return it with NaN for
-    what is bad where values cannot be read."""
+def scale_tensor(name: str, value: Tensor, like: Tensor) -> tuple[Tensor, float | None]:
+    """Check a temperature or its inverse: one positive element, on the CPU too, or one a row. Return it and the least
+    of its values; or where these cannot be read, with NaN for what is bad, and None."""
     n = like.shape[0]
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
@@ -224,10 +224,11 @@ def scale_tensor(name: str, value: Tensor, like: Tensor) -> Tensor:
         )
     if value.device != like.device and not (value.numel() == 1 and value.device.type == "cpu"):
         raise ValueError(f"{name} must be on {like.device} as query is, or one element on the CPU, got {value.device}")
-    if values_are_free(value) and value.numel() == 1:
-        positive_float(name, value.item())
-        return value
-    return only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
+    free = values_are_free(value)
+    if free and value.numel() == 1:
+        return value, positive_float(name, value.item())
+    value = only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
+    return value, value.min().item() if free and value.numel() else None
 
 
 def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "temperature") -> Temperature:
@@ -236,13 +237,13 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "tempe
     Where values cannot be read for free, those that are not positive become NaN.
     """
     if not isinstance(value, Tensor):
-        number = positive_float(name, value)
-        return Temperature(torch.full((1,), number, dtype=dtype, device=like.device), float(number))
-    value = scale_tensor(name, value, like)
-    lowest = None
-    if values_are_free(value) and value.numel():
-        lowest = value.item() if value.numel() == 1 else value.min().item()
-    return Temperature(_beside(value.reshape(-1).to(dtype).contiguous(), like), lowest)
+        return Temperature(None, positive_float(name, value), dtype, like.device)
+    value, lowest = scale_tensor(name, value, like)
+    if value.dim() != 1:
+        value = value.reshape(-1)
+    if value.dtype != dtype or not value.is_contiguous():
+        value = value.to(dtype).contiguous()
+    return Temperature(_beside(value, like), lowest)
 
 
 def one_number(name: str, value: Any) -> None:

@@ -17,7 +17,6 @@ from . import backends
 from .backends import Options
 from .backends.contract import (
     KeySet,
-    OnePass,
     Problem,
     RowStatistics,
     Sigmoids,
@@ -65,7 +64,7 @@ def statistics(problem: Problem, options: Options, full: bool = False, plan: Pla
     elif plan.gradients:
         found = Statistics.of(_Statistics.apply(own, plan, own.temperature.values, *_apart(own)))
     else:
-        found = _without_graph(own, lambda p: backend.statistics(p, plan))
+        found = _without_graph(backend.statistics, own, plan)
     if problem.offset is not None:
         found = with_offset(found, problem.offset)
     if recordings.wanted:
@@ -88,18 +87,12 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
     weight 0 counting for nothing, or a number for all rows.
     """
     if plan.gradients:
-        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.values, *_apart(problem))
+        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.given, *_apart(problem))
     nothing = [False] * (len(problem.inputs) + len(problem.biases) + 1)
-    backend = backends.get(plan.backend)
-    result = _without_graph(problem, lambda p: backend.onepass(p, plan, loss, weight, nothing))
-    return _noted(problem, plan, result).loss
-
-
-def _noted(problem: Problem, plan: Plan, result: OnePass) -> OnePass:
-    """Note the rows of a loss that was made at once, where that is asked for."""
+    result = _without_graph(backends.get(plan.backend).onepass, problem, plan, loss, weight, nothing)
     if plan.record:
         record(problem, _with_offsets(result.rows, problem.offset))
-    return result
+    return result.loss
 
 
 def _with_offsets(parts: Parts, offset: Tensor | None) -> Parts:
@@ -126,7 +119,7 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float 
     if backend.differentiable:
         losses = backend.sigmoids(problem, plan, bias, factor, nothing).losses
     else:
-        losses = _without_graph(problem, lambda p: backend.sigmoids(p, plan, bias, factor, nothing).losses)
+        losses = _without_graph(backend.sigmoids, problem, plan, bias, factor, nothing).losses
     return losses if weight is None else weighted(losses, weight).sum()
 
 
@@ -134,7 +127,7 @@ def profile(problem: Problem, options: Options, ladder: Ladder) -> Profile:
     """Return the profile of the rows over a ladder of temperatures, of which nothing has a gradient."""
     with torch.no_grad():
         plan = backends.plan_of(problem, options, reduced=False, full=True)
-        return _without_graph(problem, lambda p: backends.get(plan.backend).profile(p, plan, ladder))
+        return _without_graph(backends.get(plan.backend).profile, problem, plan, ladder)
 
 
 def zeros(problem: Problem) -> Statistics:
@@ -144,11 +137,18 @@ def zeros(problem: Problem) -> Statistics:
     return Statistics(rows, rows if problem.columns else None)
 
 
-def _without_graph(problem: Problem, run: Callable[[Problem], Any]) -> Any:
-    """Run where nothing needs a gradient: what the Functions would cost is saved."""
-    bound = bind(problem, problem.temperature.values, problem.inputs)
-    with without_autocast(problem.query.rows.device.type):
-        return run(bound)
+def _without_graph(function: Callable[..., Any], problem: Problem, plan: Plan, *args: Any) -> Any:
+    """Return a backend's function of a problem of which nothing needs a gradient: what the Functions cost is saved."""
+    bound = problem if plan.as_is else bind(problem, None, problem.inputs)
+    return _run(function, bound, plan, *args)
+
+
+def _run(function: Callable[..., Any], bound: Problem, plan: Plan, *args: Any) -> Any:
+    """Return a backend's function of a problem whose rows have been cast, with autocast off."""
+    if plan.as_is:
+        return function(bound, plan, *args)
+    with without_autocast(bound.query.rows.device.type):
+        return function(bound, plan, *args)
 
 
 def _apart(problem: Problem) -> Sequence[Tensor]:
@@ -160,7 +160,9 @@ def _apart(problem: Problem) -> Sequence[Tensor]:
     return [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
 
 
-def bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Problem:
+def bind(
+    problem: Problem, temperature: Tensor | None, inputs: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Problem:  # fmt: skip
     """Return the problem over these tensors, which are its own, cast for the products; dtype: of these, if known."""
     if problem.handles:
         inputs = [x if h is None else s.rows for x, h, s in zip(inputs, problem.handles, problem.sets, strict=True)]
@@ -169,7 +171,7 @@ def bind(problem: Problem, temperature: Tensor, inputs: Sequence[Tensor], dtype:
         return problem
     narrow = [cast(x, dtype) for x in inputs]
     sets = [s._replace(rows=rows, scale=scale) for s, (rows, scale) in zip(problem.sets, narrow, strict=True)]
-    t = Temperature(temperature, problem.temperature.lowest)
+    t = problem.temperature if temperature is None else Temperature(temperature, problem.temperature.lowest)
     return replace(problem, query=sets[0], keys=tuple(sets[1:]), temperature=t)
 
 
@@ -207,10 +209,10 @@ class _Statistics(torch.autograd.Function):
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
         if problem.self_similar:  # the query's gradient is that of both sides
             ctx.dtypes[1] = None
-        problem = bind(problem, temperature, inputs[: len(problem.sets)])
+        if not plan.as_is:
+            problem = bind(problem, temperature, inputs[: len(problem.sets)])
         kept: list[Tensor] = []
-        with without_autocast(inputs[0].device.type):
-            found = backends.get(plan.backend).statistics(problem, plan, kept)
+        found = _run(backends.get(plan.backend).statistics, problem, plan, kept)
         tensors, results = problem.tensors(), found.tensors()
         ctx.plan, ctx.inputs, ctx.kept = plan, len(tensors), len(kept)
         ctx.set_materialize_grads(False)  # of what has none: each would be a kernel
@@ -251,18 +253,19 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, temperature: Tensor, *inputs: Tensor
-    ) -> Tensor:
+        ctx: Any, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, temperature: Tensor | None,
+        *inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
         rows, biases = len(problem.sets), len(problem.biases)
         wanted = [*ctx.needs_input_grad[5 : 5 + rows + biases], ctx.needs_input_grad[4]]
         if problem.self_similar:  # the query's gradient is that of both sides
             wanted[1] = False
         inputs = inputs[:rows]
         ctx.dtypes = [x.dtype for x in inputs]
-        bound = bind(problem, temperature, inputs)
-        with without_autocast(inputs[0].device.type):
-            result = backends.get(plan.backend).onepass(bound, plan, loss, weight, wanted)
-        _noted(problem, plan, result)
+        bound = problem if plan.as_is else bind(problem, temperature, inputs)
+        result = _run(backends.get(plan.backend).onepass, bound, plan, loss, weight, wanted)
+        if plan.record:
+            record(problem, _with_offsets(result.rows, problem.offset))
         dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
         more = list(result.biases)  # these and the offset's are finished in any case
         if problem.offset is not None:
@@ -276,7 +279,8 @@ class _OnePass(torch.autograd.Function):
             ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, wanted[:rows], strict=True)]
             ctx.save_for_backward(dt, *more, *result.inputs, *tensors, *result.kept)
         else:
-            ctx.save_for_backward(dt, *more, *unscale(bound, result.inputs))
+            grads = result.inputs if plan.as_is else unscale(bound, result.inputs)
+            ctx.save_for_backward(dt, *more, *grads)
         return result.loss
 
     @staticmethod
@@ -303,7 +307,7 @@ class _Sigmoids(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.wanted = [*ctx.needs_input_grad[5:], *ctx.needs_input_grad[3:5]]
         ctx.dtypes = [x.dtype for x in inputs]
-        bound = bind(problem, temperature, inputs)
+        bound = problem if plan.as_is else bind(problem, temperature, inputs)
         if weight is None:
             tensors = bound.tensors()
             ctx.problem, ctx.plan = bound.with_tensors([None] * len(tensors)), plan
@@ -364,7 +368,7 @@ def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     """Return the gradients of a one-pass loss from the sums that its forward made."""
     count, end = len(ctx.dtypes), ctx.end
     problem = Problem.of(saved[count:end], *ctx.flags)
-    problem = bind(problem, problem.temperature.values, problem.inputs, ctx.product_dtype)
+    problem = bind(problem, None, problem.inputs, ctx.product_dtype)
     with without_autocast(problem.query.rows.device.type):
         backend = backends.get(ctx.plan.backend)
         return unscale(problem, backend.finished(problem, ctx.plan, saved[:count], saved[end:], upstream, ctx.dtypes))

@@ -89,13 +89,12 @@ def triton_device():
 
 @pytest.fixture(autouse=True)
 def fresh_plans():
-    """Forget the plans of earlier tests, which may have changed the thresholds that plans are chosen by."""
-    from fused_infonce.backends import registry
+    """Forget the plans of earlier tests, which may have changed the thresholds and the limit that they rest on."""
+    from support.helpers import forget_plans
 
-    remembered = registry.remembered  # which a test may put another in place of
-    remembered.cache_clear()
+    forget_plans()
     yield
-    remembered.cache_clear()
+    forget_plans()
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,7 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
         rules = tuple((only, lambda _: True, flops, why) for name, _, flops, why in rules if name == only)[:1]
     with ExitStack() as stack:
         for where, name, value in (
-            (registry, "resolve", lambda *_: "triton"), (registry, "remembered", plans.choose),
+            (registry, "resolve", lambda *_: "triton"), (registry, "remembered", {}),
             (torch.Tensor, "is_cuda", True), (torch.cuda, "device_of", nullcontext),
             (torch, "is_autocast_enabled", lambda *_: False), (accumulate, "adds_in_place", lambda _: True),
         ):  # fmt: skip

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .temperature import Temperature as Temperature
+
 if TYPE_CHECKING:
     from .ladder import Ladder, Profile
     from .plan import Plan
@@ -62,25 +64,6 @@ def largest_bias(biases: Iterable[Tensor]) -> float:
     return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in biases if x.numel()), default=0.0)
 
 
-class Temperature(NamedTuple):
-    """The temperature of a call, made once where the user's argument is checked.
-
-    values: (1,) for all rows or (N,) one a row, in the accumulator dtype, contiguous
-    lowest: the smallest of them, where reading it costs no synchronisation; else None
-    """
-
-    values: Tensor
-    lowest: float | None = None
-
-    def is_shared(self) -> bool:
-        return self.values.shape[0] == 1
-
-    def cooler(self, strength: float) -> Temperature:
-        """Return the temperature t / (1 + strength t): its inverse is larger by `strength`."""
-        lowest = None if self.lowest is None else self.lowest / (1 + strength * self.lowest)
-        return Temperature(self.values / (1 + strength * self.values.detach()), lowest)
-
-
 @dataclass(eq=False)
 class Problem:
     """One set of queries against their targets and one or more sets of keys, in one dtype.
@@ -123,10 +106,17 @@ class Problem:
     def __post_init__(self) -> None:
         # the queries and every set of keys, and their rows: with which gradients are aligned
         self.sets: tuple[KeySet, ...] = (self.query, *self.keys)
-        self.inputs: tuple[Tensor, ...] = (self.query.rows, *[keys.rows for keys in self.keys])
-        # those of scored rows, which have gradients as the inputs have
-        scored = self.sets if self.columns else self.keys
-        self.biases: list[Tensor] = [s.bias for s in scored if s.bias is not None]
+        inputs, biases = [self.query.rows], []
+        if self.columns and self.query.bias is not None:
+            biases.append(self.query.bias)
+        for keys in self.keys:
+            inputs.append(keys.rows)
+            if keys.bias is not None:
+                biases.append(keys.bias)
+        self.inputs: tuple[Tensor, ...] = tuple(inputs)
+        self.biases: list[Tensor] = biases  # those of scored rows, which have gradients as the inputs have
+        # all that is added to logits: the biases and, after them, the offset
+        self.added: list[Tensor] = biases if self.offset is None else [*biases, self.offset]
 
     @property
     def biased(self) -> list[int]:
@@ -141,11 +131,6 @@ class Problem:
         return [x if handle is None else handle for x, handle in zip(self.inputs, self.handles, strict=True)]
 
     @property
-    def added(self) -> list[Tensor]:
-        """Return all that is added to logits: the biases and, after them, the offset."""
-        return [*self.biases, *([] if self.offset is None else [self.offset])]
-
-    @property
     def largest_added(self) -> float:
         """Return the most by which biases but -inf move negatives' logits or raise targets', read from the tensors."""
         return largest_bias([*self.biases, *([] if self.offset is None else [self.offset.clamp_min(0)])])
@@ -153,7 +138,7 @@ class Problem:
     @property
     def acc_dtype(self) -> torch.dtype:
         """Return the dtype of logits and accumulated gradients: float64 for float64 inputs, else float32."""
-        return self.temperature.values.dtype
+        return self.temperature.dtype
 
     @property
     def logit_bound(self) -> float:
@@ -164,7 +149,7 @@ class Problem:
     @property
     def every_row_counts(self) -> bool:
         """Return whether no row can be without a target."""
-        return self.target is None or self.self_similar
+        return self.self_similar or self.target is None
 
     @property
     def apart(self) -> bool:
@@ -213,9 +198,20 @@ class Problem:
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """Return this problem over other tensors."""
         problem = Problem.of(tensors, *self.flags)
-        problem.temperature = problem.temperature._replace(lowest=self.temperature.lowest)
+        problem.temperature.lowest = self.temperature.lowest
         problem.bias_bound = self.bias_bound
         return problem
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Return the flags, and the shapes of all tensors, None for what is not there: what a plan depends on."""
+        found: list[Any] = [self.in_batch, self.columns, self.normalize, self.self_similar, self.two_views]
+        found.append(self.temperature.is_shared())
+        rest = (None if self.two_views else self.target, self.ceiling, self.offset)
+        for tensors in (*self.sets, rest):
+            for x in tensors:
+                found.append(None if x is None else x.shape)
+        return tuple(found)
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -228,6 +224,24 @@ class Problem:
         width = len(KeySet._fields)
         query, *keys = (KeySet(*rest[i : i + width]) for i in range(0, len(rest), width))
         return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, offset, *flags)  # type: ignore[arg-type]
+
+
+class TwoViews(Problem):
+    """The problem of the rows of two views, whose targets are made where one asks for them: the dense plan does not."""
+
+    _target: Tensor | None
+
+    @property
+    def target(self) -> Tensor | None:
+        if self._target is None and self.two_views:
+            rows = self.query.rows
+            n = rows.shape[0]
+            self._target = torch.arange(n // 2, n // 2 + n, device=rows.device).remainder_(n)  # of the other view
+        return self._target
+
+    @target.setter
+    def target(self, value: Tensor | None) -> None:
+        self._target = value
 
 
 class RowStatistics(NamedTuple):

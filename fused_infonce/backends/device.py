@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import CPU_LIMIT, MEMORY_SHARE, OTHER_LIMIT, PROCESSORS
+from .plan import CPU_LIMIT, MEMORY_SHARE, OTHER_LIMIT, PROCESSORS, limit_of_environment
 
 
 class Facts(NamedTuple):
-    """What plans take from a device: its processors, and the bytes of workspace of a call that does not say."""
+    """What plans take from a device: type, processors, and the bytes of workspace of a call that does not say."""
 
+    type: str
     processors: int
     limit: int
 
@@ -30,7 +31,9 @@ facts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `unavai
 
 
 def _facts(device: torch.device) -> Facts:
+    limit = limit_of_environment()
     if device.type != "cuda":
-        return Facts(PROCESSORS, CPU_LIMIT if device.type == "cpu" else OTHER_LIMIT)
+        own = CPU_LIMIT if device.type == "cpu" else OTHER_LIMIT
+        return Facts(device.type, PROCESSORS, limit or own)
     found = torch.cuda.get_device_properties(device)
-    return Facts(found.multi_processor_count, found.total_memory // MEMORY_SHARE)
+    return Facts(device.type, found.multi_processor_count, limit or found.total_memory // MEMORY_SHARE)

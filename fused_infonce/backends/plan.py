@@ -53,6 +53,7 @@ class Plan:
     full: whether mean and maximum are results, so that they are computed even where no gradient needs them
     mean: whether the mean is computed: it is a result, or the temperature's gradient is made of it
     record: whether a loss and its gradients come with the statistics of the rows
+    as_is: whether inputs are known to be of the products' dtype, with autocast off
     """
 
     name: str
@@ -67,6 +68,7 @@ class Plan:
     full: bool = False
     mean: bool = True
     record: bool = False
+    as_is: bool = False
 
     @property
     def one_pass(self) -> bool:
@@ -101,10 +103,12 @@ def _not_bytes(name: str, value: int | str) -> str:
 
 def limit_of_environment() -> int | None:
     """Return the bytes of workspace that the environment asks for; None if it does not."""
-    text = os.environ.get(LIMIT_VARIABLE, "").strip()
-    if text and not text.isdecimal():
+    given = os.environ.get(LIMIT_VARIABLE)
+    if given is None or not (text := given.strip()):
+        return None
+    if not text.isdecimal():
         raise ValueError(_not_bytes(LIMIT_VARIABLE, text))
-    return checked_limit(LIMIT_VARIABLE, int(text) if text else None)
+    return checked_limit(LIMIT_VARIABLE, int(text))
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,10 @@ TORCH: tuple[Rule, ...] = (
 # fmt: on
 
 
-def choose(full: bool = False, mean: bool = True, record: bool = False, **sizes: Any) -> Plan:
-    """Return the plan of one call, from the fields of `Call`; full, mean, record: as in `Plan`."""
+def choose(
+    full: bool = False, mean: bool = True, record: bool = False, as_is: bool = False, **sizes: Any
+) -> Plan:  # fmt: skip
+    """Return the plan of one call, from the fields of `Call`; full, mean, record, as_is: as in `Plan`."""
     call = Call(**sizes)
     rules, blocks = RULES[call.backend]
     name, _, flops, reason = next(rule for rule in rules if rule[1](call))
@@ -218,8 +224,9 @@ def choose(full: bool = False, mean: bool = True, record: bool = False, **sizes:
         flops = 1 if halved and name != "dense" else 2
     rows, cols = blocks("workspace" if call.pairwise and name != "reference" else name, call)
     return Plan(
-        name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean, record
-    )
+        name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean, record,
+        as_is,
+    )  # fmt: skip
 
 
 def _few(call: Call) -> int:

@@ -78,7 +78,7 @@ def profile(problem: Problem, plan: Plan, ladder: Ladder) -> Profile:
 
 def _scored(problem: Problem) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Return the products with every set of keys, which of these are no negatives, the positives' logits, and t."""
-    acc = problem.temperature.values.dtype
+    acc = problem.acc_dtype
     query, *keys = (_seen(s, problem.normalize) for s in problem.sets)
     t = problem.temperature.values.to(query.dtype)[:, None]  # (1, 1) or (N, 1)
     scores = [_products(query, key) for key in keys]

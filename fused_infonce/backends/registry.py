@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -16,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .contract import LN2, Backend, Problem
 from .device import facts
-from .plan import Plan, choose, limit_of_environment
+from .plan import Plan, choose
 from .precision import EXPONENT_ROOM, accumulator, product_dtype
 from .recording import recordings
 
@@ -34,7 +33,7 @@ class Options(NamedTuple):
 
     def limit(self, device: torch.device) -> int:
         """Return the bytes of workspace on a device: the call's, or the environment's, or else the device's own."""
-        return self.workspace_limit or limit_of_environment() or facts(device).limit
+        return self.workspace_limit or facts(device).limit
 
 
 def load(name: str) -> Backend:
@@ -89,7 +88,7 @@ def _unavailable(tensor: Tensor) -> str:
 
 def resolve(backend: str, tensor: Tensor) -> str:
     """Return the name of the backend that runs: "auto" is Triton on a GPU where it can run, PyTorch elsewhere."""
-    if backend == "auto" and tensor.device.type != "cuda":
+    if backend == "auto" and not tensor.is_cuda:
         return "torch"
     if backend not in ("auto", "triton"):
         return backend
@@ -115,7 +114,8 @@ def user_level(*packages: str) -> int:
     return level
 
 
-remembered = lru_cache(maxsize=1024)(choose)
+remembered: dict[tuple[Any, ...], Plan] = {}  # plans by all that they depend on
+MOST_PLANS = 1024
 
 
 def plan_of(
@@ -127,33 +127,58 @@ def plan_of(
     reduced, weighted: whether the loss is a sum of row losses known in closed form, and whether rows weigh differently.
     full: whether the statistics themselves are what was asked for. bias: that of a loss of sigmoids.
     """
-    backend = resolve(options.backend, problem.query.rows)
+    query, t = problem.query.rows, problem.temperature
+    device = query.device
+    known = facts(device)
+    backend = resolve(options.backend, query)
     compiling = torch.compiler.is_compiling()
-    leaves = [*problem.leaves, *problem.added, *([] if bias is None else [bias])]
+    leaves = (*problem.leaves, *problem.added) if bias is None else (*problem.leaves, *problem.added, bias)
     if backend != "reference":
         if forward_ad._current_level >= 0:
-            _refuse_tangents(*leaves, problem.temperature.values)
+            _refuse_tangents(*leaves, t.values)
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError("the transforms of torch.func (grad, jacrev, vmap, ...) need backend='reference'")
-    query, t = problem.query.rows, problem.temperature
-    n, d = query.shape
-    m = 0
-    for keys in problem.keys if problem.in_batch else problem.keys[1:]:
-        m += keys.columns()
-    dtype = product_dtype(query)
-    device = query.device
-    plan = choose if compiling else remembered
-    of_t = torch.is_grad_enabled() and t.values.requires_grad
-    needed = of_t or (torch.is_grad_enabled() and True in [x.requires_grad for x in leaves])
-    return plan(
+    of_t = gradients = False
+    if torch.is_grad_enabled():
+        of_t = gradients = t.given is not None and t.given.requires_grad
+        for x in leaves:
+            gradients = gradients or x.requires_grad
+    dtype, as_is = query.dtype, not problem.handles
+    if torch.is_autocast_enabled(known.type):
+        dtype, as_is = product_dtype(query), False
+    for x in problem.inputs:
+        as_is = as_is and x.dtype == dtype
+    asked = (
+        backend, device, dtype, as_is, options.workspace_limit or known.limit, reduced, weighted, full,
+        bias is not None, recordings.wanted, of_t, gradients, problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
+    )  # fmt: skip
+    if compiling:
+        problem.tensors()  # those that are made where they are asked for: a Function may not make them inside
+        return _chosen(problem, *asked)
+    key = (*asked, problem.shape)
+    plan = remembered.get(key)
+    if plan is None:
+        if len(remembered) >= MOST_PLANS:
+            remembered.clear()
+        plan = remembered[key] = _chosen(problem, *asked)
+    return plan
+
+
+def _chosen(
+    problem: Problem, backend: str, device: torch.device, dtype: torch.dtype, as_is: bool, limit: int, reduced: bool,
+    weighted: bool, full: bool, pairwise: bool, record: bool, of_t: bool, gradients: bool, bounded: bool,
+) -> Plan:  # fmt: skip
+    """Return the plan of a problem, of which it depends on the shape alone."""
+    n, d = problem.query.rows.shape
+    m = sum(keys.columns() for keys in (problem.keys if problem.in_batch else problem.keys[1:]))
+    return choose(
         backend=backend, device=device.type, n=n, m=m, d=d, itemsize=dtype.itemsize,
-        acc_itemsize=accumulator(dtype).itemsize, gradients=needed, columns=problem.columns,
+        acc_itemsize=accumulator(dtype).itemsize, gradients=gradients, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
-        plain=problem.plain and not weighted, per_row=not t.is_shared(), biased=len(problem.biases) > 0,
-        bounded=problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
-        guided=problem.ceiling is not None, limit=options.limit(device), full=full,
-        mean=full or of_t or recordings.wanted, record=recordings.wanted, joint=problem.joint,
-        pairwise=bias is not None, processors=facts(device).processors if backend == "triton" else 0,
+        plain=problem.plain and not weighted, per_row=not problem.temperature.is_shared(),
+        biased=len(problem.biases) > 0, bounded=bounded, guided=problem.ceiling is not None, limit=limit, full=full,
+        mean=full or of_t or record, record=record, as_is=as_is, joint=problem.joint, pairwise=pairwise,
+        processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 
 

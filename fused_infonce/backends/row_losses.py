@@ -73,5 +73,7 @@ def loss_and_slope(loss: str, x: Tensor, weight: Tensor | float) -> tuple[Tensor
 
 def temperature_gradient(logits: Tensor, temperature: Temperature) -> Tensor:
     """Return `dL/dt_i = -(sum_j s_ij dL/ds_ij) / t_i` in the temperature's shape; logits: the sum of each row, (N,)."""
-    per_row = -logits / temperature.values
-    return per_row.sum(0, keepdim=True) if temperature.is_shared() else per_row
+    if not temperature.is_shared():
+        return -logits / temperature.values
+    t = temperature.values if temperature.lowest is None else temperature.lowest
+    return logits.sum(0, keepdim=True).div_(-t)

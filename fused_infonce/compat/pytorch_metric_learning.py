@@ -233,7 +233,7 @@ def _dtype(embeddings: Tensor, temperature: Any) -> torch.dtype:
 
 def _units(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return rows and keys in the dtype of the logits, divided by their norms if the distance does that."""
-    dtype = problem.temperature.values.dtype
+    dtype = problem.acc_dtype
     query, key = problem.inputs
     x = unit(query, problem.normalize, dtype)
     return x, x if key is query else unit(key, problem.normalize, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BackendName, Options, Reduction
-from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.contract import KeySet, Problem, Temperature, TwoViews
 from ..backends.precision import statistics_dtype, without_autocast
 from ..distributed import DistributedLike
 from .biases import biases_of, by_index, with_margin
@@ -28,7 +28,8 @@ def call_options(
     """Return the options that every loss takes, checked."""
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.one_of("backend", backend, checks.BACKENDS)
-    return Options(backend, checks.workspace_limit(workspace_limit), reduction, distributed or None)
+    limit = None if workspace_limit is None else checks.workspace_limit(workspace_limit)
+    return Options(backend, limit, reduction, distributed or None)
 
 
 def temperature_of(value: float | Tensor, rows: Tensor, name: str = "temperature") -> Temperature:
@@ -49,6 +50,14 @@ def of_keys(
 
     names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
     """
+    if (
+        negative_mode == "unpaired" and negative_keys is None and in_batch_negatives is None and target is None
+        and query_ids is None and key_ids is None and negative_ids is None and key_bias is None
+        and negative_bias is None and positive_bias is True and negative_mask is None and negative_index is None
+        and margin == 0 and checks.alike(query, positive_key)
+    ):  # fmt: skip
+        t = temperature_of(temperature, query)  # the usual case: of pairs alone there is nothing more to check
+        return Problem(KeySet(query), (KeySet(positive_key),), t, columns=symmetric, normalize=normalize)
     if negative_index is not None:
         _check_table(negative_keys, negative_mode)
     in_batch = _check_embeddings(
@@ -105,8 +114,6 @@ def _check_embeddings(
 ) -> bool:  # fmt: skip
     """Check the modes and embeddings of `info_nce`; return whether in-batch keys are negatives."""
     checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
-    if negative_keys is None and target is None and in_batch_negatives is None and checks.alike(query, positive_key):
-        return True
     key_embeddings(query, positive_key, negative_keys, negative_mode, target is not None, names[0])
     if symmetric and target is not None:
         raise ValueError(f"{names[1]}=True pairs query i with key i: it cannot be used with target")
@@ -185,11 +192,9 @@ def all_ids(
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
     """Return the problem of the rows of two views against all others, where the other view is the positive."""
     rows = stacked(views(view_a, view_b, ()))
-    n = rows.shape[0]
-    target = torch.arange(n // 2, n // 2 + n, device=rows.device).remainder_(n)  # the row of the other view
     same = KeySet(rows)
     t = temperature_of(temperature, rows)
-    return Problem(same, (same,), t, target, normalize=normalize, self_similar=True, two_views=True)
+    return TwoViews(same, (same,), t, normalize=normalize, self_similar=True, two_views=True)
 
 
 def stacked(views: Sequence[Tensor]) -> Tensor:

@@ -122,7 +122,7 @@ class Ranking:
         """Return this rank's call over the documents and queries of all ranks, and the context of its products."""
         queries = KeySet(self.query)
         if key_bias is not None:
-            key_bias = key_bias.to(self.t.values.dtype)  # in which gradients are added
+            key_bias = key_bias.to(self.t.dtype)  # in which gradients are added
         columns = [KeySet(x, bias=None if key_bias is None else key_bias[i]) for i, x in enumerate(self.documents)]
         (query, every, *sets), context = all_rows([queries, queries, *columns], self.t, options, repr(self.flags))
         biases = self.biases

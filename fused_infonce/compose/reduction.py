@@ -38,12 +38,13 @@ def reduced(
         _say_lonely()
     plan = None
     if isinstance(loss, str) and closed_form(problem, options, weight):
-        weighted_rows = weight is not None or not _every_row_counts(problem)
-        plan = plan_of(problem, options, reduced=True, weighted=weighted_rows)
+        even = weight is None and _every_row_counts(problem)
+        plan = plan_of(problem, options, reduced=True, weighted=not even)
         if plan.one_pass and not contrast.is_explaining():
-            w, aside = factors(problem, options, weight)
+            w, aside = factors(problem, options, weight, even)
             total = contrast.onepass(problem, plan, loss, w)
-            _record(problem, weight)
+            if weight is not None:
+                _record(problem, weight)
             return whole(total, aside, options)
     problem, context = widened(problem) if problem.apart else (problem, nullcontext())
     with context:
@@ -79,7 +80,7 @@ def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: T
         plan = plan_of(problem, options, reduced=at_once, bias=bias)
         if not at_once:
             return reduced_rows(contrast.sigmoids(problem, plan, bias), problem, options, weight)
-        w, aside = factors(problem, options, weight)
+        w, aside = factors(problem, options, weight, weight is None and _every_row_counts(problem))
         return whole(contrast.sigmoids(problem, plan, bias, w), aside, options)
 
 
@@ -94,30 +95,31 @@ def _of_direction(problem: Problem, rows: RowStatistics, loss: Loss) -> Tensor:
 
 def reduced_rows(rows: Tensor, problem: Problem, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return (N,) losses reduced; those of rows that are ignored are 0."""
-    _record(problem, weight)
+    if weight is not None:
+        _record(problem, weight)
     if options.reduction == "none":
         rows = _counted(rows if weight is None else _times(weight, rows), problem)
         return rows if options.call is None else gather.rows(options.call, rows)
-    w, aside = factors(problem, options, weight)
+    w, aside = factors(problem, options, weight, weight is None and _every_row_counts(problem))
     return whole(_counted(_times(w, rows), problem).sum(), aside, options)
 
 
-def _record(problem: Problem, weight: Tensor | None) -> None:
+def _record(problem: Problem, weight: Tensor) -> None:
     """Note which of the rows that were noted for a problem have no weight."""
-    if weight is not None:
-        record_weight(weight.detach(), 1 + problem.columns)
+    record_weight(weight.detach(), 1 + problem.columns)
 
 
 def factors(
-    problem: Problem, options: Options, weight: Tensor | None
+    problem: Problem, options: Options, weight: Tensor | None, even: bool
 ) -> tuple[Tensor | float, Tensor | None]:  # fmt: skip
     """Return the factors of the rows' losses, (N,) or one for all, and what `whole` takes beside their sum.
 
-    Over several processes a mean divides after the sum, since the other ranks' weights are not known before.
+    even: whether all rows count, and with one weight. Over several processes a mean divides after the sum, since the
+    other ranks' weights are not known before.
     """
     if options.call is None:
-        return row_weights(problem, options.reduction, weight)
-    w, _ = row_weights(problem, "sum", weight)
+        return row_weights(problem, options.reduction, weight, even)
+    w, _ = row_weights(problem, "sum", weight, even)
     t = problem.temperature.values
     return w, t.new_full((), problem.query.rows.shape[0]) if isinstance(w, float) else w.sum()
 
@@ -142,27 +144,33 @@ def _times(weight: Tensor | float, rows: Tensor) -> Tensor:
 
 
 def _counted(rows: Tensor, problem: Problem) -> Tensor:
-    target = problem.target
-    return rows if target is None or _every_row_counts(problem) else rows.masked_fill(target == -1, 0)
+    if _every_row_counts(problem):
+        return rows
+    assert problem.target is not None
+    return rows.masked_fill(problem.target == -1, 0)
 
 
 def _every_row_counts(problem: Problem) -> bool:
     """Return whether no row is without a target, as far as that is known or free to read."""
-    target = problem.target
-    if target is None or problem.every_row_counts:
+    if problem.every_row_counts:
         return True
+    target = problem.target
+    assert target is not None
     return len(target) > 0 and checks.values_are_free(target) and target.min().item() >= 0
 
 
-def row_weights(problem: Problem, reduction: Reduction, weight: Tensor | None) -> tuple[Tensor | float, Tensor | None]:
+def row_weights(
+    problem: Problem, reduction: Reduction, weight: Tensor | None, even: bool
+) -> tuple[Tensor | float, Tensor | None]:  # fmt: skip
     """Return the factors of the rows' losses, (N,), or one for all; and where there may be no rows, whether a mean has
     none."""
-    n, t = problem.query.rows.shape[0], problem.temperature.values
-    if weight is None and _every_row_counts(problem):
+    n = problem.query.rows.shape[0]
+    if even:
         if reduction == "sum":
             return 1.0, None
-        return 1 / max(n, 1), t.new_ones((), dtype=torch.bool) if n == 0 else None
-    weight = _counted(t.new_ones(n) if weight is None else weight, problem)
+        none = problem.temperature.values.new_ones((), dtype=torch.bool) if n == 0 else None
+        return 1 / max(n, 1), none
+    weight = _counted(problem.temperature.values.new_ones(n) if weight is None else weight, problem)
     if reduction == "sum":
         return weight, None
     total = weight.sum()

@@ -124,9 +124,9 @@ def temperature_of_scale(logit_scale: Any, features: Tensor) -> float | Tensor:
     """Return 1 / scale, checked, in the dtype of the statistics where it is a tensor."""
     if not isinstance(logit_scale, Tensor):
         return 1 / checks.positive_float("logit_scale", logit_scale)
-    scale = checks.scale_tensor("logit_scale", logit_scale, features)
-    if scale.numel() == 1 and checks.values_are_free(scale) and not (scale.requires_grad and torch.is_grad_enabled()):
-        return 1 / scale.item()
+    scale, least = checks.scale_tensor("logit_scale", logit_scale, features)
+    if least is not None and scale.numel() == 1 and not (scale.requires_grad and torch.is_grad_enabled()):
+        return 1 / least
     return scale.to(statistics_dtype(features)).reciprocal()
 
 

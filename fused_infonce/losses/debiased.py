@@ -77,7 +77,7 @@ def debiased_info_nce(
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
     one_id_a_row(problem, "the debiased loss")
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     return reduced(problem, options, _loss(problem, tau_plus), weight)
 
 

@@ -74,7 +74,7 @@ def decoupled_info_nce(
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
         positive_bias=positive_bias,
     )  # fmt: skip
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     return reduced(problem, options, _loss(problem, positive_weight), weight)
 
 
@@ -177,7 +177,7 @@ def _loss(problem: Problem, positive_weight: Any) -> Loss:
     if positive_weight is None:
         return "decoupled"
     checks.per_row("positive_weight", positive_weight, problem.query.rows)
-    dtype = problem.temperature.values.dtype
+    dtype = problem.acc_dtype
     scale = checks.only("positive_weight", positive_weight, positive_weight.isfinite(), "be finite").to(dtype)
     return lambda problem, rows: decoupled(rows.neg - scale * rows.pos)
 

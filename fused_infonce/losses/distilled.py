@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Reduction
-from ..backends.contract import KeySet, Problem
+from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import accumulator, without_autocast
 from ..backends.row_losses import infonce
 from ..compose.across import blocked
@@ -117,11 +117,11 @@ def distilled_info_nce(
         options.call.noted += f" teacher {[(x.shape[1], x.dtype) for x in teacher]};"
     n, m = len(query), len(key)
     t = temperature_of(gather.shared(options.call, temperature), query)
-    weight = checks.row_weight(weight, query, t.values.dtype)
+    weight = checks.row_weight(weight, query, t.dtype)
     if teacher_temperature is None:
         teacher_temperature = temperature if teacher_scores is None else 1.0
     teacher_t = temperature_of(teacher_temperature, query, "teacher_temperature")
-    teacher_t = teacher_t._replace(values=teacher_t.values.detach())
+    teacher_t = Temperature(teacher_t.values.detach(), teacher_t.lowest)
 
     labels = None if target is None else checks.target(target, query, m, ignore_index)
     # Any column y may be the pivot of  soft_i = log(1 + exp(neg_i - s_iy)) + sum_{j != y} T_ij (s_iy - s_ij).

@@ -75,7 +75,7 @@ def dual_temperature_info_nce(
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
     inter = temperature_of(inter_temperature, query, "inter_temperature")
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     problem, context = blocked(problem, options)
     with context:
         found = contrast.statistics(problem, options)

@@ -139,7 +139,7 @@ def _own_biases(
 
 
 def _weights(teacher: Tensor, t: Temperature) -> Tensor:
-    return torch.softmax(teacher.to(t.values.dtype), dim=1)
+    return torch.softmax(teacher.to(t.dtype), dim=1)
 
 
 def _divergence(

@@ -147,10 +147,12 @@ def info_nce(
     """
     options = call_options(backend, workspace_limit, reduction, distributed)
     temperature = gather.shared(options.call, temperature)
-    several = _several(
-        query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index,
-        {"label_smoothing": label_smoothing != 0, "key_ids alone": query_ids is None and key_ids is not None},
-    )  # fmt: skip
+    several = None
+    if target is not None or positive_ids is not None or positive_weight is not None or positives != "each":
+        several = _several(
+            query, positive_key, target, positives, positive_ids, positive_weight, symmetric, ignore_index,
+            {"label_smoothing": label_smoothing != 0, "key_ids alone": query_ids is None and key_ids is not None},
+        )  # fmt: skip
     if several is not None:
         target, ignore_index = several.target, -1
     problem = of_keys(
@@ -159,7 +161,7 @@ def info_nce(
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
         positive_bias=positive_bias, negative_mask=negative_mask, negative_index=negative_index, margin=margin,
     )  # fmt: skip
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     if several is not None:
         of_positives = key_bias if positive_bias else None
         bias = None if of_positives is None else checks.bias("key_bias", of_positives, positive_key.shape[:1], query)

@@ -76,7 +76,7 @@ def model_aware_info_nce(
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     return _reduced(problem, options, alpha, threshold, weight)
 
 

@@ -80,7 +80,7 @@ def nt_xent(
     with products:
         neg = contrast.statistics(problem, options).rows.neg
     with without_autocast(rows.device.type):
-        x = unit(problem.query.rows, normalize, t.values.dtype)
+        x = unit(problem.query.rows, normalize, t.dtype)
         logits = [dots(x, x.roll(-k * samples, 0)) / t.values for k in range(1, len(every))]
         record_positives(logits[0])
         return reduced_mean(torch.stack([infonce(neg - pos) for pos in logits]).mean(0), options)

@@ -79,7 +79,7 @@ def robust_info_nce(
         key_ids=key_ids, negative_ids=negative_ids,
     )  # fmt: skip
     one_id_a_row(problem, "the robust loss")
-    weight = checks.row_weight(weight, query, problem.temperature.values.dtype)
+    weight = checks.row_weight(weight, query, problem.acc_dtype)
     return reduced(problem, options, partial(_losses, rho=rho), weight)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import set_limit
 
 from fused_infonce import explain
 from fused_infonce.backends import Options, device, plan
@@ -81,10 +82,10 @@ def test_the_limit_of_a_gpu_is_a_part_of_its_memory(monkeypatch):
     monkeypatch.setattr(device, "_FACTS", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H200)
     gpu = torch.device("cuda", 0)
-    assert device.facts(gpu) == (132, H200.total_memory // 128)
+    assert device.facts(gpu) == ("cuda", 132, H200.total_memory // 128)
     assert Options().limit(gpu) == 1_171_875_000
     assert Options(workspace_limit=1 << 20).limit(gpu) == 1 << 20
-    monkeypatch.setenv(plan.LIMIT_VARIABLE, str(1 << 21))
+    set_limit(monkeypatch, str(1 << 21))
     assert Options().limit(gpu) == 1 << 21
     assert Options(workspace_limit=1 << 20).limit(gpu) == 1 << 20
 

@@ -220,7 +220,7 @@ def test_what_it_is_chosen_for(device: str, monkeypatch) -> None:
     assert name(a, b, more) == name(a, b, target=torch.zeros(40, dtype=torch.int64, device=device)) != "dense"
     assert name(a, b, workspace_limit=1 << 13) != "dense"
     monkeypatch.setattr(plan, "GPU_DENSE_WIDE", 40 * 40 - 1)
-    registry.remembered.cache_clear()
+    registry.remembered.clear()
     assert name(a, b) != "dense"
     assert name(a.bfloat16(), b.bfloat16()) == "dense"
 

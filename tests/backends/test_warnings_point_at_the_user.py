@@ -25,7 +25,10 @@ CALLS = {
 @pytest.fixture
 def no_triton(monkeypatch):
     """Let every call see a GPU on which Triton cannot run. The stand-in's frame lies in the package, as resolve's."""
-    scope = {"resolve": registry.resolve, "gpu": SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)}
+    scope = {
+        "resolve": registry.resolve,
+        "gpu": SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32),
+    }
     code = "def stand_in(backend, tensor):\n    return resolve(backend, gpu)\n"
     exec(compile(code, registry.__file__, "exec"), scope)
     monkeypatch.setattr(registry, "resolve", scope["stand_in"])

@@ -9,11 +9,11 @@ import warnings
 import pytest
 import torch
 from support.flag_models import CLASSES, FINETUNE, ORIGINALS, features, gradient, make, table
-from support.helpers import bounds, error
+from support.helpers import bounds, error, set_limit
 from support.libraries import library, without_package
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce.backends import plan, registry
+from fused_infonce.backends import plan
 from fused_infonce.compat import common
 from fused_infonce.compat.flag_embedding import FusedEmbedderMixin
 
@@ -124,7 +124,7 @@ def test_no_matrix_of_scores(kind, distillation, no_in_batch, monkeypatch):
     if no_in_batch and distillation == "m3_kd_loss":
         distillation = "kl_div"
     monkeypatch.setattr(plan, "DENSE", 0)
-    monkeypatch.setattr(registry, "limit_of_environment", lambda: 1 << 16)
+    set_limit(monkeypatch, str(1 << 16))
     n, g, d = 256, 2, 8
     weight, teacher = table(n, n * g, d).float(), [0.0] * (n * g) if distillation else None
     options = {"kd_loss_type": distillation or "kl_div", "temperature": 0.5}

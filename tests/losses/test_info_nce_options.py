@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracles import info_nce as dense
 from oracles.row_lists import reduce, rows_of
-from support.helpers import DEVICE, FACTORS, both_backends, cases, error, evaluate, make_call, on, two, valid
+from support.helpers import DEVICE, FACTORS, both_backends, cases, error, evaluate, make_call, on, set_limit, two, valid
 
 from fused_infonce import FusedInfoNCELoss, explain, info_nce
 from fused_infonce.backends import plan, registry
@@ -275,13 +275,13 @@ def test_workspace_limit_does_not_change_the_loss(backend, limit):
 
 def test_the_environment_sets_the_workspace_limit(monkeypatch):
     inputs = torch.randn(2, 3000, 8)
-    monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", str(2**20))
+    set_limit(monkeypatch, str(2**20))
     plan = explain(*inputs)
     assert plan == explain(*inputs, workspace_limit=2**20)
     assert "at most 1 MiB" in str(plan)
     assert plan != explain(*inputs, workspace_limit=2**26)
     assert "at most 5000 bytes" in str(explain(*inputs, workspace_limit=5000))
-    monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", "")  # is as good as none
+    set_limit(monkeypatch, "")  # is as good as none
     assert explain(*inputs) == explain(*inputs, workspace_limit=2**26)
 
 
@@ -293,6 +293,6 @@ def test_a_limit_below_64_kib_is_taken_for_one_in_another_unit(wrong, monkeypatc
         with pytest.raises(ValueError, match=rf"workspace_limit must be a number of bytes, 65536 .*, got {wrong}"):
             info_nce(*inputs, workspace_limit=int(wrong))
     assert info_nce(*inputs, workspace_limit=65536).isfinite()
-    monkeypatch.setenv("FUSED_INFONCE_WORKSPACE_LIMIT", wrong)
+    set_limit(monkeypatch, wrong)
     with pytest.raises(ValueError, match="FUSED_INFONCE_WORKSPACE_LIMIT must be a number of bytes"):
         info_nce(*inputs)

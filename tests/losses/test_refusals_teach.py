@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from support.helpers import set_limit
 from support.losses import LOSSES
 
 import fused_infonce as f
@@ -25,7 +26,7 @@ def test_a_workspace_limit_in_mib_is_refused_by_argument_and_by_environment(limi
         with pytest.raises(ValueError, match=f"workspace_limit {message}"):
             call()
     if limit >= 0:
-        monkeypatch.setenv(VARIABLE, str(limit))
+        set_limit(monkeypatch, str(limit))
         with pytest.raises(ValueError, match=f"{VARIABLE} {message}"):
             info_nce(ROWS, ROWS)
 
@@ -33,14 +34,14 @@ def test_a_workspace_limit_in_mib_is_refused_by_argument_and_by_environment(limi
 @pytest.mark.least_limit
 @pytest.mark.parametrize("text", ["64M", "1e9", "-1", "0x100000"])
 def test_an_environment_variable_that_is_no_number_is_refused(text, monkeypatch):
-    monkeypatch.setenv(VARIABLE, text)
+    set_limit(monkeypatch, text)
     with pytest.raises(ValueError, match=f"{VARIABLE} must be a number of bytes.*got '{text}'"):
         info_nce(ROWS, ROWS)
 
 
 @pytest.mark.parametrize("text", ["", " "])
 def test_an_empty_environment_variable_counts_as_unset(text, monkeypatch):
-    monkeypatch.setenv(VARIABLE, text)
+    set_limit(monkeypatch, text)
     assert explain(ROWS, ROWS)[0].limit == 64 * plan.MIB
 
 

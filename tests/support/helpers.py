@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_infonce import info_nce
+from fused_infonce.backends import device as devices
 from fused_infonce.backends import plan, registry
 from fused_infonce.backends.plan import Plan
 
@@ -255,6 +256,25 @@ def make_call(
     return inputs, options
 
 
+def forget_plans() -> None:
+    """Forget all plans, and the facts that they rest on: what the environment says of the workspace is one."""
+    registry.remembered.clear()
+    devices._FACTS.clear()
+
+
+def set_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let the environment say this of the workspace, as it would before the first call."""
+    monkeypatch.setenv(plan.LIMIT_VARIABLE, text)
+    forget_plans()
+
+
+class Forgetful(dict[Any, Any]):
+    """A dictionary that stays empty."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
 def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
     """Return a list that the plans of all later calls are added to, and change these fields of each plan."""
     plans: list[Plan] = []
@@ -264,7 +284,7 @@ def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
         return plans[-1]
 
     monkeypatch.setattr(registry, "choose", choose)
-    monkeypatch.setattr(registry, "remembered", choose)
+    monkeypatch.setattr(registry, "remembered", Forgetful())
     return plans
 
 

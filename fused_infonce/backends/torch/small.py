@@ -27,6 +27,9 @@ from ..rows import Rows
 from .keys import Guide
 from .work import FLOOR, State, finite, log_sum, statistics_of
 
+# What is added to a product, times 0: it is not read.
+NOTHING = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
 
 class _Dense:
     """A problem made ready for dense work: x, y, and the pairs that are no negatives.
@@ -36,7 +39,8 @@ class _Dense:
 
     def __init__(self, problem: Problem, kept: Sequence[Tensor] = ()):
         query, *keys = problem.sets
-        target, n, acc = problem.target, query.rows.shape[0], problem.acc_dtype
+        n, acc = query.rows.shape[0], problem.acc_dtype
+        target = None if problem.two_views else problem.target
         self.problem, self.fits = problem, False
         self.same = problem.self_similar or (len(keys) == 1 and query.rows is keys[0].rows)  # keys are the queries
         self.rows: list[Rows] = []
@@ -54,8 +58,9 @@ class _Dense:
             self.x, self.y = unit, self.rows[-1].unit
         else:
             self.x, self.y = unit.split_with_sizes((n, unit.shape[0] - n))
-        self.inv_t = 1 / problem.temperature.values.item()
-        self.target = target  # of a row without one, any column
+        self.inv_t = problem.temperature.inverse
+        self.dims = (1, 0) if problem.columns else (1,)  # along which the scores are summed
+        self.target = target  # of a row without one, any column; None: on diagonals
         self.inside: Tensor | None = None  # (N, 1): which targets are there; None: all
         if target is not None and not problem.self_similar:
             last = keys[0].rows.shape[0] - 1
@@ -71,9 +76,9 @@ class _Dense:
 
     def scores(self, plan: Plan) -> Tensor:
         """Return S, and note whether all its exponentials fit as they are."""
-        nothing = self.problem.temperature.values  # whatever it is: times 0 it is not read
-        scores = torch.addmm(nothing, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
+        scores = torch.addmm(NOTHING[self.x.dtype], self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
         self.own = scores.diagonal()  # a view, which is used more than once
+        self.views = self._of_views(scores) if self.problem.two_views else ()
         self.fits = plan.bounded and not plan.full
         if not (self.fits or plan.full or self.biases):
             room = EXPONENT_ROOM[scores.dtype]
@@ -83,11 +88,19 @@ class _Dense:
 
     def positives(self, scores: Tensor) -> Tensor:
         """Return the (N,) scores of the targets: 0 for -1, NaN out of range or where they are infinite."""
-        return self.there(self.own.clone() if self.index is None else scores.gather(1, self.index).squeeze(1))
+        if self.index is not None:
+            pos = scores.gather(1, self.index).squeeze(1)
+        else:
+            pos = torch.cat(self.views) if self.views else self.own.clone()
+        return pos if self.fits and self.inside is None else self.there(pos)
 
     def exact_positives(self) -> Tensor:
         """Return the (N,) logits of the targets, without what a factor for base 2 would add to the rounding of all."""
-        y = self.y[: self.x.shape[0]] if self.target is None else self.y.index_select(0, self.target)
+        n = self.x.shape[0]
+        if self.target is not None:
+            y = self.y.index_select(0, self.target)
+        else:
+            y = self.y.roll(n // 2, 0) if self.problem.two_views else self.y[:n]
         return self.there(torch.linalg.vecdot(self.x, y).mul_(self.inv_t))
 
     def there(self, pos: Tensor) -> Tensor:
@@ -105,12 +118,19 @@ class _Dense:
             scores[:, cols].masked_fill_(mask, value)
         if self.index is None or self.problem.self_similar:
             self.own.fill_(value)
+        for view in self.views:
+            view.fill_(value)
         if self.index is None:
             return
         if self.inside is None:
             scores.scatter_(1, self.index, value)
         else:
             scores.scatter_(1, self.index, torch.where(self.inside, value, scores.gather(1, self.index)))
+
+    def _of_views(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores of the targets of the rows of either view, as views of all scores."""
+        n = scores.shape[0] // 2
+        return scores.diagonal(n), scores.diagonal(-n)
 
     def _masks(self) -> list[tuple[slice, Tensor]]:
         """Return for each set of keys that has ids or a guide its columns, and which of them these leave out."""
@@ -138,7 +158,7 @@ class _Dense:
 
     def sum(self, e: Tensor, dim: int) -> Tensor:
         """Return the sum of exponentials along a dimension, times the factors of their biases where E has none."""
-        term = self.term(dim) if self.fits else None
+        term = self.term(dim) if self.biases and self.fits else None
         return e.sum(dim) if term is None else torch.mv(e if dim else e.T, term.flatten().exp2())
 
     def exponentials(self, scores: Tensor, dims: Sequence[int], moments: bool) -> tuple[list[Tensor], list[State]]:
@@ -210,7 +230,12 @@ class _Dense:
         w = e * factor if spare else e.mul_(factor)
         if column is not None and others:
             w.addcmul_(others[0], column)
-        if self.target is None or self.index is None:
+        if self.problem.two_views:
+            of_views = v.view(2, -1)
+            parts = [of_views.sum(0)] * 2 if both else of_views.unbind()
+            for view, part in zip(self._of_views(w), parts, strict=True):
+                view.add_(part, alpha=sign)
+        elif self.target is None or self.index is None:
             w.diagonal().add_(v, alpha=sign * (1 + both))
         else:
             v = v + v.index_select(0, self.target) if both else v
@@ -287,7 +312,7 @@ def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.exact_positives()
-    exponentials, states = dense.exponentials(scores, _dims(problem), plan.mean)
+    exponentials, states = dense.exponentials(scores, dense.dims, plan.mean)
     rows, *columns = [statistics_of(state, pos, size) for state, size in zip(states, scores.shape, strict=False)]
     if keep is not None and scores.numel() <= DENSE:
         keep += exponentials
@@ -322,7 +347,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2
-    exponentials, states = dense.exponentials(scores, _dims(problem), moments=plan.record)
+    exponentials, states = dense.exponentials(scores, dense.dims, moments=plan.record)
     rows = [statistics_of(state, pos * LN2)[:3] for state in states] if plan.record else []
     # (N,), or where columns are asked for (2, N): rows of theirs below
     m, sums, *_ = states[0] if len(states) == 1 else map(_stack, zip(*states, strict=True))
@@ -351,11 +376,6 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     dense.finish()
     offset = None if problem.offset is None else slope * -share
     return OnePass(total, dense.by_input(sides, inputs), logits, (), dense.by_bias(biases, share), offset, rows)
-
-
-def _dims(problem: Problem) -> tuple[int, ...]:
-    """Return the dimensions along which the scores are summed: those of rows and, where they are asked for, columns."""
-    return (1, 0) if problem.columns else (1,)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -78,9 +78,9 @@ class Work:
         ]
         self.sets: list[Keys] = [*([self.key] if problem.in_batch else []), *self.others]
         self.columns = [(keys, cols) for keys in self.sets for cols in keys.tiles()]
-        t = problem.temperature.values
-        self.shared_t = problem.temperature.is_shared()
-        self.inv_t: Scale = 1 / t.item() if self.shared_t and self.device.type == "cpu" else t.reciprocal()
+        t = problem.temperature
+        self.shared_t = t.is_shared()
+        self.inv_t: Scale = t.inverse if self.shared_t and self.device.type == "cpu" else t.values.reciprocal()
         self.shift = plan.full or not (plan.bounded or self.largest_logit * LOG2E <= EXPONENT_ROOM[self.acc])
         self.triangular = plan.name == "triangular"  # tiles are square, and those under the diagonal left out
         self.query_bias: Bias | None = None
