@@ -226,24 +226,6 @@ class Problem:
         return Problem(query, tuple(keys), Temperature(temperature), target, ceiling, offset, *flags)  # type: ignore[arg-type]
 
 
-class TwoViews(Problem):
-    """The problem of the rows of two views, whose targets are made where one asks for them: the dense plan does not."""
-
-    _target: Tensor | None
-
-    @property
-    def target(self) -> Tensor | None:
-        if self._target is None and self.two_views:
-            rows = self.query.rows
-            n = rows.shape[0]
-            self._target = torch.arange(n // 2, n // 2 + n, device=rows.device).remainder_(n)  # of the other view
-        return self._target
-
-    @target.setter
-    def target(self, value: Tensor | None) -> None:
-        self._target = value
-
-
 class RowStatistics(NamedTuple):
     """The vectors that losses are made of, (N,) in the accumulator dtype, of every row over its negatives in all sets.
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BackendName, Options, Reduction
-from ..backends.contract import KeySet, Problem, Temperature, TwoViews
+from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import statistics_dtype, without_autocast
+from ..backends.views import TwoViews
 from ..distributed import DistributedLike
 from .biases import biases_of, by_index, with_margin
 

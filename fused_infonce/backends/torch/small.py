@@ -83,7 +83,8 @@ class _Dense:
         if not (self.fits or plan.full or self.biases):
             room = EXPONENT_ROOM[scores.dtype]
             least, most = torch.aminmax(scores)
-            self.fits = -room <= least.item() and most.item() + self.problem.largest_added * LOG2E <= room
+            added = self.problem.largest_added * LOG2E if self.problem.added else 0.0
+            self.fits = -room <= least.item() and most.item() + added <= room
         return scores
 
     def positives(self, scores: Tensor) -> Tensor:
