@@ -154,4 +154,6 @@ def offset_of(name: str, bias: Tensor, target: Tensor | None, rows: Tensor | Non
 def bound_of(*biases: Tensor | None) -> float | None:
     """Return a bound on the size of all biases but -inf; None where it is not free to read."""
     there = [x for x in biases if x is not None]
+    if not there:
+        return 0.0
     return largest_bias(there) if all(map(checks.values_are_free, there)) else None
