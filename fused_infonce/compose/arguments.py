@@ -12,7 +12,7 @@ from .. import checks
 from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.precision import statistics_dtype, without_autocast
-from ..backends.views import TwoViews
+from ..backends.views import TwoViews, other_views
 from ..distributed import DistributedLike
 from .biases import biases_of, by_index, with_margin
 
@@ -195,6 +195,9 @@ def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normal
     rows = stacked(views(view_a, view_b, ()))
     same = KeySet(rows)
     t = temperature_of(temperature, rows)
+    if torch.compiler.is_compiling():
+        target = other_views(rows)
+        return Problem(same, (same,), t, target, normalize=normalize, self_similar=True, two_views=True)
     return TwoViews(same, (same,), t, normalize=normalize, self_similar=True, two_views=True)
 
 
