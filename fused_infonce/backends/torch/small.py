@@ -27,9 +27,6 @@ from ..rows import Rows
 from .keys import Guide
 from .work import FLOOR, State, finite, log_sum, statistics_of
 
-# What is added to a product, times 0: it is not read.
-NOTHING = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
-
 
 class _Dense:
     """A problem made ready for dense work: x, y, and the pairs that are no negatives.
@@ -76,7 +73,8 @@ class _Dense:
 
     def scores(self, plan: Plan) -> Tensor:
         """Return S, and note whether all its exponentials fit as they are."""
-        scores = torch.addmm(NOTHING[self.x.dtype], self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
+        nothing = self.x.new_empty(())  # times 0 it is not read; one made before might be of a mode that is over
+        scores = torch.addmm(nothing, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
         self.own = scores.diagonal()  # a view, which is used more than once
         self.views = self._of_views(scores) if self.problem.two_views else ()
         self.fits = plan.bounded and not plan.full
