@@ -183,11 +183,11 @@ class Work:
         c are the biases of keys, c' those of queries.
         """
         key, query = tile.keys.bias, self.query_bias
-        if key is None and query is None:
+        if query is not None and query.factor is not None:
+            column = torch.mul(query.factor[tile.chunk.rows, None], column, out=out)
+        if key is None or key.factor is None:
             return torch.add(row[:, None], column, out=out)
-        of_key = torch.ones_like(column) if key is None or key.factor is None else key.factor[tile.cols]
-        of_query = torch.ones_like(row) if query is None or query.factor is None else query.factor[tile.chunk.rows]
-        return torch.mm(torch.stack([row, of_query], 1), torch.stack([of_key, column]), out=out)
+        return torch.addcmul(column, row[:, None], key.factor[tile.cols], out=out)
 
     def add_bias_gradient(self, tile: Tile, dim: int, e: Tensor, factor: Tensor, inv_t: Scale) -> None:
         """Add dc_j = sum_i u_i p_ij, of exponentials with `factor e = u p / t`, to the gradient of what is scored."""
