@@ -13,7 +13,7 @@ import triton.language as tl
 from .gradient import both_directions, coefficients, direction, exponential
 from .sigmoid import LOG2E, softplus_and_sigmoid
 from .statistics import store_state
-from .tile import FLOOR, RAISE, cast, live, load_vector, meets_diagonal, negatives, raw_dots
+from .tile import FLOOR, RAISE, cast, live, load_vector, meets_diagonal, negatives, raw_dots, with_biases
 
 NO_NEGATIVE = tl.constexpr(-(2**15))  # what `encoded` scores have in place of FLOOR
 
@@ -57,8 +57,8 @@ def tile_start(
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "shift"])  # columns must be known to be aligned
 def exponentials_kernel(
-    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, C_ptr, ROWS_ptr, COLUMNS_ptr,
-    UX_ptr, BIAS_ptr,
+    X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, NX_ptr, NY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide,
+    C_ptr, ROWS_ptr, COLUMNS_ptr, UX_ptr, BIAS_ptr,
     row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, PEEL: tl.constexpr,
     GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
@@ -69,8 +69,11 @@ def exponentials_kernel(
     z is that of kernels/gradient.py. States with m = 0 of the rows over each block of columns go to slots of ROWS. A
     zero row counts in these only. Without MEAN the third vector of a state is 0.
 
-    With COLUMNS: states of the columns over each block of rows go to slots of it, and the scores z_ij sx_i themselves
-    are written, since what turns exponentials into coefficients is of their row and their column then; see `encoded`.
+    With NX: of z_ij sx_i + yc_j - nx_i in place of z_ij sx_i, with the biases yc if there are any.
+
+    With COLUMNS: states of the columns over each block of rows go to slots of it, with NY and xc likewise, and the
+    scores z_ij sx_i themselves are written, since what turns exponentials into coefficients is of their row and their
+    column then; see `encoded`.
 
     With BIAS: with the logit z_ij sx_i + bias log2(e) of a pair its sigmoid is in place of the exponential, and the
     coefficient ux_i a_i b_j sigmoid_ij is written, or nothing without C; the first vector of a state is then the sum of
@@ -98,7 +101,7 @@ def exponentials_kernel(
         )  # fmt: skip
         s = tl.where(keep, s, FLOOR)
     if BIAS_ptr is None:
-        p = tl.exp2(s)
+        p = tl.exp2(shifted(s, NX_ptr, offs_m, row_end, YC_ptr, offs_n, col_end, 1, ACC))
     else:
         softplus, p = softplus_and_sigmoid(s + tl.load(BIAS_ptr) * LOG2E)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -120,6 +123,8 @@ def exponentials_kernel(
         write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
     else:
         none = tl.zeros((BLOCK_N,), ACC)
+        if NY_ptr is not None:
+            p = tl.exp2(shifted(s, NY_ptr, offs_n, col_end, XC_ptr, offs_m, row_end, 0, ACC))
         x = none
         if MEAN:
             x = tl.sum(p * s, 0)
@@ -128,6 +133,15 @@ def exponentials_kernel(
         if PEEL != "off" and C_ptr.dtype.element_ty == tl.int16:
             c = tl.where(keep, c, NO_NEGATIVE)
         write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
+
+
+@triton.jit
+def shifted(s, N_ptr, offs, size, C_ptr, scored, size_scored, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Return logits, summed along AXIS, with the biases of what is scored, less N at `offs`; as they are without N."""
+    if N_ptr is not None:
+        s = with_biases(s, C_ptr, scored, size_scored, AXIS, ACC)
+        s -= tl.expand_dims(load_vector(N_ptr, offs, size, 0.0, ACC), AXIS)
+    return s
 
 
 @triton.jit
@@ -211,13 +225,15 @@ def store_sums(ptr, slot, offs, start, end, sums):
 
 @triton.jit
 def combine_kernel(
-    S_ptr, C_ptr, A_ptr, B_ptr, UX_ptr, RX_ptr, UY_ptr, RY_ptr, TEMPERATURE_ptr,
+    S_ptr, C_ptr, A_ptr, B_ptr, NX_ptr, UX_ptr, RX_ptr, NY_ptr, UY_ptr, RY_ptr, XC_ptr, YC_ptr, TEMPERATURE_ptr,
     size_x, size_y, columns, stride_cm, step,
     zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Turn the scores of both directions into C_ij = a_i b_j (ux_i rx_i + uy_j ry_j) / t 2^s_ij, rounded once.
 
     S and C are the same memory, written up to `columns`; the temperature is one for all rows, and every maximum is 0.
+    With NX and NY: those are the maxima, and with the biases xc and yc, if there are any, each direction has an
+    exponential of its own, 2^(s_ij + yc_j - nx_i) or 2^(s_ij + xc_i - ny_j).
     """
     across = tl.cdiv(columns, BLOCK_N)
     offs_m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -232,5 +248,10 @@ def combine_kernel(
     s = tl.load(S_ptr + offs, mask=inside, other=0)
     if S_ptr.dtype.element_ty == tl.int16:
         s = tl.where(s == NO_NEGATIVE, FLOOR, s.to(ACC) * step)
-    c = both_directions(tl.exp2(s), a, wx, b, wy)
+    if NX_ptr is None:
+        c = both_directions(tl.exp2(s), a, wx, b, wy)
+    else:
+        of_rows = tl.exp2(shifted(s, NX_ptr, offs_m, size_x, YC_ptr, offs_n, size_y, 1, ACC))
+        of_columns = tl.exp2(shifted(s, NY_ptr, offs_n, size_y, XC_ptr, offs_m, size_x, 0, ACC))
+        c = (of_rows * wx[:, None]) * b[None, :] + (of_columns * wy[None, :]) * a[:, None]
     tl.store(C_ptr + offs, cast(c, C_ptr.dtype.element_ty, EMULATE), mask=inside)

@@ -103,16 +103,21 @@ def side_kernel(
 
 @triton.jit
 def scale_kernel(
-    X_ptr, A_ptr, U_ptr, M_ptr, R_ptr, TEMPERATURE_ptr, F_ptr, OUT_ptr,
+    X_ptr, A_ptr, U_ptr, N_ptr, M_ptr, R_ptr, TEMPERATURE_ptr, F_ptr, OUT_ptr,
     size_x, D, stride_xm, stride_t,
     zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write f_i = RAISE a_i u_i 2^-m_i r_i / t_i, which turns exponentials into coefficients, and the rows f_i x_i."""
+    """Write f_i = RAISE a_i u_i 2^(n_i - m_i) r_i / t_i, which turns exponentials of logits less n_i into coefficients,
+    and the rows f_i x_i; without N of logits as they are."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < size_x
     t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
     u = tl.load(U_ptr + offs_m, mask=inside, other=0.0)
-    e = tl.exp2(-tl.load(M_ptr + offs_m, mask=inside, other=0.0)) * tl.load(R_ptr + offs_m, mask=inside, other=0.0)
+    m = tl.load(M_ptr + offs_m, mask=inside, other=0.0)
+    r = tl.load(R_ptr + offs_m, mask=inside, other=0.0)
+    if N_ptr is not None:  # m and r are 0 of a row of no logits, whatever its n
+        m = tl.where(r == 0.0, 0.0, m - tl.load(N_ptr + offs_m, mask=inside, other=0.0))
+    e = tl.exp2(-m) * r
     f = u / t * (e * RAISE) * live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     tl.store(F_ptr + offs_m, f, mask=inside)
     for start_d in range(0, D, BLOCK_D):

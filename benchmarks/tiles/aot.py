@@ -84,7 +84,7 @@ class Case:
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
-    # "biased ...": columns and general where keys, and with columns queries, have biases with gradients;
+    # "biased ...": where keys, and with columns queries, have biases, with gradients or in one pass;
     # "columns margin": columns where positives have a margin;
     # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without;
     # "profile", "profile of general": a ladder of 17 temperatures
@@ -202,13 +202,12 @@ def launches(case: Case) -> list[Launch]:
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
             backend.gradients(problem, plan, statistics, upstream, [*of_rows, *[acc] * len(problem.biases)])
-        if problem.biases:  # of which no other plan takes any
-            return found
-        if not problem.self_similar and (bounded or not problem.columns):
+        if not problem.self_similar and (bounded or problem.biases or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
-            made = backend.onepass(problem, plan, "infonce", u, [*(want is not None for want in of_rows), not bounded])
+            wanted = [*(want is not None for want in of_rows), *[False] * len(problem.biases), not bounded]
+            made = backend.onepass(problem, plan, "infonce", u, wanted)
             backend.finished(problem, plan, made.inputs, made.kept, u.sum(), of_rows)
-        if problem.one_to_one and not general:
+        if problem.one_to_one and not general and not problem.biases:
             plan = Plan("dense", n, n, 1 << 28, 0, "", bounded=bounded)
             backend.onepass(problem, plan, "infonce", 1 / n, [True, True, not bounded])
     return found
@@ -325,8 +324,8 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, "tf32", 256, "bounded", TILED)
     yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
     for target in ("sm_90", "gfx942"):
-        yield Case(target, "bfloat16", 256, "biased columns", ("statistics_kernel", "coefficients_kernel"))
-        yield Case(target, "bfloat16", 256, "biased general", PAIRED[1:])
+        yield Case(target, "bfloat16", 256, "biased columns", (*TILED[:1], *TILED[2:4], "combine_kernel"))
+        yield Case(target, "bfloat16", 256, "biased general", (*PAIRED[1:], "exponentials_kernel", "scale_kernel"))
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED[:4], tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)

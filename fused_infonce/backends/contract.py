@@ -141,10 +141,15 @@ class Problem:
         return self.temperature.dtype
 
     @property
+    def score_bound(self) -> float:
+        """Return a bound on the size of every logit without its bias, as far as is known without reading a tensor."""
+        return 1 / self.temperature.lowest if self.normalize and self.temperature.lowest else math.inf
+
+    @property
     def logit_bound(self) -> float:
         """Return a bound on the size of every logit, as far as is known without reading a tensor."""
         of_biases = 0.0 if not self.added else math.inf if self.bias_bound is None else self.bias_bound
-        return 1 / self.temperature.lowest + of_biases if self.normalize and self.temperature.lowest else math.inf
+        return self.score_bound + of_biases
 
     @property
     def every_row_counts(self) -> bool:

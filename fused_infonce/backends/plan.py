@@ -131,7 +131,9 @@ class Call:
     bounded: bool  # whether exp of every logit is known to fit the accumulator
     limit: int  # bytes of workspace
     guided: bool = False  # whether a guide's scores are made beside every block of scores
-    biased: bool = False  # whether keys have biases as negatives, which no plan of one pass takes on a GPU
+    biased: bool = False  # whether keys have biases as negatives
+    scores_bounded: bool = False  # whether exp of every logit without its bias is known to fit, even where not with it
+    learned_biases: bool = False  # whether these have gradients, which no plan of one pass makes on a GPU
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
     one_to_one: bool = False  # whether there is one set of keys, each of them the target of one query
     pairwise: bool = False  # whether a loss is a sum over pairs, so that every block of scores is final by itself
@@ -147,9 +149,14 @@ class Call:
         return self.reduced and not self.columns and not self.empty
 
     @property
+    def shifts_fit(self) -> bool:
+        """Return whether exp of every logit fits less a shift of its row that is known before: see triton/shifts.py."""
+        return self.bounded or self.scores_bounded
+
+    @property
     def both_at_once(self) -> bool:
-        """Return whether a pass over all scores may serve both directions: one exponential for both."""
-        return self.columns and self.bounded and not self.per_row
+        """Return whether a pass over all scores may serve both directions, where exponentials fit."""
+        return self.reduced and self.columns and not self.per_row
 
     @property
     def room(self) -> int:
@@ -175,18 +182,20 @@ PAIRWISE: tuple[Rule, ...] = (
 )
 TRITON: tuple[Rule, ...] = (
     *PAIRWISE,
-    ("workspace", lambda c: c.biased and c.gradients, 8,
-     "keys have biases, whose size is not known without reading them" + AGAIN),
-    ("forward", lambda c: c.biased, 2, NO_GRADIENT),
-    ("dense", lambda c: c.reduced and c.one_to_one and 0 < c.n * c.m <= _gpu_few(c), 6,
+    ("dense", lambda c: c.reduced and c.one_to_one and not c.biased and 0 < c.n * c.m <= _gpu_few(c), 6,
      "the scores are few, so that launching kernels would cost more than their arithmetic"),
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
     ("triangular", lambda c: c.self_similar and c.d > STREAMING_DIM, 4, HALF),
     ("streaming", lambda c: c.self_similar, 5,
      "all rows are compared with one another, half of whose scores are made at first, and one pass serves both sides"),
-    ("onepass", lambda c: c.rows_alone and c.bounded and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0, 6, AT_ONCE),
-    ("onepass", lambda c: c.reduced and c.both_at_once and c.joint and not c.guided and c.d >= GPU_BOTH_DIM
+    ("workspace", lambda c: c.learned_biases, 8,
+     "biases of keys have gradients, which are added up before anything is rounded" + AGAIN),
+    ("onepass", lambda c: c.rows_alone and c.shifts_fit and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0, 6,
+     AT_ONCE),
+    ("onepass", lambda c: c.both_at_once and c.shifts_fit and c.joint and not c.guided and c.d >= GPU_BOTH_DIM
      and 0 < c.n * _gpu_bytes(c) <= c.room, 6, ALL_FIT),
+    ("workspace", lambda c: c.biased, 8,
+     "keys have biases, and loss and gradients do not come in one pass" + AGAIN),
     ("streaming", lambda c: c.d <= STREAMING_DIM and min(c.n, c.m) >= STREAMING_ROWS and not c.guided, 10,
      "embeddings are short, and the rows are enough to fill the device"),
     ("workspace", lambda c: True, 8, "embeddings are long, or the rows too few to fill the device"),
@@ -199,7 +208,7 @@ TORCH: tuple[Rule, ...] = (
     ("triangular", lambda c: c.self_similar, 4, HALF),
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
     ("onepass", lambda c: c.rows_alone and _chunk(c) >= min(c.n, ONEPASS_ROWS), 6, AT_ONCE),
-    ("onepass", lambda c: c.reduced and c.both_at_once and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8, 6,
+    ("onepass", lambda c: c.both_at_once and c.bounded and not c.empty and c.n <= _chunk(c) - _chunk(c) // 8, 6,
      ALL_FIT),
     ("workspace", lambda c: c.empty, 8, "there is nothing to compare"),
     ("workspace", lambda c: c.columns, 8,

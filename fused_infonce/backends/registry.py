@@ -138,19 +138,24 @@ def plan_of(
             _refuse_tangents(*leaves, t.values)
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError("the transforms of torch.func (grad, jacrev, vmap, ...) need backend='reference'")
-    of_t = gradients = False
+    of_t = gradients = of_biases = False
     if torch.is_grad_enabled():
         of_t = gradients = t.given is not None and t.given.requires_grad
         for x in leaves:
             gradients = gradients or x.requires_grad
+        for x in problem.biases:
+            of_biases = of_biases or x.requires_grad
     dtype, as_is = query.dtype, not problem.handles
     if torch.is_autocast_enabled(known.type):
         dtype, as_is = product_dtype(query), False
     for x in problem.inputs:
         as_is = as_is and x.dtype == dtype
+    room, of_scores = EXPONENT_ROOM[dtype] * LN2, problem.score_bound
+    of_logits = problem.logit_bound if problem.added else of_scores
     asked = (
         backend, device, dtype, as_is, options.workspace_limit or known.limit, reduced, weighted, full,
-        bias is not None, recordings.wanted, of_t, gradients, problem.logit_bound <= EXPONENT_ROOM[dtype] * LN2,
+        bias is not None, recordings.wanted, of_t, gradients, of_biases, of_logits <= room,
+        of_scores <= room,
     )  # fmt: skip
     if compiling:
         problem.tensors()  # those that are made where they are asked for: a Function may not make them inside
@@ -166,7 +171,8 @@ def plan_of(
 
 def _chosen(
     problem: Problem, backend: str, device: torch.device, dtype: torch.dtype, as_is: bool, limit: int, reduced: bool,
-    weighted: bool, full: bool, pairwise: bool, record: bool, of_t: bool, gradients: bool, bounded: bool,
+    weighted: bool, full: bool, pairwise: bool, record: bool, of_t: bool, gradients: bool, of_biases: bool,
+    bounded: bool, scores_bounded: bool,
 ) -> Plan:  # fmt: skip
     """Return the plan of a problem, of which it depends on the shape alone."""
     n, d = problem.query.rows.shape
@@ -176,8 +182,9 @@ def _chosen(
         acc_itemsize=accumulator(dtype).itemsize, gradients=gradients, columns=problem.columns,
         self_similar=problem.self_similar, reduced=reduced, one_to_one=problem.one_to_one,
         plain=problem.plain and not weighted, per_row=not problem.temperature.is_shared(),
-        biased=len(problem.biases) > 0, bounded=bounded, guided=problem.ceiling is not None, limit=limit, full=full,
-        mean=full or of_t or record, record=record, as_is=as_is, joint=problem.joint, pairwise=pairwise,
+        biased=len(problem.biases) > 0, learned_biases=of_biases, bounded=bounded, scores_bounded=scores_bounded,
+        guided=problem.ceiling is not None, limit=limit, full=full, mean=full or of_t or record, record=record,
+        as_is=as_is, joint=problem.joint, pairwise=pairwise,
         processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def info_nce(
             flow to both. -inf leaves a key out, which may not be a row's positive, and which must be finite itself,
             since a NaN stays one. With `symmetric` keys are not what is scored in the other direction, and nothing
             there has a bias. Not with `label_smoothing`. Values are checked on a CPU; on a GPU a bad one gives NaN, and
-            a bias costs 8 N M D FLOPs in place of 6.
+            one with a gradient costs 8 N M D FLOPs in place of 6.
         positive_bias: whether the logit of a row's positive has its key's bias too. Without, -inf leaves it out of the
             negatives of other rows alone.
         negative_mask: (N, H), booleans, with paired `negative_keys`: whether a negative is there, so that rows may have

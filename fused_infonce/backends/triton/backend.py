@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contract import LOG2E, OnePass, Problem, RowStatistics, Statistics, Upstream
 from ..indexing import part_of, slices
 from ..plan import Plan
+from ..precision import EXPONENT_ROOM
 from ..row_losses import loss_and_slope
 from . import dense, launch, paired, tiles
 from .accumulate import Sums, streaming, workspace
@@ -18,6 +19,7 @@ from .coefficients import block_of, combine, write_exponentials, write_scores
 from .finish import Partners, finish, partners_by_target
 from .launch import Side
 from .rows import scaled_rows, without_zero_rows
+from .shifts import with_shifts
 from .statistics import SLOTS, merged, row_states, unwritten
 from .work import Work, prepare, restored, to_keep, unshifted
 
@@ -89,20 +91,22 @@ def bias_gradients(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> di
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute a reduced loss and its gradients from one product of the scores; see `Backend.onepass`.
 
-    Exponentials are written unshifted, b_j exp(s_ij), so they must fit the inputs' dtype: `plan` sees to that. What
-    turns them into coefficients is a factor f_i of the row, which multiplies the products for the queries and the
-    queries themselves in the products for the keys.
+    Exponentials are written unshifted, b_j exp(s_ij), so they must fit the inputs' dtype: `plan` sees to that. With
+    biases they are less what `shifts` says. What turns them into coefficients is a factor f_i of the row, which
+    multiplies the products for the queries and the queries themselves in the products for the keys.
     """
     with torch.cuda.device_of(problem.query.rows):
         if plan.name == "dense":
             return dense.onepass(problem, plan, loss, weight, wanted)
         work, pos = prepare(problem, plan, positives=True)
-        query, t, offset = work.query, problem.temperature.values, problem.offset
+        t, offset = problem.temperature.values, problem.offset
         assert pos is not None
         if problem.columns:
             return both_directions(work, pos, plan, loss, weight, wanted)
-        states = [paired.paired_states(query, keys) for keys in work.paired.values()]
-        segments = list(work.segments)
+        positives = pos if offset is None else pos + offset
+        states = [paired.paired_states(work.query, keys) for keys in work.paired.values()]
+        work = with_shifts(work, plan, [positives], states)
+        query, segments = work.query, list(work.segments)
         blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
         sums = Sums(plan.limit)
         losses, slopes, factors, found = [], [], [], []
@@ -112,10 +116,9 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
                 for block, (_, keys, excluded) in zip(blocks, segments, strict=True)
             ]
             parts = [state for _, state in chunk] + [state[:, :, rows].contiguous() for state in states]
-            rows_pos, w, rows_t = (part_of(x, rows) for x in (pos, weight, t))
+            rows_pos, logits, w, rows_t = (part_of(x, rows) for x in (pos, positives, weight, t))
             found.append(merged(parts[0] if len(parts) == 1 else torch.cat(parts), rows_pos))
-            pos_there = rows_pos if offset is None else rows_pos + part_of(offset, rows)
-            value, u = loss_and_slope(loss, found[-1].neg - pos_there, w)
+            value, u = loss_and_slope(loss, found[-1].neg - logits, w)
             factor, scaled = scaled_rows(query, rows, u, found[-1], rows_t)
             for (c, _), (index, keys, _) in zip(chunk, segments, strict=True):
                 if wanted[0]:
@@ -138,7 +141,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         rows_of = [rows_found[:3]] if plan.record else []
         return OnePass(
             joined(losses, pos).sum(), summed(work, sums, wanted), logits, to_keep(work, v, factor),
-            offset=None if offset is None else v, rows=rows_of,
+            [None] * len(problem.biases), None if offset is None else v, rows_of,
         )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def summed(work: Work, sums: Sums, wanted: Sequence[bool]) -> list[Tensor | None
     for index, side in {0: work.query, **work.shared}.items():
         if wanted[index] and index not in sums.of:
             sums.of[index] = side.rows.new_zeros((1, len(side), d), dtype=work.problem.acc_dtype)
-    return [sums.of[index][0, :, :d] if index in sums.of else None for index in range(len(wanted) - 1)]
+    return [sums.of[index][0, :, :d] if index in sums.of else None for index in range(len(work.problem.sets))]
 
 
 def finished(
@@ -172,12 +175,15 @@ def both_directions(
     Scores are written where all of them fit, since the factors of a column are known after the last row only, and
     become coefficients where they lie.
     """
-    query, key, problem = work.query, work.shared[1], work.problem
-    block, mean = block_of(query, key, len(query), len(key)), wanted[-1] or plan.record
-    *states, step = write_scores(block, query, key, work.excluded, problem.logit_bound * LOG2E, mean)
-    found = [merged(state, pos) for state in states]
+    problem = work.problem
     offset = problem.offset
     positives = (pos, pos) if offset is None else (pos + offset).unbind()
+    work = with_shifts(work, plan, positives)
+    query, key = work.query, work.shared[1]
+    block, mean = block_of(query, key, len(query), len(key)), wanted[-1] or plan.record
+    bound = min(problem.score_bound * LOG2E, EXPONENT_ROOM[query.rows.dtype])  # while recorded only the plan knows it
+    *states, step = write_scores(block, query, key, work.excluded, bound, mean)
+    found = [merged(state, pos) for state in states]
     (value, u), (column_value, column_u) = (
         loss_and_slope(loss, each.neg - each_pos, weight / 2) for each, each_pos in zip(found, positives, strict=True)
     )
@@ -195,7 +201,8 @@ def both_directions(
     slopes = None if offset is None else -torch.stack([u, column_u])
     rows = [each[:3] for each in found] if plan.record else []
     total = value.sum() + column_value.sum()
-    return OnePass(total, summed(work, sums, wanted), logits, kept, offset=slopes, rows=rows)
+    biases = [None] * len(problem.biases)
+    return OnePass(total, summed(work, sums, wanted), logits, kept, biases, slopes, rows)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .statistics import SLOTS
 
 CODES = 2**15 - 2  # the largest integer that stands for a score: below 2^15 - 1 whatever the score's rounding
 # What the kernel of exponentials gets for one direction, and for a loss that is no sum over pairs.
-ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "code": 0.0}
+ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "NY_ptr": None, "XC_ptr": None, "code": 0.0}
 NO_PAIRS: dict[str, Any] = {"UX_ptr": None, "BIAS_ptr": None}
 NAMES = ("exponentials", "coefficients", "coefficients_columns")  # of the kernels of this file in `tiles.TABLE`
 APART_WARPS = 4  # for which the compiler makes three times as many, four of them to load rows
@@ -81,16 +81,28 @@ def write_coefficients(
 def write_exponentials(
     block: Tensor, x: Side, y: Side, rows: slice, excluded: Excluded, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return b_j exp(s_ij) / RAISE, unshifted, of some rows against all of y, written into a block of `block_of`, and
-    the rows' (1, SLOTS, n) states; mean: whether these have their third vector, else 0."""
+    """Return b_j exp(s_ij) / RAISE of some rows against all of y, written into a block of `block_of`, and the rows'
+    (1, SLOTS, n) states; mean: whether these have their third vector, else 0.
+
+    Logits are less the rows' shifts where there are some, in base 2, and as they are, without biases, where not.
+    """
     size, every = rows.stop - rows.start, slice(0, len(y))
-    across = cdiv(len(y), tile_of("exponentials", x, y).block_n)
+    name = "exponentials" if x.shift is None else "coefficients"  # whose registers are not bounded
+    across = cdiv(len(y), tile_of(name, x, y).block_n)
     states = block.new_empty((across, SLOTS, size), dtype=accumulator(block.dtype))
     _run(
-        exponentials_kernel, "exponentials", block, x, y, rows, every, excluded, ROWS_ptr=states, MEAN=mean, **ALONE,
-        **NO_PAIRS,
+        exponentials_kernel, name, block, x, y, rows, every, excluded, ROWS_ptr=states, NX_ptr=x.shift,
+        YC_ptr=y.bias, MEAN=mean, **ALONE, **NO_PAIRS,
     )  # fmt: skip
-    return block[:size, : len(y)], states.sum(0, keepdim=True)  # every maximum is 0
+    return block[:size, : len(y)], summed(states, x, rows)
+
+
+def summed(states: Tensor, x: Side, rows: slice) -> Tensor:
+    """Return the (1, SLOTS, n) states of rows of x from those of parts of them, whose maximum is the shift or 0."""
+    total = states.sum(0, keepdim=True)
+    if x.shift is not None:
+        total[0, 0] = x.shift[rows]
+    return total
 
 
 def write_sigmoids(
@@ -102,7 +114,7 @@ def write_sigmoids(
     states = x.rows.new_empty((across, SLOTS, rows.stop - rows.start), dtype=accumulator(x.rows.dtype))
     _run(
         exponentials_kernel, "sigmoids", block, x, y, rows, cols, excluded, ROWS_ptr=states, UX_ptr=x.weight,
-        BIAS_ptr=bias, MEAN=mean, **ALONE,
+        BIAS_ptr=bias, NX_ptr=None, YC_ptr=None, MEAN=mean, **ALONE,
     )  # fmt: skip
     return states.sum(0)
 
@@ -122,9 +134,10 @@ def write_scores(
     )
     _run(
         exponentials_kernel, "coefficients", scores_of(block), x, y, slice(0, len(x)), slice(0, len(y)), excluded,
-        ROWS_ptr=states, COLUMNS_ptr=columns, MEAN=mean, code=1 / step, **NO_PAIRS,
+        ROWS_ptr=states, COLUMNS_ptr=columns, NX_ptr=x.shift, NY_ptr=y.shift, XC_ptr=x.bias, YC_ptr=y.bias, MEAN=mean,
+        code=1 / step, **NO_PAIRS,
     )  # fmt: skip
-    return states.sum(0, keepdim=True), columns.sum(0, keepdim=True), step
+    return summed(states, x, slice(0, len(x))), summed(columns, y, slice(0, len(y))), step
 
 
 def combine(
@@ -137,8 +150,9 @@ def combine(
     block_m, block_n = tiles.block_tile(tiles.architecture(block.device))
     run(
         combine_kernel, (cdiv(n, block_m) * cdiv(written, block_n),),
-        S_ptr=scores_of(block), C_ptr=block, A_ptr=x.inverse, B_ptr=y.inverse, UX_ptr=slopes[0], RX_ptr=found[0].scale,
-        UY_ptr=slopes[1], RY_ptr=found[1].scale, TEMPERATURE_ptr=temperature, size_x=n, size_y=m,
+        S_ptr=scores_of(block), C_ptr=block, A_ptr=x.inverse, B_ptr=y.inverse, NX_ptr=x.shift, UX_ptr=slopes[0],
+        RX_ptr=found[0].scale, NY_ptr=y.shift, UY_ptr=slopes[1], RY_ptr=found[1].scale, XC_ptr=x.bias, YC_ptr=y.bias,
+        TEMPERATURE_ptr=temperature, size_x=n, size_y=m,
         columns=written, stride_cm=block.stride(0), step=step, zero_row=x.zero_row, EMULATE=INTERPRETED,
         ACC=acc_of(block), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip

@@ -35,7 +35,7 @@ class Side:
     inverse: Tensor | None  # inverse norms or scales; None: 1
     ids: Tensor | None = None
     scale: Tensor | None = None  # log2(e) / t
-    shift: Tensor | None = None  # the statistics' maximum, whose scale is in the weight; None: 0
+    shift: Tensor | None = None  # what is subtracted from logits: of statistics their maximum; None: 0
     weight: Tensor | None = None  # u r / t; None: this side's statistics have no gradient
     guide: Tensor | None = None  # (n, D'), the guide's rows, likewise
     guide_inverse: Tensor | None = None
@@ -80,6 +80,10 @@ def cdiv(a: int, b: int) -> int:
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
+
+
+def in_base_2(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias * LOG2E
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

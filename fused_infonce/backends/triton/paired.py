@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 
 from ...kernels.paired import paired_dots_kernel, paired_gradient_kernel, paired_statistics_kernel
-from ..contract import EPS, LOG2E, KeySet
+from ..contract import EPS, KeySet
 from . import tiles
 from .finish import finish, partners_by_target
-from .launch import INTERPRETED, Side, acc_of, cdiv, contiguous, contiguous_rows, id_pointers, ids_a_row, run, vector
+from .launch import (
+    INTERPRETED,
+    Side,
+    acc_of,
+    cdiv,
+    contiguous,
+    contiguous_rows,
+    id_pointers,
+    ids_a_row,
+    in_base_2,
+    run,
+    vector,
+)
 from .rows import inverse_norms
 from .statistics import SLOTS
 
@@ -68,8 +80,7 @@ def paired_keys(q: Tensor, keys: KeySet, normalize: bool) -> Paired:
     if normalize:
         inverse = vector(q, n * h) if indices is None else inverse_norms(k)
     zero_row = 1 / EPS if normalize else math.inf
-    bias = None if keys.bias is None else keys.bias * LOG2E
-    pairs = Paired(k, vector(q, n * h), inverse, contiguous(keys.ids), zero_row, bias, indices)
+    pairs = Paired(k, vector(q, n * h), inverse, contiguous(keys.ids), zero_row, in_base_2(keys.bias), indices)
     block_m, block_h, block_d = pairs.tile()
     run(
         paired_dots_kernel, (cdiv(n, block_m), cdiv(h, block_h)),

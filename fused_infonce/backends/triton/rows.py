@@ -19,6 +19,7 @@ from .launch import (
     cdiv,
     contiguous,
     contiguous_rows,
+    in_base_2,
     padded_rows,
     run,
     temperature_arguments,
@@ -56,7 +57,7 @@ def side(
     shift = statistics.maximum if statistics is not None and shifted else None
     zero_row = 1 / EPS if normalize else math.inf
     rows = x if padded is None else padded
-    bias = None if keys.bias is None else keys.bias * LOG2E
+    bias = in_base_2(keys.bias)
     return Side(rows, inverse, ids, scale, shift, weight, guide, norms, contiguous(ceiling), bias, zero_row), pos
 
 
@@ -92,14 +93,15 @@ def _rows_arguments(x: Tensor, padded: Tensor | None, y: Tensor | None) -> dict[
 def scaled_rows(
     x: Side, rows: slice, u: Tensor, statistics: RowStatistics, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors RAISE a_i u_i 2^-m_i r_i / t_i of some rows, and these rows times them."""
-    part, inverse = part_of(x.rows, rows), None if x.inverse is None else part_of(x.inverse, rows)
+    """Return factors RAISE a_i u_i 2^(n_i - m_i) r_i / t_i of some rows, n their shifts, and these rows times them."""
+    part = part_of(x.rows, rows)
+    inverse, shift = (None if v is None else part_of(v, rows) for v in (x.inverse, x.shift))
     out, factor = torch.empty(part.shape, dtype=part.dtype, device=part.device), torch.empty_like(u)
     block_m, block_d = tiles.row_tile(tiles.architecture(part.device), part.shape[1])
     run(
         scale_kernel, (cdiv(part.shape[0], block_m),),
-        X_ptr=part, A_ptr=inverse, U_ptr=u, M_ptr=statistics.maximum, R_ptr=statistics.scale, F_ptr=factor,
-        OUT_ptr=out, size_x=part.shape[0], D=part.shape[1], stride_xm=part.stride(0), zero_row=x.zero_row,
+        X_ptr=part, A_ptr=inverse, U_ptr=u, N_ptr=shift, M_ptr=statistics.maximum, R_ptr=statistics.scale,
+        F_ptr=factor, OUT_ptr=out, size_x=part.shape[0], D=part.shape[1], stride_xm=part.stride(0), zero_row=x.zero_row,
         EMULATE=INTERPRETED, ACC=acc_of(part), BLOCK_M=block_m, BLOCK_D=block_d, **temperature_arguments(temperature),
     )  # fmt: skip
     return factor, out

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import EPS, Problem, Statistics, Upstream
 from ..plan import Plan
 from . import paired
-from .launch import Excluded, Side, contiguous, contiguous_rows
+from .launch import Excluded, Side, contiguous, contiguous_rows, in_base_2
 from .paired import Paired
 from .rows import side
 
@@ -116,6 +116,6 @@ def restored(problem: Problem, kept: Sequence[Tensor]) -> tuple[Work, Tensor, Te
         query = replace(query, ids=contiguous(problem.query.ids), scale=scale, shift=shift, weight=weight)
     for i in paired:
         rows = sides.pop(i).rows
-        ids, indices = contiguous(sets[i].ids), contiguous(sets[i].indices)
-        pairs[i] = Paired(rows, next(vectors), inverse[i], ids, zero_row, indices=indices)
+        ids, indices, bias = contiguous(sets[i].ids), contiguous(sets[i].indices), in_base_2(sets[i].bias)
+        pairs[i] = Paired(rows, next(vectors), inverse[i], ids, zero_row, bias, indices)
     return Work(problem, contiguous(problem.target), query, sides, pairs), v, factor
