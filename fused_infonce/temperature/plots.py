@@ -20,6 +20,7 @@ except ImportError as error:
 
     raise ModuleNotFoundError(f"{NEEDED} ({error})", name="matplotlib") from error
 
+from ..checks import one_temperature
 from .calibration import Calibration
 from .famous import FAMOUS
 from .files import writable
@@ -52,6 +53,7 @@ def draw(
     random = None if random is None else random.cpu()
     drawable(sweep, random)
     coldest, warmest = sweep.temperatures[-1].item(), sweep.temperatures[0].item()
+    temperature = None if temperature is None else one_temperature("temperature", temperature)
     marks = marks_of(sweep, fit, temperature)
     marked = [x for x in (marks.best, temperature, *FAMOUS) if x is not None]
     ends = max(coldest, min(marked) / 2), min(warmest, max(marked) * 2)
@@ -82,7 +84,7 @@ def draw_history(path: str | Path, history: Sequence[Followed]) -> None:
     """Draw the temperature of a training, those fitted to held-out pairs, and the recall at 1 on these.
 
     Raises:
-        ValueError: no fit in the history, another format than those of `files.PICTURES`.
+        ValueError: no fit in the history, a name of another format.
     """
     if not history:
         raise ValueError("there is nothing to draw: no fit has been made yet")

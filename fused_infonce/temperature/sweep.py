@@ -228,7 +228,7 @@ def problem_of(
     problem = of_keys(
         query, key, negatives, 1.0, "paired" if paired else "unpaired", symmetric=symmetric, normalize=normalize,
         in_batch_negatives=True, ignore_index=-1, target=target, query_ids=query_ids, key_ids=key_ids,
-        key_bias=key_bias, positive_bias=key_bias is None, names=("key", "symmetric"),
+        key_bias=key_bias, positive_bias=key_bias is None, names=("key", "symmetric", "negatives"),
     )  # fmt: skip
     if problem.target is not None and (problem.target < 0).any():
         row = (problem.target < 0).nonzero()[0].item()
