@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -64,6 +64,19 @@ def largest_bias(biases: Iterable[Tensor]) -> float:
     return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in biases if x.numel()), default=0.0)
 
 
+class Later:
+    """A problem that is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Problem]):
+        self.make = make
+        self.made: Problem | None = None
+
+    def __call__(self) -> Problem:
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+
 @dataclass(eq=False)
 class Problem:
     """One set of queries against their targets and one or more sets of keys, in one dtype.
@@ -98,7 +111,7 @@ class Problem:
     bias_bound: float | None = None
     # The problem of the keys against the queries, where `columns` asks for it and other products than those of the rows
     # give it: those of keys and queries of other processes
-    opposite: Problem | None = None
+    opposite: Later | None = None
     # In place of rows that have no graph, what autograd is given, in the accumulator dtype and of their shape, so that
     # it takes their gradients as they were added up; None where it is given the rows. Empty: nowhere
     handles: tuple[Tensor | None, ...] = ()
@@ -177,13 +190,26 @@ class Problem:
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
         if self.opposite is not None:
-            return self.opposite
+            return self.opposite()
         query, (key, *_) = self.query, self.keys
         ids = query.ids if key.ids is not None else None
         return Problem(
             key, (query._replace(ids=ids),), self.temperature, normalize=self.normalize, bias_bound=self.bias_bound,
             offset=None if self.offset is None else self.offset[1],
         )  # fmt: skip
+
+    def directions(self) -> Iterator[Problem]:
+        """Yield the problem of the rows and, where `columns` asks for it, that of the keys against the queries."""
+        yield self.of_rows()
+        if self.columns:
+            yield self.swapped()
+
+    def blocks(self) -> Iterator[Problem]:
+        """Yield the problems whose scores are of one block each, that of both directions or each direction's."""
+        if self.apart:
+            yield from self.directions()
+        else:
+            yield self
 
     def of_rows(self) -> Problem:
         """Return the problem without the direction that `columns` asks for, itself where there is none."""

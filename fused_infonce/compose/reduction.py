@@ -46,7 +46,7 @@ def reduced(
             if weight is not None:
                 _record(problem, weight)
             return whole(total, aside, options)
-    problem, context = widened(problem) if problem.apart else (problem, nullcontext())
+    problem, context = widened(problem) if problem.apart and not gathered else (problem, nullcontext())
     with context:
         losses = of_statistics(problem, contrast.statistics(problem, options, plan=plan), loss)
     return reduced_rows(losses, problem, options, weight)
@@ -59,7 +59,7 @@ def _over_ranks(
     met = meet(problem, options, alike)
     if isinstance(loss, str) and block.fits(problem, options):
         return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
-    problem, context = across(problem, options, alike, met, lean=isinstance(loss, str))
+    problem, context = across(problem, options, alike, met)
     with context:
         return reduced(problem, options, loss, weight, gathered=True)
 
@@ -74,7 +74,7 @@ def of_statistics(problem: Problem, found: Statistics, loss: Loss) -> Tensor:
 
 def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return the losses of sigmoids that `contract.Sigmoids` defines, with this (1,) bias, reduced as `options` say."""
-    problem, context = across(problem, options, lean=True)
+    problem, context = across(problem, options)
     with context:
         at_once = closed_form(problem, options, weight)
         plan = plan_of(problem, options, reduced=at_once, bias=bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.contract import EPS, KeySet, Problem, Temperature
+from ..backends.contract import EPS, KeySet, Later, Problem, Temperature
 from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import all_wide
 from ..backends.reference import unit_rows
@@ -94,7 +94,7 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
 
 def at_temperature(problem: Problem, t: Temperature) -> Problem:
     """Return the problem at another temperature, in both directions."""
-    opposite = None if problem.opposite is None else replace(problem.opposite, temperature=t)
+    opposite = None if problem.opposite is None else Later(lambda: replace(problem.swapped(), temperature=t))
     return replace(problem, temperature=t, opposite=opposite)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -12,9 +11,8 @@ from .. import contrast
 from ..backends import BackendName, Options
 from ..backends.contract import LN2, RowStatistics, Statistics
 from ..distributed import DistributedLike, gather, together
-from .across import across
+from .across import across, blocked
 from .arguments import NegativeMode, call_options, of_keys
-from .rows import widened
 
 
 @overload
@@ -97,11 +95,9 @@ def statistics(
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
         positive_bias=positive_bias, negative_index=negative_index, names=("key", "columns"),
     )  # fmt: skip
-    problem, context = across(problem, options)
+    problem, context = blocked(problem, options) if problem.apart else across(problem, options)
     with context:
-        problem, context = widened(problem) if problem.apart else (problem, nullcontext())
-        with context:
-            found = contrast.statistics(problem, options, full=True)
+        found = contrast.statistics(problem, options, full=True)
     rows = _natural(found.rows, options)
     return rows if found.columns is None else Statistics(rows, _natural(found.columns, options))
 

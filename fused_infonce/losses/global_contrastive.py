@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
-from ..backends.contract import Problem
+from ..backends.contract import Later, Problem
 from ..backends.precision import without_autocast
 from ..compose.across import across, blocked
 from ..compose.arguments import call_options, of_keys, of_views, temperature_of
@@ -181,7 +181,8 @@ def _problem(
         return across(problem, options)
     of_columns = temperature_of(gather.shared(options.call, keys(index)), positive_key, "key_temperature")
     problem, context = blocked(problem, options)  # two directions with scores of their own
-    return replace(problem, opposite=replace(problem.swapped(), temperature=of_columns)), context
+    opposite = Later(lambda: replace(problem.swapped(), temperature=of_columns))
+    return replace(problem, opposite=opposite), context
 
 
 @torch.no_grad()
