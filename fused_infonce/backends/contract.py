@@ -54,6 +54,13 @@ class KeySet(NamedTuple):
         """Return whether every query has keys of its own."""
         return self.indices is not None or self.rows.dim() == 3
 
+    def is_its_guide(self) -> bool:
+        """Return whether the guide's embeddings are the rows themselves, in the same memory."""
+        guide, rows = self.guide, self.rows
+        if guide is None or guide.data_ptr() != rows.data_ptr():
+            return False
+        return guide.dtype == rows.dtype and guide.shape == rows.shape and guide.stride() == rows.stride()
+
     def columns(self) -> int:
         """Return the number of keys that a query is scored against."""
         return self.rows.shape[-2] if self.indices is None else self.indices.shape[1]

@@ -71,10 +71,23 @@ def across(
     call: Call | None = options.call
     if call is None:
         return problem, nullcontext()
-    of_queries, of_keys, wanted, of_others = met or meet(problem, options, alike)
+    met = met or meet(problem, options, alike)
     way = _Way.of(problem, options)
     once = way.lean and not reused and not problem.columns and not problem.self_similar
     problem, context = (problem, nullcontext()) if once or way.wire is None else widened(problem)
+    return _placed(problem, options, met, way), context
+
+
+def counted(problem: Problem, options: Options, met: Met) -> Problem:
+    """Return the problem of this rank's rows against keys of all ranks that have ids and no components, from which the
+    numbers of negatives are known."""
+    return _placed(problem, options, met, _Way(None, lean=False, empty=True))
+
+
+def _placed(problem: Problem, options: Options, met: Met, way: _Way) -> Problem:
+    """Return the problem of this rank's rows against those of all ranks, among which its own have their places."""
+    call: Call = options.call
+    of_queries, of_keys, wanted, of_others = met
     first, meets_first = problem.keys[0], problem.in_batch
     sets = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
     if meets_first:
@@ -95,22 +108,23 @@ def across(
     opposite = None
     if problem.columns:
         opposite = Later(partial(_opposite, problem.swapped(), of_queries, options, way))
-    whole = replace(
+    return replace(
         problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite,
         handles=tuple(handles) if way.lean else (), bias_bound=_bound(problem, keys),
     )  # fmt: skip
-    return whole, context
 
 
 class _Way(NamedTuple):
     """How rows are gathered.
 
     wire: the 16-bit dtype in which they travel and are multiplied; None: their own. lean: whether they come as the
-    backend holds them, without a graph, which neither the reference nor a recording can do
+    backend holds them, without a graph, which neither the reference nor a recording can do. empty: whether they come
+    without components and only their ids are gathered
     """
 
     wire: torch.dtype | None
     lean: bool
+    empty: bool = False
 
     @staticmethod
     def of(problem: Problem, options: Options) -> _Way:
@@ -125,6 +139,9 @@ def _gathered(
 ) -> list[tuple[KeySet, Tensor | None]]:  # fmt: skip
     """Return sets of keys of all ranks, from this rank's with their numbers of rows, each with its handle."""
     call: Call = options.call
+    if way.empty:
+        ids = [None if x.ids is None else gather(call, [x.ids], [each])[0] for x, each in sets]
+        return [(KeySet(x.rows.new_empty(sum(each), 0), y), None) for (x, each), y in zip(sets, ids, strict=True)]
     if contrast.is_explaining():
         for part, each in sets:
             contrast.explain(_exchange(part.rows, each, options, gather=True))
@@ -136,12 +153,16 @@ def _gathered(
         else None
         for part, each in sets
     ]
-    held = []
+    held, guides = [], []
     for part, each in sets:
         rows = part.rows.detach()
         narrow = part._replace(rows=rows if way.wire is None else rows.to(way.wire))
+        guides.append(problem.normalize and narrow.is_its_guide())
+        narrow = narrow._replace(guide=None) if guides[-1] else narrow
         held.append((as_held(narrow, problem, call.takes_unit_rows), each))
-    return [*zip(gathered_sets(call, held), handles, strict=True)]
+    found = gathered_sets(call, held)
+    found = [keys._replace(guide=keys.rows) if same else keys for keys, same in zip(found, guides, strict=True)]
+    return [*zip(found, handles, strict=True)]
 
 
 def _opposite(own: Problem, counts: Sequence[int], options: Options, way: _Way) -> Problem:

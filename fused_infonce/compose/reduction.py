@@ -16,10 +16,11 @@ from ..backends.recording import record_weight
 from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
 from ..distributed import block, gather
-from .across import across, in_block, meet
+from .across import across, counted, in_block, meet
 from .rows import widened
 
-# A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,).
+# A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,). Of the
+# problem's rows it may take the numbers of negatives alone, since the rows of other ranks are not there for it.
 Loss = str | Callable[[Problem, RowStatistics], Tensor]
 
 
@@ -57,8 +58,10 @@ def _over_ranks(
 ) -> Tensor:  # fmt: skip
     """Return what `reduced` does, of a problem of this rank's own among those of all."""
     met = meet(problem, options, alike)
-    if isinstance(loss, str) and block.fits(problem, options):
-        return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
+    if block.fits(problem, options):
+        found = in_block(problem, options, met)
+        every = problem if isinstance(loss, str) else counted(problem, options, met)
+        return reduced_rows(of_statistics(every, found, loss), problem, options, weight)
     problem, context = across(problem, options, alike, met)
     with context:
         return reduced(problem, options, loss, weight, gathered=True)

@@ -220,17 +220,16 @@ def _gradients(
         found = backend.gradients(
             block, ctx.plan, Statistics(rows, columns), Upstream(v, u, factor), [query_dtype, key_dtype, *bias_dtypes]
         )
-        for place, grad in enumerate(found):
-            if grad is None:
-                continue
-            if place not in coming:
+        for place in range(len(found)):
+            grad, found[place] = found[place], None  # what has been sent is not held while the next part is made
+            if grad is not None and place in coming:
+                coming[place].append(ctx.call.communicator.reduce_scatter(grad, parts[index].counts))
+                if len(coming[place]) > 1:
+                    come[place].append(coming[place].pop(0)())
+            elif grad is not None:
                 before = total[place]
                 total[place] = grad if before is None else before.add_(grad)
-                continue
-            coming[place].append(ctx.call.communicator.reduce_scatter(grad, parts[index].counts))
-            if len(coming[place]) > 1:
-                come[place].append(coming[place].pop(0)())
-        found = grad = None  # what has been sent is not held while the next part is worked on
+            grad = None
     for place in columns_of:
         each = come[place] + [pending() for pending in coming[place]]
         total[place] = (each[0] if len(each) == 1 else torch.cat(each)) if each else None
