@@ -229,10 +229,10 @@ def of_own(rows: slice, options: Options) -> slice:
     return slice(start + rows.start, start + rows.stop)
 
 
-def in_block(problem: Problem, options: Options, met: Met) -> Statistics:
-    """Return the statistics of a problem that `block.fits`, over the rows of all ranks."""
+def in_block(problem: Problem, options: Options, met: Met, full: bool = False) -> Statistics:
+    """Return the statistics of a problem that `block.fits`, over the rows of all ranks; full: as in `Plan`."""
     exchange = _exchange(problem.keys[0].rows, met.keys, options, gradients=not problem.self_similar)
-    return block.statistics(problem, options, exchange)
+    return block.statistics(problem, options, exchange, full)
 
 
 def _exchange(

@@ -49,13 +49,13 @@ def fits(problem: Problem, options: Options) -> bool:
     return both and alone and targets and known and not torch.compiler.is_compiling()
 
 
-def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statistics:
+def statistics(problem: Problem, options: Options, exchange: Exchange, full: bool = False) -> Statistics:
     """Return the statistics of this rank's rows, and of its columns where asked for, among the rows of all ranks.
 
-    problem: this rank's own, which `fits`.
+    problem: this rank's own, which `fits`. full: as in `Plan`.
     """
     widest = max(sum(part.counts) for part in exchange.parts)
-    plan = plan_of(_shapes(problem, widest, options.call), options, reduced=False)
+    plan = plan_of(_shapes(problem, widest, options.call), options, reduced=False, full=full)
     if contrast.is_explaining():
         contrast.explain(exchange)
         contrast.explain(plan)

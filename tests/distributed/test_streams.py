@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.contest import peak_bytes
-from fused_infonce import Distributed, backends, clip_loss, decoupled_info_nce, info_nce, nt_xent
+from fused_infonce import (
+    Distributed,
+    backends,
+    clip_loss,
+    debiased_info_nce,
+    debiased_nt_xent,
+    decoupled_info_nce,
+    info_nce,
+    nt_xent,
+    statistics,
+)
 from fused_infonce.backends.contract import KeySet, Problem, Temperature
 from fused_infonce.distributed import Call
 from fused_infonce.distributed.block import _Columns
@@ -33,6 +43,22 @@ LOSSES: dict[str, Loss] = {
     "ids": lambda a, b, **o: info_nce(
         a, b, symmetric=True, query_ids=a.detach()[:, 0].long(), key_ids=b.detach()[:, 0].long(), **o
     ),
+    "biases": lambda a, b, temperature, **o: clip_loss(
+        a,
+        b,
+        1 / temperature,
+        image_bias=a[:, 0],
+        text_bias=b[:, 1].masked_fill(b[:, 0] > 2, -torch.inf),
+        positive_bias=False,
+        **o,
+    ),
+    "biases of keys": lambda a, b, **o: info_nce(a, b, key_bias=9 * b[:, 0], **o),
+    "weights of positives": lambda a, b, **o: decoupled_info_nce(a, b, symmetric=True, positive_weight=a[:, 0], **o),
+    "debiased": lambda a, b, **o: debiased_info_nce(
+        a, b, symmetric=True, query_ids=a.detach()[:, 0].long(), key_ids=b.detach()[:, 0].long(), **o
+    ),
+    "debiased views": debiased_nt_xent,
+    "statistics": lambda a, b, **o: sum(x.sum() for side in statistics(a, b, columns=True, **o) for x in side[:2]),
     "views": nt_xent,
 }
 
@@ -73,7 +99,7 @@ def test_a_stream_equals_one_process(name: str, counts: list[int]) -> None:
     value.backward()
     values = torch.stack([each[0] for each in found])
     want = value.detach()
-    if name == "rows":  # a sum of squares of each rank's own rows
+    if name in ("rows", "statistics"):  # a sum of numbers of each rank's own rows
         values, want = values.sum(), want
     torch.testing.assert_close(values, want.expand_as(values), rtol=1e-12, atol=1e-12)
     for each in found:
@@ -143,7 +169,7 @@ def test_ranks_of_different_memory_agree_on_the_parts() -> None:
 
 
 @pytest.mark.parametrize("other", [pytest.param("triton", marks=[*TRITON.marks, IN_INTERPRETER])])
-@pytest.mark.parametrize("name", ["one direction", "both directions"])
+@pytest.mark.parametrize("name", ["one direction", "both directions", "biases"])
 def test_ranks_of_different_backends_agree_on_what_travels(name: str, other: str) -> None:
     """Of two backends one takes unit rows with their norms, and the other rows as they come."""
     counts = [3, 4]
