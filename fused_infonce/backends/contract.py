@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -205,18 +205,14 @@ class Problem:
             offset=None if self.offset is None else self.offset[1],
         )  # fmt: skip
 
-    def directions(self) -> Iterator[Problem]:
-        """Yield the problem of the rows and, where `columns` asks for it, that of the keys against the queries."""
-        yield self.of_rows()
-        if self.columns:
-            yield self.swapped()
+    def directions(self) -> list[Problem]:
+        """Return the problem of the rows and, where `columns` asks for it, that of the keys against the queries."""
+        return [self.of_rows(), self.swapped()] if self.columns else [self]
 
-    def blocks(self) -> Iterator[Problem]:
-        """Yield the problems whose scores are of one block each, that of both directions or each direction's."""
-        if self.apart:
-            yield from self.directions()
-        else:
-            yield self
+    def blocks(self) -> list[Callable[[], Problem]]:
+        """Return what makes the problems whose scores are of one block each: of both directions, or of one after the
+        other, of which the second's rows may come when they are asked for."""
+        return [self.of_rows, self.swapped] if self.apart else [lambda: self]
 
     def of_rows(self) -> Problem:
         """Return the problem without the direction that `columns` asks for, itself where there is none."""

@@ -144,7 +144,7 @@ def _gathered(
         return [(KeySet(x.rows.new_empty(sum(each), 0), y), None) for (x, each), y in zip(sets, ids, strict=True)]
     if contrast.is_explaining():
         for part, each in sets:
-            contrast.explain(_exchange(part.rows, each, options, gather=True))
+            contrast.explain(_exchange(part.rows, each, options, gather=True, wire=way.wire))
     if not way.lean:
         return [(keys, None) for keys in gathered_sets(call, sets, way.wire)]
     handles = [
@@ -236,13 +236,14 @@ def in_block(problem: Problem, options: Options, met: Met, full: bool = False) -
 
 
 def _exchange(
-    rows: Tensor, counts: Sequence[int], options: Options, gradients: bool = True, gather: bool = False
+    rows: Tensor, counts: Sequence[int], options: Options, gradients: bool = True, gather: bool = False,
+    wire: torch.dtype | None = None,
 ) -> Exchange:  # fmt: skip
-    """Return the exchange of a set's rows; gather: all at once, whatever the user asked for."""
+    """Return the exchange of a set's rows; gather: all at once, whatever the user asked for. wire: as in `_Way`"""
     call, dtype = options.call, product_dtype(rows)
     return exchange_of(
         "gather" if gather else call.options.exchange, counts, call.rank, rows.shape[1],
-        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
+        (wire or _wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
         gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import KeySet, Problem
+from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.indexing import add_uses, slices, take_rows
 from ..backends.rows import Rows, norms
 from ..contrast import differentiable_once
@@ -50,28 +50,30 @@ def scored_dots(problem: Problem, recorded: bool, limit: int) -> tuple[Problem, 
 
 def _of_all_ranks(problem: Problem, limit: int) -> tuple[Problem, Tensor, Tensor]:
     """Return the problem to go on with, each row's target, and the sum of its negatives among the keys of all rows."""
-    ids, n, device = problem.query.ids, len(problem.query.rows), problem.query.rows.device
-    nothing = torch.full((n,), -1, device=device)
-
-    def both(keys: KeySet, target: Tensor) -> SumOf:
-        def of(y: Tensor, part: slice) -> Tensor:
-            place = target - part.start
-            place = torch.where((place >= 0) & (place < len(y)), place, -1)
-            some = KeySet(y, None if keys.ids is None else keys.ids[part])
-            here = Problem(KeySet(problem.query.rows, ids), (some,), problem.temperature, place)
-            positives = take_rows(y, place.clamp(min=0)) if len(y) else y.new_zeros(n, y.shape[1])
-            return torch.stack([positives.masked_fill((place < 0)[:, None], 0), negative_sums(here, [y])[0]])
-
-        return of
-
+    n, device = len(problem.query.rows), problem.query.rows.device
+    query, t = KeySet(problem.query.rows.detach(), problem.query.ids), problem.temperature
     target = torch.arange(n, device=device) if problem.target is None else problem.target
-    problem, (positives, sums) = summed(problem, both(problem.keys[0], target), limit)
+    problem, (positives, sums) = summed(problem, _sums_of(query, problem.keys[0].ids, t, target), limit)
     sums = sums if problem.in_batch else torch.zeros_like(sums)
     for place, keys in enumerate(problem.keys[1:], 2):
         if not keys.is_paired():
-            problem, (_, more) = summed(problem, both(keys, nothing), limit, place)
+            of = _sums_of(query, keys.ids, t, torch.full((n,), -1, device=device))
+            problem, (_, more) = summed(problem, of, limit, place)
             sums = sums + more
     return problem, positives, sums
+
+
+def _sums_of(query: KeySet, key_ids: Tensor | None, t: Temperature, target: Tensor) -> SumOf:
+    """Return what makes the targets and the sums of negatives, (2, N, D), of a part of the keys."""
+
+    def of(y: Tensor, part: slice) -> Tensor:
+        place = target - part.start
+        place = torch.where((place >= 0) & (place < len(y)), place, -1)
+        here = Problem(query, (KeySet(y, None if key_ids is None else key_ids[part]),), t, place)
+        positives = take_rows(y, place.clamp(min=0)) if len(y) else y.new_zeros(query.rows.shape)
+        return torch.stack([positives.masked_fill((place < 0)[:, None], 0), negative_sums(here, [y])[0]])
+
+    return of
 
 
 def own_dots(problem: Problem, keys: KeySet, left: Tensor, recorded: bool = False) -> Tensor:

@@ -131,12 +131,14 @@ def several_reduced(
     problem = problem if target is None else replace(problem, target=target)
     with context:
         added = None if bias is None else take_rows(of_all(bias, options), rows[1])
-        shared = problem.columns and not problem.apart  # both directions are of one block of scores
-        found = contrast.statistics(problem, options) if shared else (None, None)
         losses: list[Tensor] = []
-        for each, stats, pairs in zip(problem.directions(), found, (rows, columns), strict=False):
-            assert pairs is not None
-            losses.append(_of_direction(each, stats, pairs, mode, options, margin, None if losses else added))
+        for block_of in problem.blocks():
+            block = block_of()
+            both = contrast.statistics(block, options) if block.columns else [None]
+            for each, stats in zip(block.directions(), both, strict=True):
+                pairs = columns if losses else rows
+                assert pairs is not None
+                losses.append(_of_direction(each, stats, pairs, mode, options, margin, None if losses else added))
     return reduced_rows(losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2, problem, options, weight)
 
 

@@ -138,9 +138,9 @@ def distilled_info_nce(
     with without_autocast(query.device.type):
         teachers = iter(teachers_of(problem, teacher, normalize_teacher, teacher_t.values, options))
     losses = []
-    for scores in problem.blocks():
+    for block_of in problem.blocks():
         with without_autocast(query.device.type):
-            block, directions = taught(scores, teachers, free, divergence, options)
+            block, directions = taught(block_of(), teachers, free, divergence, options)
             if free:
                 pivot, given = directions[0][1].pivot, None if ignored is None else block.target
                 block = problem = replace(block, target=favourites(pivot, given, len(block.keys[0].rows)))

@@ -175,7 +175,7 @@ def info_nce(
     problem, context = blocked(problem, options)
     with context:
         if problem.apart:  # one direction after the other, as its rows come
-            losses = [_smoothed(each, options, label_smoothing) for each in problem.directions()]
+            losses = [_smoothed(block(), options, label_smoothing) for block in problem.blocks()]
             return reduced_rows(torch.stack(losses).mean(0), problem, options, weight)
         # Of what autograd saves, the loss's gradients are the largest part: they are made last, and used first.
         problem, pull = _pull(problem, options)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support.helpers import INTERPRETED, TRITON
+from support.ranks import Echo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -213,36 +214,14 @@ def test_bytes_of_rows_and_of_gradients(
         assert received.get("all_to_all", 0) == (3 * others if name in ("both directions", "margin") else 0)
 
 
-class Echo:
-    """Rank 0 of W ranks that all have what it has, so that no other thread allocates."""
-
-    def __init__(self, world: int):
-        self.rank, self.world = 0, world
-
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
-        found = torch.cat([x] * self.world)
-        return lambda: found
-
-    def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
-        found = x[: counts[0]] * self.world
-        return lambda: found
-
-    def all_to_all(self, x: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
-        found = torch.stack([x[: counts[0]]] * self.world)
-        return lambda: found
-
-    def all_gather_host(self, message: Tensor) -> Tensor:
-        return torch.stack([message] * self.world)
-
-
 @pytest.mark.serial
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one direction", "both directions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_stream_holds_two_parts_whatever_the_number_of_ranks(dtype: torch.dtype, symmetric: bool) -> None:
     """What a rank allocates grows with the number of ranks where rows are gathered, and not where they stream.
 
-    Beside the rows and gradients of all ranks, or of two parts, which `held` counts, is eight times the rank's own
-    rows: unit ones and gradients.
+    Beside the rows and gradients of all ranks, or of two parts, which `held` counts, is five or six times the rank's
+    own rows: unit ones and gradients.
     """
     n, d, limit = 128, 1024, 2**16
     peaks = {}
@@ -258,7 +237,8 @@ def test_a_stream_holds_two_parts_whatever_the_number_of_ranks(dtype: torch.dtyp
                 info_nce(a, b, **given).backward()
 
             peaks[world, name], _ = peak_bytes(step, torch.device("cpu"))
-            assert peaks[world, name] <= exchange.held + 8 * n * d * 4 + 2 * limit
+            own = {"gather": 5.1, "stream": 6.5}[name] * n * d * 4
+            assert peaks[world, name] <= exchange.held + own + 2 * limit
     assert peaks[16, "gather"] > 1.6 * peaks[8, "gather"]
     assert peaks[16, "stream"] < 1.1 * peaks[8, "stream"]
 
