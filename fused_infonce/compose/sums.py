@@ -80,10 +80,11 @@ class _Summed(torch.autograd.Function):
         ctx.of, ctx.parts, ctx.normalize, ctx.acc = of, parts, normalize, handle.dtype
         ctx.save_for_backward(keys.rows, keys.norm)
         ctx.set_materialize_grads(False)
-        first, *others = (of(seen(keys, part, normalize, handle.dtype).unit, part) for part in parts)
-        for found in others:
-            first = first.add_(found)
-        return handle.view_as(handle), first
+        total = None
+        for part in parts:
+            found = of(seen(keys, part, normalize, handle.dtype).unit, part)
+            total = found if total is None else total.add_(found)
+        return handle.view_as(handle), total
 
     @staticmethod
     @differentiable_once

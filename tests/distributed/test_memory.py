@@ -39,7 +39,7 @@ HELD = {
     "guided_info_nce": Held(1, 1, 6.1),
     "nt_xent": Held(2, 0, 10.3),  # of two views
     # sums of the same rows are made a part at a time, and their gradient is added to that of the scores
-    "info_nce smoothed targets": Held(1, 1, 15.3),
+    "info_nce smoothed targets": Held(1, 1, 13.2),
     "info_nce several targets, all": Held(1, 1, 7.9),
     "sup_con labels of one view": Held(1, 1, 7.7),
     "distilled_info_nce": Held(1, 1, 8.7),
@@ -49,13 +49,16 @@ HELD = {
     # both sides, one after the other in the backward
     "info_nce symmetric / rows": Held(2, 1, 7.2),
     "info_nce symmetric with negatives": Held(3, 2, 3.8),
-    "info_nce smoothed": Held(2, 1, 19.6),
+    "info_nce smoothed": Held(2, 1, 18.6),
     "dual_temperature_info_nce": Held(2, 1, 6.2),
     "distilled_info_nce symmetric": Held(2, 1, 11.2),
-    # several problems of the same rows, whose gradients are alive together, and what is made of rows beside scores
-    "guided_info_nce in all directions": Held(4, 4, 33),
-    "multiple_negatives in all directions": Held(3, 3, 31.2),
-    "score_std": Held(1, 1, 36.2),
+}
+# Several problems of the same rows, whose gradients are alive together, and what is made of rows beside scores: what is
+# held in all, in float32 rows of one input of all ranks, with inputs of float32 and of bfloat16
+MORE = {
+    "guided_info_nce in all directions": (7.1, 10.2),
+    "multiple_negatives in all directions": (10.0, 7.1),
+    "score_std": (6.6, 6.1),
 }
 
 
@@ -89,12 +92,20 @@ def test_a_step_holds_the_rows_of_all_and_one_gradient(name: str, dtype: torch.d
     assert peak <= bound + own * each * 4, (peak - bound) / (each * 4)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.serial
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MORE)
+def test_what_holds_more_holds_no_more_than_is_said(name: str, dtype: torch.dtype) -> None:
+    peak, _ = peak_bytes(prepared(name, dtype, WIDE), torch.device("cpu"))
+    times = MORE[name][dtype != torch.float32]
+    assert peak <= times * WORLD * ROWS * WIDE * 4, peak / (WORLD * ROWS * WIDE * 4)
+
+
+@pytest.mark.parametrize("name", [*HELD, *MORE])
 def test_what_a_step_held_is_free_without_the_garbage_collector(name: str) -> None:
     """Rows of all ranks in a cycle of objects would stay until Python looks for cycles."""
     step = prepared(name, torch.float32, 8)
     step()
-    gc.collect()
     gc.freeze()  # what is there before takes no time below
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
