@@ -17,6 +17,7 @@ from ..distributed import DistributedLike
 from .biases import biases_of, by_index, with_margin
 
 NegativeMode = Literal["unpaired", "paired"]
+NAMES = ("positive_key", "symmetric", "negative_keys")  # of arguments that some functions call otherwise
 NEGATIVE_MODES: tuple[NegativeMode, ...] = get_args(NegativeMode)
 
 
@@ -45,11 +46,11 @@ def of_keys(
     negative_ids: Tensor | None = None, key_bias: Tensor | None = None, negative_bias: Tensor | None = None,
     positive_bias: bool = True, negative_mask: Tensor | None = None, negative_index: Tensor | None = None,
     margin: float = 0.0,
-    names: tuple[str, str] = ("positive_key", "symmetric"),
+    names: tuple[str, str, str] = NAMES,
 ) -> Problem:  # fmt: skip
     """Return the problem of queries against keys: the arguments of `info_nce`, checked.
 
-    names: of the arguments `positive_key` and `symmetric` where the user's function calls them otherwise.
+    names: of the arguments in NAMES where the user's function calls them otherwise.
     """
     if (
         negative_mode == "unpaired" and negative_keys is None and in_batch_negatives is None and target is None
@@ -111,11 +112,11 @@ def _row_ids(query_ids: Tensor | None, key_ids: Tensor | None, target: Tensor | 
 
 def _check_embeddings(
     query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, symmetric: bool,
-    in_batch_negatives: bool | None, target: Any, names: tuple[str, str],
+    in_batch_negatives: bool | None, target: Any, names: tuple[str, str, str],
 ) -> bool:  # fmt: skip
     """Check the modes and embeddings of `info_nce`; return whether in-batch keys are negatives."""
     checks.one_of("negative_mode", negative_mode, NEGATIVE_MODES)
-    key_embeddings(query, positive_key, negative_keys, negative_mode, target is not None, names[0])
+    key_embeddings(query, positive_key, negative_keys, negative_mode, target is not None, names)
     if symmetric and target is not None:
         raise ValueError(f"{names[1]}=True pairs query i with key i: it cannot be used with target")
     if in_batch_negatives is False and negative_keys is None:
@@ -124,12 +125,14 @@ def _check_embeddings(
 
 
 def key_embeddings(
-    query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, targets: bool, key_name: str = "positive_key"
-) -> None:
+    query: Any, positive_key: Any, negative_keys: Any, negative_mode: str, targets: bool,
+    names: tuple[str, str, str] = NAMES,
+) -> None:  # fmt: skip
     """Check (N, D) queries, their keys and negatives.
 
     targets: whether a target says which key is a query's, so that keys need not be as many as queries.
     """
+    key_name, _, negative_name = names
     checks.embeddings("query", query, 2, "(N, D)")
     checks.embeddings(key_name, positive_key, 2, "(N, D)")
     tensors = {"query": query, key_name: positive_key}
@@ -139,13 +142,15 @@ def key_embeddings(
         if given == 5 - (3 if paired else 2):
             other = "unpaired" if paired else "paired"
             raise ValueError(
-                f"negative_keys must have {3 if paired else 2} dimensions with negative_mode={negative_mode!r}, got "
+                f"{negative_name} must have {3 if paired else 2} dimensions with negative_mode={negative_mode!r}, got "
                 f"shape {tuple(negative_keys.shape)}: it is for negative_mode={other!r}"
             )
-        checks.embeddings("negative_keys", negative_keys, 3 if paired else 2, "(N, H, D)" if paired else "(M, D)")
+        checks.embeddings(negative_name, negative_keys, 3 if paired else 2, "(N, H, D)" if paired else "(M, D)")
         if paired and len(negative_keys) != len(query):
-            raise ValueError(f"paired negative_keys must have {len(query)} rows as query has, got {len(negative_keys)}")
-        tensors["negative_keys"] = negative_keys
+            raise ValueError(
+                f"paired {negative_name} must have {len(query)} rows as query has, got {len(negative_keys)}"
+            )
+        tensors[negative_name] = negative_keys
     if not targets and positive_key.shape[0] != query.shape[0]:
         raise ValueError(
             f"{key_name} must have {len(query)} rows as query has (or pass target), got {len(positive_key)}"

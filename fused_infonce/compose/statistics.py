@@ -94,7 +94,7 @@ def statistics(
         query, key, negative_keys, temperature, negative_mode, symmetric=columns, normalize=normalize,
         in_batch_negatives=in_batch_negatives, ignore_index=ignore_index, target=target, query_ids=query_ids,
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
-        positive_bias=positive_bias, negative_index=negative_index, names=("key", "columns"),
+        positive_bias=positive_bias, negative_index=negative_index, names=("key", "columns", "negative_keys"),
     )  # fmt: skip
     met = None if options.call is None else meet(problem, options)
     if met is not None and block.fits(problem, options):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .. import checks
-from .files import embeddings, integers
+from .files import embeddings, forget, integers, writable
 from .report import Pairs, Report
 
 COLUMNS = """
@@ -84,7 +84,8 @@ def usable(device: str) -> str:
 def report_of(options: argparse.Namespace) -> Report:
     """Read the files and return what they say."""
     device = usable(options.device)
-    query, key = embeddings(options.query), embeddings(options.key)
+    files = embeddings(options.query), embeddings(options.key)
+    query, key = map(torch.from_numpy, files)
     if options.query.samefile(options.key):
         raise ValueError(f"{options.key}: queries and keys are one file, in which every row is its own copy")
     counts = ("query", len(query)), ("key", len(key))
@@ -92,20 +93,24 @@ def report_of(options: argparse.Namespace) -> Report:
     ids = None if options.ids is None else integers(options.ids, *counts[1], *counts[0])
     pairs = Pairs(query, key, target, ids, options.symmetric, options.backend).to(device)
     with progress(pairs.rows) as advance:
-        return Report.of(pairs, options.temperature, options.diagnose, advance)
+
+        def done(rows: int) -> None:  # files that are larger than the memory are read from it, too
+            for file in files:
+                forget(file)
+            advance(rows)
+
+        return Report.of(pairs, options.temperature, options.diagnose, done)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     try:
         if options.plot is not None:
-            from .plots import writable  # a picture that cannot be drawn is refused before minutes are spent on it
-
             writable(options.plot)
         report = report_of(options)
+        said = json.dumps(report.as_dict(), indent=2, allow_nan=False) if options.json else str(report)
         if options.plot is not None:
             report.plot(options.plot)
-        said = json.dumps(report.as_dict(), indent=2, allow_nan=False) if options.json else str(report)
     except (ImportError, OSError, ValueError, TypeError, RuntimeError) as why:
         print(f"error: {why}", file=sys.stderr)
         return 2

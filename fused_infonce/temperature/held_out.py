@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,8 @@ class HeldOutTemperature:
         log t <- smoothing log t + (1 - smoothing) log t*
 
     A temperature that learns with the embeddings fits the pairs they are trained on, and ends too cold for others.
-    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays. Step before the first
-    training step, which would otherwise be at a temperature that nobody has fitted.
+    Where a fit has no minimum, as of pairs that are all ranked first, the temperature stays, with a warning. Step
+    before the first training step, which would otherwise be at a temperature that nobody has fitted.
 
     Args:
         loss: any loss of this package that holds a temperature; a number of it is assigned at each fit, or, where it
@@ -115,6 +116,8 @@ class HeldOutTemperature:
                 new = _number(self.loss.temperature) ** self.smoothing * new ** (1 - self.smoothing)
             assign(self.loss, new)
             self.fitted = True
+        else:
+            warnings.warn(f"the temperature stays as it is: {found.reason}", stacklevel=4)  # the line of the step
         self.history.append(Followed(self.steps, found, _number(self.loss.temperature)))
         return found
 
@@ -122,7 +125,7 @@ class HeldOutTemperature:
         """Draw the temperature through the training, the fits and the recall at 1; needs the extra "plot".
 
         Raises:
-            ImportError: matplotlib is missing. ValueError: no fit yet, a format that matplotlib lacks.
+            ImportError: matplotlib is missing. ValueError: no fit yet, a name of another format.
         """
         from .plots import draw_history
 

@@ -13,15 +13,17 @@ from torch import Tensor
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 except ImportError as error:
-    why = f"pictures need matplotlib: pip install 'fused-infonce[plot]' ({error})"
-    raise ModuleNotFoundError(why, name="matplotlib") from error
+    from .files import NEEDED
 
+    raise ModuleNotFoundError(f"{NEEDED} ({error})", name="matplotlib") from error
+
+from ..checks import one_temperature
 from .calibration import Calibration
 from .famous import FAMOUS
+from .files import writable
 from .fitting import Fit, least
 from .held_out import Followed
 from .sweep import Sweep
@@ -51,6 +53,7 @@ def draw(
     random = None if random is None else random.cpu()
     drawable(sweep, random)
     coldest, warmest = sweep.temperatures[-1].item(), sweep.temperatures[0].item()
+    temperature = None if temperature is None else one_temperature("temperature", temperature)
     marks = marks_of(sweep, fit, temperature)
     marked = [x for x in (marks.best, temperature, *FAMOUS) if x is not None]
     ends = max(coldest, min(marked) / 2), min(warmest, max(marked) * 2)
@@ -81,7 +84,7 @@ def draw_history(path: str | Path, history: Sequence[Followed]) -> None:
     """Draw the temperature of a training, those fitted to held-out pairs, and the recall at 1 on these.
 
     Raises:
-        ValueError: no fit in the history, a format that matplotlib lacks.
+        ValueError: no fit in the history, a name of another format.
     """
     if not history:
         raise ValueError("there is nothing to draw: no fit has been made yet")
@@ -125,8 +128,8 @@ def draw_likelihood(axes: Axes, sweep: Sweep, t: Sequence[float], marks: Marks) 
 
 def draw_negatives(axes: Axes, sweep: Sweep, t: Sequence[float], marks: Marks) -> None:
     """Draw over how many negatives a gradient spreads, and the share of the hardest one."""
-    counts = [sweep.effective_negatives(x).double() for x in t]
-    low, middle, high = (torch.stack([x.quantile(q) for x in counts]) for q in (0.1, 0.5, 0.9))
+    spread = torch.tensor((0.1, 0.5, 0.9), dtype=torch.float64)
+    low, middle, high = torch.stack([sweep.effective_negatives(x).double().quantile(spread) for x in t], 1)
     axes.plot(t, middle, color=BLUE, label="effective negatives, median and middle 80 %")
     axes.fill_between(t, low, high, color=BLUE, alpha=0.2, linewidth=0)
     axes.set_yscale("log")
@@ -235,14 +238,6 @@ def drawable(sweep: Sweep, random: Tensor | None) -> None:
         raise ValueError(f"a sweep is drawn of rows whose scores are finite, got {got}")
     if random is not None and not random.isfinite().all():
         raise ValueError(f"random must be finite scores, got {random[~random.isfinite()][0].item()}")
-
-
-def writable(path: str | Path) -> None:
-    """Check that matplotlib can write a picture of this name, before anything is computed for it."""
-    known = FigureCanvasAgg.get_supported_filetypes()
-    suffix = Path(path).suffix.removeprefix(".").lower()
-    if suffix not in known:
-        raise ValueError(f"the picture's name must end in one of {', '.join(sorted(known))}, got {str(path)!r}")
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BackendName
+from ..backends.ladder import Ladder
+from ..compose.arguments import call_options
 from .diagnosis import Diagnosis, diagnose
 from .famous import FAMOUS
 from .fitting import BOUNDS, Fit, Search, Verdict
 from .ranking import Bounds
-from .sweep import Sweep, sweep
+from .sweep import Sweep, by_part, prepared, problem_of
 from .thresholds import Threshold, threshold
 
 CHUNK = 1024  # rows of one sweep, after which a progress bar moves
@@ -79,24 +82,24 @@ class Pairs:
         """How many rows a sweep has."""
         return len(self.query) * (2 if self.symmetric else 1)
 
-    def sweep(self, coldest: float, warmest: float, advance: Callable[[int], None] = nothing) -> Sweep:
-        """Return the sweep of the pairs over a range, calling `advance` with how many rows more are done."""
-        positives = self.positives
+    def sweeps(self, advance: Callable[[int], None] = nothing) -> Callable[[float, float], Sweep]:
+        """Return a function that sweeps the pairs from a coldest to a warmest temperature, of which keys are prepared
+        once; it calls `advance` with how many rows more are done."""
+        positives, options = self.positives, call_options(self.backend, None)
         ids = None if self.ids is None else self.ids[positives]
         directions = [(self.query, self.key, ids, self.ids)]
         if self.symmetric:
             directions.append((self.key, self.query, self.ids, ids))
-        parts = []
+        problems = []
         for query, key, query_ids, key_ids in directions:
-            for start in range(0, len(query), CHUNK):
-                some = slice(start, start + CHUNK)
-                part = sweep(
-                    query[some], key, (coldest, warmest), target=positives[some], key_ids=key_ids,
-                    query_ids=None if query_ids is None else query_ids[some], backend=self.backend,
-                )  # fmt: skip
-                parts.append(part)
-                advance(len(part.pos))
-        return joined(parts)
+            problems.append(prepared(problem_of(query, key, positives, query_ids, key_ids), options))
+            advance(0)
+
+        def sweep_of(coldest: float, warmest: float) -> Sweep:
+            ladder = Ladder.over(coldest, warmest)
+            return joined((by_part(problem, options, ladder, CHUNK) for problem in problems), self.rows, advance)
+
+        return sweep_of
 
     def diagnosis(self, temperature: float) -> Diagnosis:
         """Return what is wrong with a training at this temperature; see `diagnose`."""
@@ -106,27 +109,37 @@ class Pairs:
             symmetric=self.symmetric, backend=self.backend,
         )  # fmt: skip
 
-    def random(self, count: int = RANDOM) -> Tensor:
-        """Return the cosines of random pairs of a query and a key that is no positive of it, at most `count` of them.
+    def random(self, advance: Callable[[int], None] = nothing, count: int = RANDOM) -> Tensor:
+        """Return the cosines of a query and a random key that is no positive of it, of at most `count` such pairs.
 
-        The same pairs are drawn each time.
+        Every query has as many of them, but for one more, and the same keys are drawn each time.
         """
-        generator = torch.Generator().manual_seed(0)
-        i, j = (torch.randint(len(x), (count,), generator=generator).to(x.device) for x in (self.query, self.key))
+        device = self.query.device
+        i = torch.arange(count, device=device) * len(self.query) // count  # in order, as a file is read best
+        j = torch.randint(len(self.key), (count,), generator=torch.Generator().manual_seed(0)).to(device)
         positive = self.positives[i]
         other = j != positive if self.ids is None else self.ids[j] != self.ids[positive]
         i, j = i[other], j[other]
-        parts = [
-            torch.cosine_similarity(self.query[a].float(), self.key[b].float(), dim=1)
-            for a, b in zip(i.split(CHUNK), j.split(CHUNK), strict=True)
-        ]
-        return torch.cat(parts).cpu()
+        cosines = torch.empty(len(i), device=device)
+        for a, b, some in zip(*(x.split(CHUNK // 4) for x in (i, j, cosines)), strict=True):
+            some.copy_(torch.cosine_similarity(self.query[a].float(), self.key[b].float(), dim=1))
+            advance(0)
+        return cosines.cpu()
 
 
-def joined(parts: Sequence[Sweep]) -> Sweep:
-    """Return the sweep of the rows of several, over one ladder, on the CPU."""
-    rest = (torch.cat(x, -1).cpu() for x in zip(*(list(vars(part).values())[1:] for part in parts), strict=True))
-    return Sweep(parts[0].temperatures.cpu(), *rest)
+def joined(directions: Iterable[Iterable[Sweep]], rows: int, advance: Callable[[int], None]) -> Sweep:
+    """Return the sweep of the rows of several, so many in all, over one ladder, on the CPU; each is let go of."""
+    whole: list[Tensor] = []
+    temperatures, done = None, 0
+    for part in chain.from_iterable(directions):
+        temperatures, *found = (getattr(part, each.name).cpu() for each in fields(part))
+        whole = whole or [x.new_empty((*x.shape[:-1], rows)) for x in found]
+        for to, x in zip(whole, found, strict=True):
+            to[..., done : done + x.shape[-1]] = x
+        done += len(part.pos)
+        advance(len(part.pos))
+    assert temperatures is not None
+    return Sweep(temperatures, *whole)
 
 
 class Line(NamedTuple):
@@ -160,21 +173,21 @@ class Report:
 
         Args:
             temperature: that of their training, to compare with. diagnosed: whether to warn of what is wrong at that
-                temperature. advance: as of `Pairs.sweep`.
+                temperature. advance: as of `Pairs.sweeps`.
         """
         if temperature is not None:
             checked_temperature(temperature)
         elif diagnosed:
             raise ValueError("a diagnosis is of a training: give its temperature")
 
-        def sweep_of(coldest: float, warmest: float) -> Sweep:
-            return pairs.sweep(coldest, warmest, advance)
-
+        random = pairs.random(advance)
+        sweep_of = pairs.sweeps(advance)
         found = sweep_of(*BOUNDS)
-        search = Search(sweep_of, pairs.symmetric, BOUNDS)
-        best = search.run_from(found, BOUNDS)
+        best = Search(sweep_of, pairs.symmetric, BOUNDS).run_from(found, BOUNDS)
+        del sweep_of  # and with it the keys
+        advance(0)
         diagnosis = pairs.diagnosis(temperature) if diagnosed and temperature is not None else None
-        return Report(pairs, found, best, pairs.random(), temperature, diagnosis)
+        return Report(pairs, found, best, random, temperature, diagnosis)
 
     @property
     def verdict(self) -> Verdict | None:

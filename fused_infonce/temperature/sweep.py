@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, contrast
+from .. import backends, checks, contrast
 from ..backends import BackendName, Options
-from ..backends.contract import Problem
-from ..backends.indexing import take_rows
+from ..backends.contract import KeySet, Problem
+from ..backends.indexing import slices, take_rows
 from ..backends.ladder import Ladder, Profile
+from ..backends.registry import resolve
+from ..backends.rows import as_held
 from ..compose.across import Met, across, meet
 from ..compose.arguments import call_options, of_keys
 from ..distributed import Call, DistributedLike, together
@@ -136,12 +138,12 @@ class Sweep:
         """Draw NLL and calibration error, negatives, reliability, and densities of the scores; needs the extra "plot".
 
         Args:
-            path: of the picture, in any format of matplotlib; folders are made.
+            path: of the picture, which ends in .png, .svg, .pdf or another of `files.PICTURES`; folders are made.
             fit: to the same pairs, whose temperature is marked with its interval; by default the minimum of the sweep.
             temperature: that of the training, to be marked. random: (R,), scores of random negatives, to be drawn too.
 
         Raises:
-            ImportError: matplotlib is missing. ValueError: a format that it lacks, a temperature out of the range,
+            ImportError: matplotlib is missing. ValueError: another format, a temperature out of the range,
             scores that are not finite.
         """
         from .plots import draw
@@ -226,7 +228,7 @@ def problem_of(
     problem = of_keys(
         query, key, negatives, 1.0, "paired" if paired else "unpaired", symmetric=symmetric, normalize=normalize,
         in_batch_negatives=True, ignore_index=-1, target=target, query_ids=query_ids, key_ids=key_ids,
-        key_bias=key_bias, positive_bias=key_bias is None, names=("key", "symmetric"),
+        key_bias=key_bias, positive_bias=key_bias is None, names=("key", "symmetric", "negatives"),
     )  # fmt: skip
     if problem.target is not None and (problem.target < 0).any():
         row = (problem.target < 0).nonzero()[0].item()
@@ -271,6 +273,20 @@ def _swept(problem: Problem, options: Options, met: Met | None, ladder: Ladder) 
         found = [_gathered(options.call, each, met.queries) for each in found]
     whole = Profile(*(torch.cat(parts, -1) for parts in zip(*found, strict=True)))
     return Sweep(1 / ladder.inverse(whole.pos), *whole)
+
+
+def prepared(problem: Problem, options: Options) -> Problem:
+    """Return a problem of one set of keys with these as a backend holds them, to be swept more than once."""
+    backend = backends.get(resolve(options.backend, problem.query.rows))
+    return replace(problem, keys=(as_held(problem.keys[0], problem, backend.takes_unit_rows),))
+
+
+def by_part(problem: Problem, options: Options, ladder: Ladder, rows: int) -> Iterator[Sweep]:
+    """Yield the sweeps of so many rows at a time of a problem with targets and without directions."""
+    assert problem.target is not None
+    for part in slices(len(problem.target), rows):
+        query = KeySet._make(None if x is None else x[part] for x in problem.query)
+        yield _swept(replace(problem, query=query, target=problem.target[part]), options, None, ladder)
 
 
 def _gathered(call: Call, found: Profile, counts: Sequence[int]) -> Profile:

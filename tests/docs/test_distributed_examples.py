@@ -1,4 +1,7 @@
-"""The page on several processes runs as it stands in two of them; only the start of the processes is the test's own."""
+"""The page on several processes runs as it stands in two of them; only the start of the processes is the test's own.
+
+Its snippets of frameworks run in tests/compat/test_frameworks.py.
+"""
 
 from __future__ import annotations
 

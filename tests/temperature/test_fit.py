@@ -181,7 +181,9 @@ def test_held_out_pairs_are_embedded_where_a_fit_is_due():
 
 def test_a_temperature_stays_where_a_fit_has_no_minimum():
     loss = FusedInfoNCELoss(temperature=0.07)
-    found = HeldOutTemperature(loss, symmetric=True).step(*pairs(noise=0.1))
+    with pytest.warns(UserWarning, match="the temperature stays as it is: every pair is ranked first") as warned:
+        found = HeldOutTemperature(loss, symmetric=True).step(*pairs(noise=0.1))
+    assert warned[0].filename == __file__
     assert found is not None
     assert not found.converged
     assert loss.temperature == 0.07
@@ -202,7 +204,8 @@ def test_smoothing_begins_with_a_temperature_that_was_fitted():
     query, key = pairs()
     want = fit(query, key).temperature
     follow = HeldOutTemperature(FusedInfoNCELoss(temperature=1), every=1, smoothing=0.9)
-    follow.step(*pairs(noise=0.1))  # without a minimum
+    with pytest.warns(UserWarning, match="the temperature stays as it is"):
+        follow.step(*pairs(noise=0.1))  # without a minimum
     assert follow.loss.temperature == 1
     follow.step(query, key)
     assert follow.loss.temperature == want
@@ -238,7 +241,8 @@ def test_a_step_that_raised_an_error_was_none():
 
 @pytest.mark.parametrize("loss", [ClipLoss(), FusedInfoNCELoss(torch.full((20,), 0.1))], ids=["none", "one a row"])
 def test_a_fit_without_a_minimum_of_a_loss_without_one_number(loss):
-    found = HeldOutTemperature(loss).step(torch.eye(20), torch.eye(20))
+    with pytest.warns(UserWarning, match="the temperature stays as it is"):
+        found = HeldOutTemperature(loss).step(torch.eye(20), torch.eye(20))
     assert found is not None
     assert not found.converged
 

@@ -44,7 +44,7 @@ def lines(axes) -> dict:
 def test_a_sweep_is_drawn_with_its_best_temperature_and_that_of_the_training(drawn, tmp_path):
     query, key = pairs()
     every, best = sweep(query, key), fit(query, key)
-    every.plot(tmp_path / "new" / "report.png", best, 0.07, torch.randn(500) / 5)
+    every.plot(tmp_path / "new" / "report.png", best, torch.tensor([0.07], dtype=torch.float64), torch.randn(500) / 5)
     assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
     likelihood, negatives, reliability, densities, ece, hardest = drawn[0].axes
     for axes in (likelihood, negatives):

@@ -251,5 +251,9 @@ def test_mistakes_are_refused():
         sweep(query, query, torch.tensor([0.1, 0.2])).nll(0.3)
     with pytest.raises(ValueError, match=r"^k must be 1 or more, got 0"):
         sweep(query, query).recall(0)
+    with pytest.raises(ValueError, match=r"^negatives must have 5 components as query has, got 3"):
+        sweep(query, query, negatives=torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"^paired negatives must have 4 rows as query has, got 2"):
+        sweep(query, query, negatives=torch.randn(2, 3, D))
     with pytest.raises(ValueError, match="symmetric must be one of"):
         sweep(query, query, symmetric="both")  # type: ignore[arg-type]

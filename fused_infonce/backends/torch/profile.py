@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import LOG2E, Problem
@@ -19,7 +18,7 @@ from .work import Chunk, Tile, Work
 CPU_ROWS, CPU_COLUMNS = 512, 4096  # of a tile: a library product that a third cache holds
 CPU_SCORES = 2**14  # of a block, a thread: their exponentials on every rung lie in a second cache
 FAR = 1e18  # stands for -d of what is left out: its exponential is 0, and its square times 0 is 0
-SMALL = 1e-18  # a smaller exponential is 0 before it is squared: its square would be slow to compute with, or lost
+SMALL = 1e-9  # a smaller exponential is 0 where it is squared twice: that would be slow to compute with, or lost
 EXTRA = 8  # blocks of scores beside those of the rungs: x, its powers, what is compared
 
 
@@ -80,7 +79,7 @@ class _Blocks:
         self.pairs = torch.empty((self.steps + 1, 2, size), dtype=work.acc, device=work.device)
         self.views: dict[torch.Size, _Views] = {}  # to make them costs as long as to compute with them
         # of unit rows no x is below -2, so that on warm rungs no exponential is small
-        warm = math.log(1 / SMALL) / (2 * ladder.first) if work.problem.normalize else 0.0
+        warm = math.log(1 / SMALL) / ladder.first if work.problem.normalize else 0.0
         self.warm_steps = math.floor(math.log2(warm)) if warm >= 1 else 0
 
     def of_tile(self, tile: Tile, low: Tensor, high: Tensor) -> tuple[Sums, Counts]:
@@ -125,8 +124,8 @@ class _Blocks:
         torch.exp2(x, out=first)
         torch.mul(x, math.sqrt(2), out=second).exp2_()
         for step, (e, squared) in enumerate(pairwise(view.steps), 1):
-            if step > self.warm_steps:
-                F.threshold(e, SMALL, 0.0, inplace=True)
+            if step > self.warm_steps and (step - self.warm_steps) % 2:
+                e = torch.threshold(e, SMALL, 0.0, out=squared)
             torch.mul(e, e, out=squared)
 
     def _shaped(self, shape: torch.Size) -> _Views:
