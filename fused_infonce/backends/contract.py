@@ -54,13 +54,6 @@ class KeySet(NamedTuple):
         """Return whether every query has keys of its own."""
         return self.indices is not None or self.rows.dim() == 3
 
-    def is_its_guide(self) -> bool:
-        """Return whether the guide's embeddings are the rows themselves, in the same memory."""
-        guide, rows = self.guide, self.rows
-        if guide is None or guide.data_ptr() != rows.data_ptr():
-            return False
-        return guide.dtype == rows.dtype and guide.shape == rows.shape and guide.stride() == rows.stride()
-
     def columns(self) -> int:
         """Return the number of keys that a query is scored against."""
         return self.rows.shape[-2] if self.indices is None else self.indices.shape[1]
@@ -69,19 +62,6 @@ class KeySet(NamedTuple):
 def largest_bias(biases: Iterable[Tensor]) -> float:
     """Return the size of the largest bias of those that leave no key out, read from the tensors; 0 without one."""
     return max((x.masked_fill(x == -math.inf, 0).abs().max().item() for x in biases if x.numel()), default=0.0)
-
-
-class Later:
-    """A problem that is made when it is first asked for."""
-
-    def __init__(self, make: Callable[[], Problem]):
-        self.make = make
-        self.made: Problem | None = None
-
-    def __call__(self) -> Problem:
-        if self.made is None:
-            self.made = self.make()
-        return self.made
 
 
 @dataclass(eq=False)
@@ -118,7 +98,7 @@ class Problem:
     bias_bound: float | None = None
     # The problem of the keys against the queries, where `columns` asks for it and other products than those of the rows
     # give it: those of keys and queries of other processes
-    opposite: Later | None = None
+    opposite: Callable[[], Problem] | None = None
     # In place of rows that have no graph, what autograd is given, in the accumulator dtype and of their shape, so that
     # it takes their gradients as they were added up; None where it is given the rows. Empty: nowhere
     handles: tuple[Tensor | None, ...] = ()

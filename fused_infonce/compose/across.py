@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .. import backends, contrast
 from ..backends import Options
-from ..backends.contract import Backend, KeySet, Later, Problem, Statistics, Temperature
+from ..backends.contract import Backend, KeySet, Problem, Statistics, Temperature
 from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.recording import recordings
 from ..backends.registry import resolve
-from ..backends.rows import as_held
+from ..backends.rows import as_held, is_its_guide
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
 from ..distributed.gather import gather, handle
 from .biases import bound_of
-from .rows import widened
+from .rows import Later, widened
 
 
 class Met(NamedTuple):
@@ -157,7 +157,7 @@ def _gathered(
     for part, each in sets:
         rows = part.rows.detach()
         narrow = part._replace(rows=rows if way.wire is None else rows.to(way.wire))
-        guides.append(problem.normalize and narrow.is_its_guide())
+        guides.append(problem.normalize and is_its_guide(narrow))
         narrow = narrow._replace(guide=None) if guides[-1] else narrow
         held.append((as_held(narrow, problem, call.takes_unit_rows), each))
     found = gathered_sets(call, held)

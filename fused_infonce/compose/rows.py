@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.contract import EPS, KeySet, Later, Problem, Temperature
+from ..backends.contract import EPS, KeySet, Problem, Temperature
 from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import all_wide
 from ..backends.reference import unit_rows
@@ -90,6 +90,19 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
         return take_rows(sums, place), torch.searchsorted(ordered, classes, right=True) - place
     first, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
+
+
+class Later:
+    """A problem that is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Problem]):
+        self.make = make
+        self.made: Problem | None = None
+
+    def __call__(self) -> Problem:
+        if self.made is None:
+            self.made = self.make()
+        return self.made
 
 
 def at_temperature(problem: Problem, t: Temperature) -> Problem:

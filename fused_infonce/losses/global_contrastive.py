@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import BackendName, Options, Reduction
-from ..backends.contract import Later, Problem
+from ..backends.contract import Problem
 from ..backends.precision import without_autocast
 from ..compose.across import across, blocked
 from ..compose.arguments import call_options, of_keys, of_views, temperature_of
 from ..compose.moving_average import Estimate, estimate, put_last
 from ..compose.reduction import reduced_rows
-from ..compose.rows import log_add
+from ..compose.rows import Later, log_add
 from ..distributed import DistributedLike, gather, together
 from ..temperature.individual import IndividualTemperature
 from ..temperature.scale import TemperatureLike

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..contract import KeySet, Problem
 from ..indexing import add_uses, same_ids, slices, take_rows
-from ..rows import Rows, RowsByPart
+from ..rows import Rows, RowsByPart, is_its_guide
 from .bias import Bias
 
 
@@ -44,7 +44,7 @@ class SharedKeys:
         self.rows = _rows_of(keys, problem, step)
         self.view: Rows | RowsByPart | None = None
         if keys.guide is not None:
-            shared = problem.normalize and keys.is_its_guide()
+            shared = problem.normalize and is_its_guide(keys)
             self.view = self.rows if shared else Rows(keys.guide, True, None, problem.acc_dtype)
         self.grad = torch.zeros_like(keys.rows, dtype=problem.acc_dtype) if wanted else None
         self.parts = slices(len(keys.rows), step)
