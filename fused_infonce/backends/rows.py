@@ -130,6 +130,14 @@ class RowsByPart:
         return grad
 
 
+def is_its_guide(keys: KeySet) -> bool:
+    """Return whether a set's guide is its own rows, in the same memory."""
+    guide, rows = keys.guide, keys.rows
+    if guide is None or guide.data_ptr() != rows.data_ptr():
+        return False
+    return guide.dtype == rows.dtype and guide.shape == rows.shape and guide.stride() == rows.stride()
+
+
 def as_held(keys: KeySet, problem: Problem, takes_unit_rows: bool) -> KeySet:
     """Return shared keys of a problem, without a graph, as a backend holds them: as unit rows with their norms where it
     takes such, else as they are."""
