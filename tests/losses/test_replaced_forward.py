@@ -31,6 +31,6 @@ def test_it_is_not_dropped_by_an_option_that_has_a_forward_of_its_own():
     loss.forward = lambda *args: seen.append(args) or inner(*args)
     with pytest.raises(RuntimeError, match="has been replaced"):
         loss.record = False
-    assert loss(query, key) == value
+    torch.testing.assert_close(loss(query, key), value)  # made of other operators, so that the last bits may differ
     assert loss.recorded is not None
     assert loss._replicate_for_data_parallel().forward is loss.forward
