@@ -322,9 +322,9 @@ class _Sigmoids(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        slopes: Sequence[Tensor | None] = ctx.saved_tensors
+        slopes = ctx.saved_tensors  # read once: a checkpoint gives them no second time
         if ctx.problem is not None:
-            bias, *tensors = ctx.saved_tensors
+            bias, *tensors = slopes
             problem = ctx.problem.with_tensors(tensors)
             result = _sigmoids(problem, ctx.plan, bias, upstream.contiguous(), ctx.wanted)
             slopes, upstream = _slopes(result, problem), upstream.new_ones(())

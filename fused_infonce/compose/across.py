@@ -17,7 +17,7 @@ from ..backends.contract import Backend, KeySet, Problem, Statistics, Temperatur
 from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.recording import recordings
 from ..backends.registry import resolve
-from ..backends.rows import as_held, is_its_guide
+from ..backends.rows import as_held
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
 from ..distributed.gather import gather, handle
@@ -153,15 +153,16 @@ def _gathered(
         else None
         for part, each in sets
     ]
-    held, guides = [], []
+    held = []
     for part, each in sets:
         rows = part.rows.detach()
         narrow = part._replace(rows=rows if way.wire is None else rows.to(way.wire))
-        guides.append(problem.normalize and is_its_guide(narrow))
-        narrow = narrow._replace(guide=None) if guides[-1] else narrow
+        narrow = narrow._replace(guide=None) if call.own_guide else narrow
         held.append((as_held(narrow, problem, call.takes_unit_rows), each))
     found = gathered_sets(call, held)
-    found = [keys._replace(guide=keys.rows) if same else keys for keys, same in zip(found, guides, strict=True)]
+    if call.own_guide:
+        guides = [None if part.guide is None else keys.rows for keys, (part, _) in zip(found, sets, strict=True)]
+        found = [keys._replace(guide=guide) for keys, guide in zip(found, guides, strict=True)]
     return [*zip(found, handles, strict=True)]
 
 

@@ -76,6 +76,7 @@ class Call:
         self.keys: list[int] = []  # the numbers of rows of all ranks, of the first set of keys
         self.limit = 0  # the least workspace limit of all ranks, in bytes, once they have met
         self.takes_unit_rows = False  # whether every rank's backend takes them, once they have met
+        self.own_guide = False  # whether the rows are their own guide, and travel once: by the loss, on all ranks
 
     @property
     def factor(self) -> int:

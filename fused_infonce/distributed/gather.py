@@ -3,6 +3,10 @@
 The backward of every rank starts from the gradient of the one global loss times `Call.factor`, by which `total` and
 `rows` multiply. What then reaches a rank's own tensors is theirs already; what reaches gathered rows is added over the
 ranks in float32; what reaches a tensor that all ranks share is added too, and divided by the factor.
+
+`torch.utils.checkpoint` makes a forward again, with its collectives, where a backward first reads what was saved, and
+only up to what was saved last. `total` and `rows` save and read a tensor, so that this is after all collectives of the
+forward and before those of the backward, on every rank.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ def total(call: Call, values: Tensor) -> Tensor:
 
 def rows(call: Call, losses: Tensor) -> Tensor:
     """Return this rank's losses as they are; their gradients are those of parts of a global loss."""
-    return _Scaled.apply(losses, call.factor) if call.factor > 1 else losses
+    return _Scaled.apply(losses, call.factor)
 
 
 def shared(call: Call | None, temperature: T) -> T:
@@ -119,10 +123,12 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, values: Tensor) -> Tensor:
         ctx.factor = call.factor
+        ctx.save_for_backward(values)
         return added(call, values).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        _ = ctx.saved_tensors
         return None, upstream * ctx.factor
 
 
@@ -130,10 +136,12 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, losses: Tensor, factor: int) -> Tensor:
         ctx.factor = factor
+        ctx.save_for_backward(losses)
         return losses.view_as(losses)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        _ = ctx.saved_tensors
         return upstream * ctx.factor, None
 
 

@@ -116,6 +116,9 @@ def guided_info_nce(
     guides = _guides(
         query, positive_key, negative_keys, guide_query, guide_key, guide_negatives, normalize, spare_negatives
     )
+    if options.call is not None and guide_query is None:
+        options.call.own_guide = True
+        options.call.noted += " a guide of the rows themselves;"
     t, dtype = temperature_of(temperature, query), statistics_dtype(query)
     own = slice(offset, offset + n)
     ceiling = _ceiling(guides[0], guides[1][own], margin, margin_strategy, dtype)

@@ -51,7 +51,8 @@ class Sweep:
             under softmax_j(d_ij / t): the first two derivatives of log_z in 1 / t.
 
     Between the temperatures log_z is the quintic in 1 / t with these derivatives at both ends. A method's temperature
-    must be in the range, else it is a ValueError.
+    must be in the range, else it is a ValueError. In float32 log_z is within 1e-5 max(1, 0.05 / t) of its size, and the
+    mean within 1e-4 t at 0.003 and above: scores are rounded, and logits are 1 / t times these.
     """
 
     temperatures: Tensor
