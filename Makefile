@@ -10,7 +10,7 @@ JOBS        ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 TUNE_ARGS   ?=
-GPU_JOBS    ?= 14
+GPU_JOBS    ?= $(if $(STAND_IN),$(JOBS),14)
 GPU_TEST_ARGS  ?=
 GPU_BENCH_ARGS ?=
 RECORD      ?=
@@ -76,26 +76,28 @@ plots: $(VENV)/.installed-bench ## draw time and memory against N from the recor
 
 # On a GPU: with the torch that is there, and no environment is made and nothing is downloaded. The other packages are
 # those of $(PYTHON), or the wheels of a folder that `make wheels` fills where there is a network, to be carried along.
-# STAND_IN=1 runs it all small, on a CPU, in Triton's interpreter: to see it run to its end; nothing is timed or recorded.
+# STAND_IN=1 runs it all small, on a CPU, in Triton's interpreter, with what is installed into $(VENV): to see it run to
+# its end; nothing is timed or recorded, and of the tests outside of tests/gpu, which make test runs, two files do.
 # python -m pytest would put the repository root, where kernels/ is not yet fused_infonce.kernels, ahead of PYTHONPATH.
 # python -m benchmarks... does too, and puts it right: see benchmarks/__init__.py.
 STAND_IN ?=
 WHEELS   ?= .wheels
 REPORTS  ?= .gpu-reports
 GPU_SITE := $(CURDIR)/.gpu-site
-GPU_ENV   = env $(if $(STAND_IN),TRITON_INTERPRET=1,-u TRITON_INTERPRET) PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}
-GPU_TEST  = $(GPU_ENV) $(1) $(PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
+GPU_PYTHON = $(if $(STAND_IN),$(BIN)/python,$(PYTHON))
+GPU_ENV   = env $(if $(STAND_IN),TRITON_INTERPRET=1 OMP_NUM_THREADS=1,-u TRITON_INTERPRET) PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_TEST  = $(GPU_ENV) $(1) $(GPU_PYTHON) -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())'
 GPU_NEEDS = pytest pytest_benchmark pytest_reportlog pytest_timeout xdist hypothesis tqdm
 SEPARATOR := ,
 .PHONY: wheels gpu-site gpu-bench tune
-gpu-site:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(None if "$(STAND_IN)" or torch.cuda.is_available() else "torch sees no GPU")'
+gpu-site: $(if $(STAND_IN),$(VENV)/.installed-test)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if "$(STAND_IN)" or torch.cuda.is_available() else "torch sees no GPU; STAND_IN=1 runs it small, on a CPU")'
 	rm -rf $(GPU_SITE) && mkdir $(GPU_SITE)
 	cp -R fused_infonce $(GPU_SITE)/ && cp -R kernels $(GPU_SITE)/fused_infonce/
 	$(if $(wildcard $(WHEELS)/*.whl),$(PIP_OF_GPU) --target $(GPU_SITE) $(wildcard $(WHEELS)/*.whl))
-	@$(GPU_ENV) $(PYTHON) -c 'import $(subst $() ,$(SEPARATOR),$(GPU_NEEDS))' || \
+	@$(GPU_ENV) $(GPU_PYTHON) -c 'import $(subst $() ,$(SEPARATOR),$(GPU_NEEDS))' || \
 	{ echo "Install it, or carry it along: make wheels" >&2; exit 1; }
-PIP_OF_GPU = $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile
+PIP_OF_GPU = $(GPU_PYTHON) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile
 
 # What the tests need, what that needs, and the peers of benchmarks/contestants.py, of which only the losses are used.
 CARRIED = pytest iniconfig packaging pluggy pygments pytest-benchmark py-cpuinfo2 pytest-reportlog pytest-timeout \
@@ -115,24 +117,27 @@ PART = $(call GPU_TEST,$(4)) $(2) --session-timeout $(3) --timeout 60 --timeout-
        --report-log $(REPORTS)/$(1).jsonl $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1
 ON_GPU = -m $(if $(STAND_IN),interpreter,gpu) $(GPU_TEST_ARGS)
 WORKERS = --numprocesses $(GPU_JOBS) --dist worksteal
+OTHERS = $(if $(STAND_IN),tests/backends/test_dense_plan_in_triton.py tests/backends/test_launch_counts.py, \
+         tests --ignore tests/gpu)
+NO_SANITIZER = $(if $(STAND_IN),it watches a GPU and there is none,it is not on the PATH)
 MICRO = benchmarks --benchmark-only \
         $(if $(STAND_IN),-k one-64x64 --benchmark-columns rounds,--record $(or $(RECORD),results/gpu-micro.csv))
 gpu: gpu-site ## GPU tests and microbenchmarks, with the torch of $(PYTHON)
 	@mkdir -p $(REPORTS); failed=0; \
 	$(call PART,gpu,tests/gpu $(ON_GPU) $(WORKERS),240); \
 	$(call PART,micro,$(MICRO),100); \
-	if command -v compute-sanitizer; then \
+	if $(if $(STAND_IN),false,command -v compute-sanitizer); then \
 	$(call PART,sanitizer,tests/gpu $(ON_GPU) -m sanitizer,50,PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1); \
-	else echo "Skipped: compute-sanitizer is not on the PATH"; fi; \
-	$(call PART,others,tests --ignore tests/gpu $(ON_GPU) $(WORKERS),110); \
+	else echo "Skipped: compute-sanitizer, since $(NO_SANITIZER)"; fi; \
+	$(call PART,others,$(OTHERS) $(ON_GPU) $(WORKERS),110); \
 	exit $$failed
 
 gpu-bench: gpu-site ## the whole suite on a GPU against every peer that is installed, in 8 minutes
-	$(GPU_ENV) $(PYTHON) -m benchmarks.suites.gpu \
+	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.suites.gpu \
 	$(if $(STAND_IN),--stand-in,--record $(or $(RECORD),results/gpu.csv)) $(GPU_BENCH_ARGS)
 
 tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.py (TUNE_ARGS="--dim 256 ...")
-	$(GPU_ENV) $(PYTHON) -m benchmarks.tiles.tune \
+	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.tiles.tune \
 	$(if $(STAND_IN),--stand-in,--record $(or $(RECORD),results/tune.csv)) $(TUNE_ARGS)
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions

@@ -224,11 +224,12 @@ def scale_tensor(name: str, value: Tensor, like: Tensor) -> tuple[Tensor, float 
         )
     if value.device != like.device and not (value.numel() == 1 and value.device.type == "cpu"):
         raise ValueError(f"{name} must be on {like.device} as query is, or one element on the CPU, got {value.device}")
-    free = values_are_free(value)
-    if free and value.numel() == 1:
+    if not values_are_free(value):
+        return value.add(value.detach().log(), alpha=0), None  # 0 log(t) is NaN where t is not positive and finite
+    if value.numel() == 1:
         return value, positive_float(name, value.item())
-    value = only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
-    return value, value.min().item() if free and value.numel() else None
+    only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
+    return value, value.min().item() if value.numel() else None
 
 
 def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "temperature") -> Temperature:

@@ -139,8 +139,9 @@ def zeros(problem: Problem) -> Statistics:
 
 def _without_graph(function: Callable[..., Any], problem: Problem, plan: Plan, *args: Any) -> Any:
     """Return a backend's function of a problem of which nothing needs a gradient: what the Functions cost is saved."""
-    bound = problem if plan.as_is else bind(problem, None, problem.inputs)
-    return _run(function, bound, plan, *args)
+    if plan.as_is:
+        return function(problem, plan, *args)
+    return _run(function, bind(problem, None, problem.inputs), plan, *args)
 
 
 def _run(function: Callable[..., Any], bound: Problem, plan: Plan, *args: Any) -> Any:

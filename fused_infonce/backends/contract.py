@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -98,7 +98,7 @@ class Problem:
     bias_bound: float | None = None
     # The problem of the keys against the queries, where `columns` asks for it and other products than those of the rows
     # give it: those of keys and queries of other processes
-    opposite: Problem | None = None
+    opposite: Callable[[], Problem] | None = None
     # In place of rows that have no graph, what autograd is given, in the accumulator dtype and of their shape, so that
     # it takes their gradients as they were added up; None where it is given the rows. Empty: nowhere
     handles: tuple[Tensor | None, ...] = ()
@@ -182,13 +182,22 @@ class Problem:
     def swapped(self) -> Problem:
         """Return the problem of the keys against the queries: the direction that `columns` asks for."""
         if self.opposite is not None:
-            return self.opposite
+            return self.opposite()
         query, (key, *_) = self.query, self.keys
         ids = query.ids if key.ids is not None else None
         return Problem(
             key, (query._replace(ids=ids),), self.temperature, normalize=self.normalize, bias_bound=self.bias_bound,
             offset=None if self.offset is None else self.offset[1],
         )  # fmt: skip
+
+    def directions(self) -> list[Problem]:
+        """Return the problem of the rows and, where `columns` asks for it, that of the keys against the queries."""
+        return [self.of_rows(), self.swapped()] if self.columns else [self]
+
+    def blocks(self) -> list[Callable[[], Problem]]:
+        """Return what makes the problems whose scores are of one block each: of both directions, or of one after the
+        other, of which the second's rows may come when they are asked for."""
+        return [self.of_rows, self.swapped] if self.apart else [lambda: self]
 
     def of_rows(self) -> Problem:
         """Return the problem without the direction that `columns` asks for, itself where there is none."""

@@ -54,6 +54,7 @@ class Plan:
     mean: whether the mean is computed: it is a result, or the temperature's gradient is made of it
     record: whether a loss and its gradients come with the statistics of the rows
     as_is: whether inputs are known to be of the products' dtype, with autocast off
+    value: whether a dense plan is of pairs of unit rows alone, and of their loss alone
     """
 
     name: str
@@ -69,6 +70,7 @@ class Plan:
     mean: bool = True
     record: bool = False
     as_is: bool = False
+    value: bool = False
 
     @property
     def one_pass(self) -> bool:
@@ -154,6 +156,11 @@ class Call:
         return self.bounded or self.scores_bounded
 
     @property
+    def value(self) -> bool:
+        """Return whether the loss of pairs is all that is asked for, and each has negatives."""
+        return self.reduced and self.plain and not self.gradients and self.m > 1 + self.self_similar
+
+    @property
     def both_at_once(self) -> bool:
         """Return whether a pass over all scores may serve both directions, where exponentials fit."""
         return self.reduced and self.columns and not self.per_row
@@ -220,9 +227,12 @@ TORCH: tuple[Rule, ...] = (
 
 
 def choose(
-    full: bool = False, mean: bool = True, record: bool = False, as_is: bool = False, **sizes: Any
+    full: bool = False, mean: bool = True, record: bool = False, as_is: bool = False, pairs: bool = False, **sizes: Any
 ) -> Plan:  # fmt: skip
-    """Return the plan of one call, from the fields of `Call`; full, mean, record, as_is: as in `Plan`."""
+    """Return the plan of one call, from the fields of `Call`; full, mean, record, as_is: as in `Plan`.
+
+    pairs: whether there is nothing but pairs of unit rows.
+    """
     call = Call(**sizes)
     rules, blocks = RULES[call.backend]
     name, _, flops, reason = next(rule for rule in rules if rule[1](call))
@@ -234,7 +244,7 @@ def choose(
     rows, cols = blocks("workspace" if call.pairwise and name != "reference" else name, call)
     return Plan(
         name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean, record,
-        as_is,
+        as_is, name == "dense" and pairs and call.value and not (full or record),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -132,7 +133,9 @@ def plan_of(
     known = facts(device)
     backend = resolve(options.backend, query)
     compiling = torch.compiler.is_compiling()
-    leaves = (*problem.leaves, *problem.added) if bias is None else (*problem.leaves, *problem.added, bias)
+    leaves: Sequence[Tensor] = problem.leaves
+    if problem.added or bias is not None:
+        leaves = (*leaves, *problem.added, *(() if bias is None else (bias,)))
     if backend != "reference":
         if forward_ad._current_level >= 0:
             _refuse_tangents(*leaves, t.values)
@@ -184,7 +187,7 @@ def _chosen(
         plain=problem.plain and not weighted, per_row=not problem.temperature.is_shared(),
         biased=len(problem.biases) > 0, learned_biases=of_biases, bounded=bounded, scores_bounded=scores_bounded,
         guided=problem.ceiling is not None, limit=limit, full=full, mean=full or of_t or record, record=record,
-        as_is=as_is, joint=problem.joint, pairwise=pairwise,
+        as_is=as_is, pairs=problem.normalize and not problem.added, joint=problem.joint, pairwise=pairwise,
         processors=facts(device).processors if backend == "triton" else 0,
     )  # fmt: skip
 

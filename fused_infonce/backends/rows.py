@@ -14,12 +14,12 @@ from .indexing import part_of, slices, take_rows
 FINISHED = 2**18  # components of gradients that a CPU finishes at a time, which lie in a second cache with their rows
 
 
-def norms(x: Tensor) -> Tensor:
+def norms(x: Tensor, keepdim: bool = True) -> Tensor:
     """Return what rows are divided by, (..., 1): their norms, at least EPS; NaN where a norm overflows.
 
-    Divided by infinity, a row that is not zero would be zeros.
+    Divided by infinity, a row that is not zero would be zeros. keepdim: whether the last dimension stays.
     """
-    return torch.linalg.vector_norm(x, 2, -1, True).clamp_min_(EPS).nan_to_num_(math.nan, math.nan)
+    return torch.linalg.vector_norm(x, 2, -1, keepdim).clamp_min_(EPS).nan_to_num_(math.nan, math.nan)
 
 
 class Rows:
@@ -128,6 +128,14 @@ class RowsByPart:
         for part in self.parts:
             self[part].finish(grad[part])
         return grad
+
+
+def is_its_guide(keys: KeySet) -> bool:
+    """Return whether a set's guide is its own rows, in the same memory."""
+    guide, rows = keys.guide, keys.rows
+    if guide is None or guide.data_ptr() != rows.data_ptr():
+        return False
+    return guide.dtype == rows.dtype and guide.shape == rows.shape and guide.stride() == rows.stride()
 
 
 def as_held(keys: KeySet, problem: Problem, takes_unit_rows: bool) -> KeySet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,12 @@ from ..backends.contract import Backend, KeySet, Problem, Statistics, Temperatur
 from ..backends.precision import accumulator, all_wide, product_dtype
 from ..backends.recording import recordings
 from ..backends.registry import resolve
-from ..backends.rows import as_held
+from ..backends.rows import as_held, is_its_guide
 from ..distributed import Call, block
 from ..distributed.exchange import Exchange, exchange_of
 from ..distributed.gather import gather, handle
 from .biases import bound_of
-from .rows import widened
+from .rows import Later, widened
 
 
 class Met(NamedTuple):
@@ -52,46 +53,52 @@ def meet(problem: Problem, options: Options, alike: Collection[int] = ()) -> Met
 
 
 def across(
-    problem: Problem, options: Options, alike: Collection[int] = (), met: Met | None = None, lean: bool = False
+    problem: Problem, options: Options, alike: Collection[int] = (), met: Met | None = None, reused: bool = False
 ) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return the problem of this rank's rows against those of all ranks, and the context of its products.
 
     Keys that all queries of this rank share are gathered, in rank order, with their ids, guides and biases; a query's
     own stay where they are. Without ranks the problem is returned as it is.
 
+    Rows come as the backend holds them: 16-bit ones as they are, and others, where it takes them, as unit rows. A
+    handle stands for them in the graph. The queries of all ranks, which the direction of `columns` is of, come when it
+    is asked for, so that their gradients are on their way before those of the keys are made.
+
     alike: places among `problem.keys` of sets that are the same on all ranks, such as a queue. met: what `meet`
-        returned for this problem, if the ranks have met. lean: whether rows are only scored, so that they come as the
-        backend holds them: 16-bit ones as they are, and others, where it takes them, as unit rows. Else 16-bit rows
-        come in float32, to have their gradients added before they are rounded.
+        returned for this problem, if the ranks have met. reused: whether this rank's rows take part in the loss beside
+        this problem too, so that their 16-bit gradients are to be added in float32.
     """
     call: Call | None = options.call
     if call is None:
         return problem, nullcontext()
-    of_queries, of_keys, wanted, of_others = met or meet(problem, options, alike)
-    wire = _wire(problem.query.rows)
-    lean = lean and product_dtype(problem.query.rows) == problem.query.rows.dtype
-    lean = lean and not problem.columns and not problem.self_similar
-    lean = lean and not torch.compiler.is_compiling() and not _backend(problem, options).differentiable
-    problem, context = widened(problem) if wire is not None and not lean else (problem, nullcontext())
+    met = met or meet(problem, options, alike)
+    way = _Way.of(problem, options)
+    once = way.lean and not reused and not problem.columns and not problem.self_similar
+    problem, context = (problem, nullcontext()) if once or way.wire is None else widened(problem)
+    return _placed(problem, options, met, way), context
+
+
+def counted(problem: Problem, options: Options, met: Met) -> Problem:
+    """Return the problem of this rank's rows against keys of all ranks that have ids and no components, from which the
+    numbers of negatives are known."""
+    return _placed(problem, options, met, _Way(None, lean=False, empty=True))
+
+
+def _placed(problem: Problem, options: Options, met: Met, way: _Way) -> Problem:
+    """Return the problem of this rank's rows against those of all ranks, among which its own have their places."""
+    call: Call = options.call
+    of_queries, of_keys, wanted, of_others = met
     first, meets_first = problem.keys[0], problem.in_batch
-    gathered = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
+    sets = [(problem.keys[place], each) for place, each in zip(wanted, of_others, strict=True)]
     if meets_first:
-        gathered.append((first, of_keys))
-    if problem.columns:
-        gathered.append((problem.query, of_queries))
-    if contrast.is_explaining():
-        for part, each in gathered:
-            contrast.explain(_exchange(part.rows, each, options, gather=True))
-    handles = _handles(problem, call, gathered) if lean else ()
-    if lean:
-        gathered = [(as_held(part, problem, call.takes_unit_rows), each) for part, each in gathered]
-    found = gathered_sets(call, gathered, wire)
+        sets.append((first, of_keys))
+    found = _gathered(sets, problem, options, way)
     keys = list(problem.keys)
-    for place in wanted:
-        keys[place] = found.pop(0)
+    handles: list[Tensor | None] = [None] * len(problem.sets)
+    for place in [*wanted, 0][: len(found)]:
+        keys[place], handles[1 + place] = found.pop(0)
     query, target = problem.query, problem.target
     if meets_first:
-        keys[0] = found.pop(0)
         start = call.start(of_keys)
         target = _shifted(problem, start, len(first.rows), sum(of_keys))
         if problem.self_similar:  # a row has the id of its place, so that it is not its own negative
@@ -100,19 +107,72 @@ def across(
             query = query._replace(ids=every[start : start + len(query.rows)])
     opposite = None
     if problem.columns:
-        own = problem.swapped()
-        queries = found.pop(0)._replace(guide=None)
-        start = call.start(of_queries)
-        opposite = replace(
-            own, keys=(queries if own.keys[0].ids is not None else queries._replace(ids=None),),
-            bias_bound=_bound(own, [queries]),
-            target=torch.arange(start, start + len(own.query.rows), device=query.rows.device),
-        )  # fmt: skip
-    whole = replace(
+        opposite = Later(partial(_opposite, problem.swapped(), of_queries, options, way))
+    return replace(
         problem, query=query, keys=tuple(keys), target=target, self_similar=False, two_views=False, opposite=opposite,
-        handles=handles, bias_bound=_bound(problem, keys),
+        handles=tuple(handles) if way.lean else (), bias_bound=_bound(problem, keys),
     )  # fmt: skip
-    return whole, context
+
+
+class _Way(NamedTuple):
+    """How rows are gathered.
+
+    wire: the 16-bit dtype in which they travel and are multiplied; None: their own. lean: whether they come as the
+    backend holds them, without a graph, which neither the reference nor a recording can do. empty: whether they come
+    without components and only their ids are gathered
+    """
+
+    wire: torch.dtype | None
+    lean: bool
+    empty: bool = False
+
+    @staticmethod
+    def of(problem: Problem, options: Options) -> _Way:
+        rows = problem.query.rows
+        wire = _wire(rows)
+        lean = product_dtype(rows) == rows.dtype or wire is not None
+        return _Way(wire, lean and not (torch.compiler.is_compiling() or _backend(problem, options).differentiable))
+
+
+def _gathered(
+    sets: Sequence[tuple[KeySet, Sequence[int]]], problem: Problem, options: Options, way: _Way
+) -> list[tuple[KeySet, Tensor | None]]:  # fmt: skip
+    """Return sets of keys of all ranks, from this rank's with their numbers of rows, each with its handle."""
+    call: Call = options.call
+    if way.empty:
+        ids = [None if x.ids is None else gather(call, [x.ids], [each])[0] for x, each in sets]
+        return [(KeySet(x.rows.new_empty(sum(each), 0), y), None) for (x, each), y in zip(sets, ids, strict=True)]
+    if contrast.is_explaining():
+        for part, each in sets:
+            contrast.explain(_exchange(part.rows, each, options, gather=True, wire=way.wire))
+    if not way.lean:
+        return [(keys, None) for keys in gathered_sets(call, sets, way.wire)]
+    handles = [
+        handle(call, part.rows, each, problem.acc_dtype)
+        if part.rows.requires_grad and torch.is_grad_enabled()
+        else None
+        for part, each in sets
+    ]
+    held, guides = [], []
+    for part, each in sets:
+        rows = part.rows.detach()
+        narrow = part._replace(rows=rows if way.wire is None else rows.to(way.wire))
+        guides.append(problem.normalize and is_its_guide(narrow))
+        narrow = narrow._replace(guide=None) if guides[-1] else narrow
+        held.append((as_held(narrow, problem, call.takes_unit_rows), each))
+    found = gathered_sets(call, held)
+    found = [keys._replace(guide=keys.rows) if same else keys for keys, same in zip(found, guides, strict=True)]
+    return [*zip(found, handles, strict=True)]
+
+
+def _opposite(own: Problem, counts: Sequence[int], options: Options, way: _Way) -> Problem:
+    """Return the problem of this rank's keys against the queries of all ranks, from that against its own."""
+    [(queries, ticket)] = _gathered([(own.keys[0]._replace(guide=None), counts)], own, options, way)
+    start, n = options.call.start(counts), len(own.query.rows)
+    return replace(
+        own, keys=(queries,), bias_bound=_bound(own, [queries]), handles=(None, ticket) if way.lean else (),
+        target=torch.arange(start, start + n, device=own.query.rows.device),
+    )  # fmt: skip
 
 
 def _bound(problem: Problem, keys: Sequence[KeySet]) -> float | None:
@@ -155,7 +215,7 @@ def unique(ids: Tensor, options: Options) -> Tensor:
 
 def blocked(problem: Problem, options: Options) -> tuple[Problem, AbstractContextManager[Any]]:
     """Return a problem of which more than one sum is made, with 16-bit gradients added in float32, over all ranks."""
-    return widened(problem) if options.call is None else across(problem, options)
+    return widened(problem) if options.call is None else across(problem, options, reused=True)
 
 
 def of_all(x: Tensor, options: Options) -> Tensor:
@@ -169,34 +229,23 @@ def of_own(rows: slice, options: Options) -> slice:
     return slice(start + rows.start, start + rows.stop)
 
 
-def in_block(problem: Problem, options: Options, met: Met) -> Statistics:
-    """Return the statistics of a problem that `block.fits`, over the rows of all ranks."""
+def in_block(problem: Problem, options: Options, met: Met, full: bool = False) -> Statistics:
+    """Return the statistics of a problem that `block.fits`, over the rows of all ranks; full: as in `Plan`."""
     exchange = _exchange(problem.keys[0].rows, met.keys, options, gradients=not problem.self_similar)
-    return block.statistics(problem, options, exchange)
+    return block.statistics(problem, options, exchange, full)
 
 
 def _exchange(
-    rows: Tensor, counts: Sequence[int], options: Options, gradients: bool = True, gather: bool = False
+    rows: Tensor, counts: Sequence[int], options: Options, gradients: bool = True, gather: bool = False,
+    wire: torch.dtype | None = None,
 ) -> Exchange:  # fmt: skip
-    """Return the exchange of a set's rows; gather: all at once, whatever the user asked for."""
+    """Return the exchange of a set's rows; gather: all at once, whatever the user asked for. wire: as in `_Way`"""
     call, dtype = options.call, product_dtype(rows)
     return exchange_of(
         "gather" if gather else call.options.exchange, counts, call.rank, rows.shape[1],
-        (_wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
+        (wire or _wire(rows) or rows.dtype).itemsize, accumulator(dtype).itemsize, call.limit,
         gradients=gradients and rows.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
-
-
-def _handles(
-    problem: Problem, call: Call, gathered: Sequence[tuple[KeySet, Sequence[int]]]
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return what stands in the graph for the rows of sets that are gathered, by place in `Problem.sets`."""
-    counts = {id(keys): each for keys, each in gathered}
-    wanted = [id(x) in counts and x.rows.requires_grad and torch.is_grad_enabled() for x in problem.sets]
-    return tuple(
-        handle(call, x.rows, counts[id(x)], problem.acc_dtype) if want else None
-        for x, want in zip(problem.sets, wanted, strict=True)
-    )
 
 
 def gathered_sets(

@@ -8,25 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import KeySet, Problem
+from ..backends.contract import KeySet, Problem, Temperature
 from ..backends.indexing import add_uses, slices, take_rows
 from ..backends.rows import Rows, norms
 from ..contrast import differentiable_once
 from .rows import dots, negative_counts, negative_sums, own_left, unit
+from .sums import SumOf, summed
 
 TAKEN = 2**21  # components of keys that are there at a time: 8 MiB in fp32
 
 
-def scored_dots(problem: Problem, recorded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x_i . y_i of each row's target, the sum of x_i . y_j over its negatives j, and the number of these, (N,).
+def scored_dots(problem: Problem, recorded: bool, limit: int) -> tuple[Problem, Tensor, Tensor, Tensor]:
+    """Return the problem to go on with, x_i . y_i of each row's target, the sum of x_i . y_j over its negatives j, and
+    the number of these, (N,).
 
-    Of a row without a target the first is of any value. recorded: as in `own_dots`. Unit rows are made, and held until
-    the backward, only where all rows have some keys in common.
+    Of a row without a target the first is of any value. limit: as in `summed`. recorded: as in `own_dots`. Unit rows
+    are made, and held until the backward, only where all rows have some keys in common.
     """
     (first, *others), target, acc = problem.keys, problem.target, problem.acc_dtype
     own = [keys for keys in others if keys.is_paired()]
     if problem.in_batch or len(own) < len(others):
         x = unit(problem.query.rows, problem.normalize, acc)
+    if problem.handles and (problem.in_batch or len(own) < len(others)):
+        problem, positives, sums = _of_all_ranks(problem, limit)
+        positive, total, count = dots(x, positives), dots(x, sums), negative_counts(problem)
+    elif problem.in_batch or len(own) < len(others):
         sets = [s.rows if s.is_paired() else unit(s.rows, problem.normalize, acc) for s in problem.keys]
         there, positives = len(sets[0]), sets[0]
         if target is not None:
@@ -39,7 +45,35 @@ def scored_dots(problem: Problem, recorded: bool) -> tuple[Tensor, Tensor, Tenso
         total, count = torch.zeros_like(positive), negative_counts(problem)
     for keys in own:
         total = total + own_dots(problem, keys, own_left(keys, problem.query.ids), recorded)
-    return positive, total, count
+    return problem, positive, total, count
+
+
+def _of_all_ranks(problem: Problem, limit: int) -> tuple[Problem, Tensor, Tensor]:
+    """Return the problem to go on with, each row's target, and the sum of its negatives among the keys of all rows."""
+    n, device = len(problem.query.rows), problem.query.rows.device
+    query, t = KeySet(problem.query.rows.detach(), problem.query.ids), problem.temperature
+    target = torch.arange(n, device=device) if problem.target is None else problem.target
+    problem, (positives, sums) = summed(problem, _sums_of(query, problem.keys[0].ids, t, target), limit)
+    sums = sums if problem.in_batch else torch.zeros_like(sums)
+    for place, keys in enumerate(problem.keys[1:], 2):
+        if not keys.is_paired():
+            of = _sums_of(query, keys.ids, t, torch.full((n,), -1, device=device))
+            problem, (_, more) = summed(problem, of, limit, place)
+            sums = sums + more
+    return problem, positives, sums
+
+
+def _sums_of(query: KeySet, key_ids: Tensor | None, t: Temperature, target: Tensor) -> SumOf:
+    """Return what makes the targets and the sums of negatives, (2, N, D), of a part of the keys."""
+
+    def of(y: Tensor, part: slice) -> Tensor:
+        place = target - part.start
+        place = torch.where((place >= 0) & (place < len(y)), place, -1)
+        here = Problem(query, (KeySet(y, None if key_ids is None else key_ids[part]),), t, place)
+        positives = take_rows(y, place.clamp(min=0)) if len(y) else y.new_zeros(query.rows.shape)
+        return torch.stack([positives.masked_fill((place < 0)[:, None], 0), negative_sums(here, [y])[0]])
+
+    return of
 
 
 def own_dots(problem: Problem, keys: KeySet, left: Tensor, recorded: bool = False) -> Tensor:

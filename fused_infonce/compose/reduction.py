@@ -16,10 +16,11 @@ from ..backends.recording import record_weight
 from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
 from ..distributed import block, gather
-from .across import across, in_block, meet
+from .across import across, counted, in_block, meet
 from .rows import widened
 
-# A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,).
+# A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,). Of the
+# problem's rows it may take the numbers of negatives alone, since the rows of other ranks are not there for it.
 Loss = str | Callable[[Problem, RowStatistics], Tensor]
 
 
@@ -46,7 +47,7 @@ def reduced(
             if weight is not None:
                 _record(problem, weight)
             return whole(total, aside, options)
-    problem, context = widened(problem) if problem.apart else (problem, nullcontext())
+    problem, context = widened(problem) if problem.apart and not gathered else (problem, nullcontext())
     with context:
         losses = of_statistics(problem, contrast.statistics(problem, options, plan=plan), loss)
     return reduced_rows(losses, problem, options, weight)
@@ -57,9 +58,11 @@ def _over_ranks(
 ) -> Tensor:  # fmt: skip
     """Return what `reduced` does, of a problem of this rank's own among those of all."""
     met = meet(problem, options, alike)
-    if isinstance(loss, str) and block.fits(problem, options):
-        return reduced_rows(of_statistics(problem, in_block(problem, options, met), loss), problem, options, weight)
-    problem, context = across(problem, options, alike, met, lean=isinstance(loss, str))
+    if block.fits(problem, options):
+        found = in_block(problem, options, met)
+        every = problem if isinstance(loss, str) else counted(problem, options, met)
+        return reduced_rows(of_statistics(every, found, loss), problem, options, weight)
+    problem, context = across(problem, options, alike, met)
     with context:
         return reduced(problem, options, loss, weight, gathered=True)
 
@@ -74,7 +77,7 @@ def of_statistics(problem: Problem, found: Statistics, loss: Loss) -> Tensor:
 
 def reduced_sigmoids(problem: Problem, bias: Tensor, options: Options, weight: Tensor | None = None) -> Tensor:
     """Return the losses of sigmoids that `contract.Sigmoids` defines, with this (1,) bias, reduced as `options` say."""
-    problem, context = across(problem, options, lean=True)
+    problem, context = across(problem, options)
     with context:
         at_once = closed_form(problem, options, weight)
         plan = plan_of(problem, options, reduced=at_once, bias=bias)

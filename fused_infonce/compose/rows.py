@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -92,9 +92,22 @@ def class_sums(classes: Tensor, x: Tensor, wanted: Tensor | None = None) -> tupl
     return take_rows(sums, torch.where(end > first, first, len(x))), end - first
 
 
+class Later:
+    """A problem that is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Problem]):
+        self.make = make
+        self.made: Problem | None = None
+
+    def __call__(self) -> Problem:
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+
 def at_temperature(problem: Problem, t: Temperature) -> Problem:
     """Return the problem at another temperature, in both directions."""
-    opposite = None if problem.opposite is None else replace(problem.opposite, temperature=t)
+    opposite = None if problem.opposite is None else Later(lambda: replace(problem.swapped(), temperature=t))
     return replace(problem, temperature=t, opposite=opposite)
 
 

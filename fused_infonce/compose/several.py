@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks, contrast
 from ..backends import Options
-from ..backends.contract import KeySet, Problem
+from ..backends.contract import KeySet, Problem, RowStatistics
 from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import without_autocast
 from .across import blocked, of_all
@@ -20,6 +20,7 @@ from .biases import offset_of
 from .positives import equal_pairs, members, pair_margins
 from .reduction import reduced_rows
 from .rows import dots, log_add, unit
+from .sums import pair_dots
 
 PositivesMode = Literal["each", "all", "any"]
 POSITIVES: tuple[PositivesMode, ...] = get_args(PositivesMode)
@@ -129,13 +130,16 @@ def several_reduced(
     rows, columns, target = _pairs(problem, several, options)
     problem = problem if target is None else replace(problem, target=target)
     with context:
-        found = contrast.statistics(problem, options)
         added = None if bias is None else take_rows(of_all(bias, options), rows[1])
-        losses = _of_direction(problem.of_rows(), found.rows.neg, rows, mode, options, margin, added)
-        if found.columns is not None and columns is not None:
-            opposite = _of_direction(problem.swapped(), found.columns.neg, columns, mode, options, margin)
-            losses = (losses + opposite) / 2
-    return reduced_rows(losses, problem, options, weight)
+        losses: list[Tensor] = []
+        for block_of in problem.blocks():
+            block = block_of()
+            both = contrast.statistics(block, options) if block.columns else [None]
+            for each, stats in zip(block.directions(), both, strict=True):
+                pairs = columns if losses else rows
+                assert pairs is not None
+                losses.append(_of_direction(each, stats, pairs, mode, options, margin, None if losses else added))
+    return reduced_rows(losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2, problem, options, weight)
 
 
 Pairs = tuple[Tensor, Tensor, Tensor]  # rows, keys and weights of pairs, as in `Several`
@@ -159,24 +163,36 @@ def _pairs(problem: Problem, several: Several, options: Options) -> tuple[Pairs,
 
 
 def _of_direction(
-    problem: Problem, neg: Tensor, pairs: Pairs, mode: PositivesMode, options: Options, margin: float,
+    problem: Problem, stats: RowStatistics | None, pairs: Pairs, mode: PositivesMode, options: Options, margin: float,
     added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the losses of rows; added: (K,) to the logits of the pairs, of which one of -inf is an error, here NaN."""
+    """Return the losses of rows; added: (K,) to the logits of the pairs, of which one of -inf is an error, here NaN.
+
+    stats: those of the rows, where they have been made with others'.
+    """
     rows, keys, share = pairs
-    with without_autocast(problem.query.rows.device.type):
-        t = problem.temperature.values
-        x, y = (unit(part, problem.normalize, t.dtype) for part in problem.inputs[:2])
-        pos = _logits(x / t[:, None], y, rows, keys, options)
+    device, t = problem.query.rows.device.type, problem.temperature.values
+    with without_autocast(device):
+        problem, pos = _logits(problem, rows, keys, options)
+    neg = (contrast.statistics(problem, options).rows if stats is None else stats).neg
+    with without_autocast(device):
         if margin:
-            pos = pos - take_rows((margin / t).expand(len(x)), rows)
+            pos = pos - take_rows((margin / t).expand(len(neg)), rows)
         if added is not None:
             pos = pos + added.masked_fill(added == -torch.inf, torch.nan)
         return of_rows(neg, pos, rows, share, mode)
 
 
-def _logits(x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, options: Options) -> Tensor:
-    """Return the dot products (K,) of pairs of rows."""
+def _logits(problem: Problem, rows: Tensor, keys: Tensor, options: Options) -> tuple[Problem, Tensor]:
+    """Return the problem to go on with, and the logits (K,) of pairs of rows and keys."""
+    query, key, t = problem.query, problem.keys[0], problem.temperature.values
+    x = unit(query.rows, problem.normalize, t.dtype) / t[:, None]
+    if problem.handles and problem.handles[1] is not None:
+        return pair_dots(problem, x, rows, keys, options.limit(x.device))
+    return problem, _pair_dots(x, unit(key.rows, problem.normalize and key.norm is None, t.dtype), rows, keys, options)
+
+
+def _pair_dots(x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, options: Options) -> Tensor:
     if options.backend == "reference":  # to be differentiated any number of times
         return dots(take_rows(x, rows), take_rows(y, keys))
     return -pair_margins(x.new_zeros(x.shape[0]), x, y, rows, keys, options.workspace_limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from .. import contrast
 from ..backends import BackendName, Options
 from ..backends.contract import LN2, RowStatistics, Statistics
-from ..distributed import DistributedLike, gather, together
-from .across import across
+from ..distributed import DistributedLike, block, gather, together
+from .across import across, in_block, meet
 from .arguments import NegativeMode, call_options, of_keys
 from .rows import widened
 
@@ -97,9 +96,11 @@ def statistics(
         key_ids=key_ids, negative_ids=negative_ids, key_bias=key_bias, negative_bias=negative_bias,
         positive_bias=positive_bias, negative_index=negative_index, names=("key", "columns", "negative_keys"),
     )  # fmt: skip
-    problem, context = across(problem, options)
-    with context:
-        problem, context = widened(problem) if problem.apart else (problem, nullcontext())
+    met = None if options.call is None else meet(problem, options)
+    if met is not None and block.fits(problem, options):
+        found = in_block(problem, options, met, full=True)
+    else:
+        problem, context = widened(problem) if problem.apart and met is None else across(problem, options, met=met)
         with context:
             found = contrast.statistics(problem, options, full=True)
     rows = _natural(found.rows, options)

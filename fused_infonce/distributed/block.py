@@ -42,26 +42,28 @@ def fits(problem: Problem, options: Options) -> bool:
     To be asked once the ranks have met, so that all say the same.
     """
     both = problem.columns or problem.self_similar or options.call.options.exchange == "stream"
-    alone = len(problem.keys) == 1 and problem.in_batch and not problem.biases and problem.ceiling is None
+    alone = len(problem.keys) == 1 and problem.in_batch and problem.ceiling is None
     targets = problem.target is None or problem.two_views
     one = problem.temperature.is_shared() and options.call.temperatures != ROWS
     known = one and resolve(options.backend, problem.query.rows) != "reference"
     return both and alone and targets and known and not torch.compiler.is_compiling()
 
 
-def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statistics:
+def statistics(problem: Problem, options: Options, exchange: Exchange, full: bool = False) -> Statistics:
     """Return the statistics of this rank's rows, and of its columns where asked for, among the rows of all ranks.
 
-    problem: this rank's own, which `fits`.
+    problem: this rank's own, which `fits`. full: as in `Plan`.
     """
     widest = max(sum(part.counts) for part in exchange.parts)
-    plan = plan_of(_shapes(problem, widest, options.call), options, reduced=False)
+    plan = plan_of(_shapes(problem, widest, options.call), options, reduced=False, full=full)
     if contrast.is_explaining():
         contrast.explain(exchange)
         contrast.explain(plan)
         return contrast.zeros(problem)
     own = problem if problem.offset is None else replace(problem, offset=None)
-    found = Statistics.of(_Block.apply(own, plan, options.call, exchange, own.temperature.values, *own.inputs))
+    found = Statistics.of(
+        _Block.apply(own, plan, options.call, exchange, own.temperature.values, *own.inputs, *own.biases)
+    )
     if problem.offset is not None:
         found = with_offset(found, problem.offset)
     if recordings.wanted:
@@ -72,10 +74,15 @@ def statistics(problem: Problem, options: Options, exchange: Exchange) -> Statis
 def _shapes(problem: Problem, columns: int, call: Call) -> Problem:
     """Return a problem of the shapes of a part, over rows without values of their own, for a plan."""
     key = problem.keys[0].rows
-    rows = key[:1].expand(columns, -1) if len(key) else key.new_empty(0, key.shape[1])
-    keys = KeySet(rows, norm=as_held(KeySet(key[:1]), problem, call.takes_unit_rows).norm)
+    first = KeySet(key[:1], bias=None if problem.keys[0].bias is None else problem.keys[0].bias[:1])
+    held = as_held(first, problem, call.takes_unit_rows)._replace(rows=first.rows)
+    keys = KeySet._make(
+        None if x is None else x.expand(columns, *x.shape[1:]) if len(key) else x.new_empty(0, *x.shape[1:])
+        for x in held
+    )
     return replace(
-        problem, keys=(keys,), offset=None, columns=_two_way(problem), self_similar=False, two_views=False, target=None
+        problem, keys=(keys,), offset=None, columns=_two_way(problem), self_similar=False, two_views=False, target=None,
+        bias_bound=None,
     )  # fmt: skip
 
 
@@ -139,7 +146,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, problem: Problem, plan: Plan, call: Call, exchange: Exchange, temperature: Tensor, *inputs: Tensor
     ) -> Any:
         ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[5:], strict=True)]
-        own = bind(problem, temperature, inputs)
+        own = bind(problem, temperature, inputs[: len(problem.sets)])
         backend, rows_parts, columns_parts, block = backends.get(plan.backend), [], [], None
         with without_autocast(inputs[0].device.type):
             for part, block in zip(exchange.parts, _Columns(own, call, exchange).blocks(), strict=True):
@@ -180,44 +187,53 @@ class _Block(torch.autograd.Function):
         # the pair of rows i and y_i is both the positive of i and that of y_i
         twice = v + v[own.target] if own.self_similar else v
         with without_autocast(own.query.rows.device.type):
-            found = _gradients(ctx, _Columns(own, call, exchange).blocks(kept), rows, seen, twice, u)
-        of_query, of_key = unscale(own, found)
+            found = _gradients(ctx, own, _Columns(own, call, exchange).blocks(kept), rows, seen, twice, u)
+        grads = unscale(own, found)
         dt = None
         if ctx.needs_input_grad[4]:
             logits = u * rows.mean + v * rows.pos + (0 if columns is None else column_u * columns.mean)
             dt = temperature_gradient(logits, own.temperature)
-        grads = [None if g is None else g.to(d) for g, d in zip((of_query, of_key), ctx.dtypes, strict=True)]
+        grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
         return None, None, None, None, dt, *grads
 
 
 def _gradients(
-    ctx: Any, blocks: Any, rows: RowStatistics, seen: Sequence[Pending] | None, v: Tensor, u: Tensor
+    ctx: Any, own: Problem, blocks: Any, rows: RowStatistics, seen: Sequence[Pending] | None, v: Tensor, u: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients of this rank's queries and keys, in the accumulator dtype where there are several parts."""
+    """Return the gradients of this rank's queries and keys and of their biases, in the accumulator dtype where there
+    are several parts."""
     parts, backend = ctx.exchange.parts, backends.get(ctx.plan.backend)
-    acc, (query_dtype, key_dtype) = rows.pos.dtype, ctx.dtypes
+    acc, (query_dtype, key_dtype, *bias_dtypes) = rows.pos.dtype, ctx.dtypes
     if query_dtype is not None and len(parts) > 1:
         query_dtype = acc
-    key_dtype = None if key_dtype is None or ctx.own.self_similar else acc
-    total: Tensor | None = None
-    coming: list[Pending] = []  # the keys' gradients, of which the one before the last has come
-    own_keys: list[Tensor] = []
+    key_dtype = None if key_dtype is None or own.self_similar else acc
+    total: list[Tensor | None] = [None] * len(ctx.dtypes)
+    # Gradients of keys and of their biases, of which those before the last have come
+    columns_of = [1, *(place for place, side in enumerate(own.biased, 2) if side > 0)]
+    coming: dict[int, list[Pending]] = {place: [] for place in columns_of}
+    come: dict[int, list[Tensor]] = {place: [] for place in columns_of}
     for index, block in enumerate(blocks):
         columns, factor = None, None
         if seen is not None:
             shift, factor = (x.contiguous() for x in seen[index]().unbind(1))
             columns = RowStatistics(factor, factor, factor, shift, torch.ones_like(factor))
-        of_query, of_keys = backend.gradients(
-            block, ctx.plan, Statistics(rows, columns), Upstream(v, u, factor), [query_dtype, key_dtype]
+        found = backend.gradients(
+            block, ctx.plan, Statistics(rows, columns), Upstream(v, u, factor), [query_dtype, key_dtype, *bias_dtypes]
         )
-        if of_query is not None:
-            total = of_query if total is None else total.add_(of_query)
-        if of_keys is not None:
-            coming.append(ctx.call.communicator.reduce_scatter(of_keys, parts[index].counts))
-        if len(coming) > 1:
-            own_keys.append(coming.pop(0)())
-    own_keys += [pending() for pending in coming]
-    return [total, (own_keys[0] if len(own_keys) == 1 else torch.cat(own_keys)) if own_keys else None]
+        for place in range(len(found)):
+            grad, found[place] = found[place], None  # what has been sent is not held while the next part is made
+            if grad is not None and place in coming:
+                coming[place].append(ctx.call.communicator.reduce_scatter(grad, parts[index].counts))
+                if len(coming[place]) > 1:
+                    come[place].append(coming[place].pop(0)())
+            elif grad is not None:
+                before = total[place]
+                total[place] = grad if before is None else before.add_(grad)
+            grad = None
+    for place in columns_of:
+        each = come[place] + [pending() for pending in coming[place]]
+        total[place] = (each[0] if len(each) == 1 else torch.cat(each)) if each else None
+    return total
 
 
 def _states(columns: RowStatistics, mean: bool) -> Tensor:

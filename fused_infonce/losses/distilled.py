@@ -17,7 +17,7 @@ from ..compose.across import blocked
 from ..compose.arguments import call_options, temperature_of
 from ..compose.reduction import reduced_rows
 from ..compose.rows import dots, unit
-from ..compose.teacher import directions_of, favourites, soft_targets
+from ..compose.teacher import favourites, taught, teachers_of
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
@@ -136,20 +136,24 @@ def distilled_info_nce(
     problem, context = blocked(problem, options)  # rows of two parts, whose 16-bit gradients are rounded once
     divergence = objective == "kl_div"
     with without_autocast(query.device.type):
-        directions = directions_of(problem, teacher, normalize_teacher, teacher_t.values, options)
-        taught = [soft_targets(*each, free, divergence, options) for each in directions]
-    if free:
-        problem = replace(problem, target=favourites(taught[0].pivot, None if ignored is None else directions[0]))
-    with context:
-        students = [rows for rows in contrast.statistics(problem, options) if rows is not None]
+        teachers = iter(teachers_of(problem, teacher, normalize_teacher, teacher_t.values, options))
+    losses = []
+    for block_of in problem.blocks():
+        with without_autocast(query.device.type):
+            block, directions = taught(block_of(), teachers, free, divergence, options)
+            if free:
+                pivot, given = directions[0][1].pivot, None if ignored is None else block.target
+                block = problem = replace(block, target=favourites(pivot, given, len(block.keys[0].rows)))
+        with context:
+            students = [side for side in contrast.statistics(block, options) if side is not None]
+        with without_autocast(query.device.type):
+            for student, (x, targets) in zip(students, directions, strict=True):
+                hard = infonce(student.neg - student.pos)
+                soft = hard + (targets.others * student.pos - dots(x, targets.mixture) / t.values)
+                soft = soft - targets.entropy if divergence else soft
+                soft = t.values.detach() ** 2 * soft if temperature_squared else soft
+                losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
     with without_autocast(query.device.type):
-        losses = []
-        for student, targets, (_, seen, _) in zip(students, taught, directions, strict=True):
-            hard = infonce(student.neg - student.pos)
-            soft = hard + (targets.others * student.pos - dots(seen[0], targets.mixture) / t.values)
-            soft = soft - targets.entropy if divergence else soft
-            soft = t.values.detach() ** 2 * soft if temperature_squared else soft
-            losses.append(soft if alpha == 1 else alpha * soft + (1 - alpha) * hard)
         return reduced_rows(torch.stack(losses).mean(0), problem, options, weight)
 
 

@@ -19,7 +19,7 @@ from ..compose.across import across, blocked
 from ..compose.arguments import call_options, of_keys, of_views, temperature_of
 from ..compose.moving_average import Estimate, estimate, put_last
 from ..compose.reduction import reduced_rows
-from ..compose.rows import log_add
+from ..compose.rows import Later, log_add
 from ..distributed import DistributedLike, gather, together
 from ..temperature.individual import IndividualTemperature
 from ..temperature.scale import TemperatureLike
@@ -181,7 +181,8 @@ def _problem(
         return across(problem, options)
     of_columns = temperature_of(gather.shared(options.call, keys(index)), positive_key, "key_temperature")
     problem, context = blocked(problem, options)  # two directions with scores of their own
-    return replace(problem, opposite=replace(problem.swapped(), temperature=of_columns)), context
+    opposite = Later(lambda: replace(problem.swapped(), temperature=of_columns))
+    return replace(problem, opposite=opposite), context
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def _outside(
     none = torch.full((n,), -1, device=device)
     queries = KeySet(query, unique(torch.arange(n, device=device), options))
     problem = Problem(queries, (KeySet(passages, unique(ids, options)),), t, none, normalize=normalize)
-    problem, products = across(problem, options)
+    problem, products = across(problem, options, reused=True)
     with products:
         return contrast.statistics(problem, options).rows.neg
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import BackendName, Reduction
+from ..backends import BackendName, Options, Reduction
 from ..backends.contract import Problem
 from ..backends.precision import statistics_dtype, without_autocast
 from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
 from ..compose.own_keys import scored_dots
-from ..compose.reduction import reduced, reduced_rows
+from ..compose.reduction import of_statistics, reduced, reduced_rows
 from ..compose.rows import one_id_a_row
 from ..compose.several import (
     POSITIVES,
@@ -174,8 +174,11 @@ def info_nce(
     one_id_a_row(problem, "label_smoothing")
     problem, context = blocked(problem, options)
     with context:
+        if problem.apart:  # one direction after the other, as its rows come
+            losses = [_smoothed(block(), options, label_smoothing) for block in problem.blocks()]
+            return reduced_rows(torch.stack(losses).mean(0), problem, options, weight)
         # Of what autograd saves, the loss's gradients are the largest part: they are made last, and used first.
-        pull = _pull(problem, recorded=options.backend == "reference")
+        problem, pull = _pull(problem, options)
         loss = reduced(problem, options, "infonce", weight, gathered=True)
     return loss + label_smoothing * reduced_rows(pull, problem, options, weight)
 
@@ -215,18 +218,27 @@ def explain(*args: Any, **kwargs: Any) -> Plans:
     return Plans(plans)
 
 
-def _pull(problem: Problem, recorded: bool) -> Tensor:
-    """Compute (N,) `pos_i - mean_j s_ij`, over row i's positive and negatives j, which label smoothing adds.
+def _smoothed(problem: Problem, options: Options, label_smoothing: float) -> Tensor:
+    """Return the (N,) losses of one direction."""
+    problem, pull = _pull(problem, options)
+    return of_statistics(problem, contrast.statistics(problem, options), "infonce") + label_smoothing * pull
+
+
+def _pull(problem: Problem, options: Options) -> tuple[Problem, Tensor]:
+    """Return the problem to go on with, and (N,) `pos_i - mean_j s_ij`, over row i's positive and negatives j, which
+    label smoothing adds.
 
     With `problem.columns` the result is the mean over both directions. It takes O((N + M) D), and O(N H D) of keys that
-    rows have alone. recorded: as in `own_dots`.
+    rows have alone.
     """
     if problem.columns:
-        rows = _pull(replace(problem, columns=False), recorded)
-        return (rows + _pull(problem.swapped(), recorded)) / 2
-    with without_autocast(problem.query.rows.device.type):
-        positive, negatives, count = scored_dots(problem, recorded)
-        return (positive - (positive + negatives) / (1 + count)) / problem.temperature.values
+        rows, columns = (_pull(each, options)[1] for each in problem.directions())
+        return problem, (rows + columns) / 2
+    device = problem.query.rows.device
+    with without_autocast(device.type):
+        recorded = options.backend == "reference"
+        problem, positive, negatives, count = scored_dots(problem, recorded, options.limit(device))
+        return problem, (positive - (positive + negatives) / (1 + count)) / problem.temperature.values
 
 
 class FusedInfoNCELoss(ContrastiveLoss):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, contrast
-from ..backends import BackendName, Reduction
+from ..backends import BackendName, Options, Reduction
 from ..backends.contract import KeySet, Problem
 from ..backends.indexing import part_of
 from ..backends.precision import statistics_dtype, wide, without_autocast
@@ -18,6 +18,7 @@ from ..compose.across import across, of_all, of_own, unique
 from ..compose.arguments import call_options
 from ..compose.reduction import reduced_mean
 from ..compose.rows import class_sums, dots, unit
+from ..compose.sums import summed
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
@@ -111,15 +112,15 @@ def sup_con(
         classes = None if labels is None else of_all(labels.flatten().long().repeat(views), options)
         if classes is not None and views == 1:  # the next row of a class may be another rank's
             problem = replace(problem, target=part_of(_next(classes), of_own(first, options)))
+        with without_autocast(rows.device.type):
+            if classes is not None:
+                problem, total, count = _class_totals(problem, classes, of_own(first, options), options)
         with others:
             stats = contrast.statistics(problem, options).rows
     with without_autocast(rows.device.type):
         x = unit(rows, normalize, dtype)
         anchor = part_of(x, first)
-        if classes is not None:
-            every = x if options.call is None else unit(problem.keys[0].rows, normalize, dtype)
-            total, count = class_sums(classes, every, part_of(classes, of_own(first, options)))
-        else:
+        if classes is None:
             total, count = (part_of(each, first) for each in _sample_totals(x, weights, views))
         own = positives.own
         if own is None:  # every row is once among those of its class
@@ -134,6 +135,17 @@ def sup_con(
         # only one the second part is 0, and the first is exact however small the loss
         loss = infonce(stats.neg - stats.pos) + (stats.pos - mean).masked_fill(single, 0)
         return factor * reduced_mean(loss.masked_fill(none, 0), options)
+
+
+def _class_totals(problem: Problem, classes: Tensor, own: slice, options: Options) -> tuple[Problem, Tensor, Tensor]:
+    """Return the problem to go on with, and the sum and the number of the rows of all ranks of each row's class.
+
+    own: where this rank's rows are among those of all.
+    """
+    wanted = part_of(classes, own)
+    limit = options.limit(classes.device)
+    problem, total = summed(problem, lambda y, part: class_sums(classes[part], y, wanted)[0], limit)
+    return problem, total, class_sums(classes, total.new_empty(len(classes), 0), wanted)[1]
 
 
 class _Positives(NamedTuple):

@@ -260,7 +260,7 @@ def of_ranks(
     rows = len(problem.query.rows) if met is None else sum(met.queries)
     if rows < least:
         raise ValueError(f"query must have {least} {'row' if least == 1 else 'rows'} or more, got {rows}")
-    whole, products = across(problem, options, met=met, lean=True)
+    whole, products = across(problem, options, met=met)
     with products:
         yield lambda ladder: _swept(whole, options, met, ladder)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.helpers import DEVICE, TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_infonce import FusedInfoNCELoss, NTXentLoss, explain, info_nce, nt_xent
+from fused_infonce import FusedInfoNCELoss, NTXentLoss, checks, explain, info_nce, nt_xent
 from fused_infonce.backends import plan
 
 pytest.importorskip("fused_infonce.backends.triton", reason="triton is not installed", exc_type=ImportError)
@@ -115,6 +115,19 @@ def test_fewer_kernels_than_the_dense_loss(name, width, few, dtype, watch, monke
             loss(*inputs).backward()
         counts.append(watch.launched.total())
     assert 0 < counts[0] <= (most if few else most_of_many) < counts[1], watch.launched
+
+
+@pytest.mark.interpreter
+def test_a_learned_temperature_that_cannot_be_read_launches_three_kernels_more(watch, monkeypatch):
+    """On a GPU: a logarithm and a sum that make a bad value NaN, and the sign of its gradient."""
+    launched = []
+    for free in (True, False):
+        monkeypatch.setattr(checks, "values_are_free", lambda _, free=free: free)
+        watch.launched.clear()
+        with watch:
+            info_nce_learned(*[torch.randn(512, 64).requires_grad_() for _ in range(2)]).backward()
+        launched.append(watch.launched.copy())
+    assert launched[1] - launched[0] == {"log": 1, "add": 1, "neg": 1}
 
 
 @pytest.mark.parametrize("name", LOSSES)

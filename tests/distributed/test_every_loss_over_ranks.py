@@ -28,7 +28,9 @@ OF_16_BITS = (
     "info_nce", "info_nce shared negatives and the batch's", "info_nce symmetric", "info_nce several targets, all",
     "clip_loss", "siglip_loss negatives and ids", "nt_xent", "decoupled_nt_xent", "debiased_info_nce negatives",
     "sup_con labels", "sup_con of three views", "grouped_info_nce", "multiple_negatives",
-    "multiple_negatives in all directions", "guided_info_nce in all directions",
+    "multiple_negatives in all directions", "guided_info_nce in all directions", "info_nce biases",
+    "info_nce symmetric with negatives", "info_nce smoothed", "info_nce positives of one id", "debiased_info_nce",
+    "dual_temperature_info_nce", "distilled_info_nce symmetric", "grouped_info_nce m3_kd_loss",
 )  # fmt: skip
 every_case = pytest.mark.parametrize("name", CASES)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..contract import KeySet, Problem
 from ..indexing import add_uses, same_ids, slices, take_rows
-from ..rows import Rows, RowsByPart
+from ..rows import Rows, RowsByPart, is_its_guide
 from .bias import Bias
 
 
@@ -40,9 +40,12 @@ class SharedKeys:
         self.problem, self.step, self.ids, self.targets = problem, step, keys.ids, targets
         self.bias: Bias | None = None
         self.guide = None if keys.guide is None else guide
-        self.view = None if keys.guide is None else Rows(keys.guide, True, None, problem.acc_dtype).unit
         self.rejected: tuple[slice, slice, Tensor] | None = None  # of the tile that was last asked for
         self.rows = _rows_of(keys, problem, step)
+        self.view: Rows | RowsByPart | None = None
+        if keys.guide is not None:
+            shared = problem.normalize and is_its_guide(keys)
+            self.view = self.rows if shared else Rows(keys.guide, True, None, problem.acc_dtype)
         self.grad = torch.zeros_like(keys.rows, dtype=problem.acc_dtype) if wanted else None
         self.parts = slices(len(keys.rows), step)
 
@@ -67,7 +70,7 @@ class SharedKeys:
             tile.masked_fill_(same_ids(row_ids[rows], self.ids[cols]), value)
         if self.guide is not None and self.view is not None:
             if self.rejected is None or self.rejected[:2] != (rows, cols):
-                self.rejected = rows, cols, self.guide.rejects(self.view[cols], rows)
+                self.rejected = rows, cols, self.guide.rejects(self.view.units(cols), rows)
             tile.masked_fill_(self.rejected[2], value)
         if not self.targets:
             return

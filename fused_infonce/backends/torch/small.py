@@ -25,6 +25,7 @@ from ..precision import EXPONENT_ROOM
 from ..row_losses import ROW_LOSSES, weighted
 from ..rows import Rows
 from .keys import Guide
+from .value import value
 from .work import FLOOR, State, finite, log_sum, statistics_of
 
 
@@ -343,6 +344,8 @@ def gradients(
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute `Backend.onepass` for a dense plan."""
+    if plan.value and not isinstance(weight, Tensor):
+        return OnePass(value(problem, plan, loss, weight), [None] * len(problem.sets), None)
     dense = _Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2
@@ -356,8 +359,8 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     share, each = (1.0, weight) if isinstance(weight, Tensor) else (weight, None)  # one for all is multiplied last
     share /= len(states)
     value_of, slope_of = ROW_LOSSES[loss]
-    value = value_of(margin)
-    total = (value if each is None else weighted(value, each)).sum().mul_(share)
+    values = value_of(margin)
+    total = (values if each is None else weighted(values, each)).sum().mul_(share)
     *inputs, temperature = wanted
     if not plan.gradients:
         return OnePass(total, [None] * len(problem.sets), None, rows=rows)

@@ -109,9 +109,9 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     ]
     if gradients:
         kind.gradient(c, x, y, target, t, work, *grads)
-    logits = work[LOGITS_OF_ROWS * n : (LOGITS_OF_ROWS + 1) * n] if temperature else None
+    logits = work.narrow(0, LOGITS_OF_ROWS * n, n) if temperature else None
     rows = rows_of(work, n, kind.across) if plan.record else []
-    return OnePass(work[LOSSES * n : (LOSSES + 1) * n].sum(), grads, logits, offset=of_offset, rows=rows)
+    return OnePass(work.narrow(0, LOSSES * n, n).sum(), grads, logits, offset=of_offset, rows=rows)
 
 
 def rows_of(work: Tensor, n: int, across: int) -> list[tuple[Tensor, Tensor, Tensor]]:
