@@ -44,6 +44,19 @@ def store_state(S_ptr, slot, offs, size, m, l, x):
 
 
 @triton.jit
+def sums_of_rows(p, TURNED: tl.constexpr):
+    """Return the sums of rows; TURNED: in parts, (rows, columns / 16, 8), that each thread adds up alone.
+
+    On sm_90 columns of a transposed product are of one warp by 16s, and i and i + 8 of these of one thread.
+    """
+    if TURNED:
+        sums = tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // 16, 2, 8)), 2)
+    else:
+        sums = tl.sum(p, 1)
+    return sums
+
+
+@triton.jit
 def add_tile(
     m, l, x, x_tile, start_m, start_n, a, sx, outside,
     X_ptr, Y_ptr, B_ptr, SY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, slot,
@@ -51,17 +64,19 @@ def add_tile(
     WHOLE: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, GUIDE: tl.constexpr,
     BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """Return the rows' states after one more tile, and its dot products; write the states of its columns into a slot.
 
     A row outside is not stored, and needs no mask; for columns its logits get `outside`, FLOOR, which is 0 of others.
-    WHOLE: whether all columns are inside, and negatives. UNSHIFTED: one exponential serves both directions.
+    WHOLE: whether all columns are inside, and negatives. UNSHIFTED: one exponential serves both directions. TURNED: see
+    `sums_of_rows`; it is for UNSHIFTED alone.
     """
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    b = load_vector(B_ptr, offs_n, size_y, 1.0, ACC)
+    b = load_vector(B_ptr, offs_n, None if WHOLE else size_y, 1.0, ACC)
     d = raw_dots(
         x_tile, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, size_x, size_y, D, ACC, DOT, TMA, BLOCK_M,
-        BLOCK_N, BLOCK_D,
+        BLOCK_N, BLOCK_D, False, TURNED,
     )  # fmt: skip
     s = (d * b[None, :]) * (a * sx)[:, None]
     if COLUMNS_ptr is not None:
@@ -74,9 +89,9 @@ def add_tile(
         s = tl.where(keep, s, FLOOR)
     if UNSHIFTED:
         p = tl.exp2(s)
-        l += tl.sum(p, 1)
+        l += sums_of_rows(p, TURNED)
         if MEAN:
-            x += tl.sum(p * s, 1)
+            x += sums_of_rows(p * s, TURNED)
     else:
         m, l, x = update(m, l, x, with_biases(s, YC_ptr, offs_n, size_y, 1, ACC), s, 1)
     if COLUMNS_ptr is not None:
@@ -111,7 +126,7 @@ def statistics_kernel(
     TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, HALF: tl.constexpr, PEEL: tl.constexpr,
     GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, UNSHIFTED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
     DOT: tl.constexpr, HOIST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Write states of BLOCK_M rows over `split` blocks of columns into row slot `slot + program_id(1)`, and of these
     columns over these rows into column slot 1 + program_id(0).
@@ -122,6 +137,7 @@ def statistics_kernel(
     of pairs that are left out, "on" of the others, with the last columns; "" of all. HALF: x and y are the same rows,
     and columns before a block's own rows are left
     out, being those of earlier blocks' states; what is written of columns up to the last of its own does not count.
+    TURNED: threads add up parts of the rows' sums through all tiles, so that a tile waits only for its columns'.
     """
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -134,8 +150,8 @@ def statistics_kernel(
     else:
         x_tile = None
     m = tl.full((BLOCK_M,), 0.0 if UNSHIFTED else FLOOR, ACC)
-    l = tl.zeros((BLOCK_M,), ACC)
-    x = tl.zeros((BLOCK_M,), ACC)
+    l = tl.zeros((BLOCK_M, BLOCK_N // 16, 8) if TURNED else (BLOCK_M,), ACC)
+    x = tl.zeros((BLOCK_M, BLOCK_N // 16, 8) if TURNED and MEAN else (BLOCK_M,), ACC)
     outside = tl.where(offs_m < size_x, 0.0, FLOOR).to(ACC)
     whole, count = size_y // BLOCK_N, tl.cdiv(size_y, BLOCK_N)
     start, end = pid_n * split, tl.minimum((pid_n + 1) * split, count)
@@ -163,8 +179,12 @@ def statistics_kernel(
             m, l, x, x_tile, start_m, block * BLOCK_N, a, sx, outside, X_ptr, Y_ptr, B_ptr, SY_ptr, XC_ptr, YC_ptr,
             TARGET_ptr, XI_ptr, YI_ptr, guide, COLUMNS_ptr, pid_m + 1, size_x, size_y, shift, D, stride_xm, stride_yn,
             PEEL == "off", TARGET, DIAGONAL, IDS, GUIDE, BLOCK_G, UNSHIFTED, MEAN, ACC, DOT, TMA, BLOCK_M, BLOCK_N,
-            BLOCK_D,
+            BLOCK_D, TURNED,
         )  # fmt: skip
+    if TURNED:
+        l = tl.sum(tl.sum(l, 2), 1)
+        if MEAN:
+            x = tl.sum(tl.sum(x, 2), 1)
     store_state(ROWS_ptr, slot + pid_n, offs_m, size_x, m, l, x)
 
 

@@ -15,9 +15,11 @@ RAISE = tl.constexpr(2.0**20)
 
 @triton.jit
 def load_vector(ptr, offs, size, default: tl.constexpr, ACC: tl.constexpr):
-    """Return `ptr[offs]`, or `default` everywhere where there is no vector; 0 outside."""
+    """Return `ptr[offs]`, or `default` everywhere where there is no vector; 0 outside of a size, if one is given."""
     if ptr is None:
         values = tl.full(offs.shape, default, ACC)
+    elif size is None:
+        values = tl.load(ptr + offs).to(ACC)
     else:
         values = tl.load(ptr + offs, mask=offs < size, other=0.0).to(ACC)
     return values
@@ -85,22 +87,33 @@ def dot(a, b, acc, DOT: tl.constexpr):
 
 
 @triton.jit
+def add_product(x, y, acc, DOT: tl.constexpr, TURNED: tl.constexpr):
+    """Return `acc + x @ y^T`, or TURNED `acc + y @ x^T`."""
+    if TURNED:
+        acc = dot(y, tl.trans(x), acc, DOT)
+    else:
+        acc = dot(x, tl.trans(y), acc, DOT)
+    return acc
+
+
+@triton.jit
 def raw_dots(
     x,
     X_ptr, Y_ptr,
     start_m, start_n, stride_xm, stride_yn, size_x, size_y, D,
     ACC: tl.constexpr, DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, APART: tl.constexpr = False,
+    BLOCK_D: tl.constexpr, APART: tl.constexpr = False, TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """Return d_ij = x_i . y_j, (BLOCK_M, BLOCK_N), of any value outside, such as NaN.
 
     `x` holds whole rows where they fit a tile, else None. APART: warps of their own load the tiles, through descriptors
-    that are made here, since the compiler takes none of the host's for them.
+    that are made here, since the compiler takes none of the host's for them. TURNED: the product is y x^T, and its
+    transpose is returned, in which threads of a warp share columns rather than rows.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if TURNED else (BLOCK_M, BLOCK_N), ACC)
     if x is not None:
         y = load_tile(Y_ptr, start_n, stride_yn, size_y, 0, D, BLOCK_N, BLOCK_D, TMA, False)
-        acc = dot(x, tl.trans(y), acc, DOT)
+        acc = add_product(x, y, acc, DOT, TURNED)
     else:
         if APART:
             X_ptr = tl.make_tensor_descriptor(X_ptr, [size_x, D], [stride_xm, 1], [BLOCK_M, BLOCK_D])
@@ -108,8 +121,8 @@ def raw_dots(
         for start_d in tl.range(0, D, BLOCK_D, warp_specialize=APART):
             x_part = load_tile(X_ptr, start_m, stride_xm, size_x, start_d, D, BLOCK_M, BLOCK_D, TMA or APART, False)
             y_part = load_tile(Y_ptr, start_n, stride_yn, size_y, start_d, D, BLOCK_N, BLOCK_D, TMA or APART, False)
-            acc = dot(x_part, tl.trans(y_part), acc, DOT)
-    return acc
+            acc = add_product(x_part, y_part, acc, DOT, TURNED)
+    return tl.trans(acc) if TURNED else acc
 
 
 @triton.jit

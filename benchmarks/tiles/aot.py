@@ -82,7 +82,7 @@ class Case:
     # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
     # "indexed": ids, and own negatives by their places in a table, whose gradient is the last and the widest;
     # "views": rows of two views against one another;
-    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed;
+    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed, but with "mean";
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
     # "biased ...": where keys, and with columns queries, have biases, with gradients or in one pass;
     # "columns margin": columns where positives have a margin;
@@ -198,7 +198,8 @@ def launches(case: Case) -> list[Launch]:
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
             bounded = "bounded" in case.variant
-            plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=not bounded)
+            mean = not bounded or "mean" in case.variant
+            plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=mean)
             statistics = backend.statistics(problem, plan)
             upstream = Upstream(u, u, u if problem.columns else None)
             backend.gradients(problem, plan, statistics, upstream, [*of_rows, *[acc] * len(problem.biases)])
@@ -323,6 +324,7 @@ def default_cases() -> Iterator[Case]:
         if not target.startswith("gfx"):
             yield Case(target, "tf32", 256, "bounded", TILED)
     yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
+    yield Case("sm_90", "bfloat16", 512, "bounded columns mean", ("statistics_kernel",))
     for target in ("sm_90", "gfx942"):
         yield Case(target, "bfloat16", 256, "biased columns", (*TILED[:1], *TILED[2:4], "combine_kernel"))
         yield Case(target, "bfloat16", 256, "biased general", (*PAIRED[1:], "exponentials_kernel", "scale_kernel"))

@@ -51,7 +51,9 @@ WGMMA = re.compile(r"HGMMA\.64x(\d+)x16")
 TENSOR = {"sm_90": 4096, "sm_100": 8192}  # 16-bit floating-point operations a cycle of one processor
 SHARED_KIB, REGISTERS, THREADS, COLUMNS = 228, 65536, 2048, 512  # of a processor of either; columns of tensor memory
 DIMS = (64, 128, 256, 512, 768, 1024)
-VARIANTS = ("bounded", "bounded columns", "bounded views", "few bounded views", "plain", "columns")
+VARIANTS = (
+    "bounded", "bounded columns", "bounded columns mean", "bounded views", "few bounded views", "plain", "columns",
+)  # fmt: skip
 LOOPED = ("statistics_kernel", "gradient_kernel")  # of which a program has many tiles
 
 

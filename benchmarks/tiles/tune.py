@@ -100,6 +100,8 @@ def fits(tile: Tile, arch: str, kernel: str, dtype: torch.dtype, d: int) -> bool
     known without a compiler."""
     if tile.apart and (tile.tma or tile.registers or kernel not in MADE_APART):
         return False
+    if tile.turned and kernel != "both":
+        return False
     whole = kernel == "gradient" or (kernel in ("statistics", "both", "columns") and d <= tile.block_d)
     rows = tile.block_m + tile.stages * tile.block_n if whole else tile.stages * (tile.block_m + tile.block_n)
     return rows * tile.block_d * dtype.itemsize <= SHARED_KIB.get(arch, 1 << 20) * 1024
