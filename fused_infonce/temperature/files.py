@@ -87,13 +87,12 @@ def embeddings(path: Path) -> Any:
 def _bad(rows: Any) -> dict[str, Any]:
     """Return which of some rows cannot be compared with others, for each reason."""
     finite, zeros = np.isfinite(rows).all(1), (rows == 0).all(1)
-    kind = np.promote_types(rows.dtype, np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        norm = np.sqrt(np.square(rows, dtype=kind).sum(1))  # as a loss makes it: squares overflow first
+        norm = np.sqrt(np.square(rows, dtype=np.float32).sum(1))  # as a loss makes it: squares overflow first
     return {
         "hold NaN or infinity": ~finite,
         "hold nothing but zeros": zeros,
-        f"have a norm beyond {kind}: divide them by something": finite & ~np.isfinite(norm),
+        "have a norm beyond float32: divide them by something": finite & ~np.isfinite(norm),
         f"have a norm of {EPS:g} or less, which counts as zero: multiply them by something": (norm <= EPS) & ~zeros,
     }
 
