@@ -29,7 +29,7 @@ from benchmarks import HERE, ROOT, record
 from fused_infonce import FusedInfoNCELoss
 
 FIELDS = (
-    *("date", "commit", "device", "torch", "n", "d", "dtype"),
+    *("date", "commit", "device", "torch", "n", "d", "dtype", "picture"),
     *("seconds", "cpu_seconds", "peak_mib", "torch_mib", "peak_extra_mib"),
 )
 COMMAND = ("-m", "fused_infonce.temperature")
@@ -67,7 +67,7 @@ def of_process(folder: str, *arguments: str) -> Took:
     return Took(seconds, *used)
 
 
-def measured(n: int, d: int, dtype: str) -> dict[str, Any]:
+def measured(n: int, d: int, dtype: str, picture: str) -> dict[str, Any]:
     """Return a row of what the command takes on random pairs."""
     generator = np.random.default_rng(0)
     query = generator.standard_normal((n, d), dtype=np.float32)
@@ -76,11 +76,11 @@ def measured(n: int, d: int, dtype: str) -> dict[str, Any]:
         for name, rows in (("query", query), ("key", key)):
             np.save(os.path.join(folder, f"{name}.npy"), rows.astype(dtype))
         alone = of_process(folder, "-c", "import torch").mib
-        took = of_process(folder, *COMMAND, "query.npy", "key.npy", "--temperature", "0.05", "--plot", "report.png")
+        took = of_process(folder, *COMMAND, "query.npy", "key.npy", "--temperature", "0.05", "--plot", picture)
     print(took.said)
     known = {k: v for k, v in record.provenance(torch.device("cpu")).items() if k in FIELDS}
     return {
-        **known, "n": n, "d": d, "dtype": dtype, "seconds": f"{took.seconds:.1f}",
+        **known, "n": n, "d": d, "dtype": dtype, "picture": picture, "seconds": f"{took.seconds:.1f}",
         "cpu_seconds": f"{took.cpu_seconds:.1f}", "peak_mib": f"{took.mib:.0f}", "torch_mib": f"{alone:.0f}",
         "peak_extra_mib": f"{took.mib - alone:.0f}",
     }  # fmt: skip
@@ -122,13 +122,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=20_000)
     parser.add_argument("--d", type=int, default=256)
     parser.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32")
+    parser.add_argument("--picture", default="report.png", help="its name, by whose end it has a format")
     parser.add_argument("--digits", type=Path, metavar="PICTURE", help="draw this instead, relative to the repository")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.digits:
         draw_digits(ROOT / options.digits)
         return
-    row = measured(options.n, options.d, options.dtype)
+    row = measured(options.n, options.d, options.dtype, options.picture)
     print(*(f"{name}: {row[name]}" for name in ("seconds", "cpu_seconds", "peak_mib", "torch_mib", "peak_extra_mib")))
     if options.record:
         record.append(options.record, [row], FIELDS)
