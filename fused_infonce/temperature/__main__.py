@@ -94,7 +94,7 @@ def report_of(options: argparse.Namespace) -> Report:
     pairs = Pairs(query, key, target, ids, options.symmetric, options.backend).to(device)
     with progress(pairs.rows) as advance:
 
-        def done(rows: int) -> None:  # files that are larger than the memory are read from it, too
+        def done(rows: int) -> None:  # pages of the files would be held until the end
             for file in files:
                 forget(file)
             advance(rows)

@@ -52,7 +52,7 @@ class Sweep:
 
     Between the temperatures log_z is the quintic in 1 / t with these derivatives at both ends. A method's temperature
     must be in the range, else it is a ValueError. In float32 log_z is within 1e-5 max(1, 0.05 / t) of its size, and the
-    mean within 1e-4 t at 0.003 and above: scores are rounded, and logits are 1 / t times these.
+    mean within 1e-4 t at 0.01 and above: scores are rounded, and logits are 1 / t times these.
     """
 
     temperatures: Tensor

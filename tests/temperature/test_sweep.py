@@ -91,7 +91,7 @@ def test_every_option_gives_what_dense_code_gives(name, backend):
 
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["plain", "symmetric", "not normalised"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_of_fewer_bits_is_float32_within_the_bounds(name, dtype, backend):
     query, key, options = call(name, dtype)
     found = swept(query, key, options, backend, dtype)
