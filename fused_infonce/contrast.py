@@ -263,6 +263,7 @@ class _OnePass(torch.autograd.Function):
             wanted[1] = False
         inputs = inputs[:rows]
         ctx.dtypes = [x.dtype for x in inputs]
+        ctx.handled = [place for place, x in enumerate(problem.handles) if x is not None]
         bound = problem if plan.as_is else bind(problem, temperature, inputs)
         result = _run(backends.get(plan.backend).onepass, bound, plan, loss, weight, wanted)
         if plan.record:
@@ -292,7 +293,7 @@ class _OnePass(torch.autograd.Function):
         if ctx.unfinished:
             grads = _finished(ctx, saved, upstream)
         else:
-            grads = [_times(g, upstream, dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
+            grads = _scaled(ctx, saved, upstream)
         added = [None if g is None else g * upstream for g in added]
         return None, None, None, None, None if dt is None else dt * upstream, *grads, *added
 
@@ -308,6 +309,7 @@ class _Sigmoids(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.wanted = [*ctx.needs_input_grad[5:], *ctx.needs_input_grad[3:5]]
         ctx.dtypes = [x.dtype for x in inputs]
+        ctx.handled = [place for place, x in enumerate(problem.handles) if x is not None]
         bound = problem if plan.as_is else bind(problem, temperature, inputs)
         if weight is None:
             tensors = bound.tensors()
@@ -330,7 +332,7 @@ class _Sigmoids(torch.autograd.Function):
             slopes, upstream = _slopes(result, problem), upstream.new_ones(())
         dt, db, *grads = slopes
         scalars = [None if x is None else x * upstream for x in (dt, db)]
-        return None, None, None, *scalars, *[_times(g, upstream, d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        return None, None, None, *scalars, *_scaled(ctx, grads, upstream)
 
 
 def _sigmoids(
@@ -372,7 +374,28 @@ def _finished(ctx: Any, saved: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     problem = bind(problem, None, problem.inputs, ctx.product_dtype)
     with without_autocast(problem.query.rows.device.type):
         backend = backends.get(ctx.plan.backend)
-        return unscale(problem, backend.finished(problem, ctx.plan, saved[:count], saved[end:], upstream, ctx.dtypes))
+        sums, kept = saved[:count], saved[end:]
+        return unscale(problem, backend.finished(problem, ctx.plan, sums, kept, upstream, ctx.dtypes, _spent(ctx)))
+
+
+def _scaled(ctx: Any, grads: Sequence[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """Return saved gradients times the upstream one in the dtypes of the inputs, with one rounding."""
+    spent = _spent(ctx)
+    return [
+        g.mul_(upstream) if g is not None and place in spent else _times(g, upstream, dtype)
+        for place, (g, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True))
+    ]
+
+
+def _spent(ctx: Any) -> Sequence[int]:
+    """Return the places of inputs whose saved gradients may be overwritten: those of handles, if the graph is freed.
+
+    What a handle is given, only its exchange reads. Two gradients of the rows of all ranks would be more than is held
+    of them at any other time.
+    """
+    if not ctx.handled or torch._C._autograd._get_current_graph_task_keep_graph():
+        return ()
+    return ctx.handled
 
 
 def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -371,11 +371,12 @@ class Backend(Protocol):
 
     def finished(
         self, problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
-        dtypes: Sequence[torch.dtype | None],
+        dtypes: Sequence[torch.dtype | None], spent: Sequence[int] = (),
     ) -> list[Tensor | None]:  # fmt: skip
         """Return the gradients of a one-pass loss times its upstream, rounded once; asked where `onepass` kept tensors.
 
-        sums, kept: of the `OnePass`, which stay as they are. upstream: a tensor of no dimensions.
+        sums, kept: of the `OnePass`, which stay as they are. upstream: a tensor of no dimensions. spent: places of sums
+        that may be overwritten all the same.
         """
         ...
 

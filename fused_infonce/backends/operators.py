@@ -59,7 +59,7 @@ class Recorded:
 
     def finished(
         self, problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
-        dtypes: Sequence[torch.dtype | None],
+        dtypes: Sequence[torch.dtype | None], spent: Sequence[int] = (),
     ) -> list[Tensor | None]:  # fmt: skip
         codes = [DTYPES.index(dtype) for dtype in dtypes]
         return _none_if_empty(finished(*flatten(problem, plan), sums, kept, upstream, codes), codes)

@@ -309,6 +309,8 @@ def _torch_block(name: str, call: Call) -> tuple[int, int]:
         return n, m
     if name == "triangular":
         return (min(TRIANGULAR_ROWS, max(math.isqrt(call.limit // (4 * acc)), 1)),) * 2
+    if call.itemsize < acc:  # the columns of a block are widened, for which a quarter of the limit is kept
+        m = min(m, max(call.limit // (4 * acc * max(call.d, 1)), 1))
     if name == "onepass" and call.columns:  # scores become coefficients in a block of their own, an eighth of the limit
         return n, min(m, max(min(block, call.limit // (8 * acc)) // n, 1))
     if name == "onepass":

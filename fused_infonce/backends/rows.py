@@ -80,12 +80,19 @@ class Rows:
         """
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
-        if grad.numel() > FINISHED and len(grad) > 1 and grad.device.type == "cpu":
-            for part in slices(len(grad), FINISHED * len(grad) // grad.numel()):
+        parts = finished_at_once(grad)
+        if len(parts) > 1:
+            for part in parts:
                 self[part].finish(grad[part])
             return grad
         grad.addcmul_(self.unit, (grad * self.unit).sum(-1, True), value=-1)
         return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
+
+
+def finished_at_once(grad: Tensor) -> list[slice]:
+    """Return the parts of rows whose gradients are finished at a time."""
+    whole = grad.numel() <= FINISHED or grad.device.type != "cpu"
+    return slices(len(grad), len(grad) if whole else FINISHED * len(grad) // grad.numel())
 
 
 class RowsByPart:
@@ -125,7 +132,7 @@ class RowsByPart:
 
     def finish(self, grad: Tensor) -> Tensor:
         """Turn the gradient of the rows as the logits see them into that of x, in place; see `Rows.finish`."""
-        for part in self.parts:
+        for part in finished_at_once(grad):
             self[part].finish(grad[part])
         return grad
 

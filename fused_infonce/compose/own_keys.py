@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import KeySet, Problem, Temperature
+from ..backends.contract import KeySet, Problem
 from ..backends.indexing import add_uses, slices, take_rows
 from ..backends.rows import Rows, norms
 from ..contrast import differentiable_once
 from .rows import dots, negative_counts, negative_sums, own_left, unit
-from .sums import SumOf, summed
+from .sums import SumOf, pair_dots, summed
 
 TAKEN = 2**21  # components of keys that are there at a time: 8 MiB in fp32
 
@@ -30,8 +30,8 @@ def scored_dots(problem: Problem, recorded: bool, limit: int) -> tuple[Problem, 
     if problem.in_batch or len(own) < len(others):
         x = unit(problem.query.rows, problem.normalize, acc)
     if problem.handles and (problem.in_batch or len(own) < len(others)):
-        problem, positives, sums = _of_all_ranks(problem, limit)
-        positive, total, count = dots(x, positives), dots(x, sums), negative_counts(problem)
+        problem, positive, sums = _of_all_ranks(problem, x, limit)
+        total, count = dots(x, sums), negative_counts(problem)
     elif problem.in_batch or len(own) < len(others):
         sets = [s.rows if s.is_paired() else unit(s.rows, problem.normalize, acc) for s in problem.keys]
         there, positives = len(sets[0]), sets[0]
@@ -48,30 +48,32 @@ def scored_dots(problem: Problem, recorded: bool, limit: int) -> tuple[Problem, 
     return problem, positive, total, count
 
 
-def _of_all_ranks(problem: Problem, limit: int) -> tuple[Problem, Tensor, Tensor]:
-    """Return the problem to go on with, each row's target, and the sum of its negatives among the keys of all rows."""
-    n, device = len(problem.query.rows), problem.query.rows.device
-    query, t = KeySet(problem.query.rows.detach(), problem.query.ids), problem.temperature
-    target = torch.arange(n, device=device) if problem.target is None else problem.target
-    problem, (positives, sums) = summed(problem, _sums_of(query, problem.keys[0].ids, t, target), limit)
-    sums = sums if problem.in_batch else torch.zeros_like(sums)
-    for place, keys in enumerate(problem.keys[1:], 2):
-        if not keys.is_paired():
-            of = _sums_of(query, keys.ids, t, torch.full((n,), -1, device=device))
-            problem, (_, more) = summed(problem, of, limit, place)
+def _of_all_ranks(problem: Problem, x: Tensor, limit: int) -> tuple[Problem, Tensor, Tensor]:
+    """Return the problem to go on with, x_i . y_i of each row's target, and the sum of its negatives among the keys of
+    all rows; x: the rows as the logits see them."""
+    n, m, device = len(x), len(problem.keys[0].rows), x.device
+    row = torch.arange(n, device=device)
+    target = row if problem.target is None else problem.target
+    positive, sums = x.new_zeros(n), torch.zeros_like(x)
+    if m:
+        problem, positive = pair_dots(problem, x, row, target.clamp(0, m - 1), limit)
+    for place, keys in enumerate(problem.keys, 1):
+        if not keys.is_paired() and (place > 1 or problem.in_batch):
+            positives = target if place == 1 else torch.full_like(target, -1)
+            problem, more = summed(problem, _sums_of(problem, keys.ids, positives), limit, place)
             sums = sums + more
-    return problem, positives, sums
+    return problem, positive, sums
 
 
-def _sums_of(query: KeySet, key_ids: Tensor | None, t: Temperature, target: Tensor) -> SumOf:
-    """Return what makes the targets and the sums of negatives, (2, N, D), of a part of the keys."""
+def _sums_of(problem: Problem, key_ids: Tensor | None, target: Tensor) -> SumOf:
+    """Return what makes the sums of negatives, (N, D), of a part of the keys."""
+    query, t = KeySet(problem.query.rows.detach(), problem.query.ids), problem.temperature
 
     def of(y: Tensor, part: slice) -> Tensor:
         place = target - part.start
         place = torch.where((place >= 0) & (place < len(y)), place, -1)
         here = Problem(query, (KeySet(y, None if key_ids is None else key_ids[part]),), t, place)
-        positives = take_rows(y, place.clamp(min=0)) if len(y) else y.new_zeros(query.rows.shape)
-        return torch.stack([positives.masked_fill((place < 0)[:, None], 0), negative_sums(here, [y])[0]])
+        return negative_sums(here, [y])[0]
 
     return of
 

@@ -109,6 +109,18 @@ def test_the_factor_is_applied_before_the_rounding(dtype, upstream):
         assert (x is y is None) or torch.equal(x, y)
 
 
+@pytest.mark.parametrize("d", [16, D])  # whose sums are of their shape, and padded
+def test_spent_sums_become_the_same_gradients(d):
+    problem = make(N, M, d, torch.float32, t=0.2, target=torch.arange(N))
+    chosen = Plan("onepass", 8, M, 1 << 20, 0, "")
+    made = triton.onepass(problem, chosen, "infonce", torch.rand(N), [True] * 3)
+    given = problem, chosen, made.inputs, made.kept, torch.tensor(3.0), [torch.float32] * 2
+    want = triton.finished(*given)
+    found = triton.finished(*given, [1])
+    assert (found[1].data_ptr() == made.inputs[1].data_ptr()) == (d == 16)
+    assert all(map(torch.equal, found, want))
+
+
 @pytest.mark.parametrize("name", ["in batch", "own"])
 def test_gradients_that_nobody_needs_are_not_made(name):
     inputs, options = call(name)

@@ -268,6 +268,7 @@ class Work:
         if index is None:
             part_of(self.key.grad, chunk.rows).addcmul_(chunk.queries.unit, w)
         else:
+            del keys  # (R, D), as what is added
             add_rows(self.key.grad, index, chunk.queries.unit * w)
 
     def finish(self, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:

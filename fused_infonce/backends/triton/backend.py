@@ -156,14 +156,15 @@ def summed(work: Work, sums: Sums, wanted: Sequence[bool]) -> list[Tensor | None
 
 def finished(
     problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
-    dtypes: Sequence[torch.dtype | None],
+    dtypes: Sequence[torch.dtype | None], spent: Sequence[int] = (),
 ) -> list[Tensor | None]:  # fmt: skip
     with torch.cuda.device_of(problem.query.rows):
         work, v, factor = restored(problem, kept)
         accumulators = {index: x[None] for index, x in enumerate(sums) if x is not None}
         made = paired_gradients(work, {}, upstream, [None, *dtypes[1:]])
         of_queries = None if work.paired else factor
-        made |= finished_sides(work, accumulators, v * upstream, upstream, dtypes, of_queries, saved=True)
+        saved = [index for index in accumulators if index not in spent]
+        made |= finished_sides(work, accumulators, v * upstream, upstream, dtypes, of_queries, saved)
         return [made.get(index) for index in range(len(dtypes))]
 
 
@@ -212,11 +213,12 @@ def joined(parts: list[Tensor], none: Tensor) -> Tensor:
 
 def finished_sides(
     work: Work, accumulators: dict[int, Tensor], v: Tensor, unscale: Tensor | None,
-    dtypes: Sequence[torch.dtype | None], factor: Tensor | None = None, saved: bool = False,
+    dtypes: Sequence[torch.dtype | None], factor: Tensor | None = None,
+    saved: Sequence[int] = (),
 ) -> dict[int, Tensor | None]:  # fmt: skip
     """Return the gradients of all but paired keys from their sums over the tiles, those of queries times a factor.
 
-    The positives, the projection and the cast are what is still to be done. saved: whether the sums must stay.
+    The positives, the projection and the cast are what is still to be done. saved: which sums must stay.
     """
     d = work.problem.query.rows.shape[1]
     partners = positive_partners(work, v, dtypes)
@@ -225,7 +227,7 @@ def finished_sides(
         if (dtype := dtypes[index]) is not None:
             g, project = accumulators.pop(index, None), work.problem.normalize
             f = factor if index == 0 else None
-            grads[index] = finish(g, rows, d, project, partners.get(index), unscale, dtype, f, saved)
+            grads[index] = finish(g, rows, d, project, partners.get(index), unscale, dtype, f, index in saved)
     return grads
 
 

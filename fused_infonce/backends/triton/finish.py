@@ -67,10 +67,10 @@ def finish(
     """Return the gradient of the first d components of x in `dtype`, from accumulators g (slots, n, at least d), times
     a factor a row; None: zeros.
 
-    It is written into g where that is not `saved`, and of its shape and dtype.
+    It is written into g where that is not `saved`, of its shape and dtype, and contiguous.
     """
     n = len(x)
-    if g is not None and g.shape == (1, n, d) and g.dtype == dtype and not saved:
+    if g is not None and g.shape == (1, n, d) and g.dtype == dtype and not saved and g.is_contiguous():
         dx = g[0]  # a program reads and writes rows of its own
     else:
         dx = torch.empty((n, d), dtype=dtype, device=x.rows.device)
