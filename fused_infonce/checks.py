@@ -94,7 +94,9 @@ def alike(query: Any, key: Any) -> bool:
     """Return whether these are what a call most often has, so that there is nothing to say about them."""
     if type(query) is not Tensor or type(key) is not Tensor or query.dtype not in FLOATS:
         return False
-    if query.layout is not torch.strided or key.layout is not torch.strided or query.is_meta or query.is_nested:
+    if query.layout is not torch.strided or key.layout is not torch.strided or query.is_meta:
+        return False
+    if query.is_nested or key.is_nested:  # which have no shape
         return False
     return query.dim() == 2 and query.shape == key.shape and query.dtype == key.dtype and query.device == key.device
 

@@ -26,7 +26,7 @@ from .backends.contract import (
 )
 from .backends.ladder import Ladder, Profile
 from .backends.plan import Plan
-from .backends.precision import cast, product_dtype, without_autocast
+from .backends.precision import cast, product_dtype, times, without_autocast
 from .backends.recording import Notes, Parts, record, recordings
 from .backends.row_losses import temperature_gradient, weighted
 
@@ -382,24 +382,13 @@ def _scaled(ctx: Any, grads: Sequence[Tensor | None], upstream: Tensor) -> list[
     """Return saved gradients times the upstream one in the dtypes of the inputs, with one rounding."""
     spent = _spent(ctx)
     return [
-        g.mul_(upstream) if g is not None and place in spent else _times(g, upstream, dtype)
+        g.mul_(upstream) if g is not None and place in spent else times(g, upstream, dtype)
         for place, (g, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True))
     ]
 
 
 def _spent(ctx: Any) -> Sequence[int]:
-    """Return the places of inputs whose saved gradients may be overwritten: those of handles, if the graph is freed.
-
-    What a handle is given, only its exchange reads. Two gradients of the rows of all ranks would be more than is held
-    of them at any other time.
-    """
-    if not ctx.handled or torch._C._autograd._get_current_graph_task_keep_graph():
-        return ()
-    return ctx.handled
-
-
-def _times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the product in `dtype`, with one rounding and no copy."""
-    if grad is None or grad.dtype == dtype:
-        return None if grad is None else grad * upstream
-    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+    """Return the places of saved gradients that may be overwritten, so that of the rows of all ranks there is one: what
+    a handle is given, which only its exchange reads, if the graph is freed."""
+    kept = not ctx.handled or torch._C._autograd._get_current_graph_task_keep_graph()
+    return () if kept else ctx.handled

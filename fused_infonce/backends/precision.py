@@ -84,3 +84,10 @@ def each_once(function: Callable[[Tensor], T], tensors: Sequence[Tensor]) -> lis
         before = [j for j in range(i) if tensors[j] is x]
         found.append(found[before[0]] if before else function(x))
     return found
+
+
+def times(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the product in `dtype`, with one rounding and no copy."""
+    if grad is None or grad.dtype == dtype:
+        return None if grad is None else grad * upstream
+    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))

@@ -80,9 +80,8 @@ class Rows:
         """
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
-        parts = finished_at_once(grad)
-        if len(parts) > 1:
-            for part in parts:
+        if grad.numel() > FINISHED and len(grad) > 1 and grad.device.type == "cpu":
+            for part in finished_at_once(grad):
                 self[part].finish(grad[part])
             return grad
         grad.addcmul_(self.unit, (grad * self.unit).sum(-1, True), value=-1)
@@ -91,8 +90,7 @@ class Rows:
 
 def finished_at_once(grad: Tensor) -> list[slice]:
     """Return the parts of rows whose gradients are finished at a time."""
-    whole = grad.numel() <= FINISHED or grad.device.type != "cpu"
-    return slices(len(grad), len(grad) if whole else FINISHED * len(grad) // grad.numel())
+    return slices(len(grad), FINISHED * len(grad) // max(grad.numel(), 1) if grad.device.type == "cpu" else len(grad))
 
 
 class RowsByPart:

@@ -59,7 +59,7 @@ def of_keys(
         and margin == 0 and checks.alike(query, positive_key)
     ):  # fmt: skip
         t = temperature_of(temperature, query)  # the usual case: of pairs alone there is nothing more to check
-        return Problem(KeySet(query), (KeySet(positive_key),), t, columns=symmetric, normalize=normalize)
+        return of_pairs(query, positive_key, t, symmetric, normalize)
     if negative_index is not None:
         _check_table(negative_keys, negative_mode)
     in_batch = _check_embeddings(
@@ -84,6 +84,11 @@ def of_keys(
         KeySet(query, _row_ids(ids[0], ids[1], index)), tuple(keys), t, index, offset=offset,
         in_batch=in_batch, columns=symmetric, normalize=normalize, bias_bound=biases.bound,
     )  # fmt: skip
+
+
+def of_pairs(query: Tensor, key: Tensor, t: Temperature, columns: bool, normalize: bool) -> Problem:
+    """Return the problem of queries against the keys of all pairs."""
+    return Problem(KeySet(query), (KeySet(key),), t, columns=columns, normalize=normalize)
 
 
 def _check_table(negative_keys: Any, negative_mode: str) -> None:
@@ -198,8 +203,12 @@ def all_ids(
 def of_views(view_a: Tensor, view_b: Tensor, temperature: float | Tensor, normalize: bool) -> Problem:
     """Return the problem of the rows of two views against all others, where the other view is the positive."""
     rows = stacked(views(view_a, view_b, ()))
+    return of_stacked(rows, temperature_of(temperature, rows), normalize)
+
+
+def of_stacked(rows: Tensor, t: Temperature, normalize: bool) -> Problem:
+    """Return the problem of two views' rows, one view's after the other's, against all others."""
     same = KeySet(rows)
-    t = temperature_of(temperature, rows)
     if torch.compiler.is_compiling():
         target = other_views(rows)
         return Problem(same, (same,), t, target, normalize=normalize, self_similar=True, two_views=True)

@@ -17,6 +17,7 @@ from ..backends.registry import user_level
 from ..backends.row_losses import ROW_LOSSES, weighted
 from ..distributed import block, gather
 from .across import across, counted, in_block, meet
+from .repeated import Made, made
 from .rows import widened
 
 # A loss of rows: a name in ROW_LOSSES, or a function of a direction's problem and statistics that returns (N,). Of the
@@ -44,6 +45,8 @@ def reduced(
         if plan.one_pass and not contrast.is_explaining():
             w, aside = factors(problem, options, weight, even)
             total = contrast.onepass(problem, plan, loss, w)
+            if made.wanted:
+                made.here.append(Made(total, problem, plan, loss, w))
             if weight is not None:
                 _record(problem, weight)
             return whole(total, aside, options)

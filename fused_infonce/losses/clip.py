@@ -14,6 +14,7 @@ from ..backends.precision import statistics_dtype
 from ..compose.arguments import call_options
 from ..compose.biases import of_two_sides
 from ..compose.reduction import reduced
+from ..compose.repeated import repeated
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
@@ -79,6 +80,7 @@ def clip_loss(
     )  # fmt: skip
 
 
+@repeated
 @together
 def _clip(
     image: Tensor, text: Tensor, temperature: float | Tensor, logit_bias: Any, *, image_bias: Any, text_bias: Any,

@@ -15,6 +15,7 @@ from ..compose.across import blocked
 from ..compose.arguments import NegativeMode, call_options, key_embeddings, of_keys
 from ..compose.own_keys import scored_dots
 from ..compose.reduction import of_statistics, reduced, reduced_rows
+from ..compose.repeated import repeated
 from ..compose.rows import one_id_a_row
 from ..compose.several import (
     POSITIVES,
@@ -30,6 +31,7 @@ from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss, Plans
 
 
+@repeated
 @together
 def info_nce(
     query: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from ..backends.row_losses import infonce
 from ..compose.across import blocked, unique
 from ..compose.arguments import call_options, of_views, stacked, temperature_of, views
 from ..compose.reduction import reduced, reduced_mean
+from ..compose.repeated import repeated
 from ..compose.rows import dots, unit
 from ..distributed import DistributedLike, gather, together
 from ..temperature.scale import TemperatureLike
 from .base import ContrastiveLoss
 
 
+@repeated
 @together
 def nt_xent(
     view_a: Tensor,
@@ -131,4 +134,5 @@ class NTXentLoss(ContrastiveLoss):
 
     def forward(self, view_a: Tensor, view_b: Tensor, *more_views: Tensor) -> Tensor:
         """Return the loss of two or more views of a batch, (N, D) each."""
-        return nt_xent(view_a, view_b, self.temperature, more_views=more_views, **self.options)
+        more: dict[str, Any] = {"more_views": more_views} if more_views else {}
+        return nt_xent(view_a, view_b, self.temperature, **more, **self.options)

@@ -21,6 +21,7 @@ from fused_infonce import info_nce
 from fused_infonce.backends import device as devices
 from fused_infonce.backends import plan, registry
 from fused_infonce.backends.plan import Plan
+from fused_infonce.compose import repeated
 
 try:
     from triton import __version__ as TRITON_VERSION
@@ -259,6 +260,7 @@ def make_call(
 def forget_plans() -> None:
     """Forget all plans, and the facts that they rest on: what the environment says of the workspace is one."""
     registry.remembered.clear()
+    repeated.remembered.clear()
     devices._FACTS.clear()
 
 
@@ -285,6 +287,7 @@ def watch_plans(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Plan]:
 
     monkeypatch.setattr(registry, "choose", choose)
     monkeypatch.setattr(registry, "remembered", Forgetful())
+    monkeypatch.setattr(repeated, "remembered", Forgetful())
     return plans
 
 
