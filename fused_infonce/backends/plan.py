@@ -208,10 +208,12 @@ TRITON: tuple[Rule, ...] = (
     ("workspace", lambda c: True, 8, "embeddings are long, or the rows too few to fill the device"),
 )
 REFERENCE: tuple[Rule, ...] = (("reference", lambda c: True, 6, "backend='reference' holds all scores, however many"),)
+FEW = "the scores are few, so that dividing them would cost more than it saves"
 TORCH: tuple[Rule, ...] = (
+    ("dense", lambda c: c.pairwise and c.reduced and c.one_to_one and not c.per_row and 0 < c.n * c.m <= _few(c), 6,
+     FEW),
     *PAIRWISE,
-    ("dense", lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c), 6,
-     "the scores are few, so that dividing them would cost more than it saves"),
+    ("dense", lambda c: c.joint and not c.per_row and c.n * c.m <= _few(c), 6, FEW),
     ("triangular", lambda c: c.self_similar, 4, HALF),
     ("forward", lambda c: not c.gradients, 2, NO_GRADIENT),
     ("onepass", lambda c: c.rows_alone and _chunk(c) >= min(c.n, ONEPASS_ROWS), 6, AT_ONCE),
@@ -241,7 +243,7 @@ def choose(
         flops = 4
     if not call.gradients:
         flops = 1 if halved and name != "dense" else 2
-    rows, cols = blocks("workspace" if call.pairwise and name != "reference" else name, call)
+    rows, cols = blocks("workspace" if call.pairwise and name not in ("dense", "reference") else name, call)
     return Plan(
         name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean, record,
         as_is, name == "dense" and pairs and call.value and not (full or record),

@@ -14,7 +14,7 @@ import fused_infonce
 from fused_infonce import contrast, explain
 from fused_infonce.backends import device, registry
 from fused_infonce.backends.plan import MIB
-from fused_infonce.functional import clip_loss, info_nce, nt_xent, sup_con
+from fused_infonce.functional import clip_loss, info_nce, nt_xent, siglip_loss, sup_con
 
 VIEWS = {"detach", "diagonal", "permute", "slice", "split_with_sizes", "squeeze", "unbind", "unsqueeze"}
 FREE = {"empty_like", "_local_scalar_dense", "fill_"}  # conftest fills what is allocated
@@ -36,10 +36,11 @@ class Operators(TorchDispatchMode):
 
 # the call; its operators, without and with gradients and their backward; and its calls of Python, so too
 CALLS = {
-    "one direction": (lambda q, k: info_nce(q, k, temperature=0.05), (18, 29), (19, 41)),
-    "both directions": (lambda q, k: info_nce(q, k, temperature=0.05, symmetric=True), (20, 33), (19, 44)),
-    "self-similarity": (lambda a, b: nt_xent(a, b, 0.05), (18, 31), (21, 46)),
-    "of given rows": (lambda q, k: clip_loss(q, k, 20.0), (13, 24), (35, 52)),
+    "one direction": (lambda q, k: info_nce(q, k, temperature=0.05), (18, 29), (19, 42)),
+    "both directions": (lambda q, k: info_nce(q, k, temperature=0.05, symmetric=True), (20, 33), (19, 45)),
+    "self-similarity": (lambda a, b: nt_xent(a, b, 0.05), (18, 31), (21, 47)),
+    "sigmoids": (lambda q, k: siglip_loss(q, k, 20.0, -10.0), (10, 20), (66, 85)),
+    "of given rows": (lambda q, k: clip_loss(q, k, 20.0), (13, 24), (36, 53)),
 }
 
 

@@ -25,8 +25,20 @@ from support.memory import MIB, PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_infonce import SigLipLoss, siglip_loss
+from fused_infonce.backends import plan
 
 N, M, D = 7, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """Let few scores be made in blocks, as many are."""
+    monkeypatch.setattr(plan, "DENSE", 0)
+
+
+def at_once(monkeypatch, few):
+    """Let few scores be made at once, as they are elsewhere."""
+    monkeypatch.setattr(plan, "DENSE", few * 2**18)
 
 
 def call_of(n=N, m=0, d=D, dtype=torch.float64, scale=3.0, bias=-2.0):
@@ -60,10 +72,12 @@ def compare(backend, inputs, rtol=1e-11, upstream=None, **options):
     negatives=[False, True],
     ids=[None, "texts", "images and texts", "images and negatives"],
     weight=[None, "rows", "learned"],
+    few=[False, True],
 )
 def test_gradients_are_those_of_dense_code_and_of_finite_differences(
-    backend, normalize, reduction, scale, bias, negatives, ids, weight
+    backend, normalize, reduction, scale, bias, negatives, ids, weight, few, monkeypatch
 ):
+    at_once(monkeypatch, few)
     inputs = call_of(m=M if negatives else 0)
     options = {"normalize": normalize, "reduction": reduction}
     if normalize:
@@ -136,8 +150,10 @@ PLACES = [(10.0, -10.0), (30.0, -10.0), (100.0, -30.0), (5.0, 0.0), (100.0, 0.0)
     place=PLACES,
     normalize=[True, False],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
+    few=[False, True],
 )
-def test_loss_and_gradients_keep_the_bounds(backend, kind, place, normalize, dtype):
+def test_loss_and_gradients_keep_the_bounds(backend, kind, place, normalize, dtype, few, monkeypatch):
+    at_once(monkeypatch, few)
     n, d = (256, 64) if backend == "torch" else (30, 32)
     scale, bias = place
     rows = [x.to(dtype) for x in embeddings(kind, n, d, 19)]
@@ -183,7 +199,9 @@ def test_a_sum_of_many_small_losses_keeps_its_digits(backend, dtype):
 
 
 @both_backends
-def test_logits_beyond_the_range_of_an_exponential_are_losses_themselves(backend):
+@pytest.mark.parametrize("few", [False, True])
+def test_logits_beyond_the_range_of_an_exponential_are_losses_themselves(backend, few, monkeypatch):
+    at_once(monkeypatch, few)
     image, text = torch.randn(2, 6, 8, device=DEVICE[backend]) * 4
     inputs = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(2.0, device=image.device)}
     got = evaluate(siglip_loss, inputs, logit_bias=90.0, backend=backend)
@@ -214,7 +232,9 @@ def test_what_is_not_finite_makes_the_losses_nan_that_see_it(backend, value, nor
 
 
 @both_backends
-def test_a_row_of_weight_0_counts_for_nothing(backend):
+@pytest.mark.parametrize("few", [False, True])
+def test_a_row_of_weight_0_counts_for_nothing(backend, few, monkeypatch):
+    at_once(monkeypatch, few)
     inputs = on(DEVICE[backend], call_of())
     inputs["image_features"][3] = math.nan
     weight = torch.ones(N, dtype=torch.float64, device=DEVICE[backend])
@@ -225,7 +245,9 @@ def test_a_row_of_weight_0_counts_for_nothing(backend):
 
 
 @both_backends
-def test_zero_rows_have_no_gradient_and_poison_nothing(backend):
+@pytest.mark.parametrize("few", [False, True])
+def test_zero_rows_have_no_gradient_and_poison_nothing(backend, few, monkeypatch):
+    at_once(monkeypatch, few)
     inputs = call_of()
     inputs["image_features"][1], inputs["text_features"][4] = 0, 0
     _, gradients = compare(backend, inputs, normalize=True)

@@ -21,6 +21,7 @@ from ..contract import LN2, Problem, Sigmoids
 from ..indexing import part_of
 from ..plan import Plan
 from ..row_losses import weighted
+from .small import Dense
 from .work import FLOOR, Tile, Work
 
 # From here on softplus(z) is z and sigmoid(z) is 1, to the last bit of float64 too. The product of two exponentials of
@@ -29,6 +30,8 @@ TOP = 40.0
 
 
 def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids:
+    if plan.name == "dense" and (found := _of_few(problem, bias, weight, wanted)) is not None:
+        return found
     *inputs, of_temperature, of_bias = wanted
     work = Work(problem, plan, [problem.acc_dtype if want else None for want in inputs])
     fits = work.device.type == "cpu" and work.largest_logit + bias.item() <= TOP
@@ -69,6 +72,35 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
             chunk.queries.finish(grad)
     grads = [grad_query, *work.finish([work.acc] * len(problem.keys))]
     return Sigmoids(losses, grads, logits, slopes)
+
+
+def _of_few(problem: Problem, bias: Tensor, weight: Tensor | float, wanted: Sequence[bool]) -> Sigmoids | None:
+    """Return what `sigmoids` does of few scores, all at once; None where one is above TOP or infinite."""
+    *inputs, of_temperature, of_bias = wanted
+    dense = Dense(problem)
+    z = dense.products(1.0, bias)
+    if not (problem.normalize and dense.inv_t + bias.item() <= TOP):
+        least, most = torch.aminmax(z)
+        if not -torch.inf < least.item() <= most.item() <= TOP:
+            return None
+    below = -dense.own
+    dense.exclude(z, FLOOR)
+    losses = F.softplus(z, threshold=TOP).sum(1).add_(F.softplus(below, threshold=TOP))
+    if True not in wanted:
+        return Sigmoids(losses, [None] * len(inputs), None, None)
+    w = z.sigmoid_()
+    w.diagonal().copy_(below.sigmoid_().neg_())  # the slopes of the positives
+    share, each = (1.0, weight[:, None]) if isinstance(weight, Tensor) else (weight, None)
+    w = w if each is None else w.mul_(each)
+    slopes = w.sum(1).mul_(share) if of_bias else None
+    of_rows = [inputs[0] or of_temperature, *inputs[1:]]
+    sides = dense.gradients(w + w.T if dense.same else w, of_rows, share * dense.inv_t)
+    logits = None
+    if of_temperature:  # x_i . G_i; where the keys are the queries, that of both sides
+        logits = torch.linalg.vecdot(sides[0], dense.x)
+        logits = logits.div_(2) if dense.same else logits
+    dense.finish()
+    return Sigmoids(losses, dense.by_input(sides, inputs), logits, slopes)
 
 
 def _log_sum(e: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .value import value
 from .work import FLOOR, State, finite, log_sum, statistics_of
 
 
-class _Dense:
+class Dense:
     """A problem made ready for dense work: x, y, and the pairs that are no negatives.
 
     Unit rows are made for queries and keys in one. `kept` are such, where they have been made before.
@@ -74,10 +74,7 @@ class _Dense:
 
     def scores(self, plan: Plan) -> Tensor:
         """Return S, and note whether all its exponentials fit as they are."""
-        nothing = self.x.new_empty(())  # times 0 it is not read; one made before might be of a mode that is over
-        scores = torch.addmm(nothing, self.x, self.y.T, beta=0, alpha=LOG2E * self.inv_t)
-        self.own = scores.diagonal()  # a view, which is used more than once
-        self.views = self._of_views(scores) if self.problem.two_views else ()
+        scores = self.products(LOG2E)
         self.fits = plan.bounded and not plan.full
         if not (self.fits or plan.full or self.biases):
             room = EXPONENT_ROOM[scores.dtype]
@@ -85,6 +82,16 @@ class _Dense:
             added = self.problem.largest_added * LOG2E if self.problem.added else 0.0
             self.fits = -room <= least.item() and most.item() + added <= room
         return scores
+
+    def products(self, scale: float, added: Tensor | None = None) -> Tensor:
+        """Return `scale x . y / t`, (N, M), to all of which (1,) is added, and note where the targets' lie."""
+        if added is None:  # times 0 it is not read; one made before might be of a mode that is over
+            found = torch.addmm(self.x.new_empty(()), self.x, self.y.T, beta=0, alpha=scale * self.inv_t)
+        else:
+            found = torch.addmm(added, self.x, self.y.T, alpha=scale * self.inv_t)
+        self.own = found.diagonal()  # a view, which is used more than once
+        self.views = self._of_views(found) if self.problem.two_views else ()
+        return found
 
     def positives(self, scores: Tensor) -> Tensor:
         """Return the (N,) scores of the targets: 0 for -1, NaN out of range or where they are infinite."""
@@ -309,7 +316,7 @@ def _biases(sets: Sequence[KeySet], acc: torch.dtype) -> Tensor | None:
 
 def statistics(problem: Problem, plan: Plan, keep: list[Tensor] | None = None) -> Statistics:
     """Compute `Backend.statistics` for a dense plan."""
-    dense = _Dense(problem)
+    dense = Dense(problem)
     scores = dense.scores(plan)
     pos = dense.exact_positives()
     exponentials, states = dense.exponentials(scores, dense.dims, plan.mean)
@@ -327,7 +334,7 @@ def gradients(
     """Compute `Backend.gradients` for a dense plan, from tensors that `statistics` kept or from new products."""
     rows = [x for x in statistics if x is not None]
     unit = 2 if kept and problem.normalize else 0  # tensors of the unit rows
-    dense = _Dense(problem, kept[len(kept) - unit :])
+    dense = Dense(problem, kept[len(kept) - unit :])
     if kept:
         exponentials, dense.fits = kept[: len(kept) - unit], plan.bounded and not plan.full
     else:
@@ -346,7 +353,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     """Compute `Backend.onepass` for a dense plan."""
     if plan.value and not isinstance(weight, Tensor):
         return OnePass(value(problem, plan, loss, weight), [None] * len(problem.sets), None)
-    dense = _Dense(problem)
+    dense = Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2
     exponentials, states = dense.exponentials(scores, dense.dims, moments=plan.record)
