@@ -67,12 +67,13 @@ def seen(keys: KeySet, part: slice | Tensor, normalize: bool, acc: torch.dtype) 
 def pair_dots(problem: Problem, x: Tensor, rows: Tensor, index: Tensor, limit: int) -> tuple[Problem, Tensor]:
     """Return the problem to go on with, and the dot products (K,) of pairs of rows of x and rows of the first set.
 
-    x: (N, D), differentiable. limit: bytes of the rows of a set with a handle that are taken at a time, or a few times
-        those of a quarter of x
+    x: (N, D), differentiable, as are rows of a set without a handle. limit: bytes of the rows of a set with one that
+        are taken at a time, or a few times those of a quarter of x
     """
     keys, handle = problem.keys[0], problem.handles[1]
     if handle is None:
-        return problem, dots(take_rows(x, rows), seen(keys, index, problem.normalize, x.dtype).unit)
+        y = unit(take_rows(keys.rows, index), problem.normalize and keys.norm is None, x.dtype)
+        return problem, dots(take_rows(x, rows), y)
     handle, found = _PairDots.apply(x, rows, index, keys, problem.normalize, limit, handle)
     return passed(problem, 1, handle), found
 

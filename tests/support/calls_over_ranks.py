@@ -152,6 +152,7 @@ CASES = {
     "info_nce smoothed": Case(info, {**PAIR, "key_ids": IDS}, {"label_smoothing": 0.3, "symmetric": True}),
     "info_nce smoothed targets": Case(info, {**TARGET, "weight": WEIGHTS}, {"label_smoothing": 0.1}),
     "info_nce smoothed with negatives": Case(info, SHARED, {"label_smoothing": 0.1, "in_batch_negatives": True}),
+    "info_nce smoothed, negatives alone": Case(info, SHARED, {"label_smoothing": 0.1, "normalize": True}),
     "info_nce targets": Case(info, {**TARGET, "weight": each(weights, grad=False)}),
     "info_nce targets ignored by another number": Case(info, {**WIDE, "target": places("positive_key", more=2,
         absent=-7)}, {"ignore_index": -7}),
