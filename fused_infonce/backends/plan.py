@@ -254,6 +254,9 @@ def _few(call: Call) -> int:
     """Return how many scores the dense plan may hold a few times."""
     if call.device != "cpu" or call.empty:
         return -1
+    widened = (call.n + call.m) * call.d * call.acc_itemsize  # all rows at once, where they are of 16 bits
+    if call.itemsize < call.acc_itemsize and widened > call.limit // 4:
+        return -1
     matrices = 2 + (not call.bounded) + (not (call.reduced and call.plain)) + call.guided + call.biased
     most = DENSE_SELF if call.self_similar and call.reduced else DENSE
     return min(most, call.limit // (matrices * call.acc_itemsize))
