@@ -12,7 +12,7 @@ from oracles import views
 from support.helpers import DEVICE, TRITON, Inputs, bounds, embeddings, error, loss_scale, watch_plans
 from torch import Tensor
 
-from fused_infonce import decoupled_info_nce, explain, info_nce, nt_xent
+from fused_infonce import checks, decoupled_info_nce, explain, info_nce, nt_xent
 from fused_infonce.backends import plan, registry
 
 KINDS = ("one direction", "both", "self-similarity")
@@ -121,6 +121,30 @@ def test_rows_may_have_temperatures_of_their_own(kind: str, device: str) -> None
     assert error(loss, want) <= 1e-12
     for grad, slope in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, exact), strict=True):
         assert error(grad, slope) <= 1e-10
+
+
+@device
+@pytest.mark.parametrize("shape", [(), (1,), (40,)], ids=str)
+@pytest.mark.parametrize("bad", [0.0, -0.1, torch.nan, torch.inf])
+def test_a_temperature_that_is_not_read_is_nan_where_it_is_bad(
+    shape: tuple[int, ...], bad: float, device: str, monkeypatch
+) -> None:
+    """As on a GPU, where kernels see to it; a good one gives what one does that is read."""
+    a, b = (torch.randn(40, 24, device=device) for _ in range(2))
+
+    def run(value: Tensor) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in (a, b, value)]
+        loss = ours("both" if shape == () else "one direction", *inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    t = torch.full(shape, 0.1, device=device)
+    want = run(t)
+    monkeypatch.setattr(checks, "values_are_free", lambda _: False)
+    for x, y in zip(run(t), want, strict=True):
+        assert x.shape == y.shape
+        torch.testing.assert_close(x, y)
+    t.view(-1)[:1] = bad
+    assert all(x.isnan().any() for x in run(t))
 
 
 @device
