@@ -78,6 +78,22 @@ def test_losses_and_gradients_keep_the_bounds(
     assert {chosen.name for chosen in plans} == {"dense"}
 
 
+@pytest.mark.interpreter
+@kinds
+def test_tiles_that_tensor_cores_multiply_in_tf32(kind: str, precision, monkeypatch) -> None:
+    """A GPU's, over ragged rows and lengths, of which the interpreter makes float32 products."""
+    from fused_infonce.backends.triton import dense, tiles
+
+    monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
+    precision("high")
+    monkeypatch.setattr(dense, "KINDS", {})
+    a, b, _ = embeddings("loose", 75, 140)
+    check(kind, a.float(), b.float(), 0.05, "cpu")
+    ((*_, kind_of_call),) = dense.KINDS.values()
+    assert "tf32" in kind_of_call.rest
+    assert kind_of_call.grid[0] == -(-75 * (1 + (kind == "self-similarity")) // 16)
+
+
 @device
 @kinds
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -155,7 +155,7 @@ def kind_of(
     (n, d), normalize, same, columns = x.shape, problem.normalize, problem.self_similar, problem.columns
     arch, acc, dot, half = tiles.architecture(x.device), acc_of(x), dot_of(x), x.dtype == torch.float16
     width = cdiv(n, 16) * 16  # elements of a row of scores in memory, so many that several are moved at once
-    tile, whole = (tiles.tile(arch, name, x.dtype, d) for name in ("dense", "dense_gradient"))
+    tile, whole = (tiles.tile(arch, name, x.dtype, d, dot == "tf32") for name in ("dense", "dense_gradient"))
     down, across = cdiv(n, tile.block_m), cdiv(n, tile.block_n)
     strides, stride_t = (x.stride(0), y.stride(0)), int(t.numel() > 1)
     stride_w = int(each is not None and len(each) > 1)
