@@ -272,7 +272,7 @@ def write_sums(
     WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of the losses and, where asked for, `temperature_gradient` of backends/row_losses.py."""
-    BLOCK: tl.constexpr = 1024
+    BLOCK: tl.constexpr = 256
     loss, logits = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for start in range(0, size, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -303,12 +303,12 @@ def dense_gradient_kernel(
 
     Rows of sums over C are finished where they lie, once they are whole.
     """
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        write_sums(WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW, ACC)
     A_ptr, B_ptr = inverses(WORK_ptr, size, SCALED, MUTUAL)
     V_ptr, UNSCALE_ptr = WORK_ptr + V * size, None
     if UNSCALED:
         UNSCALE_ptr = WORK_ptr + UNSCALE * size
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        write_sums(WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW, ACC)
     if tl.program_id(1) == 0:
         if DX_ptr is not None:
             write_products(
