@@ -212,9 +212,9 @@ def per_row(name: str, value: Any, like: Tensor, *, number: bool = False, column
     on(name, value, like.device)
 
 
-def scale_tensor(name: str, value: Tensor, like: Tensor) -> tuple[Tensor, float | None]:
-    """Check a temperature or its inverse: one positive element, on the CPU too, or one a row. Return it and the least
-    of its values; or where these cannot be read, with NaN for what is bad, and None."""
+def scale_tensor(name: str, value: Tensor, like: Tensor) -> float | None:
+    """Check a temperature or its inverse: one positive element, on the CPU too, or one a row. Return the least of its
+    values, or None where these cannot be read."""
     n = like.shape[0]
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
@@ -227,11 +227,11 @@ def scale_tensor(name: str, value: Tensor, like: Tensor) -> tuple[Tensor, float 
     if value.device != like.device and not (value.numel() == 1 and value.device.type == "cpu"):
         raise ValueError(f"{name} must be on {like.device} as query is, or one element on the CPU, got {value.device}")
     if not values_are_free(value):
-        return value.add(value.detach().log(), alpha=0), None  # 0 log(t) is NaN where t is not positive and finite
+        return None
     if value.numel() == 1:
-        return value, positive_float(name, value.item())
+        return positive_float(name, value.item())
     only(name, value, (value > 0) & value.isfinite(), "be positive and finite")
-    return value, value.min().item() if value.numel() else None
+    return value.min().item() if value.numel() else None
 
 
 def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "temperature") -> Temperature:
@@ -241,12 +241,15 @@ def temperature(value: Any, like: Tensor, dtype: torch.dtype, name: str = "tempe
     """
     if not isinstance(value, Tensor):
         return Temperature(None, positive_float(name, value), dtype, like.device)
-    value, lowest = scale_tensor(name, value, like)
-    if value.dim() != 1:
+    lowest = scale_tensor(name, value, like)
+    if value.dim() > 1:
         value = value.reshape(-1)
     if value.dtype != dtype or not value.is_contiguous():
         value = value.to(dtype).contiguous()
-    return Temperature(_beside(value, like), lowest)
+    found = Temperature(_beside(value, like), lowest, raw=True)
+    if torch.compiler.is_compiling():  # a Function may make no tensor inside
+        return Temperature(found.values, lowest)
+    return found
 
 
 def one_number(name: str, value: Any) -> None:
@@ -280,11 +283,11 @@ def logit_bias(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _beside(value: Tensor, like: Tensor) -> Tensor:
-    """Return a vector on the device of `like`: of another device it has one element, on the CPU."""
+    """Return a tensor on the device of `like`, as a vector if it has to move: it has one element then, on the CPU."""
     if value.device == like.device:
         return value
     # a product with a 0-d CPU tensor passes it as a kernel argument
-    return torch.ones(1, dtype=value.dtype, device=like.device) * value[0]
+    return torch.ones(1, dtype=value.dtype, device=like.device) * value.reshape(())
 
 
 def number_or_tensor(name: str, value: Any) -> None:

@@ -87,7 +87,10 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float) -> 
     weight 0 counting for nothing, or a number for all rows.
     """
     if plan.gradients:
-        return _OnePass.apply(problem, plan, loss, weight, problem.temperature.given, *_apart(problem))
+        t = problem.temperature.given
+        if t is not None and plan.name != "dense":  # that plan reads what is given as it is
+            t = problem.temperature.values
+        return _OnePass.apply(problem, plan, loss, weight, t, *_apart(problem))
     nothing = [False] * (len(problem.inputs) + len(problem.biases) + 1)
     result = _without_graph(backends.get(plan.backend).onepass, problem, plan, loss, weight, nothing)
     if plan.record:
@@ -172,7 +175,9 @@ def bind(
         return problem
     narrow = [cast(x, dtype) for x in inputs]
     sets = [s._replace(rows=rows, scale=scale) for s, (rows, scale) in zip(problem.sets, narrow, strict=True)]
-    t = problem.temperature if temperature is None else Temperature(temperature, problem.temperature.lowest)
+    t = problem.temperature
+    if temperature is not None:
+        t = Temperature(temperature, t.lowest, raw=t.raw)
     return replace(problem, query=sets[0], keys=tuple(sets[1:]), temperature=t)
 
 
@@ -268,7 +273,7 @@ class _OnePass(torch.autograd.Function):
         result = _run(backends.get(plan.backend).onepass, bound, plan, loss, weight, wanted)
         if plan.record:
             record(problem, _with_offsets(result.rows, problem.offset))
-        dt = None if result.logits is None else temperature_gradient(result.logits, bound.temperature)
+        dt = result.temperature
         more = list(result.biases)  # these and the offset's are finished in any case
         if problem.offset is not None:
             more.append(result.offset if ctx.needs_input_grad[-1] else None)

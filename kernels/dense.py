@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .finish import finish_kernel
 from .gradient import coefficients
-from .rows import side_kernel
+from .rows import divided, side_kernel
 from .sigmoid import log_one_plus
 from .statistics import STATE_SLOTS, add_tile, finished_state, load_states, store_state
 from .tile import FLOOR, cast, dot, live, load_rows, load_vector, negatives
@@ -19,7 +19,9 @@ from .tile import FLOOR, cast, dot, live, load_rows, load_vector, negatives
 A, B, S, POS, V, LOSS_OF_ROW, LOGITS, UNSCALE = (tl.constexpr(k) for k in range(8))
 VECTORS = tl.constexpr(8)
 # read a value at a time, so that their alignment need not be looked at
-VECTORS_OF_CALLERS = ("TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr", "OFFSET_ptr")
+VECTORS_OF_CALLERS = (
+    "TARGET_ptr", "XI_ptr", "YI_ptr", "TEMPERATURE_ptr", "WEIGHT_ptr", "OFFSET_ptr", "LOSS_ptr", "DT_ptr"
+)  # fmt: skip
 
 
 @triton.jit
@@ -265,15 +267,39 @@ def write_products(
         tl.store(ptrs, acc, mask=(offs_m < size)[:, None] & (offs_d < D)[None, :])
 
 
+@triton.jit
+def write_sums(
+    WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of the losses and, where asked for, `temperature_gradient` of backends/row_losses.py."""
+    BLOCK: tl.constexpr = 256
+    loss, logits = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    for start in range(0, size, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        inside = offs < size
+        loss += tl.load(WORK_ptr + LOSS_OF_ROW * size + offs, mask=inside, other=0.0)
+        if DT_ptr is not None:
+            of_row = tl.load(WORK_ptr + LOGITS * size + offs, mask=inside, other=0.0)
+            if PER_ROW:
+                t = tl.load(TEMPERATURE_ptr + offs * stride_t, mask=inside, other=1.0)
+                tl.store(DT_ptr + offs, divided(-of_row, t), mask=inside)
+            else:
+                logits += of_row
+    tl.store(LOSS_ptr, tl.sum(loss, 0))
+    if DT_ptr is not None and not PER_ROW:
+        tl.store(DT_ptr, divided(-tl.sum(logits, 0), tl.load(TEMPERATURE_ptr)))
+
+
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
 def dense_gradient_kernel(
-    C_ptr, X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr, DX_ptr, DY_ptr,
+    C_ptr, X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr, LOSS_ptr, DT_ptr, DX_ptr, DY_ptr,
     size, D, stride_cm, stride_xm, stride_yn, stride_t,
-    zero_row: tl.constexpr, SCALED: tl.constexpr, MUTUAL: tl.constexpr, NORMALIZE: tl.constexpr,
+    zero_row: tl.constexpr, PER_ROW: tl.constexpr, SCALED: tl.constexpr, MUTUAL: tl.constexpr, NORMALIZE: tl.constexpr,
     UNSCALED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of both sides in the accumulator's dtype: of x where program_id(1) is 0, of y where it is 1.
+    """Write the loss, the temperature's gradient, and those of both sides in the accumulator's dtype: of x where
+    program_id(1) is 0, of y where it is 1. Only what there are pointers for is written.
 
     Rows of sums over C are finished where they lie, once they are whole.
     """
@@ -281,6 +307,8 @@ def dense_gradient_kernel(
     V_ptr, UNSCALE_ptr = WORK_ptr + V * size, None
     if UNSCALED:
         UNSCALE_ptr = WORK_ptr + UNSCALE * size
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        write_sums(WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW, ACC)
     if tl.program_id(1) == 0:
         if DX_ptr is not None:
             write_products(

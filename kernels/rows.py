@@ -51,7 +51,7 @@ def side_kernel(
     POS      pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
     B        with NORMALIZE: b_y = 1 / max(|y_y|, eps), of keys that are targets
 
-    Without NORMALIZE a and b are given, or 1.
+    Without NORMALIZE a and b are given, or 1. Where t is not positive and finite all that is made of it is NaN.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < size_x
@@ -83,6 +83,7 @@ def side_kernel(
         a = load_vector(A_ptr, offs_m, size_x, 1.0, ACC)
     if TEMPERATURE_ptr is not None:
         t = tl.load(TEMPERATURE_ptr + offs_m * stride_t, mask=inside, other=1.0)
+        t = tl.where((t > 0.0) & (t < float("inf")), t, float("nan"))
         if S_ptr is not None:
             tl.store(S_ptr + offs_m, divided(tl.full(t.shape, log2e, ACC), t), mask=inside)
         if W_ptr is not None:

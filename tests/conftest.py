@@ -87,6 +87,14 @@ def triton_device():
     return "cpu" if INTERPRETED else "cuda"
 
 
+@pytest.fixture
+def precision():
+    """What PyTorch is told of float32 products, as it was before the test afterwards."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(autouse=True)
 def fresh_plans():
     """Forget the plans of earlier tests, which may have changed the thresholds and the limit that they rest on."""

@@ -299,8 +299,8 @@ class OnePass(NamedTuple):
 
     inputs: the gradients, or with `kept` their sums over all scores, aligned with `Problem.inputs`, in the accumulator
         dtype; None where not wanted, and for paired keys, whose gradients are still to be made
-    logits: sum_j (s_ij - c_j) dL/ds_ij of each row, (N,), of which the temperature's gradient is made; None where not
-        wanted
+    temperature: the gradient of `Temperature.given`, in its shape, that of `row_losses.temperature_gradient` from
+        sum_j (s_ij - c_j) dL/ds_ij of each row; None where not wanted; always finished
     kept: what `Backend.finished` needs beside the sums; empty where the gradients are finished
     biases, offset: the gradients of `Problem.biases`, None where not wanted, and that of `Problem.offset`, if there is
         one; always finished
@@ -309,7 +309,7 @@ class OnePass(NamedTuple):
 
     loss: Tensor
     inputs: list[Tensor | None]
-    logits: Tensor | None
+    temperature: Tensor | None
     kept: Sequence[Tensor] = ()
     biases: Sequence[Tensor | None] = ()
     offset: Tensor | None = None

@@ -48,14 +48,14 @@ class Recorded:
         self, problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
     ) -> OnePass:
         weight = _as_tensor(weight, problem)
-        value, logits, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
+        value, of_t, *rest = onepass(*flatten(problem, plan), loss, weight, wanted)
         rows, added = len(problem.inputs), len(problem.added)
         grads, more, kept = rest[:rows], rest[rows : rows + added], rest[rows + added :]
         there = _summed(problem, wanted, len(kept) > 0)
         biases = _none_if_empty(more[: len(problem.biases)], wanted[rows:-1])
         offset = None if problem.offset is None else more[-1]
-        logits = logits if wanted[-1] else None
-        return OnePass(value, _none_if_empty(grads, there), logits, kept, biases, offset)
+        of_t = of_t if wanted[-1] else None
+        return OnePass(value, _none_if_empty(grads, there), of_t, kept, biases, offset)
 
     def finished(
         self, problem: Problem, plan: Plan, sums: Sequence[Tensor | None], kept: Sequence[Tensor], upstream: Tensor,
@@ -175,7 +175,7 @@ def onepass(
     problem = Problem.of(tensors, *flags)
     result = load(backend).onepass(problem, _plan(plan, sizes), loss, _as_given(weight, problem), wanted)
     more = [*result.biases, *([] if problem.offset is None else [result.offset])]
-    rest = _apart([result.logits, *result.inputs, *more, *result.kept])
+    rest = _apart([result.temperature, *result.inputs, *more, *result.kept])
     return _or_empty([result.loss, *rest], problem.temperature.values)
 
 
@@ -191,7 +191,7 @@ def _(
     there = _summed(problem, wanted, bool(kept)) + list(wanted[len(problem.inputs) : -1])
     grads = _like_inputs(problem, [acc if wanted_too else None for wanted_too in there])
     offset = [] if problem.offset is None else [torch.empty_like(problem.offset)]
-    return [t.new_empty(()), t.new_empty(query.shape[0] if wanted[-1] else 0), *grads, *offset, *kept]
+    return [t.new_empty(()), t.new_empty(t.shape[0] if wanted[-1] else 0), *grads, *offset, *kept]
 
 
 @library.custom_op("fused_infonce::finished", mutates_args=())

@@ -72,8 +72,12 @@ def loss_and_slope(loss: str, x: Tensor, weight: Tensor | float) -> tuple[Tensor
 
 
 def temperature_gradient(logits: Tensor, temperature: Temperature) -> Tensor:
-    """Return `dL/dt_i = -(sum_j s_ij dL/ds_ij) / t_i` in the temperature's shape; logits: the sum of each row, (N,)."""
+    """Return `dL/dt_i = -(sum_j s_ij dL/ds_ij) / t_i` in the shape of what is given; logits: the sum of each row, (N,).
+
+    kernels/dense.py has it too.
+    """
+    given = temperature.as_given()
     if not temperature.is_shared():
-        return -logits / temperature.values
-    t = temperature.values if temperature.lowest is None else temperature.lowest
-    return logits.sum(0, keepdim=True).div_(-t)
+        return -logits / given
+    t = given if temperature.lowest is None else temperature.lowest
+    return logits.sum(0, keepdim=given.dim() > 0).div_(-t)

@@ -126,10 +126,10 @@ def temperature_of_scale(logit_scale: Any, features: Tensor) -> float | Tensor:
     """Return 1 / scale, checked, in the dtype of the statistics where it is a tensor."""
     if not isinstance(logit_scale, Tensor):
         return 1 / checks.positive_float("logit_scale", logit_scale)
-    scale, least = checks.scale_tensor("logit_scale", logit_scale, features)
-    if least is not None and scale.numel() == 1 and not (scale.requires_grad and torch.is_grad_enabled()):
+    least = checks.scale_tensor("logit_scale", logit_scale, features)
+    if least is not None and logit_scale.numel() == 1 and not (logit_scale.requires_grad and torch.is_grad_enabled()):
         return 1 / least
-    return scale.to(statistics_dtype(features)).reciprocal()
+    return logit_scale.to(statistics_dtype(features)).reciprocal()
 
 
 def bias_of(logit_bias: Any) -> Tensor | None:

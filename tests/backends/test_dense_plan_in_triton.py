@@ -12,7 +12,7 @@ from oracles import views
 from support.helpers import DEVICE, TRITON, Inputs, bounds, embeddings, error, loss_scale, watch_plans
 from torch import Tensor
 
-from fused_infonce import decoupled_info_nce, explain, info_nce, nt_xent
+from fused_infonce import checks, decoupled_info_nce, explain, info_nce, nt_xent
 from fused_infonce.backends import plan, registry
 
 KINDS = ("one direction", "both", "self-similarity")
@@ -78,6 +78,22 @@ def test_losses_and_gradients_keep_the_bounds(
     assert {chosen.name for chosen in plans} == {"dense"}
 
 
+@pytest.mark.interpreter
+@kinds
+def test_tiles_that_tensor_cores_multiply_in_tf32(kind: str, precision, monkeypatch) -> None:
+    """A GPU's, over ragged rows and lengths, of which the interpreter makes float32 products."""
+    from fused_infonce.backends.triton import dense, tiles
+
+    monkeypatch.setattr(tiles, "architecture", lambda _: "sm_90")
+    precision("high")
+    monkeypatch.setattr(dense, "KINDS", {})
+    a, b, _ = embeddings("loose", 75, 140)
+    check(kind, a.float(), b.float(), 0.05, "cpu")
+    ((*_, kind_of_call),) = dense.KINDS.values()
+    assert "tf32" in kind_of_call.rest
+    assert kind_of_call.grid[0] == -(-75 * (1 + (kind == "self-similarity")) // 16)
+
+
 @device
 @kinds
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -121,6 +137,30 @@ def test_rows_may_have_temperatures_of_their_own(kind: str, device: str) -> None
     assert error(loss, want) <= 1e-12
     for grad, slope in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, exact), strict=True):
         assert error(grad, slope) <= 1e-10
+
+
+@device
+@pytest.mark.parametrize("shape", [(), (1,), (40,)], ids=str)
+@pytest.mark.parametrize("bad", [0.0, -0.1, torch.nan, torch.inf])
+def test_a_temperature_that_is_not_read_is_nan_where_it_is_bad(
+    shape: tuple[int, ...], bad: float, device: str, monkeypatch
+) -> None:
+    """As on a GPU, where kernels see to it; a good one gives what one does that is read."""
+    a, b = (torch.randn(40, 24, device=device) for _ in range(2))
+
+    def run(value: Tensor) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in (a, b, value)]
+        loss = ours("both" if shape == () else "one direction", *inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    t = torch.full(shape, 0.1, device=device)
+    want = run(t)
+    monkeypatch.setattr(checks, "values_are_free", lambda _: False)
+    for x, y in zip(run(t), want, strict=True):
+        assert x.shape == y.shape
+        torch.testing.assert_close(x, y)
+    t.view(-1)[:1] = bad
+    assert all(x.isnan().any() for x in run(t))
 
 
 @device

@@ -32,14 +32,6 @@ def test_every_architecture_has_a_tile():
                     assert kernel != "gradient" or d <= tile.block_d < 2 * max(d, 16)
 
 
-@pytest.fixture
-def precision():
-    """What PyTorch is told of float32 products, as it was before the test afterwards."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 def test_float32_rows_have_larger_tiles_where_tf32_is_allowed(monkeypatch, precision):
     from fused_infonce.backends.triton import launch, tiles
 

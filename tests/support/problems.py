@@ -172,12 +172,12 @@ def with_segments(problem: Problem, shared: int | None = None, own: int | None =
 
 
 def one_pass(problem: Problem, plan: Plan, weight: Tensor | float, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Return the InfoNCE loss, the logits and the gradients in the accumulator dtype, of an upstream of 1."""
+    """Return the InfoNCE loss, the gradient of the temperature and, in the accumulator dtype, those of the inputs."""
     result = backend.onepass(problem, plan, "infonce", weight, wanted)
     dtypes = [problem.acc_dtype if want else None for want in wanted[:-1]]
     one = torch.ones((), dtype=problem.acc_dtype)
     return [
         result.loss,
-        result.logits,
+        result.temperature,
         *backend.finished(problem, plan, result.inputs, result.kept, one, dtypes),
     ]

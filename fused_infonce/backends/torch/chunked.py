@@ -18,7 +18,7 @@ from torch import Tensor
 from ..contract import OnePass, Problem, RowStatistics, Statistics, Upstream
 from ..indexing import part_of
 from ..plan import Plan
-from ..row_losses import loss_and_slope
+from ..row_losses import loss_and_slope, temperature_gradient
 from . import small
 from .work import Chunk, State, Tile, Work, finite, log_sum, merge, over_chunks, statistics_of
 
@@ -150,12 +150,10 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     total = torch.cat(losses).sum() if len(losses) > 1 else losses[0].sum()
     offset = None if problem.offset is None else -torch.cat(slopes, -1)
     rows = [[torch.cat(vectors) for vectors in zip(*parts, strict=True)] for parts in zip(*found, strict=True)]
-    of_t = _joined(logits) if temperature else None
+    of_t = None
+    if temperature:
+        of_t = temperature_gradient(logits[0] if len(logits) == 1 else torch.cat(logits), problem.temperature)
     return OnePass(total, grads, of_t, (), [bias.finish() for bias in work.biases], offset, rows)
-
-
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
 
 
 class _Scored:

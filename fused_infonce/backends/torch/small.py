@@ -22,7 +22,7 @@ from ..contract import LN2, LOG2E, KeySet, OnePass, Problem, RowStatistics, Stat
 from ..indexing import same_ids
 from ..plan import DENSE, Plan
 from ..precision import EXPONENT_ROOM
-from ..row_losses import ROW_LOSSES, weighted
+from ..row_losses import ROW_LOSSES, temperature_gradient, weighted
 from ..rows import Rows
 from .keys import Guide
 from .value import value
@@ -378,13 +378,13 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     row, column, v = (*factor.unbind(), slope.sum(0)) if problem.columns else (factor, None, slope)
     w = dense.coefficients(exponentials, row, column, v, sign=-1, spare=False)
     sides = dense.gradients(w, [inputs[0] or temperature, *inputs[1:]], share * dense.inv_t)
-    logits = None
+    of_t = None
     if temperature:  # x_i . G_i = u_i mean_i + v_i pos_i; where the keys are the queries, that of both sides
         logits = torch.linalg.vecdot(sides[0], dense.x)
-        logits = logits.div_(2) if dense.same else logits
+        of_t = temperature_gradient(logits.div_(2) if dense.same else logits, problem.temperature)
     dense.finish()
     offset = None if problem.offset is None else slope * -share
-    return OnePass(total, dense.by_input(sides, inputs), logits, (), dense.by_bias(biases, share), offset, rows)
+    return OnePass(total, dense.by_input(sides, inputs), of_t, (), dense.by_bias(biases, share), offset, rows)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -12,7 +12,7 @@ from ..contract import LOG2E, OnePass, Problem, RowStatistics, Statistics, Upstr
 from ..indexing import part_of, slices
 from ..plan import Plan
 from ..precision import EXPONENT_ROOM
-from ..row_losses import loss_and_slope
+from ..row_losses import loss_and_slope, temperature_gradient
 from . import dense, launch, paired, tiles
 from .accumulate import Sums, streaming, workspace
 from .coefficients import block_of, combine, write_exponentials, write_scores
@@ -136,11 +136,11 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
                 sums.of[0] *= factor[:, None]
             work = replace(work, query=replace(query, shift=rows_found.maximum, weight=u / t * rows_found.scale))
             paired_gradients(work, sums.of, None, [problem.acc_dtype if wanted[0] else None, *[None] * len(wanted[2:])])
-        logits = u * (rows_found.mean - pos) if wanted[-1] else None
+        of_t = temperature_gradient(u * (rows_found.mean - pos), problem.temperature) if wanted[-1] else None
         v = -u
         rows_of = [rows_found[:3]] if plan.record else []
         return OnePass(
-            joined(losses, pos).sum(), summed(work, sums, wanted), logits, to_keep(work, v, factor),
+            joined(losses, pos).sum(), summed(work, sums, wanted), of_t, to_keep(work, v, factor),
             [None] * len(problem.biases), None if offset is None else v, rows_of,
         )  # fmt: skip
 
@@ -195,15 +195,16 @@ def both_directions(
             sums.add(0, query, slice(0, len(query)), c, key.rows)
         if wanted[1]:
             sums.add(1, key, slice(0, len(key)), c.T, query.rows)
-    logits = None
+    of_t = None
     if wanted[-1]:
         logits = u * (found[0].mean - pos) + column_u * (found[1].mean - pos)
+        of_t = temperature_gradient(logits, problem.temperature)
     kept = to_keep(work, -(u + column_u), torch.ones_like(u))  # C has no factor to come
     slopes = None if offset is None else -torch.stack([u, column_u])
     rows = [each[:3] for each in found] if plan.record else []
     total = value.sum() + column_value.sum()
     biases = [None] * len(problem.biases)
-    return OnePass(total, summed(work, sums, wanted), logits, kept, biases, slopes, rows)
+    return OnePass(total, summed(work, sums, wanted), of_t, kept, biases, slopes, rows)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from ...kernels.dense import (
-    LOGITS,
-    LOSS_OF_ROW,
     POS,
     VECTORS,
     dense_coefficients_kernel,
@@ -32,8 +30,6 @@ from .work import unshifted
 
 FLOAT16_ROOM = 14.0  # as in backend.py
 MOST_KINDS = 1024  # of calls, whose kernels are remembered
-LOSSES: int = LOSS_OF_ROW.value
-LOGITS_OF_ROWS: int = LOGITS.value
 POSITIVES: int = POS.value
 
 
@@ -87,7 +83,7 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     )  # fmt: skip
     kind = KINDS.get(key)
     if kind is None:
-        kind = kind_of(problem, plan, loss, factor, each, ids_a_row(ids, x), gradients, temperature or plan.record)
+        kind = kind_of(problem, plan, loss, factor, each, ids_a_row(ids, x), wanted)
         if len(KINDS) == MOST_KINDS:
             KINDS.clear()
         KINDS[key] = kind
@@ -107,11 +103,10 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
     grads = [
         torch.empty_like(x, dtype=acc, memory_format=torch.contiguous_format) if want else None for want in wanted[:-1]
     ]
-    if gradients:
-        kind.gradient(c, x, y, target, t, work, *grads)
-    logits = work.narrow(0, LOGITS_OF_ROWS * n, n) if temperature else None
+    total, of_t = t.new_empty(()), torch.empty_like(t) if temperature else None
+    kind.gradient(c, x, y, target, t, work, total, of_t, *grads)
     rows = rows_of(work, n, kind.across) if plan.record else []
-    return OnePass(work.narrow(0, LOSSES * n, n).sum(), grads, logits, offset=of_offset, rows=rows)
+    return OnePass(total, grads, of_t, offset=of_offset, rows=rows)
 
 
 def rows_of(work: Tensor, n: int, across: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -124,13 +119,13 @@ def rows_of(work: Tensor, n: int, across: int) -> list[tuple[Tensor, Tensor, Ten
 def call_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, tuple[Any, ...]]:
     """Return the rows of queries and keys, the temperature and the targets as kernels read them, whether rows have
     norms or scales, and a key that holds all that Triton asks of these."""
-    query, key, target, t = problem.query, problem.keys[0], problem.target, problem.temperature.values
+    query, key, target, t = problem.query, problem.keys[0], problem.target, problem.temperature.as_given()
     x = contiguous_rows(query.rows)
     y = x if problem.self_similar else contiguous_rows(key.rows)
     target = None if target is None else target.contiguous()
     scaled, dtype = problem.normalize or query.scale is not None or key.scale is not None, x.dtype
     return x, y, t, target, scaled, (
-        x.device, dtype, x.shape, x.stride(), y.stride(), x.data_ptr() % 16, y.data_ptr() % 16, t.shape[0],
+        x.device, dtype, x.shape, x.stride(), y.stride(), x.data_ptr() % 16, y.data_ptr() % 16, t.numel(),
         target is None, problem.normalize, scaled,
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,
     )  # fmt: skip
@@ -152,17 +147,17 @@ def kind_of(
     weight: float,
     each: Tensor | None,
     ids: int,
-    gradients: bool,
-    temperature: bool,
+    wanted: Sequence[bool],
 ) -> Kind:
     """Return the launches of a kind of calls."""
+    gradients, mean = True in wanted[:-1], wanted[-1] or plan.record
     x, y, t, target, scaled, _ = call_of(problem)
     (n, d), normalize, same, columns = x.shape, problem.normalize, problem.self_similar, problem.columns
     arch, acc, dot, half = tiles.architecture(x.device), acc_of(x), dot_of(x), x.dtype == torch.float16
     width = cdiv(n, 16) * 16  # elements of a row of scores in memory, so many that several are moved at once
-    tile, whole = (tiles.tile(arch, name, x.dtype, d) for name in ("dense", "dense_gradient"))
+    tile, whole = (tiles.tile(arch, name, x.dtype, d, dot == "tf32") for name in ("dense", "dense_gradient"))
     down, across = cdiv(n, tile.block_m), cdiv(n, tile.block_n)
-    strides, stride_t = (x.stride(0), y.stride(0)), int(t.shape[0] > 1)
+    strides, stride_t = (x.stride(0), y.stride(0)), int(t.numel() > 1)
     stride_w = int(each is not None and len(each) > 1)
     pairs = (scaled, int(target is not None), target is None or same, ids, columns, same, unshifted(problem, plan))
     zero_row = 1 / EPS if normalize else math.inf
@@ -174,7 +169,7 @@ def kind_of(
             scaled, same, acc, block_m, block_d,
         ),
         Launch(
-            dense_scores_kernel, (down, across, 1), n, d, *strides, width, *pairs, temperature or not pairs[-1], acc,
+            dense_scores_kernel, (down, across, 1), n, d, *strides, width, *pairs, mean or not pairs[-1], acc,
             dot, tile.block_m, tile.block_n, tile.block_d, num_warps=tile.warps, num_stages=tile.stages,
         ),
         Launch(
@@ -184,8 +179,9 @@ def kind_of(
             num_warps=tile.warps,
         ),
         Launch(
-            dense_gradient_kernel, (cdiv(n, whole.block_m), 1 if same else 2, 1), n, d, width, *strides, stride_t,
-            zero_row, scaled, same, normalize, half, d <= whole.block_d, INTERPRETED, acc, dot, whole.block_m,
-            whole.block_n, whole.block_d, num_warps=whole.warps, num_stages=whole.stages,
+            dense_gradient_kernel, (max(cdiv(n, whole.block_m), 1) if gradients else 1, 1 if same else 2, 1), n, d,
+            width, *strides, stride_t, zero_row, stride_t > 0, scaled, same, normalize, half, d <= whole.block_d,
+            INTERPRETED, acc, dot, whole.block_m, whole.block_n, whole.block_d, num_warps=whole.warps,
+            num_stages=whole.stages,
         ),
     )  # fmt: skip

@@ -81,11 +81,13 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         },
         "dense": {
             "half": ((None, Tile(64, 128, 64, 8, 3)),),
+            "tf32": ((None, Tile(64, 128, 32, 8, 3)),),
             "single": ((None, Tile(64, 64, 32, 8, 2)),),
             "double": ((None, Tile(32, 32, 32, 4, 2)),),
         },
         "dense_gradient": {
             "half": ((None, Tile(64, 64, 128, 8, 3)),),
+            "tf32": ((None, Tile(16, 64, 128, 4, 2)),),
             "single": ((None, Tile(32, 32, 64, 8, 2)),),
             "double": ((None, Tile(16, 32, 32, 4, 2)),),
         },
