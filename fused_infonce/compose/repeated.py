@@ -68,10 +68,10 @@ def repeated(loss: F) -> F:
             loss, *rest, types, *kwargs, torch.is_grad_enabled(),
             x.shape, x.dtype, x.device, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad,
         )  # fmt: skip
-        if key not in remembered:
+        found = remembered.get(key, made)  # read once: another thread may clear it
+        if found is made:
             return _remembered(key, loss, args, kwargs)
-        found = remembered[key]
-        if found is None:
+        if not isinstance(found, Repeat):
             return loss(*args, **kwargs)
         t = Temperature(*found.temperature)
         if found.views:
