@@ -15,15 +15,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Options
-from .backends.contract import (
-    KeySet,
-    Problem,
-    RowStatistics,
-    Sigmoids,
-    Statistics,
-    Temperature,
-    Upstream,
-)
+from .backends.contract import KeySet, Problem, RowStatistics, Sigmoids, Statistics, Temperature, Upstream
 from .backends.ladder import Ladder, Profile
 from .backends.plan import Plan
 from .backends.precision import cast, product_dtype, times, without_autocast
