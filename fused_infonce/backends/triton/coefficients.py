@@ -158,7 +158,7 @@ def combine(
     written, shifts = cdiv(m, width) * width, x.shift is not None
     arch, acc = tiles.architecture(block.device), accumulator(block.dtype)
     a = None if x.inverse is None else part_of(x.inverse, rows)
-    block_m, block_n = tiles.block_tile(arch, sums=x_biases is not None or y_biases is not None)
+    block_m, block_n, warps = tiles.block_tile(arch, sums=x_biases is not None or y_biases is not None)
     of_x = None if x_biases is None else block.new_empty((cdiv(written, block_n), n), dtype=acc)
     of_y = None if y_biases is None else block.new_empty((cdiv(n, block_m), m), dtype=acc)
     sides: dict[str, Any] = {}
@@ -171,7 +171,8 @@ def combine(
         S_ptr=scores_of(block), C_ptr=block, A_ptr=a, B_ptr=y.inverse,
         XC_ptr=x.bias if both else None, YC_ptr=y.bias, DX_ptr=of_x, DY_ptr=of_y,
         size_x=n, size_y=m, columns=written, stride_cm=block.stride(0), zero_row=x.zero_row, CODES=CODES,
-        EMULATE=INTERPRETED, ACC=acc_of(block), BLOCK_M=block_m, BLOCK_N=block_n, **{**NO_COLUMNS, **sides},
+        EMULATE=INTERPRETED, ACC=acc_of(block), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        **{**NO_COLUMNS, **sides},
     )  # fmt: skip
     add_sums(x_biases, rows, of_x)
     add_sums(y_biases, slice(0, m), of_y)
