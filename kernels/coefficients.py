@@ -59,10 +59,11 @@ def tile_start(
 def exponentials_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, NX_ptr, NY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide,
     C_ptr, ROWS_ptr, COLUMNS_ptr, UX_ptr, BIAS_ptr,
-    row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm, code,
+    row_start, row_end, col_start, col_end, shift, D, stride_xm, stride_yn, stride_cm,
     zero_row: tl.constexpr, TARGET: tl.constexpr, DIAGONAL: tl.constexpr, IDS: tl.constexpr, PEEL: tl.constexpr,
-    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr,
+    GUIDE: tl.constexpr, BLOCK_G: tl.constexpr, MEAN: tl.constexpr, CODES: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Write b_j 2^(z_ij sx_i) / RAISE, to be multiplied by a factor of the row, and 0 for pairs that are no negatives.
 
@@ -71,9 +72,10 @@ def exponentials_kernel(
 
     With NX: of z_ij sx_i + yc_j - nx_i in place of z_ij sx_i, with the biases yc if there are any.
 
-    With COLUMNS: states of the columns over each block of rows go to slots of it, with NY and xc likewise, and the
-    scores z_ij sx_i themselves are written, since what turns exponentials into coefficients is of their row and their
-    column then; see `encoded`.
+    With CODES, an integer that stands for a cosine of 1: the scores z_ij sx_i themselves are written, see `encoded`,
+    where what turns exponentials into coefficients is of their row and their column, or where a sum over rows is to be
+    made of exponentials that nothing has rounded. With COLUMNS: states of the columns over each block of rows go to
+    slots of it, with NY and xc likewise.
 
     With BIAS: with the logit z_ij sx_i + bias log2(e) of a pair its sigmoid is in place of the exponential, and the
     coefficient ux_i a_i b_j sigmoid_ij is written, or nothing without C; the first vector of a state is then the sum of
@@ -118,18 +120,19 @@ def exponentials_kernel(
             w *= load_vector(UX_ptr, offs_m, row_end, 1.0, ACC)
             c = (p * w[:, None]) * live(b, zero_row)[None, :]
             write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
-    elif COLUMNS_ptr is None:
+    elif not CODES:
         c = p * (live(b, zero_row) * (1 / RAISE))[None, :]
         write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
     else:
-        none = tl.zeros((BLOCK_N,), ACC)
-        if NY_ptr is not None:
-            p = tl.exp2(shifted(s, NY_ptr, offs_n, col_end, XC_ptr, offs_m, row_end, 0, ACC))
-        x = none
-        if MEAN:
-            x = tl.sum(p * s, 0)
-        store_state(COLUMNS_ptr, pid_m, offs_n, col_end, none, tl.sum(p, 0), x)
-        c = encoded(s, code, C_ptr.dtype.element_ty)
+        if COLUMNS_ptr is not None:
+            none = tl.zeros((BLOCK_N,), ACC)
+            if NY_ptr is not None:
+                p = tl.exp2(shifted(s, NY_ptr, offs_n, col_end, XC_ptr, offs_m, row_end, 0, ACC))
+            x = none
+            if MEAN:
+                x = tl.sum(p * s, 0)
+            store_state(COLUMNS_ptr, pid_m, offs_n, col_end, none, tl.sum(p, 0), x)
+        c = encoded(s, SX_ptr, offs_m, row_end, CODES, C_ptr.dtype.element_ty, ACC)
         if PEEL != "off" and C_ptr.dtype.element_ty == tl.int16:
             c = tl.where(keep, c, NO_NEGATIVE)
         write_tile(C_ptr, c, rows, pid_n * BLOCK_N, stride_cm, DOT, BLOCK_N)
@@ -145,13 +148,15 @@ def shifted(s, N_ptr, offs, size, C_ptr, scored, size_scored, AXIS: tl.constexpr
 
 
 @triton.jit
-def encoded(s, code, dtype: tl.constexpr):
-    """Return scores as `dtype` holds them: as they are, or as the integers next to `code s`, of at most 15 bits.
+def encoded(s, S_ptr, offs, size, CODES: tl.constexpr, dtype: tl.constexpr, ACC: tl.constexpr):
+    """Return scores as `dtype` holds them: as they are, or as the integers next to CODES times their cosine s_ij / s_i,
+    of at most 15 bits, whose step is the same at all temperatures.
 
     The last bits of a float32 of 3 2^22 and a small number are that number, rounded to the nearest integer.
     """
     if dtype == tl.int16:
-        s = (s * code + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
+        code = CODES / load_vector(S_ptr, tl.minimum(offs, size - 1), None, 1.0, ACC)
+        s = (s * code[:, None] + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
     return s
 
 
@@ -225,33 +230,49 @@ def store_sums(ptr, slot, offs, start, end, sums):
 
 @triton.jit
 def combine_kernel(
-    S_ptr, C_ptr, A_ptr, B_ptr, NX_ptr, UX_ptr, RX_ptr, NY_ptr, UY_ptr, RY_ptr, XC_ptr, YC_ptr, TEMPERATURE_ptr,
-    size_x, size_y, columns, stride_cm, step,
-    zero_row: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    S_ptr, C_ptr, A_ptr, B_ptr, SX_ptr, NX_ptr, UX_ptr, RX_ptr, SY_ptr, NY_ptr, UY_ptr, RY_ptr, XC_ptr, YC_ptr, DX_ptr,
+    DY_ptr,
+    size_x, size_y, columns, stride_cm,
+    zero_row: tl.constexpr, CODES: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Turn the scores of both directions into C_ij = a_i b_j (ux_i rx_i + uy_j ry_j) / t 2^s_ij, rounded once.
+    """Turn scores into C_ij = a_i b_j (ux_i rx_i / tx_i + uy_j ry_j / ty_j) 2^s_ij, rounded once.
 
-    S and C are the same memory, written up to `columns`; the temperature is one for all rows, and every maximum is 0.
-    With NX and NY: those are the maxima, and with the biases xc and yc, if there are any, each direction has an
-    exponential of its own, 2^(s_ij + yc_j - nx_i) or 2^(s_ij + xc_i - ny_j).
+    S and C are the same memory, written up to `columns`. Without NX every maximum is 0, and 2^s_ij serves both
+    directions. NX and NY are the maxima; with them and the biases xc and yc, if there are any, each direction has an
+    exponential of its own, 2^(s_ij + yc_j - nx_i) or 2^(s_ij + xc_i - ny_j). Without UY there is that of rows alone.
+
+    DY: sums of ux_i rx_i 2^(s_ij + yc_j - nx_i) over each block of rows go to slots of it, which are the gradients of
+    the biases yc. DX: likewise with uy_j ry_j over each block of columns, those of xc.
     """
     across = tl.cdiv(columns, BLOCK_N)
-    offs_m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
-    inverse_t = 1.0 / tl.load(TEMPERATURE_ptr)
+    pid_m, pid_n = tl.program_id(0) // across, tl.program_id(0) % across
+    offs_m, offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a = live(load_vector(A_ptr, offs_m, size_x, 1.0, ACC), zero_row)
     b = live(load_vector(B_ptr, offs_n, size_y, 1.0, ACC), zero_row)
-    wx = load_vector(UX_ptr, offs_m, size_x, 0.0, ACC) * load_vector(RX_ptr, offs_m, size_x, 0.0, ACC) * inverse_t * a
-    wy = load_vector(UY_ptr, offs_n, size_y, 0.0, ACC) * load_vector(RY_ptr, offs_n, size_y, 0.0, ACC) * inverse_t * b
+    sx = load_vector(SX_ptr, offs_m, size_x, 1.0, ACC)
+    ux = load_vector(UX_ptr, offs_m, size_x, 0.0, ACC) * load_vector(RX_ptr, offs_m, size_x, 0.0, ACC)
+    wx = sx * (1 / LOG2E) * a
+    if UY_ptr is not None:
+        uy = load_vector(UY_ptr, offs_n, size_y, 0.0, ACC) * load_vector(RY_ptr, offs_n, size_y, 0.0, ACC)
+        wy = load_vector(SY_ptr, offs_n, size_y, 1.0, ACC) * (1 / LOG2E) * b
     inside = (offs_m[:, None] < size_x) & (offs_n[None, :] < columns)
     offs = offs_m.to(tl.int64)[:, None] * stride_cm + offs_n[None, :]
-    s = tl.load(S_ptr + offs, mask=inside, other=0)
     if S_ptr.dtype.element_ty == tl.int16:
-        s = tl.where(s == NO_NEGATIVE, FLOOR, s.to(ACC) * step)
-    if NX_ptr is None:
-        c = both_directions(tl.exp2(s), a, wx, b, wy)
+        s = tl.load(S_ptr + offs, mask=inside, other=NO_NEGATIVE)
+        s = tl.where(s == NO_NEGATIVE, FLOOR, s.to(ACC) * (sx * (1 / CODES))[:, None])
     else:
-        of_rows = tl.exp2(shifted(s, NX_ptr, offs_m, size_x, YC_ptr, offs_n, size_y, 1, ACC))
-        of_columns = tl.exp2(shifted(s, NY_ptr, offs_n, size_y, XC_ptr, offs_m, size_x, 0, ACC))
-        c = (of_rows * wx[:, None]) * b[None, :] + (of_columns * wy[None, :]) * a[:, None]
+        s = tl.load(S_ptr + offs, mask=inside, other=FLOOR)
+    if NX_ptr is None:
+        c = both_directions(tl.exp2(s), a, ux * wx, b, uy * wy)
+    else:
+        e = tl.exp2(shifted(s, NX_ptr, offs_m, size_x, YC_ptr, offs_n, size_y, 1, ACC)) * ux[:, None]
+        c = (e * wx[:, None]) * b[None, :]
+        if DY_ptr is not None:
+            store_sums(DY_ptr, pid_m, offs_n, 0, size_y, tl.sum(e, 0))
+        if UY_ptr is not None:
+            e = tl.exp2(shifted(s, NY_ptr, offs_n, size_y, XC_ptr, offs_m, size_x, 0, ACC)) * uy[None, :]
+            c += (e * wy[None, :]) * a[:, None]
+            if DX_ptr is not None:
+                store_sums(DX_ptr, pid_n, offs_m, 0, size_x, tl.sum(e, 1))
     tl.store(C_ptr + offs, cast(c, C_ptr.dtype.element_ty, EMULATE), mask=inside)

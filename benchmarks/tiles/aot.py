@@ -84,7 +84,7 @@ class Case:
     # "views": rows of two views against one another;
     # "bounded ...": plain, columns and views where every exponential fits and no mean is needed, but with "mean";
     # "few ...": so few rows that tiles on a diagonal have no launches of their own;
-    # "biased ...": where keys, and with columns queries, have biases, with gradients or in one pass;
+    # "biased ...": where keys, and with columns queries, have biases; "learned ...": of which one pass makes gradients;
     # "columns margin": columns where positives have a margin;
     # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without;
     # "profile", "profile of general": a ladder of 17 temperatures
@@ -169,8 +169,10 @@ def launches(case: Case) -> list[Launch]:
     n, d, acc = 512 if few else 4096, case.d, accumulator(dtype)
     x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     general, indexed = "general" in case.variant, case.variant == "indexed"
+    learned, bounded = "learned" in case.variant, "bounded" in case.variant
     names, guide = (ids if general or indexed else None), (x if case.variant == "guided" else None)
-    biases = [torch.zeros(shape, dtype=acc) if "biased" in case.variant else None for shape in ((n,), (n, 16))]
+    biased = learned or "biased" in case.variant
+    biases = [torch.zeros(shape, dtype=acc) if biased else None for shape in ((n,), (n, 16))]
     keys = [KeySet(x.clone(), names, guide, bias=biases[0])]
     places = torch.zeros(n, 16, dtype=torch.int64)
     if indexed:
@@ -197,7 +199,6 @@ def launches(case: Case) -> list[Launch]:
         of_rows = [dtype, None if indexed else dtype, *[dtype] * (len(keys) - 1)]
         streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
         for name in ("streaming", "workspace") if streams else ("workspace",):
-            bounded = "bounded" in case.variant
             mean = not bounded or "mean" in case.variant
             plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=mean)
             statistics = backend.statistics(problem, plan)
@@ -205,7 +206,7 @@ def launches(case: Case) -> list[Launch]:
             backend.gradients(problem, plan, statistics, upstream, [*of_rows, *[acc] * len(problem.biases)])
         if not problem.self_similar and (bounded or problem.biases or not problem.columns):
             plan = Plan("onepass", n, n, 1 << 28, 0, "")
-            wanted = [*(want is not None for want in of_rows), *[False] * len(problem.biases), not bounded]
+            wanted = [*(want is not None for want in of_rows), *[learned] * len(problem.biases), not bounded]
             made = backend.onepass(problem, plan, "infonce", u, wanted)
             backend.finished(problem, plan, made.inputs, made.kept, u.sum(), of_rows)
         if problem.one_to_one and not general and not problem.biases:
@@ -326,8 +327,9 @@ def default_cases() -> Iterator[Case]:
     yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
     yield Case("sm_90", "bfloat16", 512, "bounded columns mean", ("statistics_kernel",))
     for target in ("sm_90", "gfx942"):
-        yield Case(target, "bfloat16", 256, "biased columns", (*TILED[:1], *TILED[2:4], "combine_kernel"))
+        yield Case(target, "bfloat16", 256, "learned columns", (*TILED[:1], *TILED[2:4], "combine_kernel"))
         yield Case(target, "bfloat16", 256, "biased general", (*PAIRED[1:], "exponentials_kernel", "scale_kernel"))
+        yield Case(target, "bfloat16", 256, "learned general", ("exponentials_kernel", "combine_kernel"))
     for target in DESCRIPTORS:
         yield Case(target, "bfloat16", 256, "plain", TILED[:4], tma=True)
         yield Case(target, "bfloat16", 256, "columns", ("statistics_kernel",), tma=True)

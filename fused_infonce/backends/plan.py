@@ -27,7 +27,7 @@ TRIANGULAR_SIDE = 6144  # at most, of a block on a GPU, whose diagonal is waste:
 PRODUCT_SHARE = 4  # this part of the limit is for library products that cannot be added to float32 in place
 GPU_DENSE = 2**24  # scores up to which a call on a GPU waits for its host: an estimate, not yet measured
 GPU_DENSE_WIDE = 2**20  # of float32 and float64, multiplied without tensor cores: an estimate, not yet measured
-GPU_BOTH_DIM = 256  # of both directions: below it a second product costs less than a pass over scores: an estimate
+GPU_SCORES_DIM = 256  # where scores are kept: below it a second product costs less than a pass over them: an estimate
 # The four below are by a model (python -m benchmarks.tiles.model, results/model.csv) and not yet measured.
 STREAMING_DIM = 32  # above it every other plan is ahead, since the masks and exponentials of three passes bound it
 STREAMING_ROWS = 4096  # below it too few programs to fill a GPU
@@ -135,7 +135,7 @@ class Call:
     guided: bool = False  # whether a guide's scores are made beside every block of scores
     biased: bool = False  # whether keys have biases as negatives
     scores_bounded: bool = False  # whether exp of every logit without its bias is known to fit, even where not with it
-    learned_biases: bool = False  # whether these have gradients, which no plan of one pass makes on a GPU
+    learned_biases: bool = False  # whether those of keys that all queries have have gradients
     joint: bool = False  # whether every key of every set is scored against every query: the scores are one matrix
     one_to_one: bool = False  # whether there is one set of keys, each of them the target of one query
     pairwise: bool = False  # whether a loss is a sum over pairs, so that every block of scores is final by itself
@@ -159,6 +159,11 @@ class Call:
     def value(self) -> bool:
         """Return whether the loss of pairs is all that is asked for, and each has negatives."""
         return self.reduced and self.plain and not self.gradients and self.m > 1 + self.self_similar
+
+    @property
+    def gpu_onepass_dim(self) -> int:
+        """Return the shortest rows of one pass in one direction; it keeps scores where biases have gradients."""
+        return GPU_SCORES_DIM if self.learned_biases else GPU_ONEPASS_DIM
 
     @property
     def both_at_once(self) -> bool:
@@ -195,11 +200,9 @@ TRITON: tuple[Rule, ...] = (
     ("triangular", lambda c: c.self_similar and c.d > STREAMING_DIM, 4, HALF),
     ("streaming", lambda c: c.self_similar, 5,
      "all rows are compared with one another, half of whose scores are made at first, and one pass serves both sides"),
-    ("workspace", lambda c: c.learned_biases, 8,
-     "biases of keys have gradients, which are added up before anything is rounded" + AGAIN),
-    ("onepass", lambda c: c.rows_alone and c.shifts_fit and c.d >= GPU_ONEPASS_DIM and _gpu_chunk(c) > 0, 6,
+    ("onepass", lambda c: c.rows_alone and c.shifts_fit and c.d >= c.gpu_onepass_dim and _gpu_chunk(c) > 0, 6,
      AT_ONCE),
-    ("onepass", lambda c: c.both_at_once and c.shifts_fit and c.joint and not c.guided and c.d >= GPU_BOTH_DIM
+    ("onepass", lambda c: c.both_at_once and c.shifts_fit and c.joint and not c.guided and c.d >= GPU_SCORES_DIM
      and 0 < c.n * _gpu_bytes(c) <= c.room, 6, ALL_FIT),
     ("workspace", lambda c: c.biased, 8,
      "keys have biases, and loss and gradients do not come in one pass" + AGAIN),

@@ -146,8 +146,9 @@ def plan_of(
         of_t = gradients = t.given is not None and t.given.requires_grad
         for x in leaves:
             gradients = gradients or x.requires_grad
-        for x in problem.biases:
-            of_biases = of_biases or x.requires_grad
+        if problem.biases:
+            for place, x in zip(problem.biased, problem.biases, strict=True):
+                of_biases = of_biases or (x.requires_grad and not problem.sets[place].is_paired())
     dtype, as_is = query.dtype, not problem.handles
     if torch.is_autocast_enabled(known.type):
         dtype, as_is = product_dtype(query), False

@@ -27,7 +27,7 @@ OPTIONS = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, and no lower bound on D."""
     for name, value in {
-        "GPU_BOTH_DIM": 1,
+        "GPU_SCORES_DIM": 1,
         "GPU_DENSE": 0,
         "GPU_DENSE_WIDE": 0,
         "GPU_ONEPASS_DIM": 1,

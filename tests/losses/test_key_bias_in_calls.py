@@ -173,14 +173,15 @@ def test_where_values_are_not_read_a_bad_bias_makes_nan(value, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [False, True])
-def test_plans_of_a_gpu_keep_their_flops_but_for_gradients_of_biases(columns):
+def test_plans_of_a_gpu_keep_their_flops(columns):
     sizes = {"backend": "triton", "device": "cuda", "n": 8192, "m": 8192, "d": 768, "itemsize": 2, "acc_itemsize": 4}
     flags = dict.fromkeys(("self_similar", "per_row"), False) | dict.fromkeys(("reduced", "plain", "joint"), True)
     sizes |= flags | {"columns": columns, "bounded": False, "scores_bounded": True, "biased": True, "limit": 1 << 30}
     assert plan.choose(**sizes, gradients=True).name == "onepass"
     assert plan.choose(**sizes, gradients=True).flops == 6
     assert plan.choose(**sizes, gradients=False).name == "forward"
-    for more, reason in (({"learned_biases": True}, "have gradients"), ({"scores_bounded": False}, "keys have biases")):
+    assert plan.choose(**sizes, gradients=True, learned_biases=True).flops == 6
+    for more in ({"learned_biases": True, "d": 128}, {"scores_bounded": False}):
         found = plan.choose(**sizes | more, gradients=True)
         assert found.name == "workspace"
-        assert reason in found.reason
+        assert "keys have biases" in found.reason

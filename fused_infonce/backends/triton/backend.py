@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..contract import LOG2E, OnePass, Problem, RowStatistics, Statistics, Upstream
+from ..contract import OnePass, Problem, RowStatistics, Statistics, Upstream
 from ..indexing import part_of, slices
 from ..plan import Plan
-from ..precision import EXPONENT_ROOM
 from ..row_losses import loss_and_slope, temperature_gradient
 from . import dense, launch, paired, tiles
 from .accumulate import Sums, streaming, workspace
@@ -89,60 +88,140 @@ def bias_gradients(problem: Problem, dtypes: Sequence[torch.dtype | None]) -> di
 
 
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
-    """Compute a reduced loss and its gradients from one product of the scores; see `Backend.onepass`.
-
-    Exponentials are written unshifted, b_j exp(s_ij), so they must fit the inputs' dtype: `plan` sees to that. With
-    biases they are less what `shifts` says. What turns them into coefficients is a factor f_i of the row, which
-    multiplies the products for the queries and the queries themselves in the products for the keys.
-    """
+    """Compute a reduced loss and its gradients from one product of the scores; see `Backend.onepass`."""
     with torch.cuda.device_of(problem.query.rows):
         if plan.name == "dense":
             return dense.onepass(problem, plan, loss, weight, wanted)
         work, pos = prepare(problem, plan, positives=True)
-        t, offset = problem.temperature.values, problem.offset
+        offset, directions = problem.offset, 1 + problem.columns
         assert pos is not None
-        if problem.columns:
-            return both_directions(work, pos, plan, loss, weight, wanted)
-        positives = pos if offset is None else pos + offset
+        positives = [pos] * directions if offset is None else [*(pos + offset).view(directions, len(pos))]
         states = [paired.paired_states(work.query, keys) for keys in work.paired.values()]
-        work = with_shifts(work, plan, [positives], states)
-        query, segments = work.query, list(work.segments)
-        blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
-        sums = Sums(plan.limit)
-        losses, slopes, factors, found = [], [], [], []
-        for rows in slices(len(query), plan.rows):
-            chunk = [
-                write_exponentials(block, query, keys, rows, excluded, wanted[-1] or plan.record)
-                for block, (_, keys, excluded) in zip(blocks, segments, strict=True)
-            ]
-            parts = [state for _, state in chunk] + [state[:, :, rows].contiguous() for state in states]
-            rows_pos, logits, w, rows_t = (part_of(x, rows) for x in (pos, positives, weight, t))
-            found.append(merged(parts[0] if len(parts) == 1 else torch.cat(parts), rows_pos))
-            value, u = loss_and_slope(loss, found[-1].neg - logits, w)
-            factor, scaled = scaled_rows(query, rows, u, found[-1], rows_t)
-            for (c, _), (index, keys, _) in zip(chunk, segments, strict=True):
+        work = with_shifts(work, plan, positives, states)
+        biases = bias_gradients(problem, [problem.acc_dtype if want else None for want in wanted[:-1]])
+        made = from_scores if problem.columns or biases.keys() & work.shared.keys() else from_exponentials
+        return made(work, pos, positives, states, biases, plan, loss, weight, wanted)
+
+
+def from_exponentials(
+    work: Work, pos: Tensor, positives: Sequence[Tensor], states: Sequence[Tensor], biases: dict[int, Tensor],
+    plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool],
+) -> OnePass:  # fmt: skip
+    """Compute the loss of rows and its gradients from exponentials that are rounded as they are made.
+
+    They are written unshifted, b_j exp(s_ij), so they must fit the inputs' dtype: `plan` sees to that. With biases they
+    are less what `shifts` says. What turns them into coefficients is a factor f_i of the row, which multiplies the
+    products for the queries and the queries themselves in the products for the keys.
+
+    pos, positives: the targets' logits without what is added to them, and with it. states: of the paired keys. biases:
+    the gradients of these keys' biases, which are written.
+    """
+    problem, query, segments = work.problem, work.query, list(work.segments)
+    blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
+    sums = Sums(plan.limit)
+    losses, slopes, factors, found = [], [], [], []
+    for rows in slices(len(query), plan.rows):
+        chunk = [
+            write_exponentials(block, query, keys, rows, excluded, wanted[-1] or plan.record)
+            for block, (_, keys, excluded) in zip(blocks, segments, strict=True)
+        ]
+        found.append(merged_rows([state for _, state in chunk], states, rows, pos))
+        logits, w, t = (part_of(x, rows) for x in (positives[0], weight, problem.temperature.values))
+        value, u = loss_and_slope(loss, found[-1].neg - logits, w)
+        factor, scaled = scaled_rows(query, rows, u, found[-1], t)
+        for (c, _), (index, keys, _) in zip(chunk, segments, strict=True):
+            if wanted[0]:
+                sums.add(0, query, rows, c, keys.rows)
+            if wanted[index]:
+                sums.add(index, keys, slice(0, len(keys)), c.T, scaled)
+        losses.append(value)
+        slopes.append(u)
+        factors.append(factor)
+    factor = joined(factors, pos)
+    if states and 0 in sums.of:  # what paired keys add to the queries' gradient has no such factor
+        sums.of[0] *= factor[:, None]
+    return collected(work, pos, sums, losses, [slopes], [found], factor, biases, plan, wanted)
+
+
+def from_scores(
+    work: Work, pos: Tensor, positives: Sequence[Tensor], states: Sequence[Tensor], biases: dict[int, Tensor],
+    plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool],
+) -> OnePass:  # fmt: skip
+    """Compute the loss of rows, or the mean of it and that of columns, and its gradients from scores that are kept.
+
+    They become coefficients where they lie, once what these are made of is known: for both directions, whose scores are
+    all there at once, after the last row. So a bias's gradient is a sum of coefficients that nothing has rounded: the
+    positive's, which is subtracted, may be all but 1/1000 of it.
+
+    The arguments are those of `from_exponentials`; biases: the gradients of all that are wanted.
+    """
+    problem, query, segments = work.problem, work.query, list(work.segments)
+    blocks = [block_of(query, keys, plan.rows, len(keys)) for _, keys, _ in segments]
+    sums, mean = Sums(plan.limit), wanted[-1] or plan.record
+    losses: list[Tensor] = []
+    slopes: list[list[Tensor]] = [[] for _ in positives]
+    found: list[list[RowStatistics]] = [[] for _ in positives]
+    for rows in slices(len(query), plan.rows):
+        chunk = [
+            write_scores(block, query, keys, rows, excluded, mean, problem.columns)
+            for block, (_, keys, excluded) in zip(blocks, segments, strict=True)
+        ]
+        here = [merged_rows([state for state, *_ in chunk], states, rows, pos)]
+        here += [merged(state, pos) for state in chunk[0][1:]]
+        made = [
+            loss_and_slope(loss, each.neg - part_of(logits, rows), part_of(weight, rows) / len(here))
+            for each, logits in zip(here, positives, strict=True)
+        ]
+        u = [slope for _, slope in made]
+        if any(wanted[:-1]):
+            for block, (index, keys, _) in zip(blocks, segments, strict=True):
+                c = combine(block, query, keys, rows, u, here, biases.get(0), biases.get(index))
                 if wanted[0]:
                     sums.add(0, query, rows, c, keys.rows)
                 if wanted[index]:
-                    sums.add(index, keys, slice(0, len(keys)), c.T, scaled)
-            losses.append(value)
-            slopes.append(u)
-            factors.append(factor)
+                    sums.add(index, keys, slice(0, len(keys)), c.T, part_of(query.rows, rows))
+        losses += [value for value, _ in made]
+        for direction, each in enumerate(here):
+            slopes[direction].append(u[direction])
+            found[direction].append(each)
+    return collected(work, pos, sums, losses, slopes, found, torch.ones_like(pos), biases, plan, wanted)
 
-        u, factor = joined(slopes, pos), joined(factors, pos)
-        rows_found = RowStatistics(*(joined(list(parts), pos) for parts in zip(*found, strict=True)))
-        if states:  # what paired keys add to the queries' gradient has no such factor
-            if 0 in sums.of:
-                sums.of[0] *= factor[:, None]
-            work = replace(work, query=replace(query, shift=rows_found.maximum, weight=u / t * rows_found.scale))
-            paired_gradients(work, sums.of, None, [problem.acc_dtype if wanted[0] else None, *[None] * len(wanted[2:])])
-        of_t = temperature_gradient(u * (rows_found.mean - pos), problem.temperature) if wanted[-1] else None
-        v = -u
-        rows_of = [rows_found[:3]] if plan.record else []
-        return OnePass(
-            joined(losses, pos).sum(), summed(work, sums, wanted), of_t, to_keep(work, v, factor),
-            [None] * len(problem.biases), None if offset is None else v, rows_of,
-        )  # fmt: skip
+
+def merged_rows(shared: Sequence[Tensor], states: Sequence[Tensor], rows: slice, pos: Tensor) -> RowStatistics:
+    """Return the statistics of some rows from their states over shared keys and those of all rows over paired keys."""
+    parts = [*shared, *(state[:, :, rows].contiguous() for state in states)]
+    return merged(parts[0] if len(parts) == 1 else torch.cat(parts), part_of(pos, rows))
+
+
+def collected(
+    work: Work, pos: Tensor, sums: Sums, losses: list[Tensor], slopes: Sequence[list[Tensor]],
+    found: Sequence[list[RowStatistics]], factor: Tensor, biases: dict[int, Tensor], plan: Plan, wanted: Sequence[bool],
+) -> OnePass:  # fmt: skip
+    """Return what chunks of rows have come to, with what paired keys add to the queries' gradient.
+
+    slopes, found: u and statistics of the chunks, by direction. factor: by which the queries' sums are multiplied.
+    """
+    problem = work.problem
+    u = [joined(parts, pos) for parts in slopes]
+    rows = [RowStatistics(*(joined(list(x), pos) for x in zip(*parts, strict=True))) for parts in found]
+    if work.paired:
+        weight = u[0] / problem.temperature.values * rows[0].scale
+        work = replace(work, query=replace(work.query, shift=rows[0].maximum, weight=weight))
+        of_queries = problem.acc_dtype if wanted[0] else None
+        paired_gradients(work, sums.of, None, [of_queries, *[None] * len(problem.keys)], biases)
+    v, logits = -u[0], None
+    if wanted[-1]:
+        logits = u[0] * (rows[0].mean - pos)
+    for slope, each in zip(u[1:], rows[1:], strict=True):
+        v = v - slope
+        logits = None if logits is None else logits + slope * (each.mean - pos)
+    of_t = None if logits is None else temperature_gradient(logits, problem.temperature)
+    return OnePass(
+        joined(losses, pos).sum(), summed(work, sums, wanted), of_t, to_keep(work, v, factor),
+        [biases.get(place) for place in problem.biased],
+        None if problem.offset is None else -u[0] if len(u) == 1 else -torch.stack(u),
+        [each[:3] for each in rows] if plan.record else [],
+    )  # fmt: skip
 
 
 def summed(work: Work, sums: Sums, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -166,45 +245,6 @@ def finished(
         saved = [index for index in accumulators if index not in spent]
         made |= finished_sides(work, accumulators, v * upstream, upstream, dtypes, of_queries, saved)
         return [made.get(index) for index in range(len(dtypes))]
-
-
-def both_directions(
-    work: Work, pos: Tensor, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]
-) -> OnePass:
-    """Compute the mean of the reduced losses of rows and columns, and its gradients, from one product of the scores.
-
-    Scores are written where all of them fit, since the factors of a column are known after the last row only, and
-    become coefficients where they lie.
-    """
-    problem = work.problem
-    offset = problem.offset
-    positives = (pos, pos) if offset is None else (pos + offset).unbind()
-    work = with_shifts(work, plan, positives)
-    query, key = work.query, work.shared[1]
-    block, mean = block_of(query, key, len(query), len(key)), wanted[-1] or plan.record
-    bound = min(problem.score_bound * LOG2E, EXPONENT_ROOM[query.rows.dtype])  # while recorded only the plan knows it
-    *states, step = write_scores(block, query, key, work.excluded, bound, mean)
-    found = [merged(state, pos) for state in states]
-    (value, u), (column_value, column_u) = (
-        loss_and_slope(loss, each.neg - each_pos, weight / 2) for each, each_pos in zip(found, positives, strict=True)
-    )
-    sums = Sums(plan.limit)
-    if wanted[0] or wanted[1]:
-        c = combine(block, query, key, (u, column_u), found, problem.temperature.values, step)
-        if wanted[0]:
-            sums.add(0, query, slice(0, len(query)), c, key.rows)
-        if wanted[1]:
-            sums.add(1, key, slice(0, len(key)), c.T, query.rows)
-    of_t = None
-    if wanted[-1]:
-        logits = u * (found[0].mean - pos) + column_u * (found[1].mean - pos)
-        of_t = temperature_gradient(logits, problem.temperature)
-    kept = to_keep(work, -(u + column_u), torch.ones_like(u))  # C has no factor to come
-    slopes = None if offset is None else -torch.stack([u, column_u])
-    rows = [each[:3] for each in found] if plan.record else []
-    total = value.sum() + column_value.sum()
-    biases = [None] * len(problem.biases)
-    return OnePass(total, summed(work, sums, wanted), of_t, kept, biases, slopes, rows)
 
 
 def joined(parts: list[Tensor], none: Tensor) -> Tensor:

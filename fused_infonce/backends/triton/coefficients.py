@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.coefficients import coefficients_kernel, combine_kernel, exponentials_kernel
 from ..contract import RowStatistics
+from ..indexing import part_of
 from ..precision import accumulator
 from . import tiles
 from .launch import (
@@ -27,10 +28,11 @@ from .launch import (
 )
 from .statistics import SLOTS
 
-CODES = 2**15 - 2  # the largest integer that stands for a score: below 2^15 - 1 whatever the score's rounding
-# What the kernel of exponentials gets for one direction, and for a loss that is no sum over pairs.
-ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "NY_ptr": None, "XC_ptr": None, "code": 0.0}
+CODES = 2**15 - 2  # the integer that stands for a cosine of 1: below 2^15 - 1 whatever the cosine's rounding
+# What the kernel of exponentials gets where it writes no scores, and for a loss that is no sum over pairs.
+ALONE: dict[str, Any] = {"COLUMNS_ptr": None, "NY_ptr": None, "XC_ptr": None, "CODES": 0}
 NO_PAIRS: dict[str, Any] = {"UX_ptr": None, "BIAS_ptr": None}
+NO_COLUMNS: dict[str, Any] = dict.fromkeys(("SY_ptr", "NY_ptr", "UY_ptr", "RY_ptr"))  # of one direction's coefficients
 NAMES = ("exponentials", "coefficients", "coefficients_columns")  # of the kernels of this file in `tiles.TABLE`
 APART_WARPS = 4  # for which the compiler makes three times as many, four of them to load rows
 
@@ -72,10 +74,15 @@ def write_coefficients(
         UY_ptr=y.weight, UNSHIFTED=unshifted, XC_ptr=x.bias, YC_ptr=y.bias, DX_ptr=of_x, DY_ptr=of_y,
         GX_ptr=None if of_y is None else x.share, GY_ptr=None if of_x is None else y.share,
     )  # fmt: skip
-    for biases, parts, here in ((x_biases, of_x, rows), (y_biases, of_y, cols)):
-        if biases is not None and parts is not None:
-            biases[here] += parts.sum(0)
+    add_sums(x_biases, rows, of_x)
+    add_sums(y_biases, cols, of_y)
     return block[: rows.stop - rows.start, : cols.stop - cols.start]
+
+
+def add_sums(biases: Tensor | None, here: slice, parts: Tensor | None) -> None:
+    """Add the sums of parts, (parts, n), to n of the gradients of biases, if there are any."""
+    if biases is not None and parts is not None:
+        biases[here] += parts.sum(0)
 
 
 def write_exponentials(
@@ -120,42 +127,55 @@ def write_sigmoids(
 
 
 def write_scores(
-    block: Tensor, x: Side, y: Side, excluded: Excluded, bound: float, mean: bool
-) -> tuple[Tensor, Tensor, float]:
-    """Write the scores of all of x against all of y into a block of `block_of`.
+    block: Tensor, x: Side, y: Side, rows: slice, excluded: Excluded, mean: bool, columns: bool
+) -> list[Tensor]:
+    """Write the scores of some rows of x, cosines, against all of y into a block of `block_of`.
 
-    Return the (1, SLOTS, n) states of the rows and of the columns, and the step in which 16-bit blocks hold scores, of
-    a size of at most `bound` in base 2.
+    Return the (1, SLOTS, n) states of the rows and, with `columns`, those of the columns, for which the rows are all.
     """
-    tile, step = tile_of("coefficients", x, y), bound / CODES
-    states, columns = (
-        block.new_empty((cdiv(len(across), width), SLOTS, len(side)), dtype=accumulator(block.dtype))
-        for side, across, width in ((x, y, tile.block_n), (y, x, tile.block_m))
-    )
+    tile, every = tile_of("coefficients", x, y), slice(0, len(y))
+    sizes = [(rows.stop - rows.start, cdiv(len(y), tile.block_n))]
+    sizes += [(len(y), cdiv(len(x), tile.block_m))] * columns
+    states = [block.new_empty((across, SLOTS, n), dtype=accumulator(block.dtype)) for n, across in sizes]
     _run(
-        exponentials_kernel, "coefficients", scores_of(block), x, y, slice(0, len(x)), slice(0, len(y)), excluded,
-        ROWS_ptr=states, COLUMNS_ptr=columns, NX_ptr=x.shift, NY_ptr=y.shift, XC_ptr=x.bias, YC_ptr=y.bias, MEAN=mean,
-        code=1 / step, **NO_PAIRS,
+        exponentials_kernel, "coefficients", scores_of(block), x, y, rows, every, excluded, ROWS_ptr=states[0],
+        COLUMNS_ptr=states[1] if columns else None, NX_ptr=x.shift, NY_ptr=y.shift if columns else None,
+        XC_ptr=x.bias if columns else None, YC_ptr=y.bias, MEAN=mean, CODES=CODES, **NO_PAIRS,
     )  # fmt: skip
-    return summed(states, x, slice(0, len(x))), summed(columns, y, slice(0, len(y))), step
+    return [summed(each, *side) for each, side in zip(states, ((x, rows), (y, every)), strict=False)]
 
 
 def combine(
-    block: Tensor, x: Side, y: Side, slopes: Sequence[Tensor], found: Sequence[RowStatistics], temperature: Tensor,
-    step: float,
+    block: Tensor, x: Side, y: Side, rows: slice, slopes: Sequence[Tensor], found: Sequence[RowStatistics],
+    x_biases: Tensor | None = None, y_biases: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return C of both directions, in place of their scores in a block; slopes, found: of rows and of columns."""
-    n, m, width = len(x), len(y), tile_of("coefficients", x, y).block_n
-    written = cdiv(m, width) * width
-    block_m, block_n = tiles.block_tile(tiles.architecture(block.device))
+    """Return C of some rows of x against all of y, in place of their scores in a block.
+
+    slopes, found: of these rows and, for both directions, of the columns. x_biases, y_biases: as for
+    `write_coefficients`.
+    """
+    n, m, width = rows.stop - rows.start, len(y), tile_of("coefficients", x, y).block_n
+    written, shifts = cdiv(m, width) * width, x.shift is not None
+    arch, acc = tiles.architecture(block.device), accumulator(block.dtype)
+    a = None if x.inverse is None else part_of(x.inverse, rows)
+    block_m, block_n, warps = tiles.block_tile(arch, sums=x_biases is not None or y_biases is not None)
+    of_x = None if x_biases is None else block.new_empty((cdiv(written, block_n), n), dtype=acc)
+    of_y = None if y_biases is None else block.new_empty((cdiv(n, block_m), m), dtype=acc)
+    sides: dict[str, Any] = {}
+    for name, side, here, u, each in zip("XY", (x, y), (rows, slice(0, m)), slopes, found, strict=False):
+        sides |= {f"S{name}_ptr": part_of(side.scale, here), f"N{name}_ptr": each.maximum if shifts else None}
+        sides |= {f"U{name}_ptr": u, f"R{name}_ptr": each.scale}
+    both = len(slopes) > 1
     run(
         combine_kernel, (cdiv(n, block_m) * cdiv(written, block_n),),
-        S_ptr=scores_of(block), C_ptr=block, A_ptr=x.inverse, B_ptr=y.inverse, NX_ptr=x.shift, UX_ptr=slopes[0],
-        RX_ptr=found[0].scale, NY_ptr=y.shift, UY_ptr=slopes[1], RY_ptr=found[1].scale, XC_ptr=x.bias, YC_ptr=y.bias,
-        TEMPERATURE_ptr=temperature, size_x=n, size_y=m,
-        columns=written, stride_cm=block.stride(0), step=step, zero_row=x.zero_row, EMULATE=INTERPRETED,
-        ACC=acc_of(block), BLOCK_M=block_m, BLOCK_N=block_n,
+        S_ptr=scores_of(block), C_ptr=block, A_ptr=a, B_ptr=y.inverse,
+        XC_ptr=x.bias if both else None, YC_ptr=y.bias, DX_ptr=of_x, DY_ptr=of_y,
+        size_x=n, size_y=m, columns=written, stride_cm=block.stride(0), zero_row=x.zero_row, CODES=CODES,
+        EMULATE=INTERPRETED, ACC=acc_of(block), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        **{**NO_COLUMNS, **sides},
     )  # fmt: skip
+    add_sums(x_biases, rows, of_x)
+    add_sums(y_biases, slice(0, m), of_y)
     return block[:n, :m]
 
 

@@ -257,9 +257,12 @@ def row_tile(arch: str, d: int) -> tuple[int, int]:
     return (4096 if arch == INTERPRETER else 1024) // block_d, block_d
 
 
-def block_tile(arch: str) -> tuple[int, int]:
-    """Return (rows, columns) of a tile of a pass over a block of scores, which memory alone bounds."""
-    return (64, 256) if arch == INTERPRETER else (16, 256)
+def block_tile(arch: str, sums: bool = False) -> tuple[int, int, int]:
+    """Return (rows, columns, warps) of a tile of a pass over a block of scores, which memory alone bounds.
+
+    sums: whether a tile leaves a sum for each of its columns: more rows keep these below what the states took.
+    """
+    return (64, 256, 4) if arch == INTERPRETER else (32, 256, 8) if sums else (16, 256, 4)
 
 
 def finish_tile(arch: str, d: int, gather: bool) -> tuple[int, int, int, int]:
