@@ -272,7 +272,7 @@ def write_sums(
     WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of the losses and, where asked for, `temperature_gradient` of backends/row_losses.py."""
-    BLOCK: tl.constexpr = 256
+    BLOCK: tl.constexpr = 1024
     loss, logits = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for start in range(0, size, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -307,8 +307,6 @@ def dense_gradient_kernel(
     V_ptr, UNSCALE_ptr = WORK_ptr + V * size, None
     if UNSCALED:
         UNSCALE_ptr = WORK_ptr + UNSCALE * size
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        write_sums(WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW, ACC)
     if tl.program_id(1) == 0:
         if DX_ptr is not None:
             write_products(
@@ -320,6 +318,8 @@ def dense_gradient_kernel(
                 DX_ptr, 1, size, size, None, D, D, 0, stride_xm, stride_yn, stride_t, zero_row, MUTUAL, 1, NORMALIZE,
                 WHOLE, EMULATE, ACC, BLOCK_M, BLOCK_D, 1, 1,
             )  # fmt: skip
+        if tl.program_id(0) == 0:
+            write_sums(WORK_ptr, TEMPERATURE_ptr, LOSS_ptr, DT_ptr, size, stride_t, PER_ROW, ACC)
     else:
         if DY_ptr is not None:
             write_products(
