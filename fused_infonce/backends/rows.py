@@ -81,16 +81,16 @@ class Rows:
         if self.norm is None:
             return grad if self.scale is None else grad.mul_(self.scale)
         if grad.numel() > FINISHED and len(grad) > 1 and grad.device.type == "cpu":
-            for part in finished_at_once(grad):
+            for part in slices(len(grad), finished_at_once(grad)):
                 self[part].finish(grad[part])
             return grad
         grad.addcmul_(self.unit, (grad * self.unit).sum(-1, True), value=-1)
         return grad.div_(torch.threshold(self.norm, EPS, torch.inf))
 
 
-def finished_at_once(grad: Tensor) -> list[slice]:
-    """Return the parts of rows whose gradients are finished at a time."""
-    return slices(len(grad), FINISHED * len(grad) // max(grad.numel(), 1) if grad.device.type == "cpu" else len(grad))
+def finished_at_once(grad: Tensor) -> int:
+    """Return how many rows' gradients are finished at a time."""
+    return FINISHED * len(grad) // max(grad.numel(), 1) if grad.device.type == "cpu" else len(grad)
 
 
 class RowsByPart:
@@ -100,7 +100,7 @@ class RowsByPart:
     """
 
     def __init__(self, x: Tensor, normalize: bool, scale: Tensor | None, acc: torch.dtype, step: int):
-        self.x, self.scale, self.acc = x, None if normalize else scale, acc
+        self.x, self.scale, self.acc, self.step = x, None if normalize else scale, acc, step
         self.parts = slices(len(x), step)
         self.norm = x.new_empty((len(x), 1), dtype=acc) if normalize else None
         if self.norm is not None:
@@ -130,7 +130,7 @@ class RowsByPart:
 
     def finish(self, grad: Tensor) -> Tensor:
         """Turn the gradient of the rows as the logits see them into that of x, in place; see `Rows.finish`."""
-        for part in finished_at_once(grad):
+        for part in slices(len(grad), min(self.step, finished_at_once(grad))):
             self[part].finish(grad[part])
         return grad
 
