@@ -90,9 +90,9 @@ def _are_plain(x: Any, y: Any) -> bool:
     """
     if type(x) is not Tensor or type(y) is not Tensor or x.is_nested or y.is_nested:
         return False
-    if x.layout is not torch.strided or y.layout is not torch.strided or torch.is_autocast_enabled(x.device.type):
+    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_meta:
         return False
-    if recordings.by_thread or made.by_thread or contrast.is_explaining():
+    if torch.is_autocast_enabled(x.device.type) or recordings.by_thread or made.by_thread or contrast.is_explaining():
         return False
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
