@@ -246,6 +246,20 @@ class TestMicrobenchmarks:
         with pytest.raises(AssertionError, match="dense differs from ours"):
             run.agree()
 
+    def test_a_short_call_of_ours_is_timed_in_turn(self):
+        order = []
+
+        def contestant(name):
+            return lambda query, key: order.append(name) or query.sum()
+
+        losses = {name: contestant(name) for name in (OURS, "dense", "other")}
+        run = Contest(Case("one", 8, 8, 16, "float32", "fwd"), CPU, losses)
+        for _ in range(3):
+            run.round()
+        assert [order[i : i + 3].index(OURS) for i in (0, 3, 6)] == [2, 1, 0]
+        assert [len(times) for times in run.times.values()] == [3, 3, 3]
+        assert OURS not in Contest(Case("one", 2048, 2048, 16, "float32", "fwd"), CPU, losses).times
+
     def test_a_wrong_key_gradient_disagrees(self):
         def wrong(query, key):
             return dense.info_nce(query, key.detach()) + 0 * key.sum()
