@@ -20,6 +20,7 @@ from ..backends.contract import Problem
 from ..backends.plan import Plan
 from ..backends.recording import Notes, recordings
 from ..backends.temperature import Temperature
+from ..backends.torch.value import Kind, value
 from .arguments import of_pairs, of_stacked, stacked
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,7 +39,11 @@ class Made(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """What a call is besides its rows: a problem of pairs or of two views, and the reduced loss of it."""
+    """What a call is besides its rows: a problem of pairs or of two views, and the reduced loss of it.
+
+    A value alone is made of the rows and their `kind`, since making a problem of them takes as long as half of its
+    operators.
+    """
 
     views: bool
     columns: bool
@@ -47,6 +52,7 @@ class Repeat(NamedTuple):
     plan: Plan
     loss: str
     weight: float
+    kind: Kind | None  # where the plan is of the value alone, which is PyTorch's
 
 
 made = Notes()  # of type `Made`, by calls that are to be remembered
@@ -73,6 +79,8 @@ def repeated(loss: F) -> F:
             return _remembered(key, loss, args, kwargs)
         if not isinstance(found, Repeat):
             return loss(*args, **kwargs)
+        if found.kind is not None:
+            return value(stacked((x, y)), None, found.kind) if found.views else value(x, y, found.kind)
         t = Temperature(*found.temperature)
         if found.views:
             problem = of_stacked(stacked((x, y)), t, found.normalize)
@@ -119,5 +127,6 @@ def _repeat(x: Tensor, y: Tensor, result: Tensor, notes: Sequence[Made]) -> Repe
         return None
     t = problem.temperature
     return Repeat(
-        not pairs, problem.columns, problem.normalize, (None, t.lowest, t.dtype, t.device), plan, loss, weight
-    )
+        not pairs, problem.columns, problem.normalize, (None, t.lowest, t.dtype, t.device), plan, loss, weight,
+        Kind.of(problem, plan, loss, weight) if plan.value and plan.as_is else None,
+    )  # fmt: skip

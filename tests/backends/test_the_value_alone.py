@@ -8,6 +8,7 @@ from support.helpers import KINDS, bounds, embeddings, error, stretch
 
 from fused_infonce.backends.torch import small
 from fused_infonce.backends.torch.value import value
+from fused_infonce.compose import repeated
 from fused_infonce.functional import decoupled_info_nce, info_nce, nt_xent
 
 CALLS = {
@@ -29,6 +30,7 @@ def values(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(small, "value", watched)
+    monkeypatch.setattr(repeated, "value", watched)
     return found
 
 

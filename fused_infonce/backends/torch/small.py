@@ -25,7 +25,7 @@ from ..precision import EXPONENT_ROOM
 from ..row_losses import ROW_LOSSES, temperature_gradient, weighted
 from ..rows import Rows
 from .keys import Guide
-from .value import value
+from .value import Kind, value
 from .work import FLOOR, State, finite, log_sum, statistics_of
 
 
@@ -352,7 +352,9 @@ def gradients(
 def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wanted: Sequence[bool]) -> OnePass:
     """Compute `Backend.onepass` for a dense plan."""
     if plan.value and not isinstance(weight, Tensor):
-        return OnePass(value(problem, plan, loss, weight), [None] * len(problem.sets), None)
+        key = None if problem.self_similar else problem.keys[0].rows
+        total = value(problem.query.rows, key, Kind.of(problem, plan, loss, weight))
+        return OnePass(total, [None] * len(problem.sets), None)
     dense = Dense(problem)
     scores = dense.scores(plan)
     pos = dense.positives(scores)  # in base 2

@@ -6,6 +6,8 @@ product overflows where no norm does, since |q_i . k_j| <= |q_i| |k_j|.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,38 @@ from ..row_losses import ROW_LOSSES
 from ..rows import norms
 
 
-def value(problem: Problem, plan: Plan, loss: str, weight: float) -> Tensor:
-    """Return the loss of `Backend.onepass` for a plan of the value alone, with one weight for all rows."""
-    acc, query, key = problem.acc_dtype, problem.query.rows, problem.keys[0].rows
-    if query.dtype != acc:
-        query, key = query.to(acc), key.to(acc)
+class Kind(NamedTuple):
+    """What such a loss is besides its rows."""
+
+    acc: torch.dtype
+    two_views: bool
+    columns: bool
+    bounded: bool  # whether every exponential fits as it is
+    unit: float  # t ln 2, by which scores are divided that are to be in base 2
+    loss: str
+    weight: float  # of a loss of one row and one direction
+
+    @staticmethod
+    def of(problem: Problem, plan: Plan, loss: str, weight: float) -> Kind:
+        unit, columns = LN2 / problem.temperature.inverse, problem.columns
+        return Kind(
+            problem.acc_dtype, problem.two_views, columns, plan.bounded, unit, loss, weight / (1 + columns)
+        )  # fmt: skip
+
+
+def value(query: Tensor, key: Tensor | None, kind: Kind) -> Tensor:
+    """Return the loss of `Backend.onepass` for a plan of the value alone, with one weight for all rows.
+
+    key: None where the rows are compared with one another.
+    """
+    if query.dtype != kind.acc:
+        query, key = query.to(kind.acc), None if key is None else key.to(kind.acc)
     of_query = norms(query)
-    scores = torch.mm(query, key.T).div_(of_query)
-    of_key = of_query.flatten() if problem.self_similar else norms(key, False)
-    scores.div_(of_key.mul_(LN2 / problem.temperature.inverse))  # in base 2
+    scores = torch.mm(query, query.T if key is None else key.T).div_(of_query)
+    of_key = of_query.flatten() if key is None else norms(key, False)
+    scores.div_(of_key.mul_(kind.unit))
     own = scores.diagonal()
-    if problem.two_views:
+    if kind.two_views:
         half = query.shape[0] // 2
         views = scores.diagonal(half), scores.diagonal(-half)
         pos = torch.cat(views)
@@ -34,15 +57,15 @@ def value(problem: Problem, plan: Plan, loss: str, weight: float) -> Tensor:
     else:
         pos = own.clone()
     own.fill_(-torch.inf)
-    if plan.bounded:
+    if kind.bounded:
         e = scores.exp2_()
-        sums = torch.stack((e.sum(1), e.sum(0))) if problem.columns else e.sum(1)
-    elif problem.columns:
+        sums = torch.stack((e.sum(1), e.sum(0))) if kind.columns else e.sum(1)
+    elif kind.columns:
         sums, pos = map(torch.stack, zip(_shifted(scores, 1, pos), _shifted(scores, 0, pos), strict=True))
     else:
         sums, pos = _shifted(scores, 1, pos)
-    losses = ROW_LOSSES[loss].value(sums.log_().sub_(pos, alpha=LN2))
-    return losses.sum().mul_(weight / (1 + problem.columns))
+    losses = ROW_LOSSES[kind.loss].value(sums.log_().sub_(pos, alpha=LN2))
+    return losses.sum().mul_(kind.weight)
 
 
 def _shifted(scores: Tensor, dim: int, pos: Tensor) -> tuple[Tensor, Tensor]:
