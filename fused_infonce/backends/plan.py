@@ -54,7 +54,7 @@ class Plan:
     mean: whether the mean is computed: it is a result, or the temperature's gradient is made of it
     record: whether a loss and its gradients come with the statistics of the rows
     as_is: whether inputs are known to be of the products' dtype, with autocast off
-    value: whether a dense plan is of pairs of unit rows alone, and of their loss alone
+    value: whether a dense plan in PyTorch is of pairs of unit rows alone, and of their loss alone
     """
 
     name: str
@@ -249,7 +249,7 @@ def choose(
     rows, cols = blocks("workspace" if call.pairwise and name not in ("dense", "reference") else name, call)
     return Plan(
         name, rows, cols, call.limit, flops, reason, call.backend, call.gradients, call.bounded, full, mean, record,
-        as_is, name == "dense" and pairs and call.value and not (full or record),
+        as_is, name == "dense" and call.backend == "torch" and pairs and call.value and not (full or record),
     )  # fmt: skip
 
 

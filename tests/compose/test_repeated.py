@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -85,6 +86,17 @@ def test_a_repeated_call_is_not_made_again(name, monkeypatch):
     CALLS[name](x, y)
     monkeypatch.setattr(repeated, "_remembered", None)
     CALLS[name](x + 1, y)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["one", "both directions", "views"])
+def test_a_repeated_call_stays_on_its_backend(name, monkeypatch):
+    call = {"one": info_nce, "both directions": partial(info_nce, symmetric=True), "views": nt_xent}[name]
+    x, y = torch.randn(2, N, D)
+    first = call(x, y, temperature=0.5, backend="triton")
+    monkeypatch.setattr(repeated, "value", None)  # PyTorch's
+    monkeypatch.setattr(repeated, "_remembered", None)
+    assert torch.equal(call(x, y, temperature=0.5, backend="triton"), first)
 
 
 def test_other_values_are_other_results():
