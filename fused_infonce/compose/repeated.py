@@ -21,7 +21,7 @@ from ..backends.plan import Plan
 from ..backends.recording import Notes, recordings
 from ..backends.temperature import Temperature
 from ..backends.torch.value import Kind, value
-from .arguments import of_pairs, of_stacked, stacked
+from .arguments import of_pairs, of_stacked
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORDS = frozenset((float, int, str, bool, type(None)))  # types of arguments that are equal where they mean the same
@@ -79,11 +79,12 @@ def repeated(loss: F) -> F:
             return _remembered(key, loss, args, kwargs)
         if not isinstance(found, Repeat):
             return loss(*args, **kwargs)
+        rows = torch.cat((x, y)) if found.views else x  # autocast, which some rows could not be joined under, is off
         if found.kind is not None:
-            return value(stacked((x, y)), None, found.kind) if found.views else value(x, y, found.kind)
+            return value(rows, None if found.views else y, found.kind)
         t = Temperature(*found.temperature)
         if found.views:
-            problem = of_stacked(stacked((x, y)), t, found.normalize)
+            problem = of_stacked(rows, t, found.normalize)
         else:
             problem = of_pairs(x, y, t, found.columns, found.normalize)
         return contrast.onepass(problem, found.plan, found.loss, found.weight)

@@ -40,6 +40,7 @@ class Dense:
         n, acc = query.rows.shape[0], problem.acc_dtype
         target = None if problem.two_views else problem.target
         self.problem, self.fits = problem, False
+        self.scored: Tensor | None = None  # the scores, which may have become coefficients where they lie
         self.same = problem.self_similar or (len(keys) == 1 and query.rows is keys[0].rows)  # keys are the queries
         self.rows: list[Rows] = []
         if kept:
@@ -91,6 +92,7 @@ class Dense:
             found = torch.addmm(added, self.x, self.y.T, alpha=scale * self.inv_t)
         self.own = found.diagonal()  # a view, which is used more than once
         self.views = self._of_views(found) if self.problem.two_views else ()
+        self.scored = found
         return found
 
     def positives(self, scores: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ class Dense:
         if self.problem.two_views:
             of_views = v.view(2, -1)
             parts = [of_views.sum(0)] * 2 if both else of_views.unbind()
-            for view, part in zip(self._of_views(w), parts, strict=True):
+            for view, part in zip(self.views if w is self.scored else self._of_views(w), parts, strict=True):
                 view.add_(part, alpha=sign)
         elif self.target is None or self.index is None:
             w.diagonal().add_(v, alpha=sign * (1 + both))
