@@ -55,8 +55,8 @@ def load_paired(
             paired_ids = tl.load(KI_ptr + offs * IDS + k, mask=there, other=0)
             ids = tl.load(QI_ptr + offs_m * IDS + k, mask=offs_m < size_q, other=0)
             different = paired_ids != ids[:, None]
-            if INDEX_ptr is not None:
-                different = different | ~there
+            if INDEX_ptr is not None:  # rather than | ~there, which Triton 3.6 gives layouts that do not compile
+                different = different | (offs < 0) | (offs >= size_k)
             keep = keep & different
     return d, b, keep
 

@@ -43,7 +43,8 @@ def test_what_the_temperature_does_in_each_training() -> None:
     torch.manual_seed(0)
     untrained = fit(*embedded(task, task.model(), task.fitting))
     first = next(run for policy, run in runs.items() if policy.start is None)
-    assert first.history[0] == pytest.approx(untrained.temperature)
+    # of float32 embeddings, products of which round as their memory lies
+    assert first.history[0] == pytest.approx(untrained.temperature, rel=1e-5)
 
 
 def test_the_sets_of_pairs_are_apart() -> None:

@@ -121,7 +121,8 @@ def paired_gradient(
         Q_ptr=q, N_ptr=x.shift, U_ptr=x.weight, SHARE_ptr=None if biases is None else x.share, UNSCALE_ptr=unscale,
         G_ptr=g, DK_ptr=dk, DC_ptr=biases, V_ptr=v, stride_qm=q.stride(0), stride_gm=q.shape[1],
         zero_row=keys.zero_row, NORMALIZE=normalize, ACCUMULATE=accumulate, EMULATE=INTERPRETED, ACC=acc_of(q),
-        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d, **keys.pair_arguments(x), **keys.row_arguments(),
+        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=8,  # with 4 it spills some of bfloat16
+        **keys.pair_arguments(x), **keys.row_arguments(),
     )  # fmt: skip
     return dk if v is None or dtype is None else table_gradient(x, keys, v, normalize, dtype)
 
