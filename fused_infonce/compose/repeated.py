@@ -99,9 +99,10 @@ def _are_plain(x: Any, y: Any) -> bool:
     """
     if type(x) is not Tensor or type(y) is not Tensor or x.is_nested or y.is_nested:
         return False
-    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_meta:
+    if x.layout is not torch.strided or y.layout is not torch.strided:
         return False
-    if torch.is_autocast_enabled(x.device.type) or recordings.by_thread or made.by_thread or contrast.is_explaining():
+    # of any device, since a question about one costs as much as an operator
+    if torch._C._is_any_autocast_enabled() or recordings.by_thread or made.by_thread or contrast.is_explaining():
         return False
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
@@ -118,7 +119,7 @@ def _remembered(key: tuple[Any, ...], loss: Callable[..., Any], args: Any, kwarg
 
 def _repeat(x: Tensor, y: Tensor, result: Tensor, notes: Sequence[Made]) -> Repeat | None:
     """Return what a call of these rows was besides them; None where its result was made of more."""
-    if len(notes) != 1 or notes[0].total is not result:
+    if len(notes) != 1 or notes[0].total is not result or x.is_meta:
         return None
     _, problem, plan, loss, weight = notes[0]
     pairs = problem.query.rows is x and problem.keys[0].rows is y and problem.target is None

@@ -134,7 +134,7 @@ def test_a_call_of_which_more_is_wanted_is_made_whole():
         assert not torch.equal(loss(x, y), plain)
     assert [chosen.flops for chosen in explain(x, y, temperature=0.5)] == [2]
     loss.record = True
-    assert torch.equal(loss(x, y), plain)
+    torch.testing.assert_close(loss(x, y), plain)  # of another plan
     assert loss.recorded is not None
     with pytest.raises(RuntimeError, match="reference"):
         torch.func.grad(lambda x: info_nce(x, y, temperature=0.5))(x)

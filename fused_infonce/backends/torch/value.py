@@ -18,22 +18,22 @@ from ..rows import norms
 
 
 class Kind(NamedTuple):
-    """What such a loss is besides its rows."""
+    """What such a loss is besides its rows. Numbers are tensors, which PyTorch would make of them at every use."""
 
     acc: torch.dtype
     two_views: bool
     columns: bool
     bounded: bool  # whether every exponential fits as it is
-    unit: float  # t ln 2, by which scores are divided that are to be in base 2
+    unit: Tensor  # (), t ln 2, by which scores are divided that are to be in base 2
     loss: str
-    weight: float  # of a loss of one row and one direction
+    weight: Tensor  # (N,), of the loss of one row in one direction; with columns (2 N,)
 
     @staticmethod
     def of(problem: Problem, plan: Plan, loss: str, weight: float) -> Kind:
-        unit, columns = LN2 / problem.temperature.inverse, problem.columns
-        return Kind(
-            problem.acc_dtype, problem.two_views, columns, plan.bounded, unit, loss, weight / (1 + columns)
-        )  # fmt: skip
+        rows, acc, columns = problem.query.rows, problem.acc_dtype, problem.columns
+        unit = rows.new_full((), LN2 / problem.temperature.inverse, dtype=acc)
+        each = rows.new_full((len(rows) * (1 + columns),), weight / (1 + columns), dtype=acc)
+        return Kind(acc, problem.two_views, columns, plan.bounded, unit, loss, each)
 
 
 def value(query: Tensor, key: Tensor | None, kind: Kind) -> Tensor:
@@ -65,7 +65,7 @@ def value(query: Tensor, key: Tensor | None, kind: Kind) -> Tensor:
     else:
         sums, pos = _shifted(scores, 1, pos)
     losses = ROW_LOSSES[kind.loss].value(sums.log_().sub_(pos, alpha=LN2))
-    return losses.sum().mul_(kind.weight)
+    return torch.dot(losses.flatten(), kind.weight)
 
 
 def _shifted(scores: Tensor, dim: int, pos: Tensor) -> tuple[Tensor, Tensor]:
