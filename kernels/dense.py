@@ -117,13 +117,10 @@ def dense_rows_kernel(
 
 
 @triton.jit
-def inverses(WORK_ptr, size, SCALED: tl.constexpr, MUTUAL: tl.constexpr):
-    """Return where a and b are, or None."""
+def inverse(WORK_ptr, size, place: tl.constexpr, SCALED: tl.constexpr):
+    """Return where a vector of inverse norms is; nothing without SCALED, since Triton 3.6 returns no None."""
     if SCALED:
-        A_ptr, B_ptr = WORK_ptr + A * size, WORK_ptr + (A if MUTUAL else B) * size
-    else:
-        A_ptr, B_ptr = None, None
-    return A_ptr, B_ptr
+        return WORK_ptr + place * size
 
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
@@ -138,7 +135,8 @@ def dense_scores_kernel(
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    A_ptr, B_ptr = inverses(WORK_ptr, size, SCALED, MUTUAL)
+    A_ptr = inverse(WORK_ptr, size, A, SCALED)
+    B_ptr = inverse(WORK_ptr, size, A if MUTUAL else B, SCALED)
     S_ptr, ROWS_ptr, COLUMNS_ptr = WORK_ptr + S * size, WORK_ptr + VECTORS * size, None
     if COLUMNS:
         COLUMNS_ptr = ROWS_ptr + tl.num_programs(1) * STATE_SLOTS * size
@@ -221,7 +219,8 @@ def dense_coefficients_kernel(
                 ROWS_ptr, row_slots, WORK_ptr, TEMPERATURE_ptr, WEIGHT_ptr, OFFSET_ptr, weight, offs_n, size, stride_t,
                 stride_w, ln2, log2e, LOSS, ACC, ROW_SLOTS,
             )  # fmt: skip
-        A_ptr, B_ptr = inverses(WORK_ptr, size, SCALED, MUTUAL)
+        A_ptr = inverse(WORK_ptr, size, A, SCALED)
+        B_ptr = inverse(WORK_ptr, size, A if MUTUAL else B, SCALED)
         a = live(load_vector(A_ptr, offs_m, size, 1.0, ACC), zero_row)
         b = live(load_vector(B_ptr, offs_n, size, 1.0, ACC), zero_row)
         rx = a * load_vector(WORK_ptr + S * size, offs_m, size, 1.0, ACC)
@@ -303,7 +302,8 @@ def dense_gradient_kernel(
 
     Rows of sums over C are finished where they lie, once they are whole.
     """
-    A_ptr, B_ptr = inverses(WORK_ptr, size, SCALED, MUTUAL)
+    A_ptr = inverse(WORK_ptr, size, A, SCALED)
+    B_ptr = inverse(WORK_ptr, size, A if MUTUAL else B, SCALED)
     V_ptr, UNSCALE_ptr = WORK_ptr + V * size, None
     if UNSCALED:
         UNSCALE_ptr = WORK_ptr + UNSCALE * size
