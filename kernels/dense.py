@@ -98,21 +98,24 @@ def float16_scale(
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
 def dense_rows_kernel(
-    X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr,
-    size, D, stride_xm, stride_yn, stride_t,
+    X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr, PADDED_X_ptr, PADDED_Y_ptr,
+    size, D, width, stride_xm, stride_yn, stride_t,
     eps: tl.constexpr, at_eps: tl.constexpr, log2e: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
     MUTUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write a, b, s and pos. SCALED: there are a and b, given without NORMALIZE. MUTUAL: y are x, and b is a."""
+    """Write a, b, s and pos, and rows with zeros up to `width` where there is memory for them.
+
+    SCALED: there are a and b, given without NORMALIZE. MUTUAL: y are x, and b is a.
+    """
     A_ptr, B_ptr = None, None
     if SCALED:
         A_ptr = WORK_ptr + A * size
         if not (MUTUAL and NORMALIZE):
             B_ptr = WORK_ptr + (A if MUTUAL else B) * size
     side_kernel(
-        X_ptr, None, A_ptr, TEMPERATURE_ptr, WORK_ptr + S * size, None, None, None, Y_ptr, B_ptr, TARGET_ptr,
-        WORK_ptr + POS * size, size, size, D, 0, stride_xm, stride_yn, stride_t, eps, at_eps, log2e, NORMALIZE, ACC,
-        BLOCK_M, BLOCK_D,
+        X_ptr, PADDED_X_ptr, A_ptr, TEMPERATURE_ptr, WORK_ptr + S * size, None, None, None, Y_ptr, PADDED_Y_ptr, B_ptr,
+        TARGET_ptr, WORK_ptr + POS * size, size, size, D, width, stride_xm, stride_yn, stride_t, eps, at_eps, log2e,
+        NORMALIZE, ACC, BLOCK_M, BLOCK_D,
     )  # fmt: skip
 
 
@@ -158,9 +161,12 @@ def dense_scores_kernel(
 
 @triton.jit
 def tile_of(ptr, offs_m, offs_n, stride, size):
-    """Return the pointers of a tile of a square matrix, and which are inside."""
+    """Return the pointers of a tile of a square matrix, and which are inside it or in the padding of its rows.
+
+    Were the padding left out, elements would be moved one by one.
+    """
     ptrs = ptr + offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :]
-    return ptrs, (offs_m < size)[:, None] & (offs_n < size)[None, :]
+    return ptrs, (offs_m < size)[:, None] & (offs_n < stride)[None, :]
 
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
@@ -245,22 +251,25 @@ def dense_coefficients_kernel(
 @triton.jit
 def write_products(
     C_ptr, Y_ptr, G_ptr,
-    size, D, stride_cm, stride_yn,
+    size, D, width, stride_cm, stride_yn,
     TRANSPOSED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write g_i = sum_j C_ij y_j of this program's rows, of C^T if TRANSPOSED."""
+    """Write D components of g_i = sum_j C_ij y_j of this program's rows, of C^T if TRANSPOSED; width: those of y.
+
+    C is 0 in the padding of its rows.
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
         for start_n in range(0, size, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            y = load_rows(Y_ptr, offs_n, stride_yn, size, offs_d, D)
+            y = load_rows(Y_ptr, offs_n, stride_yn, size, offs_d, width)
             if TRANSPOSED:
-                c = tl.trans(load_rows(C_ptr, offs_n, stride_cm, size, offs_m, size))
+                c = tl.trans(load_rows(C_ptr, offs_n, stride_cm, size, offs_m, stride_cm))
             else:
-                c = load_rows(C_ptr, offs_m, stride_cm, size, offs_n, size)
+                c = load_rows(C_ptr, offs_m, stride_cm, size, offs_n, stride_cm)
             acc = dot(c, y, acc, DOT)
         ptrs = G_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
         tl.store(ptrs, acc, mask=(offs_m < size)[:, None] & (offs_d < D)[None, :])
@@ -292,7 +301,7 @@ def write_sums(
 @triton.jit(do_not_specialize_on_alignment=VECTORS_OF_CALLERS)
 def dense_gradient_kernel(
     C_ptr, X_ptr, Y_ptr, TARGET_ptr, TEMPERATURE_ptr, WORK_ptr, LOSS_ptr, DT_ptr, DX_ptr, DY_ptr,
-    size, D, stride_cm, stride_xm, stride_yn, stride_t,
+    size, D, width, stride_cm, stride_xm, stride_yn, stride_t,
     zero_row: tl.constexpr, PER_ROW: tl.constexpr, SCALED: tl.constexpr, MUTUAL: tl.constexpr, NORMALIZE: tl.constexpr,
     UNSCALED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -300,7 +309,7 @@ def dense_gradient_kernel(
     """Write the loss, the temperature's gradient, and those of both sides in the accumulator's dtype: of x where
     program_id(1) is 0, of y where it is 1. Only what there are pointers for is written.
 
-    Rows of sums over C are finished where they lie, once they are whole.
+    Rows of sums over C are finished where they lie, once they are whole. width: the components of x and y, D and zeros.
     """
     A_ptr = inverse(WORK_ptr, size, A, SCALED)
     B_ptr = inverse(WORK_ptr, size, A if MUTUAL else B, SCALED)
@@ -310,7 +319,7 @@ def dense_gradient_kernel(
     if tl.program_id(1) == 0:
         if DX_ptr is not None:
             write_products(
-                C_ptr, Y_ptr, DX_ptr, size, D, stride_cm, stride_yn, False, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
+                C_ptr, Y_ptr, DX_ptr, size, D, width, stride_cm, stride_yn, False, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
             )  # fmt: skip
             tl.debug_barrier()
             finish_kernel(
@@ -323,8 +332,8 @@ def dense_gradient_kernel(
     else:
         if DY_ptr is not None:
             write_products(
-                C_ptr, X_ptr, DY_ptr, size, D, stride_cm, stride_xm, True, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
-            )
+                C_ptr, X_ptr, DY_ptr, size, D, width, stride_cm, stride_xm, True, ACC, DOT, BLOCK_M, BLOCK_N, BLOCK_D
+            )  # fmt: skip
             tl.debug_barrier()
             finish_kernel(
                 DY_ptr, None, Y_ptr, B_ptr, X_ptr, A_ptr, V_ptr, TEMPERATURE_ptr, None, None, None, UNSCALE_ptr, DY_ptr,

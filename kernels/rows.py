@@ -38,7 +38,8 @@ def inverse_norm(square, eps: tl.constexpr, at_eps: tl.constexpr):
 
 @triton.jit
 def side_kernel(
-    X_ptr, PADDED_ptr, A_ptr, TEMPERATURE_ptr, S_ptr, U_ptr, R_ptr, W_ptr, Y_ptr, B_ptr, TARGET_ptr, POS_ptr,
+    X_ptr, PADDED_ptr, A_ptr, TEMPERATURE_ptr, S_ptr, U_ptr, R_ptr, W_ptr, Y_ptr, PADDED_Y_ptr, B_ptr, TARGET_ptr,
+    POS_ptr,
     size_x, size_y, D, width, stride_xm, stride_yn, stride_t,
     eps: tl.constexpr, at_eps: tl.constexpr, log2e: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -50,6 +51,7 @@ def side_kernel(
     W        w_i = u_i r_i / t_i
     POS      pos_i = a_i b_y (x_i . y_y) / t_i with y the row's target: 0 for -1, NaN where it is out of range
     B        with NORMALIZE: b_y = 1 / max(|y_y|, eps), of keys that are targets
+    PADDED_Y with POS: y_y and zeros, of keys that are targets
 
     Without NORMALIZE a and b are given, or 1. Where t is not positive and finite all that is made of it is NaN.
     """
@@ -73,7 +75,11 @@ def side_kernel(
             x = part.to(ACC)
             square += tl.sum(x * x, 1)
             if POS_ptr is not None:
-                y = load_rows(Y_ptr, row, stride_yn, size_y, offs_d, D).to(ACC)
+                part = load_rows(Y_ptr, row, stride_yn, size_y, offs_d, D)
+                if PADDED_Y_ptr is not None:
+                    ptrs = PADDED_Y_ptr + row[:, None] * width + offs_d[None, :]
+                    tl.store(ptrs, part, mask=(inside & valid)[:, None] & (offs_d < width)[None, :])
+                y = part.to(ACC)
                 dots += tl.sum(x * y, 1)
                 square_y += tl.sum(y * y, 1)
     if NORMALIZE:

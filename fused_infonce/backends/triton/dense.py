@@ -24,7 +24,7 @@ from ...kernels.dense import (
 from ..contract import EPS, LN2, LOG2E, OnePass, Problem
 from ..plan import Plan
 from . import tiles
-from .launch import INTERPRETED, acc_of, cdiv, contiguous_rows, dot_of, ids_a_row
+from .launch import ALIGNED, INTERPRETED, acc_of, aligned, cdiv, contiguous_rows, dot_of, ids_a_row, padded_rows
 from .statistics import SLOTS, merged
 from .work import unshifted
 
@@ -95,14 +95,15 @@ def onepass(problem: Problem, plan: Plan, loss: str, weight: Tensor | float, wan
         c = dots if x.dtype == acc else x.new_empty(n * width)
     if scaled and not problem.normalize:
         given_scales(problem, work.view(-1, n))
-    kind.rows(x, y, target, t, work)
+    padded_x, padded_y = padded_rows(x), None if problem.self_similar else padded_rows(y)
+    kind.rows(x, y, target, t, work, padded_x, padded_y)
+    x = x if padded_x is None else padded_x
+    y = x if problem.self_similar else y if padded_y is None else padded_y
     kind.scores(x, y, target, ids, key_ids, work, dots)
     offset = None if problem.offset is None else problem.offset.contiguous()
     of_offset = None if offset is None else torch.empty_like(offset)
     kind.coefficients(target, ids, key_ids, t, each, offset, work, dots, c, of_offset)
-    grads = [
-        torch.empty_like(x, dtype=acc, memory_format=torch.contiguous_format) if want else None for want in wanted[:-1]
-    ]
+    grads = [x.new_empty(problem.query.rows.shape, dtype=acc) if want else None for want in wanted[:-1]]
     total, of_t = t.new_empty(()), torch.empty_like(t) if temperature else None
     kind.gradient(c, x, y, target, t, work, total, of_t, *grads)
     rows = rows_of(work, n, kind.across) if plan.record else []
@@ -157,7 +158,9 @@ def kind_of(
     width = cdiv(n, 16) * 16  # elements of a row of scores in memory, so many that several are moved at once
     tile, whole = (tiles.tile(arch, name, x.dtype, d, dot == "tf32") for name in ("dense", "dense_gradient"))
     down, across = cdiv(n, tile.block_m), cdiv(n, tile.block_n)
-    strides, stride_t = (x.stride(0), y.stride(0)), int(t.numel() > 1)
+    padded, stride_t = cdiv(d, ALIGNED) * ALIGNED, int(t.numel() > 1)  # components of rows that are read as copies
+    given = x.stride(0), y.stride(0)
+    strides = tuple(z.stride(0) if aligned(z) else padded for z in (x, y))
     stride_w = int(each is not None and len(each) > 1)
     pairs = (scaled, int(target is not None), target is None or same, ids, columns, same, unshifted(problem, plan))
     zero_row = 1 / EPS if normalize else math.inf
@@ -165,11 +168,11 @@ def kind_of(
     return Kind(
         VECTORS.value + SLOTS * (across + down * columns), across, width,
         Launch(
-            dense_rows_kernel, (cdiv(n, block_m), 1, 1), n, d, *strides, stride_t, EPS, 1 / EPS, LOG2E, normalize,
+            dense_rows_kernel, (cdiv(n, block_m), 1, 1), n, d, padded, *given, stride_t, EPS, 1 / EPS, LOG2E, normalize,
             scaled, same, acc, block_m, block_d,
         ),
         Launch(
-            dense_scores_kernel, (down, across, 1), n, d, *strides, width, *pairs, mean or not pairs[-1], acc,
+            dense_scores_kernel, (down, across, 1), n, padded, *strides, width, *pairs, mean or not pairs[-1], acc,
             dot, tile.block_m, tile.block_n, tile.block_d, num_warps=tile.warps, num_stages=tile.stages,
         ),
         Launch(
@@ -180,8 +183,8 @@ def kind_of(
         ),
         Launch(
             dense_gradient_kernel, (max(cdiv(n, whole.block_m), 1) if gradients else 1, 1 if same else 2, 1), n, d,
-            width, *strides, stride_t, zero_row, stride_t > 0, scaled, same, normalize, half, d <= whole.block_d,
-            INTERPRETED, acc, dot, whole.block_m, whole.block_n, whole.block_d, num_warps=whole.warps,
-            num_stages=whole.stages,
+            padded, width, *strides, stride_t, zero_row, stride_t > 0, scaled, same, normalize, half,
+            d <= whole.block_d, INTERPRETED, acc, dot, whole.block_m, whole.block_n, whole.block_d,
+            num_warps=whole.warps, num_stages=whole.stages,
         ),
     )  # fmt: skip

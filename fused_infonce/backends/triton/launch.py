@@ -90,15 +90,19 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def padded_rows(x: Tensor) -> Tensor | None:
-    """Return memory for these rows and zeros after them, where x itself would be read an element at a time; else None.
+def aligned(x: Tensor) -> bool:
+    """Return whether rows are read several elements at a time.
 
-    A 16-bit element is also too small to be copied asynchronously, which costs registers as well.
+    A 16-bit element is too small to be copied asynchronously, which costs registers, as does an address for each.
     """
-    d = x.shape[1]
-    if d % ALIGNED == 0 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % ALIGNED == 0:
+    return x.shape[1] % ALIGNED == 0 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % ALIGNED == 0
+
+
+def padded_rows(x: Tensor) -> Tensor | None:
+    """Return memory for rows that are not aligned, and zeros after them; else None."""
+    if aligned(x):
         return None
-    return torch.empty((x.shape[0], cdiv(d, ALIGNED) * ALIGNED), dtype=x.dtype, device=x.device)
+    return torch.empty((x.shape[0], cdiv(x.shape[1], ALIGNED) * ALIGNED), dtype=x.dtype, device=x.device)
 
 
 def acc_of(x: Tensor) -> tl.dtype:

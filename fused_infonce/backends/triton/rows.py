@@ -26,6 +26,9 @@ from .launch import (
     vector,
 )
 
+# what `side_kernel` makes of rows with a temperature, statistics or targets
+OF_MORE = ("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr", "PADDED_Y_ptr")
+
 
 def side(
     keys: KeySet, normalize: bool, temperature: Tensor | None = None, *, statistics: RowStatistics | None = None,
@@ -51,7 +54,7 @@ def side(
             side_kernel, **_rows_arguments(x, padded, y), **temperature_arguments(temperature), A_ptr=inverse,
             S_ptr=scale, U_ptr=u, R_ptr=None if statistics is None else statistics.scale, W_ptr=weight,
             B_ptr=None if others is None or normalize else contiguous(others.scale), TARGET_ptr=target, POS_ptr=pos,
-            at_eps=1 / EPS, NORMALIZE=normalize,
+            PADDED_Y_ptr=None, at_eps=1 / EPS, NORMALIZE=normalize,
         )  # fmt: skip
     guide, norms = (None, None) if keys.guide is None else _guide(contiguous_rows(keys.guide))
     shift = statistics.maximum if statistics is not None and shifted else None
@@ -70,7 +73,7 @@ def _guide(x: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_norms(x: Tensor, padded: Tensor | None = None, at_eps: float = 1 / EPS) -> Tensor:
     """Return 1 / max(|x_i|, EPS) of rows, `at_eps` of those that count as zero; padded: memory for their copy."""
     norms = vector(x, x.shape[0])
-    none: dict[str, Any] = dict.fromkeys(("S_ptr", "U_ptr", "R_ptr", "W_ptr", "B_ptr", "TARGET_ptr", "POS_ptr"))
+    none: dict[str, Any] = dict.fromkeys(OF_MORE)
     run(
         side_kernel, **_rows_arguments(x, padded, None), **temperature_arguments(None), **none, A_ptr=norms,
         at_eps=at_eps, NORMALIZE=True,
