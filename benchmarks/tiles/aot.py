@@ -326,6 +326,7 @@ def default_cases() -> Iterator[Case]:
             yield Case(target, "tf32", 256, "bounded", TILED)
     yield Case("sm_90", "bfloat16", 256, "forward sigmoids", ("exponentials_kernel",))
     yield Case("sm_90", "bfloat16", 512, "bounded columns mean", ("statistics_kernel",))
+    yield Case("sm_90", "bfloat16", 200, "plain", ("dense_gradient_kernel",))  # unaligned rows
     for target in ("sm_90", "gfx942"):
         yield Case(target, "bfloat16", 256, "learned columns", (*TILED[:1], *TILED[2:4], "combine_kernel"))
         yield Case(target, "bfloat16", 256, "biased general", (*PAIRED[1:], "exponentials_kernel", "scale_kernel"))
