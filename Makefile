@@ -44,7 +44,7 @@ demo-distributed: $(VENV)/.installed-demo ## train the text retriever over two p
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m examples.distributed $(DEMO_ARGS)
 
 # The tests see the installed layout, ahead of the editable install and of the repository itself.
-# Whatever measures time or memory runs alone, first; the rest runs in $(JOBS) processes.
+# Whatever measures time or takes all cores runs alone, first; the rest runs in $(JOBS) processes.
 TEST := PYTHONPATH=$(SITE) TRITON_INTERPRET=1 $(BIN)/pytest --timeout 600 --benchmark-disable
 PHASES = failed=0; \
 	$(1) -m serial $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed=1; \

@@ -281,7 +281,6 @@ def test_two_processes_give_what_the_original_gives(tmp_path):
 
 
 @both_losses
-@pytest.mark.serial
 @pytest.mark.skipif(not INTERPRETED, reason="measured where the torch backend runs by itself: in CPU runs")
 def test_memory_of_512_embeddings_in_64_classes(name):
     """The original's NTXentLoss would need 14.6 GiB."""
@@ -293,7 +292,6 @@ def test_memory_of_512_embeddings_in_64_classes(name):
 
 
 @both_losses
-@pytest.mark.serial
 @pytest.mark.parametrize("ours", [True, False])
 def test_cross_batch_memory_makes_no_pairs(name, ours):
     """Of 256 rows and 16384 keys: nothing of the size of even their bytes, where the original's pairs have 16 each."""

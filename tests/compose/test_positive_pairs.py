@@ -86,7 +86,6 @@ def test_rows_without_negatives_have_a_margin_of_minus_infinity_and_no_nan():
         assert gradient.any()
 
 
-@pytest.mark.serial
 def test_several_threads_give_the_same_bits():
     inputs, rows, keys = some(64, 48, 32, 30000, torch.float32)
     upstream = torch.randn(len(rows))
@@ -100,7 +99,6 @@ def test_several_threads_give_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.serial
 def test_memory_is_that_of_vectors():
     """P = 262144 pairs of D = 256: a copy of a row for each would be 256 MiB."""
     inputs, rows, keys = some(512, 512, 256, 2**18, torch.float32)

@@ -64,7 +64,6 @@ def prepared(name: str, dtype: torch.dtype, width: int, world: int = WORLD) -> C
     return step
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", HELD)
 def test_ranks_add_the_rows_of_all_and_one_gradient_of_them(name: str, dtype: torch.dtype) -> None:

@@ -214,7 +214,6 @@ def test_bytes_of_rows_and_of_gradients(
         assert received.get("all_to_all", 0) == (3 * others if name in ("both directions", "margin") else 0)
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one direction", "both directions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_stream_holds_two_parts_whatever_the_number_of_ranks(dtype: torch.dtype, symmetric: bool) -> None:

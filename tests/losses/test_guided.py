@@ -238,7 +238,6 @@ def test_the_module_equals_the_function_and_autocast_rounds_its_rows():
     assert all(x.grad.dtype == torch.float32 for x in rows)
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("everything", [False, True])
 def test_memory_of_gistembed(everything):
     """B = 512, D = 384: the B x B x D cosines of the original need 2.3 GiB."""
@@ -260,7 +259,6 @@ def test_autocast_with_embeddings_of_several_dtypes_as_their_own_guide(backend):
     assert all(x.grad.isfinite().all() for x in rows)
 
 
-@pytest.mark.serial
 def test_memory_of_paired_guides():
     """8 MiB of them in 16 bits, of which no copy is made."""
     rows, guide = call("paired", 256, 256, 32, 16, 512, torch.bfloat16)
@@ -269,13 +267,12 @@ def test_memory_of_paired_guides():
     assert memory.peak <= 2 * MIB + 8 * sum(x.nbytes for x in (*rows[:2], guide["guide_query"], guide["guide_key"]))
 
 
-@pytest.mark.serial
 def test_memory_is_the_limit_and_a_few_times_the_rows():
-    rows, guide = call(None, 8192, 8192, 0, 32, 32, torch.float32)
+    rows, guide = call(None, 4096, 4096, 0, 32, 32, torch.float32)
     for options in ({}, {"reduction": "none"}):
         with PeakMemory() as memory:
-            guided_info_nce(*rows, **guide, workspace_limit=8 * MIB, **options).sum().backward()
-        assert memory.peak <= 8 * MIB + 8 * sum(x.nbytes for x in rows)
+            guided_info_nce(*rows, **guide, workspace_limit=2 * MIB, **options).sum().backward()
+        assert memory.peak <= 2 * MIB + 8 * sum(x.nbytes for x in rows)
 
 
 BAD = {

@@ -111,16 +111,15 @@ def test_16_bit_gradients_are_rounded_once(softmax, hardness):
         torch.testing.assert_close(ours, truth.to(ours.dtype), rtol=0, atol=0)
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("softmax", SOME, ids=str)
 @pytest.mark.parametrize("hardness", [None, "hard_negatives", "all_negatives"])
 def test_memory_does_not_grow_with_the_scores(softmax, hardness):
-    """Some times the inputs and the limit, where one matrix of scores has 16 MiB."""
-    inputs = [x.requires_grad_() for x in call(2048, 2, d=16, dtype=torch.float32, grad=False)]
+    """Some times the inputs and the limit, where one matrix of scores has 4 MiB."""
+    inputs = [x.requires_grad_() for x in call(1024, 2, d=16, dtype=torch.float32, grad=False)]
     partition, directions = softmax
     options = {"directions": directions, "partition": partition, "hardness": hardness}
     options["hardness_strength"] = 2.0 if hardness else 0.0
     with PeakMemory() as memory:
-        multiple_negatives(inputs[0], inputs[1:], **options, workspace_limit=MIB // 2).backward()
-    assert memory.peak <= 2 * MIB + 12 * sum(x.nbytes for x in inputs)
-    assert memory.largest <= MIB
+        multiple_negatives(inputs[0], inputs[1:], **options, workspace_limit=MIB // 8).backward()
+    assert memory.peak <= MIB // 2 + 12 * sum(x.nbytes for x in inputs)
+    assert memory.largest <= MIB // 4

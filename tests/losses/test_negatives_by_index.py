@@ -288,7 +288,6 @@ def test_sums_over_uses_have_one_order_on_many_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gathered_negatives_are_never_held(reduction):
     """They would be 64 MiB. The table's gradient is there twice, as it is added up and times the upstream."""
@@ -302,20 +301,18 @@ def test_gathered_negatives_are_never_held(reduction):
     assert memory.peak < n * h * d * 4 / 4
 
 
-@pytest.mark.serial
 def test_smoothing_needs_no_more_than_a_few_blocks(monkeypatch):
-    """Neither what is gathered, 64 MiB, nor rows divided by their norms, nor another gradient of each."""
-    monkeypatch.setattr("fused_infonce.compose.own_keys.TAKEN", MIB // 8)
-    n, m, h, d = 2048, 1500, 32, 256
+    """Neither what is gathered, 16 MiB, nor rows divided by their norms, nor another gradient of each."""
+    monkeypatch.setattr("fused_infonce.compose.own_keys.TAKEN", MIB // 32)
+    n, m, h, d = 512, 375, 32, 256
     inputs, peaks = call(torch.float32, n, m, h, d), []
     for smoothing in (0.0, 0.1):
         with PeakMemory() as memory:
-            evaluate(info_nce, inputs, label_smoothing=smoothing, workspace_limit=MIB)
+            evaluate(info_nce, inputs, label_smoothing=smoothing, workspace_limit=MIB // 4)
         peaks.append(memory.peak)
-    assert peaks[1] <= peaks[0] + 2 * MIB
+    assert peaks[1] <= peaks[0] + MIB // 2
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("backend", [TRITON])
 def test_kernels_hold_a_few_numbers_of_each_use(backend):
     n, m, h, d = 64, 32, 16, 128

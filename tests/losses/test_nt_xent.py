@@ -216,12 +216,11 @@ def test_autocast_rounds_three_views_and_nothing_else() -> None:
         assert relative(got, want) <= 5e-3
 
 
-@pytest.mark.serial
 def test_memory_of_three_views_is_the_limit_and_a_few_times_the_rows() -> None:
-    views = [torch.randn(4096, 32, requires_grad=True) for _ in range(3)]
+    views = [torch.randn(2048, 32, requires_grad=True) for _ in range(3)]
     with PeakMemory() as memory:
-        of_views(views, 0.1, workspace_limit=4 * MIB).backward()
-    assert memory.peak <= 4 * MIB + 20 * 3 * views[0].nbytes
+        of_views(views, 0.1, workspace_limit=MIB).backward()
+    assert memory.peak <= MIB + 20 * 3 * views[0].nbytes
 
 
 def test_a_temperature_may_be_assigned() -> None:

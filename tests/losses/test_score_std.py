@@ -72,7 +72,6 @@ def test_a_distillation_of_standardised_logits_is_that_of_the_authors(backend):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-9)  # for their 1e-7
 
 
-@pytest.mark.serial
 def test_no_scores_are_held():
     query, key = torch.randn(3000, 16), torch.randn(4000, 16)
     with PeakMemory() as memory:

@@ -280,7 +280,6 @@ def test_the_scores_are_made_once_and_need_the_workspace_alone(reduction):
 
 
 @pytest.mark.parametrize("limit", [MIB // 4, MIB])
-@pytest.mark.serial
 def test_the_workspace_limit_holds(limit):
     n, d = 2048, 32
     inputs = call_of(n, 0, d, torch.float32)

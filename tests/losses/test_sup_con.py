@@ -294,7 +294,6 @@ def test_compiled_equals_eager(kind: str, views: int) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not INTERPRETED, reason="measured where the torch backend runs by itself: in CPU runs")
 def test_memory_of_512_embeddings_in_64_classes() -> None:
     features, labels = torch.randn(512, 1, 128, requires_grad=True), torch.arange(512) % 64
@@ -304,12 +303,11 @@ def test_memory_of_512_embeddings_in_64_classes() -> None:
     assert features.grad.any()
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("mode", ["all", "one"])
 def test_memory_does_not_grow_with_pairs(mode: str) -> None:
-    n, d = 8192, 32
+    n, d = 4096, 32
     features, labels = torch.randn(n, 2, d, requires_grad=True), torch.arange(n) % 64
     with PeakMemory() as memory:
-        sup_con(features, labels, contrast_mode=mode, workspace_limit=4 * MIB).backward()
-    assert memory.peak <= 4 * MIB + 20 * features.nbytes
+        sup_con(features, labels, contrast_mode=mode, workspace_limit=MIB).backward()
+    assert memory.peak <= MIB + 20 * features.nbytes
     assert memory.peak <= (2 * n) ** 2 * 4 / 16

@@ -291,7 +291,6 @@ class Wide(nn.Module):
         return {"hidden": hidden}
 
 
-@pytest.mark.serial
 def test_the_memory_of_the_encoder_is_that_of_a_chunk():
     n, length, rows = 512, 64, 16
     model = Wide()
