@@ -116,7 +116,8 @@ def any_limit(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    """Without a GPU of the CPU alone: torch.manual_seed takes long to note a seed for each device that is not there."""
+    (torch.manual_seed if GPU else torch.default_generator.manual_seed)(0)
 
 
 def _poisoned(allocate):
