@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles.clip import clip_loss as dense_clip_loss
 from oracles.info_nce import info_nce as dense_info_nce
-from support.helpers import error
+from support.helpers import error, every_pair
 
 from fused_infonce import contrast, explain, info_nce
 from fused_infonce.backends import plan
@@ -99,10 +99,9 @@ def keeps_the_bounds(function, dense, rows, options, learned, temperature):
         assert error(grad, true_grad) <= bound
 
 
-@pytest.mark.parametrize(("temperature", "name", "kind"), AT)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("learned", [False, True])
-def test_biases_of_any_size_keep_the_bounds(name, kind, dtype, temperature, learned):
+@every_pair(at=AT, dtype=[torch.bfloat16, torch.float32], learned=[False, True])
+def test_biases_of_any_size_keep_the_bounds(at, dtype, learned):
+    temperature, name, kind = at
     rows, options = call_of(name, kind, dtype)
     keeps_the_bounds(info_nce, dense_info_nce, rows, options | {"temperature": temperature}, learned, temperature)
 
