@@ -90,6 +90,7 @@ OPTIONS = {
 
 
 @cases(
+    pairs="torch",
     option=list(OPTIONS),
     rows=[("medium", True), ("cone_98", True), ("cone_90", False)],
     temperature=[0.01, 0.1],

@@ -31,6 +31,7 @@ TOLERANCE = {"rtol": 1e-11, "atol": 1e-14}  # of float64, for another order of t
 
 
 @cases(
+    pairs="torch",
     n=SIZES,
     d=[1, 7, 33, 64, 100],
     dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
@@ -41,7 +42,13 @@ def test_sizes_that_fit_no_tile_keep_the_bounds(backend, n, d, dtype, options):
     check(backend, call_of(n, d, "loose", dtype, 0.1 if normalize else 1.0), normalize=normalize, **options)
 
 
-@cases(n=SIZES, m=[1, 2, 16, 17, 65, 130], reduction=["mean", "none"], dtype=[torch.float32, torch.float64])
+@cases(
+    pairs="torch",
+    n=SIZES,
+    m=[1, 2, 16, 17, 65, 130],
+    reduction=["mean", "none"],
+    dtype=[torch.float32, torch.float64],
+)
 def test_any_number_of_keys_keeps_the_bounds(backend, n, m, reduction, dtype):
     inputs = call_of(max(n, m), 20, "loose", dtype)
     inputs |= {
@@ -53,6 +60,7 @@ def test_any_number_of_keys_keeps_the_bounds(backend, n, m, reduction, dtype):
 
 
 @cases(
+    pairs="torch",
     n=[1, 2, 17, 33],
     h=[1, 2, 15, 17, 65],
     mode=["paired", "unpaired"],
@@ -116,6 +124,7 @@ LAYOUTS = {
 
 
 @cases(
+    pairs="torch",
     layout=list(LAYOUTS),
     of=["query", "positive_key", "negative_keys", "all"],
     mode=["paired", "unpaired"],
@@ -222,6 +231,7 @@ def test_chunks_of_the_torch_backend_keep_the_bounds(case, t, ids, monkeypatch):
 
 
 @cases(
+    pairs="torch",
     plan=["workspace", "streaming"],
     option=[{}, {"symmetric": True}, {"reduction": "none"}, {"negatives": True}, {"target": True}],
     dtype=[torch.float32, torch.bfloat16, torch.float16],

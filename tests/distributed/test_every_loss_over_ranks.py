@@ -19,7 +19,7 @@ from fused_infonce import Distributed, functional, multiple_negatives, statistic
 from fused_infonce.distributed.loopback import Loopback, LoopbackCommunicator
 
 LOSSES = Path(__file__).parents[1] / "losses"
-WORLDS = (1, 2, 4, 8)
+WORLDS = (1, 2, 8)  # and 4 in float32
 REFUSED = {"sup_con": {"mask"}, "distilled_info_nce": {"teacher_scores"},
            "multiple_negatives": {"offset", "all_queries"}}  # fmt: skip  # over several ranks; see test_mistakes.py
 EVERYWHERE = {"temperature", "logit_scale", "reduction", "normalize", "backend", "workspace_limit", "distributed"}

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -337,13 +337,14 @@ def every_pair(**factors: Sequence[Any]) -> pytest.MarkDecorator:
 
 def cases(
     valid: Callable[[dict[str, Any]], bool] = lambda _: True,
-    pairs: bool = False,
+    pairs: bool | Literal["torch"] = False,
     together: bool = False,
     **factors: Sequence[Any],
 ) -> pytest.MarkDecorator:
     """Parametrise over the backends and every valid combination of the factors.
 
-    pairs: only combinations that cover all pairs of values, as always in the interpreter, which is slow.
+    pairs: only combinations that cover all pairs of values, as always in the interpreter, which is slow; "torch": in
+    PyTorch too, which knows no tiles, and all of them on a GPU.
     together: pass the factors as one dictionary, `case`.
     """
 
@@ -353,5 +354,5 @@ def cases(
             name = "-".join(map(name_of, (backend, *case.values())))
             yield pytest.param(backend, *([case] if together else case.values()), marks=mark, id=name)
 
-    every = [*params("torch", (), pairs), *params("triton", TRITON.marks, pairs or not COMPILED)]
+    every = [*params("torch", (), bool(pairs)), *params("triton", TRITON.marks, pairs is True or not COMPILED)]
     return pytest.mark.parametrize(("backend", *(["case"] if together else factors)), every)
