@@ -93,10 +93,9 @@ CALLS = {
 CLASSES = {name for name in fused_infonce.__all__ if name.endswith("Loss")}
 CALLS |= {name: from_example(getattr(fused_infonce, name)) for name in sorted(CLASSES - set(CALLS))}
 every_loss = pytest.mark.parametrize("name", CALLS)
-# Losses that together compile every operator over kernels, and some with a number for a temperature: all are compiled
-# with a learned one in tests/temperature.
+# Losses that together compile every operator over kernels. All are compiled with a learned temperature, in PyTorch, in
+# tests/temperature, and most with a number in a test of their own.
 KERNELS = ("ClipLoss", "GuidedInfoNCELoss", "NTXentLoss", "SigLipLoss")
-COMPILED = ("GroupedInfoNCELoss", "GuidedInfoNCELoss", "MoCoLoss", "MultipleNegativesLoss")
 
 
 def make(name, **options):
@@ -128,7 +127,7 @@ def test_the_example_of_a_docstring_runs(name):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "torch") for name in COMPILED), *(pytest.param(name, "triton", marks=TRITON.marks) for name in KERNELS)],
+    [("MoCoLoss", "torch"), *(pytest.param(name, "triton", marks=TRITON.marks) for name in KERNELS)],
 )
 def test_compiled_equals_eager(name, backend):
     torch._dynamo.reset()
