@@ -257,8 +257,7 @@ def test_some_scores_may_be_minus_infinity():
 def test_memory_of_embeddings_is_the_limit_and_a_few_times_the_rows(options):
     """D = D' = 32, and N M floats are 64 MiB: the workspace, and a few times the rows of both models."""
     n, limit = 4096, 2 * MIB
-    q, k = (torch.randn(n, 32, requires_grad=True) for _ in range(2))
-    a, b = (torch.randn(n, 32) for _ in range(2))
+    q, k, a, b = (torch.randn(n, 32, requires_grad=i < 2) for i in range(4))
     with PeakMemory() as memory:
         distilled_info_nce(q, k, a, b, workspace_limit=limit, **options).backward()
     rows = 4 * q.nbytes
