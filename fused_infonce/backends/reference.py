@@ -46,8 +46,8 @@ def sigmoids(problem: Problem, plan: Plan, bias: Tensor, weight: Tensor | float,
     own = slice(0 if problem.in_batch else 1, None)
     logits, out = torch.cat(scores[own] or [scores[0][:, :0]], 1) / t, _cat(left_out[own], scores[0])
     bad = ~(logits.isfinite() | out).all(1)
-    each = F.softplus(logits + bias.to(logits.dtype), threshold=80).masked_fill(out, 0).to(pos.dtype)
-    losses = F.softplus(-(pos + bias), threshold=80) + each.sum(1)
+    each = F.softplus(logits + bias.to(logits.dtype), threshold=40).masked_fill(out, 0).to(pos.dtype)
+    losses = F.softplus(-(pos + bias), threshold=40) + each.sum(1)
     return Sigmoids(losses.masked_fill(bad, math.nan), [], None, None)
 
 

@@ -23,9 +23,10 @@ class RowLoss(NamedTuple):
 def infonce(x: Tensor) -> Tensor:
     """Compute `-log(exp(pos) / (exp(pos) + exp(neg))) = log(1 + exp(x))`: exact at both ends, as `lse - pos` is not.
 
-    Above the threshold it is x itself, there to the last bit even in float64.
+    Above the threshold it is x itself, there to the last bit even in float64. PyTorch multiplies an upstream gradient
+    by exp(x) before it divides: at a threshold of 80 a loss scale of 2^16 would overflow float32.
     """
-    return F.softplus(x, threshold=80)
+    return F.softplus(x, threshold=40)
 
 
 def decoupled(x: Tensor) -> Tensor:

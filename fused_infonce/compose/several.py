@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, contrast
@@ -15,6 +14,7 @@ from ..backends import Options
 from ..backends.contract import KeySet, Problem, RowStatistics
 from ..backends.indexing import add_rows, take_rows
 from ..backends.precision import without_autocast
+from ..backends.row_losses import infonce
 from .across import blocked, of_all
 from .biases import offset_of
 from .positives import equal_pairs, members, pair_margins
@@ -210,17 +210,17 @@ def of_rows(neg: Tensor, pos: Tensor, rows: Tensor, weight: Tensor, mode: Positi
     n, none = neg.shape[0], weight == 0
     pos = (pos + 0 * weight).masked_fill(none, 0)  # a weight of NaN is of a target out of range
     if mode == "each":
-        return _shared(F.softplus(take_rows(neg, rows) - pos), rows, weight, n)
+        return _shared(infonce(take_rows(neg, rows) - pos), rows, weight, n)
     top = pos.new_full((n,), -torch.inf).scatter_reduce(0, rows, pos.detach().masked_fill(none, -torch.inf), "amax")
     top = torch.where(top == -torch.inf, 0, top)
     total = add_rows(pos.new_zeros(n), rows, torch.exp(pos - take_rows(top, rows)).masked_fill(none, 0))
     empty = total == 0
     every = (top + torch.log(torch.where(empty, 1, total))).masked_fill(empty, 0)
     if mode == "any":
-        return F.softplus(torch.where(empty, 0, neg - every)).masked_fill(empty, 0)
+        return infonce(torch.where(empty, 0, neg - every)).masked_fill(empty, 0)
     count = add_rows(pos.new_zeros(n), rows, (~none).to(pos.dtype))
     alone = take_rows(count, rows) == 1  # the difference below would lose a small loss to rounding
-    one = F.softplus(take_rows(neg, rows) - pos)
+    one = infonce(take_rows(neg, rows) - pos)
     return _shared(torch.where(alone, one, take_rows(log_add(neg, every), rows) - pos), rows, weight, n)
 
 

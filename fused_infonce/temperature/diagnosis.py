@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
 from ..backends import BackendName
+from ..backends.row_losses import infonce
 from ..compose.rows import unit
 from .fitting import TOO_HIGH, TOO_LOW, Fit, fit
 from .rules import Warned, judged
@@ -163,7 +163,7 @@ def diagnose_step(
         getattr(loss, "check_record", lambda: None)()  # a loss that cannot record says why
         raise ValueError("loss must have recorded a call: make it with record=True and call it, got nothing recorded")
     pos, neg, t = (x[kept.counted] for x in (kept.pos, kept.neg, kept.temperature))
-    losses, effective = F.softplus(neg - pos, threshold=80), kept.effective_negatives()
+    losses, effective = infonce(neg - pos), kept.effective_negatives()
     if not losses.isfinite().all():
         bad = losses[~losses.isfinite()]
         raise ValueError(f"the recorded losses must be finite, got {bad[0].item()} among {len(bad)} of {len(losses)}")

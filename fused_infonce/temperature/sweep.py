@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks, contrast
@@ -20,6 +19,7 @@ from ..backends.contract import KeySet, Problem
 from ..backends.indexing import slices, take_rows
 from ..backends.ladder import Ladder, Profile
 from ..backends.registry import resolve
+from ..backends.row_losses import infonce
 from ..backends.rows import as_held
 from ..compose.across import Met, across, meet
 from ..compose.arguments import call_options, of_keys
@@ -80,7 +80,7 @@ class Sweep:
 
     def losses(self, t: float) -> Tensor:
         """Return InfoNCE of every row, log(1 + exp(log_z_i - pos_i / t)), (N,)."""
-        return F.softplus(self.at(t).log_z - self.pos / t)
+        return infonce(self.at(t).log_z - self.pos / t)
 
     def nll(self, t: float) -> Tensor:
         """Return the mean of the rows' losses, of no dimensions."""

@@ -148,6 +148,22 @@ def test_large_logits_cost_no_more_than_float32_scores_do(backend, option, norm,
 
 
 @both_backends
+def test_a_loss_scale_overflows_nothing_where_a_negative_is_far_ahead(backend):
+    """The loss of such a row is its margin, of which exp times a usual loss scale is no float32."""
+    margin = 79
+    rows = torch.eye(2, device=DEVICE[backend])
+    inputs = {"query": rows, "positive_key": rows.flip(0)}
+    scale = torch.full((2,), 2.0**16)
+    want, got = (
+        evaluate(info_nce, inputs, upstream, temperature=1 / margin, reduction="none", backend=backend)
+        for upstream in (None, scale)
+    )
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(got[1][name], want[1][name] * 2**16) for name in inputs)
+    assert got[1]["query"].abs().max() == margin * 2**16
+
+
+@both_backends
 @pytest.mark.parametrize("kind", CONES)
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
 def test_rounding_the_gradient_alone_costs_most_of_its_error(backend, kind, normalize):

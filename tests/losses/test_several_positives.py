@@ -180,6 +180,14 @@ def test_one_positive_is_info_nce(backend, mode):
     compare(got, info_nce(*given, target=target.to(device), **options).cpu(), [query, key, other])
 
 
+@pytest.mark.parametrize("mode", ["each", "all", "any"])
+def test_a_positive_far_behind_keeps_the_digits_of_float64(mode):
+    rows = torch.eye(2, dtype=torch.float64)
+    options = {"temperature": 1 / 22, "reduction": "none"}
+    got = info_nce(rows, rows.flip(0), target=torch.arange(2)[:, None], positives=mode, **options)
+    torch.testing.assert_close(got, info_nce(rows, rows.flip(0), **options), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["each", "any"])
 @pytest.mark.parametrize("t", [0.01, 0.05, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
