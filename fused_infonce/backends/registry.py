@@ -167,9 +167,12 @@ def plan_of(
     key = (*asked, problem.shape)
     plan = remembered.get(key)
     if plan is None:
+        plan = _chosen(problem, *asked)
+        if torch._C._is_tracing():  # the sizes in the key are tensors
+            return plan
         if len(remembered) >= MOST_PLANS:
             remembered.clear()
-        plan = remembered[key] = _chosen(problem, *asked)
+        remembered[key] = plan
     return plan
 
 

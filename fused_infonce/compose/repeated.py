@@ -109,6 +109,8 @@ def _are_plain(x: Any, y: Any) -> bool:
 
 def _remembered(key: tuple[Any, ...], loss: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Return what a call returns, and remember what it was."""
+    if torch._C._is_tracing():  # the sizes in the key are tensors
+        return loss(*args, **kwargs)
     with made.taken() as notes:
         result = loss(*args, **kwargs)
     if len(remembered) >= MOST:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from fused_infonce import ClipLoss, FusedInfoNCELoss, NTXentLoss, clip_loss, explain, info_nce, nt_xent
+from fused_infonce.backends import registry
 from fused_infonce.compose import repeated
 
 N, D = 6, 4
@@ -163,6 +164,16 @@ def test_nothing_of_a_call_stays():
     del x
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_of_a_trace_stays():
+    """The sizes that a trace of `torch.jit` sees are tensors: nothing made of them may serve another call."""
+    x, y = torch.randn(2, N, D)
+    traced = torch.jit.trace(CALLS["one"], (x, y), check_trace=False)
+    assert not repeated.remembered
+    assert not registry.remembered
+    torch.testing.assert_close(traced(y, x), CALLS["one"](y, x))
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
