@@ -385,7 +385,8 @@ def _scaled(ctx: Any, grads: Sequence[Tensor | None], upstream: Tensor) -> list[
 
 
 def _spent(ctx: Any) -> Sequence[int]:
-    """Return the places of saved gradients that may be overwritten, so that of the rows of all ranks there is one: what
-    a handle is given, which only its exchange reads, if the graph is freed."""
+    """Return the places of saved gradients that may be overwritten: those for handles, which their exchange alone
+    reads, in a backward that frees the graph. A second gradient of the rows of all ranks would be as large as they are.
+    """
     kept = not ctx.handled or torch._C._autograd._get_current_graph_task_keep_graph()
     return () if kept else ctx.handled

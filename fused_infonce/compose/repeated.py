@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Repeat(NamedTuple):
 
 
 made = Notes()  # of type `Made`, by calls that are to be remembered
-remembered: dict[tuple[Any, ...], Repeat | None] = {}  # None: a call that is more than a `Repeat`
+remembered: dict[tuple[Any, ...], Repeat | Literal[False]] = {}  # False: a call that is more than a `Repeat`
 
 
 def repeated(loss: F) -> F:
@@ -74,10 +74,10 @@ def repeated(loss: F) -> F:
             loss, *rest, types, *kwargs, torch.is_grad_enabled(),
             x.shape, x.dtype, x.device, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad,
         )  # fmt: skip
-        found = remembered.get(key, made)  # read once: another thread may clear it
-        if found is made:
+        found = remembered.get(key)  # read once: another thread may clear it
+        if found is None:
             return _remembered(key, loss, args, kwargs)
-        if not isinstance(found, Repeat):
+        if found is False:
             return loss(*args, **kwargs)
         rows = torch.cat((x, y)) if found.views else x  # autocast, which some rows could not be joined under, is off
         if found.kind is not None:
@@ -119,16 +119,16 @@ def _remembered(key: tuple[Any, ...], loss: Callable[..., Any], args: Any, kwarg
     return result
 
 
-def _repeat(x: Tensor, y: Tensor, result: Tensor, notes: Sequence[Made]) -> Repeat | None:
-    """Return what a call of these rows was besides them; None where its result was made of more."""
+def _repeat(x: Tensor, y: Tensor, result: Tensor, notes: Sequence[Made]) -> Repeat | Literal[False]:
+    """Return what a call of these rows was besides them; False where its result was made of more."""
     if len(notes) != 1 or notes[0].total is not result or x.is_meta:
-        return None
+        return False
     _, problem, plan, loss, weight = notes[0]
     pairs = problem.query.rows is x and problem.keys[0].rows is y and problem.target is None
     if isinstance(weight, Tensor) or problem.added or not problem.plain or not (pairs or problem.two_views):
-        return None
+        return False
     if plan.backend == "reference" or (x.is_cuda and plan.backend != "triton"):  # every call of the latter warns
-        return None
+        return False
     t = problem.temperature
     return Repeat(
         not pairs, problem.columns, problem.normalize, (None, t.lowest, t.dtype, t.device), plan, loss, weight,
