@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import csv
 import hashlib
 import json
@@ -25,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
@@ -34,12 +32,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import ROOT
-from fused_infonce.backends.contract import KeySet, Problem, Temperature, Upstream
-from fused_infonce.backends.ladder import Ladder
-from fused_infonce.backends.plan import Plan
-from fused_infonce.backends.precision import accumulator
-from fused_infonce.backends.triton import backend, dense, sigmoid, tiles
-from fused_infonce.backends.triton.profile import profile
+from benchmarks.tiles.launches import Case, Launch, launches
 
 SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "fused_infonce/backends/triton/tiles.py"]
 TARGETS = {
@@ -57,7 +50,6 @@ TENSOR_CORE = {  # what a tile of 16-bit inputs must compile to
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
-PROCESSORS = 132  # of an H100 or an H200, which the numbers of programs are for
 TILED = (
     *("statistics_kernel", "gradient_kernel", "coefficients_kernel", "exponentials_kernel"),
     *("dense_scores_kernel", "dense_gradient_kernel"),
@@ -75,28 +67,8 @@ TYPES = {
 
 
 @dataclass(frozen=True)
-class Case:
-    target: str
-    dtype: str
-    d: int
-    # "plain": one direction; "columns": both; "general": targets, ids, own negatives; "guided": a guide;
-    # "indexed": ids, and own negatives by their places in a table, whose gradient is the last and the widest;
-    # "views": rows of two views against one another;
-    # "bounded ...": plain, columns and views where every exponential fits and no mean is needed, but with "mean";
-    # "few ...": so few rows that tiles on a diagonal have no launches of their own;
-    # "biased ...": where keys, and with columns queries, have biases; "learned ...": of which one pass makes gradients;
-    # "columns margin": columns where positives have a margin;
-    # "sigmoids", "forward sigmoids": a loss of sigmoids with gradients and without;
-    # "profile", "profile of general": a ladder of 17 temperatures
-    variant: str
-    kernels: tuple[str, ...] = ()  # names; empty: all
-    tma: bool | None = None  # whether tiles are loaded through tensor descriptors; None: as the table has it
-    apart: bool = False  # whether warps of their own load them, where a kernel can
-    widest: bool = False  # whether of each kernel the launch with the most arguments alone is compiled
-
-
-@dataclass(frozen=True)
 class Result:
+    triton: str
     target: str
     dtype: str
     d: int
@@ -108,6 +80,7 @@ class Result:
     block_d: int
     warps: int
     stages: int
+    bound: int  # of registers a thread that is asked for; 0: none
     registers: int
     shared_kib: float
     shared_limit_kib: int
@@ -127,98 +100,6 @@ def source_hash() -> str:
                 del node.body[0]
         digest.update(path.name.encode() + b"\0" + ast.unparse(tree).encode())
     return digest.hexdigest()[:16]
-
-
-class Launch(NamedTuple):
-    """A launch of a kernel that was recorded."""
-
-    kernel: triton.JITFunction
-    arguments: dict[str, Any]
-    grid: tuple[int, ...]
-
-
-@contextlib.contextmanager
-def recorded(target: str, tma: bool | None = None, apart: bool = False) -> Iterator[list[Launch]]:
-    """Record the launches of kernels as on a device of this kind with 132 processors, and run none."""
-    found: list[Launch] = []
-    table = tiles.tile
-
-    def tile(*key: Any) -> tiles.Tile:
-        return table(*key)._replace(apart=True, tma=False) if apart else table(*key)
-
-    def record(self: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found.append(Launch(self, kwargs, grid))
-
-    with (
-        mock.patch.object(triton.JITFunction, "run", record),
-        mock.patch.object(tiles, "architecture", return_value=target),
-        mock.patch.object(tiles, "processors", return_value=PROCESSORS),
-        mock.patch.object(tiles, "FORCE_TMA", tma),
-        mock.patch.object(tiles, "tile", tile),
-        mock.patch.dict(dense.KINDS, clear=True),
-    ):
-        yield found
-
-
-def launches(case: Case) -> list[Launch]:
-    """Return the launches that the launchers make for a problem of this kind, recorded instead of run."""
-    # On the meta device PyTorch's products, which are between the kernels, take no time either.
-    with recorded(case.target, case.tma, case.apart) as found, torch.device("meta"):
-        launch(case)
-    return found
-
-
-def launch(case: Case) -> None:
-    """Call the launchers for a problem of this kind."""
-    dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
-    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-    # of rows with tensor cores enough for tiles on a diagonal to have launches of their own
-    few = case.dtype in ("float32", "float64") or "few" in case.variant
-    n, d, acc = 512 if few else 4096, case.d, accumulator(dtype)
-    x, ids = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    general, indexed = "general" in case.variant, case.variant == "indexed"
-    learned, bounded = "learned" in case.variant, "bounded" in case.variant
-    names, guide = (ids if general or indexed else None), (x if case.variant == "guided" else None)
-    biased = learned or "biased" in case.variant
-    biases = [torch.zeros(shape, dtype=acc) if biased else None for shape in ((n,), (n, 16))]
-    keys = [KeySet(x.clone(), names, guide, bias=biases[0])]
-    places = torch.zeros(n, 16, dtype=torch.int64)
-    if indexed:
-        keys.append(KeySet(x.clone(), ids, indices=places))
-    elif general:
-        keys.append(KeySet(torch.zeros(n, 16, d, dtype=dtype), places, bias=biases[1]))
-    problem = Problem(
-        KeySet(x, names, guide, bias=biases[0]), tuple(keys), Temperature(torch.ones(1, dtype=acc)),
-        ids if general else None,
-        ceiling=None if guide is None else torch.zeros(n, dtype=acc), columns="columns" in case.variant,
-        offset=torch.zeros(2, n, dtype=acc) if "margin" in case.variant else None,
-    )  # fmt: skip
-    if "views" in case.variant:
-        problem = replace(problem, keys=(problem.query,), target=ids, self_similar=True, two_views=True)
-    u = torch.zeros(n, dtype=acc)
-    if "sigmoids" in case.variant:
-        wanted = ["forward" not in case.variant] * 4
-        sigmoid.sigmoids(problem, Plan("onepass", n, n, 1 << 28, 0, ""), u[:1], 1 / n, wanted)
-        return
-    if "profile" in case.variant:
-        profile(problem, Plan("forward", n, n, 1 << 28, 0, ""), Ladder.over(1 / 256, 1.0))
-        return
-    of_rows = [dtype, None if indexed else dtype, *[dtype] * (len(keys) - 1)]
-    streams = d <= tiles.STREAMING_MAX_D[dtype] and case.variant != "guided"
-    for name in ("streaming", "workspace") if streams else ("workspace",):
-        mean = not bounded or "mean" in case.variant
-        plan = Plan(name, n, n, 1 << 28, 0, "", bounded=bounded, mean=mean)
-        statistics = backend.statistics(problem, plan)
-        upstream = Upstream(u, u, u if problem.columns else None)
-        backend.gradients(problem, plan, statistics, upstream, [*of_rows, *[acc] * len(problem.biases)])
-    if not problem.self_similar and (bounded or problem.biases or not problem.columns):
-        plan = Plan("onepass", n, n, 1 << 28, 0, "")
-        wanted = [*(want is not None for want in of_rows), *[learned] * len(problem.biases), not bounded]
-        made = backend.onepass(problem, plan, "infonce", u, wanted)
-        backend.finished(problem, plan, made.inputs, made.kept, u.sum(), of_rows)
-    if problem.one_to_one and not general and not problem.biases:
-        plan = Plan("dense", n, n, 1 << 28, 0, "", bounded=bounded)
-        backend.onepass(problem, plan, "infonce", 1 / n, [True, True, not bounded])
 
 
 def specialised(fn: triton.JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
@@ -302,10 +183,11 @@ def compile_case(case: Case) -> list[Result]:
         multiplied = re.search(rf"\b{re.escape(core)}", code.text + kernel.asm.get("ptx", ""))
         block_m, block_n, block_d = (arguments.get(f"BLOCK_{name}", 0) for name in "MND")
         results[key] = Result(
-            case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__, block_m, block_n,
-            block_d, kernel.metadata.num_warps, kernel.metadata.num_stages, code.registers,
-            kernel.metadata.shared / 1024, SHARED_LIMIT[case.target], code.spilled_bytes, core if multiplied else "",
-            kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"), "USETMAXREG" in code.text,
+            triton.__version__, case.target, case.dtype, case.d, case.variant, arguments.get("TMA", False), fn.__name__,
+            block_m, block_n, block_d, kernel.metadata.num_warps, kernel.metadata.num_stages,
+            options.get("maxnreg") or 0, code.registers, kernel.metadata.shared / 1024, SHARED_LIMIT[case.target],
+            code.spilled_bytes, core if multiplied else "", kernel.asm.get("ptx", "").count("cp.async.bulk.tensor"),
+            "USETMAXREG" in code.text,
         )  # fmt: skip
     return list(results.values())
 
@@ -344,8 +226,20 @@ def default_cases() -> Iterator[Case]:
         yield Case(target, "bfloat16", 256, "bounded", ("exponentials_kernel",), apart=True)
 
 
+EVERY = ("plain", "columns", "general", "indexed", "guided", "bounded", "bounded columns", "bounded views", "raw",
+         "raw columns", "columns margin", "biased general", "learned columns", "learned general")  # fmt: skip
+
+
 def all_cases() -> Iterator[Case]:
-    """Yield a row length for every entry of the table: up to 128, to 256, and longer; of "gradient" also 64 and 512."""
+    """Yield a row length for every entry of the table: up to 128, to 256, and longer; of "gradient" also 64 and 512.
+
+    For sm_90 every kernel of all kinds of calls in 16 bits, of rows that are aligned and of rows that are not.
+    """
+    for d in (64, 200, 256):
+        for variant in EVERY:
+            yield Case("sm_90", "bfloat16", d, variant)
+    for variant in ("plain", "columns", "general"):
+        yield Case("sm_90", "float16", 256, variant)
     for target in TARGETS:
         for d in (128, 256, 1024):
             for variant in ("plain", "columns", "general", "guided", "bounded", "bounded columns", "bounded views"):
@@ -381,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--only", default="", help="a target, to compile for it alone")
-    parser.add_argument("--record", type=Path)
+    parser.add_argument("--record", type=Path, help="a CSV file, in which rows of other targets and Tritons stay")
     parser.add_argument("--hash", action="store_true", help="of the sources that a recorded table holds for")
     options = parser.parse_args()
     if options.hash:
@@ -401,12 +295,19 @@ def main() -> None:
     print(*(f"{name[:10]:>10}" for name in rows[0]))
     for row in rows:
         print(*(f"{value!s:>10}" for value in row.values()))
-    rows = [{"sources": sources, **row} for row in rows]
     if options.record:
-        with options.record.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        record(options.record, [{"sources": sources, **row} for row in rows])
+
+
+def record(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows in place of those of their targets and this Triton."""
+    made = {(row["triton"], row["target"]) for row in rows}
+    with path.open(newline="") as file:
+        kept = [row for row in csv.DictReader(file) if (row.get("triton"), row["target"]) not in made]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(kept + rows)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class Operators(TorchDispatchMode):
 def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[plans.Plan, list[Any]]:
     """Return the plan of a call, and what it launches forward and backward; only: a plan to take in place of it, which
     may not be possible and then launches nothing."""
-    from . import aot
+    from . import launches
 
     query, key = (torch.empty(n, d, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
     if direction == "self":
@@ -186,7 +186,7 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(where, name, value, create=True))
         stack.enter_context(mock.patch.dict(plans.RULES, {"triton": (rules, blocks)}))
-        events = stack.enter_context(aot.recorded(H200.target))
+        events = stack.enter_context(launches.recorded(H200.target))
         plan = registry.plan_of(problem, options, reduced=True)
         if not plan.rows:  # no chunk fits the limit
             return plan, []
@@ -272,7 +272,8 @@ def over_tiles(machine: Machine, triton: str, launch: Any) -> Times:
 
 def priced(machine: Machine, triton: str, events: Sequence[Any]) -> Iterator[tuple[str, Times]]:
     """Yield the name and the times of all that was launched."""
-    from .aot import TILED, Launch
+    from .aot import TILED
+    from .launches import Launch
 
     for event in events:
         if isinstance(event, Launch):

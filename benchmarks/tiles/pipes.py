@@ -177,10 +177,10 @@ def counted(target: str, d: int, variant: str, found: dict[tuple[str, str, str],
     """
     import triton
 
-    from . import aot
+    from . import aot, launches
 
     seen = set()
-    for kernel, arguments, _ in aot.launches(aot.Case(target, "bfloat16", d, variant)):
+    for kernel, arguments, _ in launches.launches(launches.Case(target, "bfloat16", d, variant)):
         if kernel.__name__ not in aot.TILED or kernel.__name__.startswith("dense"):  # few scores wait for the host
             continue
         source, options = aot.specialised(kernel, arguments)

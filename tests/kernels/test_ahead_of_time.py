@@ -105,21 +105,19 @@ def test_the_recorded_table_is_of_these_sources():
 
 
 def test_the_recorded_table_fits_its_targets():
-    """Every tile in shared memory; 16-bit tiles of one direction, and float32 ones of those GPUs that no test compiles
-    them for, without spills.
-
-    Tensor descriptors, which no tile of the table asks for yet, cost a register too many at D = 512 on sm_90.
-    """
+    """Every tile in shared memory; 16-bit kernels on sm_90 with both Tritons, tiles of one direction elsewhere, and
+    float32 ones of those GPUs that no test compiles them for, without spills."""
     with RECORD.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["kernel"] for row in rows} == TILED | FORWARD
+    assert {row["kernel"] for row in rows} == kernels()
+    assert {row["triton"] for row in rows if row["target"] == "sm_90"} == {"3.6.0", "3.7.1"}
     assert {row["target"] for row in rows if row["tma"] == "True"} == {"sm_90", "sm_100"}
     for row in rows:
         assert float(row["shared_kib"]) <= float(row["shared_limit_kib"]), row
-        if row["dtype"] == "bfloat16":
-            assert row["tensor_core"], row
-            most = 8 if (row["target"], row["d"], row["tma"]) == ("sm_90", "512", "True") else 0
-            assert row["variant"] not in ("plain", "profile") or int(row["spilled_bytes"]) <= most, row
+        if row["dtype"] in ("bfloat16", "float16"):
+            assert row["tensor_core"] or row["kernel"] not in TILED | FORWARD, row
+            if row["target"] == "sm_90" or row["variant"] in ("plain", "profile"):
+                assert row["spilled_bytes"] == "0", row
         if row["dtype"] == "float32" and row["target"] in ("sm_80", "sm_90", "sm_100"):
             assert not row["tensor_core"], row
             assert row["spilled_bytes"] == "0", row
