@@ -33,6 +33,7 @@ def every_plan(monkeypatch):
             "GPU_DENSE": 0,
             "GPU_DENSE_WIDE": 0,
             "GPU_ONEPASS_DIM": 17,
+            "GPU_SCORES_DIM": 17,
             "STREAMING_ROWS": 1,
             "STREAMING_DIM": 16,
         }.items():
