@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class Repeat(NamedTuple):
 
 
 made = Notes()  # of type `Made`, by calls that are to be remembered
-remembered: dict[tuple[Any, ...], Repeat | Literal[False]] = {}  # False: a call that is more than a `Repeat`
+# True: a call that was made once, as most are at the temperature of a schedule. False: one that is more than a `Repeat`
+remembered: dict[tuple[Any, ...], Repeat | bool] = {}
 
 
 def repeated(loss: F) -> F:
@@ -75,10 +76,8 @@ def repeated(loss: F) -> F:
             x.shape, x.dtype, x.device, x.requires_grad, y.shape, y.dtype, y.device, y.requires_grad,
         )  # fmt: skip
         found = remembered.get(key)  # read once: another thread may clear it
-        if found is None:
-            return _remembered(key, loss, args, kwargs)
-        if found is False:
-            return loss(*args, **kwargs)
+        if not isinstance(found, Repeat):
+            return loss(*args, **kwargs) if found is False else _remembered(found, key, loss, args, kwargs)
         rows = torch.cat((x, y)) if found.views else x  # autocast, which some rows could not be joined under, is off
         if found.kind is not None:
             return value(rows, None if found.views else y, found.kind)
@@ -107,19 +106,22 @@ def _are_plain(x: Any, y: Any) -> bool:
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
-def _remembered(key: tuple[Any, ...], loss: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Return what a call returns, and remember what it was."""
+def _remembered(before: bool | None, key: tuple[Any, ...], loss: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Return what a call returns, and remember that it was made; of one that was made before, what it was."""
     if torch._C._is_tracing():  # the sizes in the key are tensors
+        return loss(*args, **kwargs)
+    if before is None:
+        if len(remembered) >= MOST:
+            remembered.clear()
+        remembered[key] = True
         return loss(*args, **kwargs)
     with made.taken() as notes:
         result = loss(*args, **kwargs)
-    if len(remembered) >= MOST:
-        remembered.clear()
     remembered[key] = _repeat(args[0], args[1], result, notes)
     return result
 
 
-def _repeat(x: Tensor, y: Tensor, result: Tensor, notes: Sequence[Made]) -> Repeat | Literal[False]:
+def _repeat(x: Tensor, y: Tensor, result: Tensor, notes: Sequence[Made]) -> Repeat | bool:
     """Return what a call of these rows was besides them; False where its result was made of more."""
     if len(notes) != 1 or notes[0].total is not result or x.is_meta:
         return False
