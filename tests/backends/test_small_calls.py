@@ -48,7 +48,8 @@ CALLS = {
 def test_a_small_call_makes_few_operators(name):
     call, (forward, training), _ = CALLS[name]
     query, key = F.normalize(torch.randn(2, 32, 16), dim=-1)
-    call(query, key)  # loads the backend
+    for _ in range(2):  # the first loads the backend, and what the second was is remembered
+        call(query, key)
     with Operators() as seen:
         call(query, key)
     assert len(seen.names) <= forward, seen.names
