@@ -118,7 +118,7 @@ def span(first, size: tl.constexpr, BLOCK: tl.constexpr, start, end):
     return tl.minimum(tl.maximum(near, start), end), tl.minimum(tl.maximum(beyond, start), end)
 
 
-@triton.jit(do_not_specialize=["row_start", "shift", "slot"])
+@triton.jit(do_not_specialize=["row_start", "shift", "split", "slot"])  # a split of 1 would take more registers
 def statistics_kernel(
     X_ptr, Y_ptr, A_ptr, B_ptr, SX_ptr, SY_ptr, XC_ptr, YC_ptr, TARGET_ptr, XI_ptr, YI_ptr, guide, ROWS_ptr,
     COLUMNS_ptr,
