@@ -188,12 +188,12 @@ def coefficients_kernel(
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     a = live(load_vector(A_ptr, offs_m, row_end, 1.0, ACC), zero_row)
     b = live(load_vector(B_ptr, offs_n, col_end, 1.0, ACC), zero_row)
-    rx, nx, wx = direction(SX_ptr, NX_ptr, UX_ptr, a, offs_m, row_end, ACC)
     ry, ny, wy = direction(SY_ptr, NY_ptr, UY_ptr, b, offs_n, col_end, ACC)
     d = raw_dots(
         None, X_ptr, Y_ptr, start_m, start_n, stride_xm, stride_yn, row_end, col_end, D, ACC, DOT, TMA, BLOCK_M,
         BLOCK_N, BLOCK_D, APART,
     )  # fmt: skip
+    rx, nx, wx = direction(SX_ptr, NX_ptr, UX_ptr, a, offs_m, row_end, ACC)
     xc, yc = None, None
     if XC_ptr is not None:
         xc = load_vector(XC_ptr, offs_m, row_end, 0.0, ACC)[:, None]

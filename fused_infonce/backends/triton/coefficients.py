@@ -63,8 +63,8 @@ def write_coefficients(
     x_biases, y_biases: the gradients of the biases of x and y, to which this block's part is added.
     """
     unshifted = x.shift is None and y.shift is None
-    two = x.weight is not None and y.weight is not None and not unshifted  # exponentials an element
-    name = "coefficients_columns" if two else "coefficients"
+    both = x.weight is not None and y.weight is not None
+    name = "coefficients_columns" if both and not unshifted else "coefficients"
     tile, n, m = tile_of(name, x, y), rows.stop - rows.start, cols.stop - cols.start
     acc = accumulator(block.dtype)
     of_x = None if x_biases is None else block.new_empty((cdiv(m, tile.block_n), n), dtype=acc)
@@ -73,6 +73,7 @@ def write_coefficients(
         coefficients_kernel, name, block, x, y, rows, cols, excluded, NX_ptr=x.shift, UX_ptr=x.weight, NY_ptr=y.shift,
         UY_ptr=y.weight, UNSHIFTED=unshifted, XC_ptr=x.bias, YC_ptr=y.bias, DX_ptr=of_x, DY_ptr=of_y,
         GX_ptr=None if of_y is None else x.share, GY_ptr=None if of_x is None else y.share,
+        bounded=not both and x.bias is None and y.bias is None,
     )  # fmt: skip
     add_sums(x_biases, rows, of_x)
     add_sums(y_biases, cols, of_y)
@@ -94,12 +95,12 @@ def write_exponentials(
     Logits are less the rows' shifts where there are some, in base 2, and as they are, without biases, where not.
     """
     size, every = rows.stop - rows.start, slice(0, len(y))
-    name = "exponentials" if x.shift is None else "coefficients"  # whose registers are not bounded
+    name = "exponentials" if x.shift is None else "coefficients"
     across = cdiv(len(y), tile_of(name, x, y).block_n)
     states = block.new_empty((across, SLOTS, size), dtype=accumulator(block.dtype))
     _run(
         exponentials_kernel, name, block, x, y, rows, every, excluded, ROWS_ptr=states, NX_ptr=x.shift,
-        YC_ptr=y.bias, MEAN=mean, **ALONE, **NO_PAIRS,
+        YC_ptr=y.bias, MEAN=mean, bounded=x.shift is None, **ALONE, **NO_PAIRS,
     )  # fmt: skip
     return block[:size, : len(y)], summed(states, x, rows)
 
@@ -121,7 +122,7 @@ def write_sigmoids(
     states = x.rows.new_empty((across, SLOTS, rows.stop - rows.start), dtype=accumulator(x.rows.dtype))
     _run(
         exponentials_kernel, "sigmoids", block, x, y, rows, cols, excluded, ROWS_ptr=states, UX_ptr=x.weight,
-        BIAS_ptr=bias, NX_ptr=None, YC_ptr=None, MEAN=mean, **ALONE,
+        BIAS_ptr=bias, NX_ptr=None, YC_ptr=None, MEAN=mean, bounded=False, **ALONE,
     )  # fmt: skip
     return states.sum(0)
 
@@ -140,7 +141,7 @@ def write_scores(
     _run(
         exponentials_kernel, "coefficients", scores_of(block), x, y, rows, every, excluded, ROWS_ptr=states[0],
         COLUMNS_ptr=states[1] if columns else None, NX_ptr=x.shift, NY_ptr=y.shift if columns else None,
-        XC_ptr=x.bias if columns else None, YC_ptr=y.bias, MEAN=mean, CODES=CODES, **NO_PAIRS,
+        XC_ptr=x.bias if columns else None, YC_ptr=y.bias, MEAN=mean, CODES=CODES, bounded=False, **NO_PAIRS,
     )  # fmt: skip
     return [summed(each, *side) for each, side in zip(states, ((x, rows), (y, every)), strict=False)]
 
@@ -186,15 +187,18 @@ def scores_of(block: Tensor) -> Tensor:
 
 def _run(
     kernel: Any, tile_name: str, block: Tensor | None, x: Side, y: Side, rows: slice, cols: slice, excluded: Excluded,
-    **more: Any,
+    bounded: bool, **more: Any,
 ) -> None:  # fmt: skip
-    """Launch a kernel over a block: at once, or apart over the tiles that need a mask, where these are few."""
+    """Launch a kernel over a block: at once, or apart over the tiles that need a mask, where these are few.
+
+    bounded: with the tile's bound on registers, where it has one, for tiles without a mask.
+    """
     tile, size = tile_of(tile_name, x, y), cols.stop - cols.start
     few = excluded.diagonals * (cdiv(tile.block_m, tile.block_n) + 1) + 1  # which may meet a diagonal, and the last
     for name in peels(x, y, excluded, size, tile):
         columns = few if name == "on" else cdiv(size, tile.block_n)
         apart = tile.apart and name != "on" and describable(x.rows) and describable(y.rows)
-        sides = pair_arguments(tile, x, y, bounded=name == "off" and not apart)
+        sides = pair_arguments(tile, x, y, bounded=bounded and name == "off" and not apart)
         if apart:
             sides["num_warps"] = APART_WARPS
         run(

@@ -105,7 +105,7 @@ def row_states(
                 ROWS_ptr=states, COLUMNS_ptr=slots, XC_ptr=x.bias, YC_ptr=y.bias, row_start=start * tile.block_m,
                 size_x=n, size_y=m,
                 split=across if alone else split, slot=parts if alone else 0, HALF=half, PEEL=name, UNSHIFTED=unshifted,
-                MEAN=mean or not unshifted, HOIST=0 < x.rows.shape[1] <= tile.block_d,
+                MEAN=mean or not unshifted, HOIST=x.rows.shape[1] <= tile.block_d,
                 TURNED=tile.turned and name == "off",
                 **pair_arguments(tile, x, y, bounded=name == "off"), **excluded.arguments(x, y),
                 **guide_arguments(x, y),

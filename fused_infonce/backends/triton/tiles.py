@@ -27,8 +27,8 @@ class Tile(NamedTuple):
 # "statistics" holds whole rows of x where D <= block_d; "gradient" always does, and its block_d is only a minimum.
 # "columns" are statistics of both directions, "both" those that one exponential serves, and "coefficients_columns"
 # coefficients of two exponentials; "sigmoids" make three sums, whose registers a wider tile lacks, and "profile"
-# three on every rung. "dense" is small, so
-# that few rows fill a device. A bound on registers is for tiles without masks, and so is `turned`, which takes 30 to 90
+# three on every rung. "dense" is small, so that few rows fill a device. A bound on registers is for tiles without masks
+# and biases, of "coefficients" for those of one direction. `turned` is for tiles without masks, and takes 30 to 90
 # registers more: shorter rows would have one program of a processor where they have two, or spill.
 Rows = tuple[tuple[int | None, Tile], ...]
 TABLE: dict[str, dict[str, dict[str, Rows]]] = {
@@ -121,9 +121,7 @@ TABLE: dict[str, dict[str, dict[str, Rows]]] = {
         "gradient": {
             "half": ((64, Tile(128, 128, 16, 8, 2)), (256, Tile(128, 64, 16, 8, 2)), (512, Tile(64, 64, 16, 8, 2))),
         },
-        "coefficients": {
-            "half": ((None, Tile(128, 128, 64, 8, 3)),),
-        },
+        "coefficients": {"half": ((None, Tile(128, 128, 64, 8, 3, registers=128)),)},
         "exponentials": {"half": ((None, Tile(128, 128, 64, 8, 3, registers=128)),)},
         "coefficients_columns": {
             "half": ((None, Tile(128, 64, 64, 8, 3)),),
