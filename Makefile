@@ -26,7 +26,7 @@ SOURCES := $(shell find fused_infonce kernels -name __pycache__ -prune -o \( -ty
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-temperature demo-recommender demo-distributed test test-compat lint style types bench plots tiles gpu clean distclean
+.PHONY: help demo demo-temperature demo-recommender demo-distributed test test-compat lint style types bench plots tiles pipes gpu clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -142,6 +142,12 @@ tune: gpu-site ## time tile configurations on a GPU and propose rows for tiles.p
 
 tiles: $(VENV)/.installed-test ## compile every tile ahead of time and record registers, spills and instructions
 	$(BIN)/python -m benchmarks.tiles.aot --all --record benchmarks/results/tiles.csv
+
+# With the Triton that is installed. Of 3.6.0: pip install --no-deps --target .venv-triton-3.6 triton==3.6.0, then
+# make pipes PIPES_PATH=.venv-triton-3.6
+pipes: $(VENV)/.installed-test ## count cycles of a tile in the machine code for sm_90, and record the model of a GPU
+	PYTHONPATH=$(PIPES_PATH) $(BIN)/python -m benchmarks.tiles.pipes --dim 64 128 256 512 768 1024 --record
+	$(BIN)/python -m benchmarks.tiles.model --triton 3.7.1 3.6.0 --record
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist *.egg-info .gpu-site .gpu-reports .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

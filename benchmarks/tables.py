@@ -26,7 +26,7 @@ LARGE = [(d, rows, width) for d in REPLACED for rows, width in ((16384, 384), (8
 SMALL = ((64, 128), (256, 256), (1024, 256))
 TITLES = {"one": "one direction", "symmetric": "both directions", "self": "NT-Xent, rows of both views"}
 PASSES = {"fwd_bwd": "forward and backward", "fwd": "forward alone"}
-MODELLED_ROWS = 16384
+MODELLED_ROWS, MODELLED_TRITON = 16384, "3.7.1"
 NONE = 'one direction, `reduction="none"`, forward and backward'
 WORST = "the slowest of all losses, forward and backward"
 
@@ -124,20 +124,28 @@ def sixteen_bits(results: Results) -> Cells:
 
 
 def modelled(results: Results) -> Cells:
-    """A row a plan of a GPU, by `benchmarks/tiles/model.py`, the chosen plan of every width in bold."""
+    """A row a plan of a GPU, by `benchmarks/tiles/model.py`, the chosen plan of every width in bold.
+
+    Of a learned temperature, plans that are chosen.
+    """
     found: dict[tuple[str, str], dict[int, str]] = {}
     with (HERE / "results" / "model.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            if int(row["n"]) == MODELLED_ROWS:
+            if int(row["n"]) == MODELLED_ROWS and row["triton"] == MODELLED_TRITON:
                 value = shown(float(row["of_floor"]))
                 of_plan = found.setdefault((row["direction"], row["plan"]), {})
                 of_plan[int(row["d"])] = f"**{value}**" if row["chosen"] == "True" else value
     dims = sorted({d for of_plan in found.values() for d in of_plan})
     head = ["loss", "plan", *(f"D = {d}" for d in dims)]
     titles = {"one": "one direction", "both": "both directions", "self": "NT-Xent, rows of both views"}
+    titles |= {f"{loss}-learned": f"{title}, learned" for loss, title in titles.items()}
     return [
         head,
-        *([titles[loss], f"`{plan}`", *(row.get(d, "") for d in dims)] for (loss, plan), row in found.items()),
+        *(
+            [titles[loss], f"`{plan}`", *(row.get(d, "") for d in dims)]
+            for (loss, plan), row in found.items()
+            if "learned" not in loss or any("*" in value for value in row.values())
+        ),
     ]
 
 

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -299,13 +299,17 @@ def main() -> None:
         record(options.record, [{"sources": sources, **row} for row in rows])
 
 
-def record(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows in place of those of their targets and this Triton."""
-    made = {(row["triton"], row["target"]) for row in rows}
+def record(path: Path, rows: list[dict[str, Any]], of: Sequence[str] = ("triton", "target")) -> None:
+    """Write rows in place of those that have the same in the columns `of`."""
+    made = {tuple(str(row[name]) for name in of) for row in rows}
     with path.open(newline="") as file:
-        kept = [row for row in csv.DictReader(file) if (row.get("triton"), row["target"]) not in made]
+        kept = [
+            {name: row.get(name) for name in rows[0]}
+            for row in csv.DictReader(file)
+            if tuple(row.get(name) for name in of) not in made
+        ]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept + rows)
 

@@ -3,13 +3,17 @@
     python -m benchmarks.tiles.model [--direction one ...] [--rows 16384 ...] [--dim 768 ...] [--record]
     python -m benchmarks.tiles.model --parts --direction one --rows 16384 --dim 768     what each plan's time is made of
 
+A direction's temperature is a number; that of "one-learned" and so on is a tensor on the GPU with a gradient. Its bound
+is not known without reading the device, so that exponentials need their rows' maxima, which a pass before them finds.
+
 A call runs its plan on tensors without memory, forward and backward, and what it launches is recorded: kernels over
 tiles, library products, and all other kernels and operators. The rules by which these take time:
 
 1. Cycles of kernels over tiles are those of benchmarks/results/pipes.csv, at the clock at which the tensor cores reach
    the rate of a library product.
-2. In one program the pipes of a step of the product overlap, and what surrounds the product follows it: a tile takes
-   the longest pipe of each step, and then the tensor cores and the longest other pipe of the rest.
+2. In one program the pipes of a step of the product overlap, and what surrounds the product does not: a tile takes the
+   longest pipe of each step and of what is before the first, and then the tensor cores and the longest other pipe of
+   what is after the last.
 3. Programs of one processor overlap one's product with another's epilogue: k of them take the longest pipe of all
    their work, but no less than k-th part of k tiles one after the other. Programs run in whole waves.
 4. A library product runs at its rate, in output tiles of 128 x 256, 128 x 128 or 128 x 64, whichever are the fastest,
@@ -47,12 +51,13 @@ from fused_infonce.backends.contract import KeySet, Problem, Temperature
 from fused_infonce.backends.triton import accumulate
 
 from .. import HERE, ROOT
-from ..record import Row, append, commit
+from ..record import Row, commit
 from .pipes import PIPES, TENSOR, form
 
 LOADS = 64  # what a processor can take in
 TILE_PRODUCT = 0.85  # of a library's rate: what products of Triton in tiles of 128 x 128 are said to reach
-DIRECTIONS = ("one", "both", "self")
+DIRECTIONS = ("one", "both", "self", "one-learned", "both-learned", "self-learned")
+TRITONS = ("3.7.1", "3.6.0")  # whose machine code is counted
 ROWS = (4096, 8192, 16384, 32768, 65536, 131072)
 DIMS = (64, 128, 256, 512, 768, 1024)
 PLANS = ("onepass", "streaming", "workspace", "triangular")
@@ -155,36 +160,40 @@ class Operators(TorchDispatchMode):
         return out
 
 
+@cache
 def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[plans.Plan, list[Any]]:
-    """Return the plan of a call, and what it launches forward and backward; only: a plan to take in place of it, which
-    may not be possible and then launches nothing."""
+    """Return the plan of a call, and what it launches forward and backward, with any Triton.
+
+    only: a plan to take in place of it, which may not be possible and then launches nothing.
+    """
     from . import launches
 
+    name, _, learned = direction.partition("-")
     query, key = (torch.empty(n, d, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
-    if direction == "self":
+    if name == "self":
         key = query
-    target = torch.empty(n, dtype=torch.int64, device="meta") if direction == "self" else None
-    t = Temperature(torch.empty(1, device="meta"), 0.05)
+    target = torch.empty(n, dtype=torch.int64, device="meta") if name == "self" else None
+    t = Temperature(torch.empty(1, device="meta", requires_grad=bool(learned)), None if learned else 0.05)
     problem = Problem(
         KeySet(query),
         (KeySet(key),),
         t,
         target,
-        columns=direction == "both",
-        self_similar=direction == "self",
-        two_views=direction == "self",
+        columns=name == "both",
+        self_similar=name == "self",
+        two_views=name == "self",
     )
     options = registry.Options("triton", limit)
     rules, blocks = plans.RULES["triton"]
     if only:
-        rules = tuple((only, lambda _: True, flops, why) for name, _, flops, why in rules if name == only)[:1]
+        rules = tuple((only, lambda _: True, flops, why) for plan, _, flops, why in rules if plan == only)[:1]
     with ExitStack() as stack:
-        for where, name, value in (
+        for where, what, value in (
             (registry, "resolve", lambda *_: "triton"), (registry, "remembered", {}),
             (torch.Tensor, "is_cuda", True), (torch.cuda, "device_of", nullcontext),
             (torch, "is_autocast_enabled", lambda *_: False), (accumulate, "adds_in_place", lambda _: True),
         ):  # fmt: skip
-            stack.enter_context(mock.patch.object(where, name, value, create=True))
+            stack.enter_context(mock.patch.object(where, what, value, create=True))
         stack.enter_context(mock.patch.dict(plans.RULES, {"triton": (rules, blocks)}))
         events = stack.enter_context(launches.recorded(H200.target))
         plan = registry.plan_of(problem, options, reduced=True)
@@ -198,7 +207,8 @@ def run(direction: str, n: int, d: int, limit: int, only: str | None) -> tuple[p
             loss = torch.nn.functional.softplus(rows.neg - rows.pos).sum()
             if columns is not None:
                 loss = loss + torch.nn.functional.softplus(columns.neg - columns.pos).sum()
-        torch.autograd.grad(loss, [query] if key is query else [query, key])
+        leaves = [query] if key is query else [query, key]
+        torch.autograd.grad(loss, [*leaves, t.values] if learned else leaves)
     return plan, events
 
 
@@ -328,7 +338,8 @@ def _possible(direction: str, d: int) -> Sequence[str]:
     """Return the plans by which a call can run whatever its number of rows."""
     from fused_infonce.backends.triton import tiles
 
-    other = {"one": ["onepass", "workspace"], "both": ["onepass", "workspace"], "self": ["triangular"]}[direction]
+    name, _, learned = direction.partition("-")
+    other = ["triangular"] if name == "self" else ["workspace"] if learned else ["onepass", "workspace"]
     return other + ["streaming"] * (d <= tiles.STREAMING_MAX_D[torch.bfloat16])
 
 
@@ -338,24 +349,28 @@ def main() -> None:
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS)
-    parser.add_argument("--triton", default="3.7.1", help="whose machine code")
+    parser.add_argument("--triton", nargs="+", default=TRITONS[:1], help="whose machine code")
     parser.add_argument("--limit", type=int, default=1117, help="workspace in MiB; by default an H200's")
     parser.add_argument("--parts", action="store_true", help="print what each time is made of")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/model.csv")
+    parser.add_argument("--record", action="store_true", help="in benchmarks/results/model.csv")
     args = parser.parse_args()
     rows = [
         row
         for direction in args.direction
         for d in args.dim
         for n in args.rows
-        for row in rows_of(H200, args.triton, direction, n, d, args.limit << 20, args.parts)
+        for triton in args.triton
+        for row in rows_of(H200, triton, direction, n, d, args.limit << 20, args.parts)
     ]
     if not args.parts:
-        print(*FIELDS[4:], sep="\t")
+        shown = [name for name in FIELDS if name not in ("commit", "machine", "limit_mib")]
+        print(*shown, sep="\t")
         for row in rows:
-            print(*(row[name] for name in FIELDS[4:]), sep="\t")
+            print(*(row[name] for name in shown), sep="\t")
     if args.record:
-        append("results/model.csv", rows, FIELDS)
+        from .aot import record
+
+        record(HERE / "results" / "model.csv", rows, ("triton", "limit_mib", "direction", "n", "d"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 The 16-bit kernels are compiled ahead of time, as `benchmarks/tiles/aot.py` does, and disassembled. The code has up to
 three parts: that of a program, that of each of its tiles, and the steps of a tile's product over the rows' components.
-A kernel whose programs have one tile each has no part of its own for the program. Of every part are counted, for all
-warps of a program and each time that it runs,
+Where a program has one tile, what is before its steps, pointers and first loads, is a part "before" in place of that of
+the program. Of every part are counted, for all warps of a program and each time that it runs,
 
     issue           four instructions a cycle
     alu             64 lanes a cycle: comparisons, selections, integers, conversions to 16 bits
@@ -16,24 +16,27 @@ warps of a program and each time that it runs,
 
 How often a tile runs a part, `times`, follows from the matrix instructions: with those of all its steps a tile must
 come to its products, or the count fails. `programs` is how many fit one processor, by registers, threads, shared
-and tensor memory. --record appends to benchmarks/results/pipes.csv, which benchmarks/tiles/model.py reads. Needs a
-process without TRITON_INTERPRET.
+and tensor memory. --record writes into benchmarks/results/pipes.csv, which benchmarks/tiles/model.py reads, in place of
+the rows of the same target, D, variant and Triton, with a hash of the sources that they are of. Needs a process without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .. import ROOT
-from ..record import Row, append, commit
+from .. import HERE
+from ..record import Row
 
 PIPES = ("issue", "alu", "fma", "exponentials", "shared", "tensor")
-ABOUT = ("commit", "triton", "target", "d", "variant", "kernel", "form", "block_m", "block_n", "block_d", "warps",
+ABOUT = ("sources", "triton", "target", "d", "variant", "kernel", "form", "block_m", "block_n", "block_d", "warps",
          "stages", "tma", "registers", "spilled_bytes", "shared_kib", "programs")  # fmt: skip
+OF = ("triton", "target", "d", "variant")  # what is recorded at once
 FIELDS = (*ABOUT, "part", "times", *PIPES)
 ALU = frozenset({
     "ISETP", "FSETP", "FSEL", "SEL", "LOP3", "SHF", "LEA", "IADD3", "VIADD", "VIADDMNMX", "PRMT", "FMNMX", "PLOP3",
@@ -134,16 +137,19 @@ def parts(shape: Shape, text: str, warps: int) -> Iterator[Row]:
     whole = (len(code), 0, len(code))
     _, first, last = tile = around[-1] if shape.kernel in LOOPED else whole
     _, start, end = around[0] if around and around[0] != tile else (0, last, last)
+    alone = shape.kernel not in LOOPED and start < end
     pieces = {
         "program": [*code[:first], *code[last:]],
-        "tile": [*code[first:start], *code[end:last]],
+        "before": code[first:start] if alone else [],
+        "tile": [*([] if alone else code[first:start]), *code[end:last]],
         "step": code[start:end],
     }
-    once, each = (matrix_work(shape, pieces[name], warps) for name in ("tile", "step"))
+    before, after, each = (matrix_work(shape, pieces[name], warps) for name in ("before", "tile", "step"))
+    once = before + after
     steps = (shape.matrix - once) / each if each else 0
     if steps != int(steps) or once + steps * each < shape.matrix:  # more where warps repeat one another's product
         raise ValueError(f"{shape}: the matrix work of a tile is {shape.matrix}, found {once} and {each} a step")
-    for name, times in (("program", 0), ("tile", 1), ("step", int(steps))):
+    for name, times in (("program", 0), ("before", 1), ("tile", 1), ("step", int(steps))):
         if pieces[name]:
             share = matrix_work(shape, pieces[name], warps) / shape.matrix if times else 0
             tensor = round(share * shape.flops / TENSOR[shape.target])
@@ -212,11 +218,14 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=TENSOR, default=["sm_90"])
     parser.add_argument("--dim", type=int, nargs="+", default=[768])
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/pipes.csv")
+    parser.add_argument("--record", action="store_true", help="in benchmarks/results/pipes.csv")
     args = parser.parse_args()
+    from . import aot
+
+    sources = aot.source_hash()
     found: dict[tuple[str, str, str], Any] = {}
     rows = [
-        {"commit": commit(ROOT), **row}
+        {"sources": sources, **row}
         for target in args.target
         for d in args.dim
         for variant in args.variant
@@ -226,7 +235,9 @@ def main() -> None:
     for row in rows:
         print(*(row[name] for name in FIELDS[2:]), sep="\t")
     if args.record:
-        append("results/pipes.csv", rows, FIELDS)
+        if aot.source_hash() != sources:
+            sys.exit("the sources changed meanwhile")
+        aot.record(HERE / "results" / "pipes.csv", [{name: row[name] for name in FIELDS} for row in rows], OF)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def parts(shape, code, warps=8):
 def test_a_tile_is_its_steps_and_what_surrounds_them():
     found = parts(ONE_TILE, CODE)
     assert found["step"] == NONE | {"times": 2, "issue": 10, "fma": 4, "tensor": 256}
-    assert found["tile"] == NONE | {"times": 1, "issue": 12, "alu": 4, "fma": 2, "exponentials": 16, "shared": 4}
-    assert list(found) == ["tile", "step"]
+    assert found["before"] == NONE | {"times": 1, "issue": 4, "alu": 4}
+    assert found["tile"] == NONE | {"times": 1, "issue": 8, "fma": 2, "exponentials": 16, "shared": 4}
+    assert list(found) == ["before", "tile", "step"]
 
 
 def test_a_step_before_the_loop_counts_too():
