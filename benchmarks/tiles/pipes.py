@@ -56,6 +56,7 @@ SHARED_KIB, REGISTERS, THREADS, COLUMNS = 228, 65536, 2048, 512  # of a processo
 DIMS = (64, 128, 256, 512, 768, 1024)
 VARIANTS = (
     "bounded", "bounded columns", "bounded columns mean", "bounded views", "few bounded views", "plain", "columns",
+    "few views",
 )  # fmt: skip
 LOOPED = ("statistics_kernel", "gradient_kernel")  # of which a program has many tiles
 
