@@ -121,7 +121,7 @@ class RecordedCommunicator:
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Pending:
         found = functional.all_gather_tensor(x.contiguous(), 0, self.group)
-        return lambda: found
+        return lambda: found.view_as(found)  # a tensor that has been waited for is the one before: see gather._cast
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int]) -> Pending:
         found = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, self.group)

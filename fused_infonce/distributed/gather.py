@@ -86,6 +86,12 @@ def added(call: Call, x: Tensor) -> Tensor:
     return call.communicator.all_gather(x.double()[None], [1] * call.world)().sum(0)
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype. What `to` leaves as it is would be two results of a Function that PyTorch 2.11 has recorded,
+    and its gradient that of the second, which nothing has."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,7 +101,7 @@ class _Gather(torch.autograd.Function):
         begun = []
         for x, each, wire in zip(tensors, counts, wires, strict=True):
             begun.append(call.communicator.all_gather(x.contiguous() if wire is None else x.to(wire), each))
-        found = [rows().to(x.dtype) for rows, x in zip(begun, tensors, strict=True)]
+        found = [_cast(rows(), x.dtype) for rows, x in zip(begun, tensors, strict=True)]
         ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
         return tuple(found)
 
@@ -124,7 +130,7 @@ class _Total(torch.autograd.Function):
     def forward(ctx: Any, call: Call, values: Tensor) -> Tensor:
         ctx.factor = call.factor
         ctx.save_for_backward(values)
-        return added(call, values).to(values.dtype)
+        return _cast(added(call, values), values.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
