@@ -80,7 +80,9 @@ ONEPASS = {  # whatever `info_nce` takes where loss and gradients are made in on
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("t", [T, 0.0175])
-@pytest.mark.parametrize("option", ONEPASS)
+@pytest.mark.parametrize(
+    "option", [pytest.param(name, marks=pytest.mark.sanitizer) if name == "symmetric" else name for name in ONEPASS]
+)
 def test_one_pass_with_every_option_keeps_the_bounds(option, t, dtype, monkeypatch):
     plans = watch_plans(monkeypatch)
     options = {**ONEPASS[option](), "temperature": t}
